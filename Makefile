@@ -1,0 +1,33 @@
+# Each target makes .venv and installs on first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DATA ?= ../shared/data/train
+
+.PHONY: demo test quality style bench bundled-pair clean
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench,train]'
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/pard demo
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -q
+
+quality: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+style: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bundled-pair: $(VENV)/installed
+	$(BIN)/python recipes/bundled_pair.py --data $(DATA)
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,1 @@
+"""Everything between `generate()` and tokens."""

@@ -1,0 +1,157 @@
+"""The static cache whose rows have their own length: slot = logical position.
+
+Every row writes at its own positions, and a query sees the slots up to its own position (and inside the window, for
+sliding layers). Rejected entries are overwritten by the next round before anything can see them, so nothing is ever
+cropped, moved or realigned, and every shape is fixed. Padding goes to one spare slot that no query sees.
+
+Knows nothing of drafts and tokens. The one invariant: when a query at position p runs, slots 0..p of its row hold the
+entries of its own text.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values of one layer, stored as `[batch_size * num_slots, num_heads, head_dim]`.
+
+    Token-major storage makes a write of ragged rows a single `index_copy_`; attention reads a transposed view.
+    """
+
+    is_compileable = True
+    is_sliding = False
+
+    def __init__(self, owner: SlotCache):
+        super().__init__()
+        self.owner = owner
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        batch_size, num_heads = key_states.shape[:2]
+        rows = batch_size * (self.owner.num_slots + 1)
+        self.dtype, self.device = key_states.dtype, key_states.device
+        # Zeros, not empty memory: a masked slot has weight 0, and 0 times a stray NaN would be NaN.
+        self.keys = key_states.new_zeros(rows, num_heads, key_states.shape[-1])
+        self.values = value_states.new_zeros(rows, num_heads, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write `[batch_size, num_heads, query_length, head_dim]` at the owner's slots; return all visible slots."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        rows = self.owner.flat_rows.to(self.device)
+        self.keys.index_copy_(0, rows, key_states.transpose(1, 2).flatten(0, 1))
+        self.values.index_copy_(0, rows, value_states.transpose(1, 2).flatten(0, 1))
+        return self.read(self.keys), self.read(self.values)
+
+    def read(self, states: torch.Tensor) -> torch.Tensor:
+        """View stored `states` as `[batch_size, num_heads, num_visible, head_dim]`."""
+        per_row = states.view(-1, self.owner.num_slots + 1, *states.shape[1:])
+        return per_row[:, : self.owner.num_visible].transpose(1, 2)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.owner.num_visible, 0
+
+    def get_seq_length(self) -> int:
+        # Rows differ in length, so positions and masks are handed to the model; nothing may derive them from here.
+        return 0
+
+    def get_max_length(self) -> int:
+        return self.owner.num_slots
+
+
+class SlotCache(Cache):
+    """A cache for one model, shared by rows of different lengths.
+
+    Args:
+        config ([`PreTrainedConfig`]):
+            Configuration of the model that attends over it.
+        num_slots (`int`):
+            Positions a row may use; one spare slot is added for padding.
+    """
+
+    def __init__(self, config: PreTrainedConfig, num_slots: int):
+        self.windows = attention_windows(config)
+        self.num_slots = num_slots
+        self.num_visible = num_slots
+        self.flat_rows = torch.empty(0, dtype=torch.long)
+        super().__init__(layers=[SlotLayer(self) for _ in self.windows])
+
+    def place(self, positions: torch.Tensor, num_visible: int) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Say where the next forward writes, and return the attention mask it needs.
+
+        Args:
+            positions (`torch.LongTensor` of shape `(batch_size, query_length)`):
+                Logical position of each query; negative for padding.
+            num_visible (`int`):
+                Slots read by attention; every position must lie below it.
+
+        Returns:
+            Boolean mask `[batch_size, 1, query_length, num_visible]`, True = attend; for models that mix full and
+            sliding layers a dict of two such masks under the names the host uses.
+        """
+        batch_size = positions.shape[0]
+        slots = torch.where(positions < 0, self.num_slots, positions)
+        first_rows = torch.arange(batch_size, device=positions.device).unsqueeze(1) * (self.num_slots + 1)
+        self.flat_rows = (first_rows + slots).flatten()
+        self.num_visible = num_visible
+        # A padding query attends to slot 0, not to nothing: an empty softmax is NaN.
+        query = positions.clamp(min=0)[:, None, :, None]
+        slot = torch.arange(num_visible, device=positions.device)
+        causal = slot <= query
+        masks = {window: causal if window is None else causal & (slot > query - window) for window in self.windows}
+        if len(masks) == 1:
+            return next(iter(masks.values()))
+        return {"full_attention" if w is None else "sliding_attention": mask for w, mask in masks.items()}
+
+    def load(self, cache: DynamicCache, positions: torch.Tensor) -> None:
+        """Take over the entries of an earlier call.
+
+        Args:
+            cache ([`DynamicCache`]):
+                Cache of the same model over `past_length` columns.
+            positions (`torch.LongTensor` of shape `(batch_size, past_length)`):
+                Logical position of each column; negative for padding.
+        """
+        for ours, theirs in zip(self.layers, cache.layers, strict=True):
+            kept = theirs.keys.shape[
+                -2
+            ]  # A sliding layer keeps only its last columns; no later query sees the others.
+            if kept == 0:
+                continue
+            self.place(positions[:, positions.shape[1] - kept :], self.num_slots)
+            ours.update(theirs.keys, theirs.values)
+
+    def append_to(self, cache: DynamicCache, positions: torch.Tensor) -> None:
+        """Append the entries at `positions`, `(batch_size, length)`, negative = zeros, to a cache of columns."""
+        for index, layer in enumerate(self.layers):
+            slots = positions.to(layer.device).clamp(min=0)[:, None, :, None]
+            keep = (positions >= 0).to(layer.device)[:, None, :, None]
+            self.num_visible = self.num_slots
+            states = (layer.read(layer.keys), layer.read(layer.values))
+            gathered = (s.gather(2, slots.expand(-1, s.shape[1], -1, s.shape[3])) * keep for s in states)
+            cache.update(*gathered, index)
+
+
+def attention_windows(config: PreTrainedConfig) -> list[int | None]:
+    """The sliding window of each layer (`None` = full attention), as the host's own cache sees it.
+
+    Raises:
+        ValueError: A layer attends in a way a slot cannot express (recurrent, chunked, compressed).
+    """
+    windows: list[int | None] = []
+    for layer in DynamicCache(config=config).layers:
+        if type(layer) is DynamicLayer:
+            windows.append(None)
+        elif type(layer) is DynamicSlidingWindowLayer:
+            windows.append(layer.sliding_window)
+        else:
+            raise ValueError(
+                f"Expected layers with full or sliding-window attention, got a `{type(layer).__name__}` in "
+                f"`{type(config).__name__}`. Use the stock loop for this model."
+            )
+    return windows

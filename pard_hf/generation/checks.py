@@ -1,0 +1,192 @@
+"""What a call must satisfy before anything is touched, and in words what to do where it does not."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from ..draft_model import PardDraftModel, check_num_assistant_tokens, num_positions
+from .cache import attention_windows
+
+# Vocabularies of one family are padded to multiples of 64 to 1024 rows; a larger difference is another tokenizer.
+MOST_PADDING_ROWS = 1024
+# Model arguments our loop makes itself; with any other (images, token types …) another loop takes over.
+KNOWN_MODEL_KWARGS = {
+    "attention_mask",
+    "inputs_embeds",
+    "logits_to_keep",
+    "past_key_values",
+    "position_ids",
+    "use_cache",
+}
+
+
+def check_mode(target: PreTrainedModel, generation_config: GenerationConfig) -> None:
+    """Raise a `ValueError` for a target or a way of generating that a draft cannot speed up."""
+    if target.config.is_encoder_decoder:
+        raise ValueError(
+            f"Expected a decoder-only target, got the encoder-decoder `{type(target).__name__}`. Generate without "
+            "`assistant_model`."
+        )
+    if target._is_stateful:
+        raise ValueError(
+            f"Expected a target whose cache can take back rejected tokens, got the recurrent `{type(target).__name__}`."
+            " Generate without `assistant_model`."
+        )
+    if (generation_config.num_beams or 1) > 1:
+        raise ValueError(
+            f"Expected `num_beams=1` with a draft, got {generation_config.num_beams}: beams have no draft to follow. "
+            "Drop `num_beams` or `assistant_model`."
+        )
+    if generation_config.use_cache is False:
+        raise ValueError("Expected `use_cache=True` with a draft, got False. Drop `use_cache` or `assistant_model`.")
+
+
+def check_pair(
+    target: PreTrainedModel, draft: PardDraftModel, num_assistant_tokens: int, tokenizer: Any, draft_tokenizer: Any
+) -> None:
+    """Raise a `ValueError` unless draft and target share a tokenizer and have room for K proposals.
+
+    Text cannot become wrong either way; this is about drafting at all. Rows that only pad a vocabulary may differ.
+    """
+    check_num_assistant_tokens(num_assistant_tokens, target.config, draft.config)
+    if tokenizer is not None and draft_tokenizer is not None:
+        compare_vocabularies(tokenizer.get_vocab(), draft_tokenizer.get_vocab())
+        return
+    vocabularies = [saved_vocabulary(model.config.name_or_path) for model in (target, draft)]
+    if all(vocabularies):
+        if vocabularies[0] != vocabularies[1]:
+            compare_vocabularies(*(dict(vocabulary or ()) for vocabulary in vocabularies))
+        return
+    sizes = [model.config.get_text_config().vocab_size for model in (target, draft)]
+    if abs(sizes[0] - sizes[1]) > MOST_PADDING_ROWS or (min(sizes) < MOST_PADDING_ROWS and sizes[0] != sizes[1]):
+        raise ValueError(
+            f"Expected draft and target to share a tokenizer, got vocabularies of {sizes[1]} and {sizes[0]} rows. Use "
+            "the draft of the target's family; if only padding rows differ, pass `tokenizer=` and "
+            "`assistant_tokenizer=` to show it."
+        )
+
+
+def compare_vocabularies(target: dict[str, int], draft: dict[str, int]) -> None:
+    """Raise a `ValueError` at the first id that two vocabularies read differently."""
+    by_id = {index: token for token, index in target.items()}
+    for token, index in sorted(draft.items(), key=lambda item: item[1]):
+        if by_id.get(index, token) != token:
+            raise ValueError(
+                f"Expected draft and target to share a tokenizer, but id {index} is {token!r} for the draft and "
+                f"{by_id[index]!r} for the target. Use the draft of the target's family."
+            )
+    shared, smaller = len(target.keys() & draft.keys()), min(len(target), len(draft))
+    if shared < smaller:
+        raise ValueError(
+            f"Expected draft and target to share a tokenizer, but only {shared} of {smaller} tokens are in both. Use "
+            "the draft of the target's family."
+        )
+
+
+def saved_vocabulary(name_or_path: str) -> frozenset[tuple[str, int]] | None:
+    """The vocabulary beside a model's weights, if it was loaded from a directory that holds a tokenizer."""
+    file = Path(name_or_path or "") / "tokenizer.json"
+    if not name_or_path or not file.is_file():
+        return None
+    return read_vocabulary(file, hashlib.sha256(file.read_bytes()).hexdigest())
+
+
+@lru_cache(maxsize=8)
+def read_vocabulary(file: Path, digest: str) -> frozenset[tuple[str, int]]:
+    """Read the tokenizer file once for each content, which `digest` stands for."""
+    return frozenset(AutoTokenizer.from_pretrained(file.parent).get_vocab().items())
+
+
+def check_prompt(
+    target: PreTrainedModel,
+    draft: PardDraftModel,
+    input_ids: torch.Tensor,
+    mask: torch.Tensor,
+    max_length: int,
+    model_kwargs: dict[str, Any],
+) -> None:
+    """Raise a `ValueError` for a prompt that plain decoding would get wrong too, or that does not fit."""
+    num_columns, embeds = input_ids.shape[1], model_kwargs.get("inputs_embeds")
+    past = model_kwargs.get("past_key_values")
+    num_past = past.get_seq_length() if past is not None and getattr(past, "_is_user_defined", False) else 0
+    if num_columns == 0 and embeds is None:
+        raise ValueError("Expected a prompt of at least one token, got none. Start from the model's `bos_token_id`.")
+    if num_columns and embeds is not None:
+        raise ValueError("Expected `input_ids` or `inputs_embeds` with a draft, got both. Pass one of them.")
+    if num_past and embeds is not None:
+        raise ValueError("Expected no `inputs_embeds` after `past_key_values` with a draft. Pass token ids instead.")
+    if (mask[:, -1] == 0).any():
+        raise ValueError(
+            "Expected a left-padded batch, got padding at the end of a row. Set `tokenizer.padding_side = 'left'`."
+        )
+    if num_past and (mask.shape[1] < num_past + 1 or mask.shape[1] not in (num_columns, num_past + num_columns)):
+        raise ValueError(
+            f"Expected ids or an `attention_mask` that go on after the {num_past} cached tokens, got {num_columns} "
+            f"ids and a mask of {mask.shape[1]}. Pass the whole text, or the new ids with a mask over everything."
+        )
+    length = mask.shape[1] + max_length - num_columns
+    for name, config, needed in (("target", target.config, length), ("draft", draft.config, max_length)):
+        if needed > num_positions(config):
+            raise ValueError(
+                f"Expected prompt and new tokens to fit the {num_positions(config)} positions of the {name}, got "
+                f"{needed}. Shorten the prompt or lower `max_new_tokens` (or `max_length`)."
+            )
+
+
+def why_not_slots(
+    target: PreTrainedModel,
+    draft: PardDraftModel,
+    mask: torch.Tensor,
+    generation_config: GenerationConfig,
+    synced_gpus: bool,
+    model_kwargs: dict[str, Any],
+) -> str | None:
+    """Say why our own cache and loop cannot serve a call; `None` when they can."""
+    for model in (target, draft):
+        if model.config._attn_implementation not in ("sdpa", "eager"):
+            return f"`{model.config._attn_implementation}` takes no mask by position"
+        try:
+            attention_windows(model.config)
+        except ValueError as error:
+            return str(error)
+    if target.config.get_text_config() is not target.config:
+        return f"`{type(target).__name__}` is more than a text model"
+    if synced_gpus:
+        return "`synced_gpus` wants every process to run the same forwards"
+    if generation_config.output_attentions or generation_config.output_hidden_states:
+        return "Attentions and hidden states are split by the stock loop only"
+    if generation_config.cache_implementation in ("offloaded", "quantized"):
+        return f"`cache_implementation={generation_config.cache_implementation!r}` is the stock loop's"
+    other = {name for name, value in model_kwargs.items() if value is not None} - KNOWN_MODEL_KWARGS
+    if other:
+        return f"Model arguments {sorted(other)} are passed on by the stock loop only"
+    past = model_kwargs.get("past_key_values")
+    if getattr(past, "_is_user_defined", False) and not is_readable(past):
+        return f"A `{type(past).__name__}` cannot be taken over"
+    if not has_usual_positions(mask, model_kwargs.get("position_ids")):
+        return "`position_ids` differ from those the attention mask implies"
+    return None
+
+
+def is_readable(cache: Any) -> bool:
+    """Say whether the entries of a user's cache can be copied column by column."""
+    return type(cache) is DynamicCache and all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
+    )
+
+
+def has_usual_positions(mask: torch.Tensor, position_ids: torch.Tensor | None) -> bool:
+    """Say whether `position_ids` count the text of a 2-D mask from 0, as our cache's slots do."""
+    if position_ids is None:
+        return True
+    if position_ids.ndim != 2 or position_ids.shape[1] != mask.shape[1]:
+        return False
+    expected = mask.cumsum(-1) - 1
+    return bool(((position_ids == expected) | (mask == 0)).all())

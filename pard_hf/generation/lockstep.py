@@ -1,0 +1,71 @@
+"""Rows that advance together, so that code which looks at the prefix sees what plain `generate` would show it.
+
+Processors, stopping criteria and streamers may keep state, look at other rows or count their calls. Here each is
+called once a column with all rows, in order, on emitted tokens only: the body of plain `generate`'s loop, with logits
+that were computed ahead. A round ends at the first column where an unfinished row leaves its proposals.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from ..draft_model import PardDraftModel
+from .decoding import DecodingRequest, PardDecoder
+
+
+class LockstepDecoder(PardDecoder):
+    """A `PardDecoder` whose rows all grow by the same number of tokens a round."""
+
+    def __init__(self, target: PreTrainedModel, draft: PardDraftModel, request: DecodingRequest):
+        super().__init__(target, draft, request)
+        self.columns = request.input_ids
+        self.unfinished = torch.ones(self.batch_size, dtype=torch.long, device=self.columns.device)
+        # As in plain `generate`: only where an end token exists do finished rows turn into padding.
+        self.pads_finished = any(hasattr(criteria, "eos_token_id") for criteria in request.stopping_criteria)
+        self.scores: tuple[torch.Tensor, ...] | None = () if request.output_scores else None
+
+    def choose(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose one token a row from raw `logits` `[B, V]` as plain `generate` does; returns tokens and scores."""
+        scores = self.request.logits_processor(self.columns, logits)
+        if self.request.do_sample:
+            tokens = torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
+        else:
+            tokens = scores.argmax(dim=-1)
+        if self.pads_finished and self.request.pad_token_id is not None:
+            tokens = torch.where(self.unfinished == 1, tokens, self.request.pad_token_id)
+        return tokens, scores
+
+    def emit(self, tokens: torch.Tensor, scores: torch.Tensor) -> None:
+        """Append a column, show it to the streamer and ask the criteria which rows end here."""
+        self.columns = torch.cat([self.columns, tokens.unsqueeze(1)], dim=1)
+        if self.scores is not None:
+            self.scores += (scores,)
+        self.unfinished = self.unfinished & ~self.request.stopping_criteria(self.columns, self.scores)
+        if self.request.streamer is not None:
+            self.request.streamer.put(tokens.cpu())
+
+    def advance(
+        self, draft_tokens: torch.Tensor, draft_scores: torch.Tensor | None, logits: torch.Tensor
+    ) -> tuple[list[int], list[int]]:
+        emitted = torch.zeros_like(self.unfinished)
+        processed = []
+        for column in range(logits.shape[1]):
+            # A copy: processors may write in place, and the raw logits are an output of their own.
+            tokens, scores = self.choose(logits[:, column].clone())
+            processed.append(scores)
+            emitted += self.unfinished
+            self.emit(tokens, scores)
+            if column == draft_tokens.shape[1] or not self.unfinished.any():
+                break
+            goes_on = (self.unfinished == 1) | (not self.pads_finished)
+            if (goes_on & (tokens != draft_tokens[:, column])).any():
+                break
+        grown = [len(processed)] * self.batch_size
+        self.append(self.columns[:, -len(processed) :], len(processed))
+        self.active = (self.unfinished == 1).tolist()
+        self.record(torch.stack(processed, dim=1), logits, grown)
+        return grown, emitted.tolist()
+
+    def sequences(self) -> torch.Tensor:
+        return self.columns

@@ -1,0 +1,309 @@
+"""Where we meet transformers: `generate(assistant_model=draft)` on a target that knows about PARD.
+
+Translates one `generate()` call into a `DecodingRequest`, and the result back. The only file that touches the host's
+private methods.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
+
+from ..draft_model import PardDraftModel
+from .candidate_generator import PardCandidateGenerator
+from .checks import check_mode, check_pair, check_prompt, why_not_slots
+from .decoding import DecodingRequest, PardDecoder
+from .lockstep import LockstepDecoder
+from .processors import is_prefix_free
+from .stats import DecodingStats
+
+logger = logging.getLogger(__name__)
+
+VERIFICATIONS = ("sample_and_match", "ratio_test")
+# `generate()` hands its decoding method only arguments it knows, so this one travels beside it.
+verification_of_call: ContextVar[str] = ContextVar("verification_of_call", default=VERIFICATIONS[0])
+
+
+@dataclass
+class PardGenerateOutput(GenerateDecoderOnlyOutput):
+    """What `generate(return_dict_in_generate=True)` returns, with the decoding statistics.
+
+    Args:
+        stats ([`DecodingStats`], *optional*):
+            Rounds, drafted and accepted tokens of this call, summed over rows.
+    """
+
+    stats: DecodingStats | None = None
+
+
+class PardGenerationMixin(GenerationMixin):
+    """Makes `generate(assistant_model=draft)` run our loop: batches, sampling, every stopping rule.
+
+    With another assistant, or none, `generate` is the host's. Put it first among the bases of a model class, or use
+    [`with_pard`] on a live model.
+
+    >>> class MyModel(PardGenerationMixin, LlamaForCausalLM): ...
+    """
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate as the host's `generate` does, faster when `assistant_model` is a [`PardDraftModel`].
+
+        Args:
+            assistant_model ([`PardDraftModel`], *optional*):
+                The draft; the output does not depend on it.
+            num_assistant_tokens (`int`, *optional*):
+                K, proposals a round; defaults to the draft's `generation_config`.
+            verification (`str`, *optional*, defaults to `"sample_and_match"`):
+                How sampled tokens are verified: `"sample_and_match"` (the tokens of plain `generate` under the same
+                seed) or `"ratio_test"` (speculative sampling; the same distribution).
+
+        Returns:
+            As the host's `generate`; with `return_dict_in_generate=True` a [`PardGenerateOutput`], which has `.stats`.
+
+        Raises:
+            ValueError: The call or the pair of models cannot be served; nothing was changed.
+        """
+        draft = kwargs.get("assistant_model")
+        verification = kwargs.pop("verification", VERIFICATIONS[0])
+        if not isinstance(draft, PardDraftModel):
+            return super().generate(*args, **kwargs)
+        if verification not in VERIFICATIONS:
+            raise ValueError(f"Expected `verification` to be one of {VERIFICATIONS}, got {verification!r}.")
+        config = kwargs.get("generation_config")
+        if config is None and len(args) < 2:
+            # The host would fill in its own default, 20; the draft knows better.
+            kwargs.setdefault("num_assistant_tokens", draft.num_assistant_tokens)
+        elif config is not None and config.num_assistant_tokens is None:
+            kwargs["generation_config"] = config = copy.deepcopy(config)
+            config.num_assistant_tokens = kwargs.pop("num_assistant_tokens", draft.num_assistant_tokens)
+        reset = verification_of_call.set(verification)
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            verification_of_call.reset(reset)
+
+    def _validate_generation_mode(
+        self, generation_mode: Any, generation_config: GenerationConfig, generation_mode_kwargs: dict[str, Any]
+    ) -> None:
+        """Refuse what cannot be served before anything is touched; batches and padded vocabularies are welcome."""
+        draft = generation_mode_kwargs.get("assistant_model")
+        if not isinstance(draft, PardDraftModel):
+            return super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+        check_mode(self, generation_config)
+        check_pair(
+            self,
+            draft,
+            generation_config.num_assistant_tokens,
+            generation_mode_kwargs.get("tokenizer"),
+            generation_mode_kwargs.get("assistant_tokenizer"),
+        )
+
+    def _assisted_decoding(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        inputs_tensor: torch.Tensor | None = None,
+        assistant_model: Any = None,
+        assistant_tokenizer: Any = None,
+        tokenizer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        arguments = {
+            "logits_processor": logits_processor,
+            "stopping_criteria": stopping_criteria,
+            "generation_config": generation_config,
+            "synced_gpus": synced_gpus,
+            "streamer": streamer,
+        }
+        if not isinstance(assistant_model, PardDraftModel):
+            return super()._assisted_decoding(
+                input_ids,
+                **arguments,
+                inputs_tensor=inputs_tensor,
+                assistant_model=assistant_model,
+                assistant_tokenizer=assistant_tokenizer,
+                tokenizer=tokenizer,
+                **model_kwargs,
+            )
+        mask = full_attention_mask(input_ids, generation_config, model_kwargs)
+        max_length = stopping_criteria.max_length
+        check_prompt(self, assistant_model, input_ids, mask, max_length, model_kwargs)
+        reason = why_not_slots(self, assistant_model, mask, generation_config, synced_gpus, model_kwargs)
+        if reason is not None:
+            return self._without_slots(reason, input_ids, arguments, assistant_model, model_kwargs)
+
+        criteria = {type(criterion): criterion for criterion in stopping_criteria}
+        eos = criteria.get(EosTokenCriteria)
+        pad = generation_config._pad_token_tensor
+        request = DecodingRequest(
+            input_ids=input_ids,
+            attention_mask=mask,
+            num_assistant_tokens=generation_config.num_assistant_tokens,
+            max_length=max_length,
+            pad_token_id=None if pad is None else int(pad),
+            eos_token_id=None if eos is None else eos.eos_token_id.to(input_ids.device),
+            inputs_embeds=model_kwargs.get("inputs_embeds"),
+            past_key_values=model_kwargs.get("past_key_values"),
+            do_sample=generation_config.do_sample,
+            ratio_test=generation_config.do_sample and verification_of_call.get() == "ratio_test",
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            streamer=streamer,
+            output_scores=generation_config.return_dict_in_generate and generation_config.output_scores,
+            output_logits=generation_config.return_dict_in_generate and generation_config.output_logits,
+        )
+        only_known_criteria = criteria.keys() <= {EosTokenCriteria, MaxLengthCriteria}
+        is_ragged = only_known_criteria and is_prefix_free(logits_processor) and (streamer is None or len(mask) == 1)
+        if request.ratio_test and not is_ragged:
+            raise ValueError(
+                "Expected only processors and stopping criteria that ignore the prefix with "
+                "`verification='ratio_test'`, got one that looks at it (a repetition penalty or a stop string, say). "
+                "Use the default, `verification='sample_and_match'`."
+            )
+        decoder = (PardDecoder if is_ragged else LockstepDecoder)(self, assistant_model, request)
+        decoder.run()
+        return self._collect(decoder, generation_config, model_kwargs)
+
+    def _collect(self, decoder: PardDecoder, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> Any:
+        """Hand a finished decoder's results over as plain `generate` would."""
+        if decoder.request.streamer is not None:
+            decoder.request.streamer.end()
+        cache = model_kwargs.get("past_key_values")
+        if generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False):
+            # A static cache made for this call was never filled; what was asked back is what happened.
+            cache = cache if isinstance(cache, DynamicCache) else DynamicCache(config=self.config)
+            decoder.extend_past(cache)
+        if not generation_config.return_dict_in_generate:
+            return decoder.sequences()
+        return PardGenerateOutput(
+            sequences=decoder.sequences(),
+            scores=decoder.outputs(0) if decoder.request.output_scores else None,
+            logits=decoder.outputs(1) if decoder.request.output_logits else None,
+            past_key_values=cache,
+            stats=decoder.stats,
+        )
+
+    def _without_slots(
+        self,
+        reason: str,
+        input_ids: torch.Tensor,
+        arguments: dict[str, Any],
+        draft: PardDraftModel,
+        model_kwargs: dict[str, Any],
+    ) -> Any:
+        """Serve a call that our cache cannot: by the stock loop where that is exact, else without a draft."""
+        known = {EosTokenCriteria, MaxLengthCriteria}
+        past = model_kwargs.get("past_key_values")
+        stock_is_exact = (
+            len(input_ids) == 1
+            and input_ids.shape[1] > 0
+            and not getattr(past, "_is_user_defined", False)
+            and {type(criterion) for criterion in arguments["stopping_criteria"]} <= known
+        )
+        if not stock_is_exact:
+            logger.warning("%s; generating without the draft. The output is the same, only slower.", reason)
+            return self._sample(input_ids, **arguments, **model_kwargs)
+        logger.info("%s; using the stock assisted loop.", reason)
+        generators: list[PardCandidateGenerator] = []
+        output = super()._assisted_decoding(
+            input_ids, **arguments, assistant_model=BoundDraft(draft, generators), **model_kwargs
+        )
+        if not isinstance(output, GenerateDecoderOnlyOutput):
+            return output
+        return PardGenerateOutput(**output, stats=generators[0].stats)
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        bound = kwargs.get("assistant_model")
+        if not isinstance(bound, BoundDraft):
+            return super()._get_candidate_generator(*args, **kwargs)
+        config = kwargs["generation_config"]
+        generator = PardCandidateGenerator(
+            bound.draft,
+            config.num_assistant_tokens,
+            config.max_length,
+            self.config.get_text_config().vocab_size,
+            kwargs["model_kwargs"].get("attention_mask"),
+        )
+        bound.generators.append(generator)
+        return generator
+
+
+@dataclass
+class BoundDraft:
+    """A draft on its way through the stock loop, and the generators made from it: the loop does not return them."""
+
+    draft: PardDraftModel
+    generators: list[PardCandidateGenerator]
+
+
+def full_attention_mask(
+    input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+) -> torch.Tensor:
+    """The 2-D mask over everything the target has or gets to see; the host drops one that is all ones."""
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None:
+        return mask.long()
+    length = getattr(generation_config, "_mask_length", input_ids.shape[1])
+    return input_ids.new_ones(len(input_ids), length)
+
+
+def with_pard(target: PreTrainedModel) -> PreTrainedModel:
+    """Give a live model our `generate(assistant_model=draft)`, in place.
+
+    Weights, config, hooks and the class name stay as they are; [`without_pard`] takes it back. A model that already
+    has it is returned unchanged.
+
+    Args:
+        target ([`PreTrainedModel`]):
+            A decoder-only model that can generate.
+
+    Raises:
+        ValueError: The object is not a model of transformers that can generate.
+    """
+    if isinstance(target, PardGenerationMixin):
+        return target
+    if not isinstance(target, PreTrainedModel) or not isinstance(target, GenerationMixin):
+        raise ValueError(
+            f"Expected a transformers model that can generate, got `{type(target).__name__}`. Wrapped models (PEFT, "
+            "torch.compile) are to be unwrapped first, for example with `.get_base_model()`."
+        )
+    base: Any = type(target)
+    target.__class__ = pard_class(base)
+    return target
+
+
+def without_pard(target: PreTrainedModel) -> PreTrainedModel:
+    """Undo [`with_pard`], in place; a model without it is returned unchanged."""
+    if isinstance(target, PardGenerationMixin):
+        base = type(target).__bases__[-1]
+        if pard_class(base) is not type(target):
+            raise ValueError(
+                f"Expected a model that `with_pard` changed, got `{type(target).__name__}`, whose own class has the "
+                "mixin. Load the model under its base class instead."
+            )
+        target.__class__ = base
+    return target
+
+
+@cache
+def pard_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The subclass of `base` with the mixin, named as `base`: a saved config names its class."""
+    names = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "config_class": base.config_class,
+    }
+    return type(base.__name__, (PardGenerationMixin, base), names)

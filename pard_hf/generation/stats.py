@@ -1,0 +1,77 @@
+"""What a decoding run did, as counts and the formulas over them.
+
+Knows nothing but integers: no tensor, no model, no clock. Ratios are derived, never stored, so that the statistics of
+two runs merge by addition. Symbols: K = `num_assistant_tokens`, n = accepted draft tokens of a round.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+
+@dataclass(frozen=True)
+class DecodingStats:
+    """Counts over rounds; a round is one draft and one verify of one row, also when the verify is fused with prefill.
+
+    Args:
+        histogram (`tuple[int, ...]`, *optional*, defaults to `()`):
+            Entry `n` counts the rounds that accepted `n` draft tokens, the bonus token not counted. Accepted tokens
+            are counted after the cut at an end token or at `max_length`.
+        num_drafted (`int`, *optional*, defaults to 0):
+            Draft tokens that could still be accepted when they were proposed; near `max_length` fewer than K a round.
+    """
+
+    histogram: tuple[int, ...] = ()
+    num_drafted: int = 0
+
+    @property
+    def num_rounds(self) -> int:
+        return sum(self.histogram)
+
+    @property
+    def num_accepted(self) -> int:
+        return sum(n * rounds for n, rounds in enumerate(self.histogram))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens emitted by rounds, bonus tokens included."""
+        return self.num_accepted + self.num_rounds
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tau: mean tokens a round, bonus token included; in `[1, K + 1]`, 0 where no round ran."""
+        return self.num_tokens / self.num_rounds if self.num_rounds else 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Alpha: accepted over drafted tokens."""
+        return self.num_accepted / self.num_drafted if self.num_drafted else 0.0
+
+    @property
+    def position_acceptance(self) -> tuple[float, ...]:
+        """Entry `i - 1` is a_i: the share of rounds whose i-th draft token was accepted."""
+        return tuple(sum(self.histogram[i:]) / self.num_rounds for i in range(1, len(self.histogram)))
+
+    def __add__(self, other: DecodingStats) -> DecodingStats:
+        if not isinstance(other, DecodingStats):
+            return NotImplemented
+        pairs = zip_longest(self.histogram, other.histogram, fillvalue=0)
+        return DecodingStats(tuple(a + b for a, b in pairs), self.num_drafted + other.num_drafted)
+
+    def record(self, num_accepted: int, num_drafted: int) -> DecodingStats:
+        """Return these statistics with one more round."""
+        return self + DecodingStats((0,) * num_accepted + (1,), num_drafted)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Counts and ratios under the names used in JSON results."""
+        return {
+            "num_rounds": self.num_rounds,
+            "num_drafted": self.num_drafted,
+            "num_accepted": self.num_accepted,
+            "acceptance_length": round(self.acceptance_length, 4),
+            "acceptance_rate": round(self.acceptance_rate, 4),
+            "position_acceptance": [round(a, 4) for a in self.position_acceptance],
+            "histogram": list(self.histogram),
+        }

@@ -1,0 +1,1 @@
+"""Adapting an ordinary causal LM into a parallel draft model."""

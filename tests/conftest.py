@@ -1,0 +1,42 @@
+"""Tiny models made on the spot: no downloads, float32, seeded."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pard_hf import PardDraftModel
+
+TINY = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    # Large weights, or every model of this size says the same token for ever.
+    "initializer_range": 0.3,
+}
+
+
+def tiny_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**{**TINY, **changes})).eval()
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(1)
+
+
+@pytest.fixture
+def tiny_target() -> LlamaForCausalLM:
+    return tiny_llama()
+
+
+@pytest.fixture
+def tiny_draft() -> PardDraftModel:
+    return PardDraftModel.from_causal_lm(tiny_llama(seed=7), mask_token_id=99, num_assistant_tokens=5)

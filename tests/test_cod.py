@@ -1,0 +1,145 @@
+"""Which rows are kept, and that their packed forward is the inference forward."""
+
+import pytest
+import torch
+
+from pard_hf.training.cod import attention_mask, build_rows, keep_rows
+from pard_hf.training.data_collator import DataCollatorForPard
+
+MASK = 99
+
+
+def rows_of(is_label, **kwargs):
+    settings = {"num_draft_tokens": 5, "retention_rate": 0.7, "min_retention_rate": 0.2, **kwargs}
+    return keep_rows(torch.tensor(is_label, dtype=torch.bool), **settings)
+
+
+@pytest.mark.parametrize("length", [2, 3, 7, 40])
+@pytest.mark.parametrize("retention_rate", [0.3, 0.7, 1.0])
+def test_kept_chains_are_complete(length, retention_rate):
+    """A mask row can only be computed with every shallower row of its anchor."""
+    kept = set(zip(*(t.tolist() for t in rows_of([1] * length, retention_rate=retention_rate)), strict=True))
+
+    assert all((anchor, depth - 1) in kept for anchor, depth in kept if depth)
+    assert all(anchor >= 0 and anchor + depth + 1 < length for anchor, depth in kept if depth)
+
+
+def test_each_depth_keeps_its_share():
+    anchors, depths = rows_of([1] * 101, num_draft_tokens=8)
+
+    for depth in range(1, 8):
+        whole = 101 - depth - 1
+        assert (depths == depth).sum() == round(whole * max(0.7**depth, 0.2))
+    assert (depths == 0).sum() == 101
+
+
+def test_nothing_is_dropped_at_rate_one():
+    anchors, depths = rows_of([1] * 6, retention_rate=1.0)
+
+    mask_rows = {(a, d) for a, d in zip(anchors.tolist(), depths.tolist(), strict=True) if d}
+    assert mask_rows == {(a, d) for d in range(1, 5) for a in range(6) if a + d + 1 < 6}
+
+
+def test_only_rows_with_context_and_a_wanted_token_are_labelled():
+    """Prompt tokens (0) are read, never learned; the first anchor is the prompt's last token."""
+    ids, is_label = torch.arange(10, 18), torch.tensor([0, 0, 0, 1, 1, 1, 0, 1], dtype=torch.bool)
+
+    anchors, depths = keep_rows(is_label, 4, 1.0, 1.0)
+    rows = build_rows(ids, is_label, anchors, depths, MASK)
+
+    got = {
+        (a, d): label for a, d, label in zip(anchors.tolist(), depths.tolist(), rows["labels"].tolist(), strict=True)
+    }
+    learned = {row: label for row, label in got.items() if label != -100}
+    assert learned == {
+        (2, 0): 13, (3, 0): 14, (4, 0): 15, (6, 0): 17,
+        (2, 1): 14, (3, 1): 15,
+        (2, 2): 15,
+    }  # fmt: skip
+    assert all(a >= 2 for a, d in got if d)
+
+
+def test_attention_mask_follows_the_definition():
+    """Oracle written from the definition with plain loops, for odd sizes and padding rows."""
+    anchors, depths = rows_of([0, 0] + [1] * 11, num_draft_tokens=4)
+    anchors = torch.cat([anchors, torch.tensor([-1, -1])])
+    depths = torch.cat([depths, torch.tensor([0, 0])])
+    rows = list(zip(anchors.tolist(), depths.tolist(), strict=True))
+
+    expected = [
+        [(a < 0 and b < 0) or (a >= 0 and b >= 0 and ((e == 0 and b <= a) or (b == a and e <= d))) for b, e in rows]
+        for a, d in rows
+    ]
+
+    assert torch.equal(attention_mask(anchors, depths), torch.tensor(expected))
+
+
+def test_collated_batch_in_full():
+    collator = DataCollatorForPard(MASK, num_draft_tokens=2, retention_rate=1.0)
+
+    batch = collator([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9], "loss_mask": [0, 1]}])
+
+    assert batch["input_ids"].tolist() == [[5, 6, 7, MASK], [8, 9, 0, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 1], [0, 1, 0, 0]]
+    assert batch["labels"].tolist() == [[6, 7, -100, 7], [9, -100, -100, -100]]
+    assert torch.equal(batch["labels"], batch["shift_labels"])
+    assert batch["attention_mask"].shape == (2, 1, 4, 4)
+    assert batch["attention_mask"].any(-1).all()  # no row attends to nothing: that would be NaN
+
+
+def test_end_token_is_learned_even_where_it_pads():
+    batch = DataCollatorForPard(MASK, num_draft_tokens=1)([{"input_ids": [5, 2]}, {"input_ids": [5, 6, 7, 2]}])
+
+    assert batch["labels"].tolist() == [[2, -100, -100, -100], [6, 7, 2, -100]]
+
+
+def test_same_batch_drops_the_same_rows():
+    """A resumed run must be the same run."""
+    examples = [{"input_ids": list(range(50))}, {"input_ids": list(range(30, 60))}]
+    collator = DataCollatorForPard(MASK, seed=3)
+
+    first, again = collator(examples), collator(examples)
+    other = DataCollatorForPard(MASK, seed=4)(examples)
+
+    assert torch.equal(first["position_ids"], again["position_ids"])
+    assert not torch.equal(first["position_ids"], other["position_ids"])
+
+
+@pytest.mark.parametrize("example", [{"input_ids": [5]}, {"input_ids": [5, 6], "loss_mask": [1]}])
+def test_unusable_example_is_refused(example):
+    with pytest.raises(ValueError, match="at least 2 tokens"):
+        DataCollatorForPard(MASK)([example])
+
+
+def test_packed_forward_is_the_inference_forward(tiny_draft):
+    """At every kept row the packed training forward gives the logits that drafting gives there."""
+    ids = torch.randint(3, 90, (1, 9))
+    collator = DataCollatorForPard(tiny_draft.mask_token_id, num_draft_tokens=5)
+    batch = collator([{"input_ids": ids[0].tolist()}, {"input_ids": list(range(3, 18))}])
+    anchors, depths = keep_rows(torch.tensor([0] + [1] * 8, dtype=torch.bool), 5, 1.0, 1.0)
+    rows = build_rows(ids[0], torch.ones(9, dtype=torch.bool), anchors, depths, tiny_draft.mask_token_id)
+
+    with torch.no_grad():
+        packed = tiny_draft(
+            input_ids=rows["input_ids"][None],
+            position_ids=rows["position_ids"][None],
+            attention_mask=attention_mask(anchors, depths)[None, None],
+        ).logits[0]
+
+    for row, (anchor, depth) in enumerate(zip(anchors.tolist(), depths.tolist(), strict=True)):
+        drafted = tiny_draft.draft(ids[:, : anchor + 1], num_assistant_tokens=depth + 1)[0, depth]
+        expected = tiny_draft.proposal_scores(packed[row])
+        torch.testing.assert_close(drafted, expected, atol=1e-5, rtol=1e-5)
+    assert batch["attention_mask"].dtype == torch.bool
+
+
+def test_loss_is_the_mean_over_kept_labels(tiny_draft):
+    """The host's loss on collated rows equals cross-entropy computed by hand."""
+    batch = DataCollatorForPard(tiny_draft.mask_token_id)(
+        [{"input_ids": list(range(3, 30))}, {"input_ids": [4, 5, 6]}]
+    )
+
+    output = tiny_draft(**batch)
+
+    by_hand = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), batch["labels"].flatten())
+    torch.testing.assert_close(output.loss, by_hand)
