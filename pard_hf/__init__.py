@@ -5,17 +5,36 @@
 >>> with_pard(target).generate(**inputs, assistant_model=draft)
 """
 
+from importlib import import_module
+from typing import Any
+
 from .draft_model import PardDraftModel
 from .generation.candidate_generator import PardCandidateGenerator
 from .generation.mixin import PardGenerateOutput, PardGenerationMixin, with_pard, without_pard
 from .generation.stats import DecodingStats
 
+# Training needs the host's Trainer, whose import alone takes seconds: only when asked for.
+LAZY = {
+    "DataCollatorForPard": ".training.data_collator",
+    "PardTrainer": ".training.trainer",
+    "PardTrainingArguments": ".training.trainer",
+}
+
 __all__ = [
+    "DataCollatorForPard",
     "DecodingStats",
     "PardCandidateGenerator",
     "PardDraftModel",
     "PardGenerateOutput",
     "PardGenerationMixin",
+    "PardTrainer",
+    "PardTrainingArguments",
     "with_pard",
     "without_pard",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in LAZY:
+        return getattr(import_module(LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -125,6 +125,10 @@ class PardDraftModel(PreTrainedModel):
         """K, proposals a round, unless the call says otherwise."""
         return self.generation_config.num_assistant_tokens
 
+    def readable(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Replace ids beyond the draft's vocabulary, which a target with more padding rows may say, by mask tokens."""
+        return torch.where(input_ids < self.config.get_text_config().vocab_size, input_ids, self.mask_token_id)
+
     def proposal_scores(self, logits: torch.Tensor, vocab_size: int | None = None) -> torch.Tensor:
         """Make draft logits comparable with a target's: no mask token, `vocab_size` columns.
 
@@ -181,7 +185,7 @@ class PardDraftModel(PreTrainedModel):
         )
         positions = (visible.cumsum(-1) - 1).clamp(min=0, max=num_positions(self.config) - 1)
         output = self(
-            input_ids=torch.cat([input_ids[:, num_past:], masks], dim=1),
+            input_ids=self.readable(torch.cat([input_ids[:, num_past:], masks], dim=1)),
             attention_mask=None if bool(visible.all()) else visible,
             position_ids=positions[:, num_past:],
             past_key_values=past_key_values,

@@ -1,4 +1,4 @@
-"""Make the bundled pair from permissively licensed text: tokenizer, target, answers, draft.
+"""Make the bundled pair from permissively licensed text: tokenizer, target, its answers, draft.
 
     make bundled-pair DATA=../shared/data/train
 
@@ -31,15 +31,32 @@ from transformers import (
     set_seed,
 )
 
+from pard_hf import PardDraftModel, PardTrainer, PardTrainingArguments
+from pard_hf.training.data import read_rows as read_answers
+from pard_hf.training.data import tokenize_rows, write_answers
+
 # Rows of the padded vocabulary above the tokenizer's last id; the first of them is the draft's mask token.
 VOCAB_SIZE, TOKENIZER_SIZE = 2048, 2040
 MAX_ROW_TOKENS = 448
-# How often a file's rows are seen for each pass over the mix, and the longest prompt (in characters) worth a slot.
+TARGET = {"hidden_size": 160, "intermediate_size": 416, "num_hidden_layers": 12, "num_attention_heads": 5}
+DRAFT = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 3}
+NUM_ASSISTANT_TOKENS = 8
+# How often a file's rows are seen for each pass over the mix.
 MIX = {"math_gsm8k": 3, "code_functions": 2, "code_leetcode": 1, "code_instruct": 1}
+TRAINER = {
+    "save_steps": 200,
+    "save_total_limit": 1,
+    "logging_steps": 20,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "max_grad_norm": 1.0,
+    "use_cpu": True,
+}
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ eos_token }}{% endgeneration %}"
-    "{% elif not message['content'].endswith('\\n') %}{{ '\\n' }}{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
+    "{% else %}{{ message['content'] }}{% if not message['content'].endswith('\\n') %}{{ '\\n' }}{% endif %}"
+    "{% endif %}{% endfor %}"
 )
 
 
@@ -114,6 +131,12 @@ class Muon(torch.optim.Optimizer):
         self.adam = torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
         super().__init__([{"params": matrices, "lr": lr}, {"params": others, "lr": adam_lr}], {})
 
+    @classmethod
+    def for_model(cls, model: torch.nn.Module, lr: float, adam_lr: float) -> Muon:
+        named = list(model.named_parameters())
+        matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
+        return cls(matrices, [p for name, p in named if p.ndim != 2 or "embed" in name], lr, adam_lr)
+
     @torch.no_grad()
     def step(self, closure=None):  # type: ignore[override]
         matrices, others = self.param_groups
@@ -161,7 +184,8 @@ def collate(rows: list[dict[str, list[int]]], pad_token_id: int) -> dict[str, to
     return {"input_ids": ids, "labels": labels}
 
 
-def train_target(data: Path, tokenizer_dir: Path, out: Path, steps: int) -> None:
+def pretrain(data: Path, tokenizer_dir: Path, out: Path, shape: dict[str, int], steps: int) -> None:
+    """Ordinary language modeling of the mix, from nothing."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
     rows = encode_rows(data, tokenizer)
     random.Random(0).shuffle(rows)
@@ -169,12 +193,9 @@ def train_target(data: Path, tokenizer_dir: Path, out: Path, steps: int) -> None
     set_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
+            **shape,
             vocab_size=VOCAB_SIZE,
-            hidden_size=160,
-            intermediate_size=416,
-            num_hidden_layers=12,
-            num_attention_heads=5,
-            num_key_value_heads=5,
+            num_key_value_heads=shape["num_attention_heads"],
             max_position_embeddings=2048,
             tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,
@@ -183,9 +204,7 @@ def train_target(data: Path, tokenizer_dir: Path, out: Path, steps: int) -> None
         )
     )
     print(f"{model.num_parameters() / 1e6:.2f} M parameters", flush=True)
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    optimizer = Muon(matrices, others, lr=0.02, adam_lr=4e-3)
+    optimizer = Muon.for_model(model, lr=0.02, adam_lr=4e-3)
     trainer = Trainer(
         model,
         TrainingArguments(
@@ -193,14 +212,8 @@ def train_target(data: Path, tokenizer_dir: Path, out: Path, steps: int) -> None
             max_steps=steps,
             per_device_train_batch_size=16,
             train_sampling_strategy="group_by_length",
-            save_steps=200,
-            save_total_limit=1,
-            logging_steps=20,
             remove_unused_columns=False,
-            report_to="none",
-            disable_tqdm=True,
-            max_grad_norm=1.0,
-            use_cpu=True,
+            **TRAINER,
         ),
         data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
         train_dataset=[{"input_ids": ids} for ids in rows],
@@ -211,17 +224,143 @@ def train_target(data: Path, tokenizer_dir: Path, out: Path, steps: int) -> None
     tokenizer.save_pretrained(out)
 
 
+def repeats(answer: list[int], size: int = 4) -> list[bool]:
+    """Mark each token that completes an n-gram said before in the same answer."""
+    seen: set[tuple[int, ...]] = set()
+    marks = []
+    for end in range(1, len(answer) + 1):
+        gram = tuple(answer[max(end - size, 0) : end])
+        marks.append(len(gram) == size and gram in seen)
+        seen.add(gram)
+    return marks
+
+
+def answer_prompts(model: LlamaForCausalLM, prompts: list[list[int]], pad: int, end: int, new_tokens: int):
+    """Greedy answers; returns padded sequences and, for each, the columns where its answer starts and ends."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])
+    mask = (ids != pad).long()
+    sequences = model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False)
+    answers = [row[: row.index(end) + 1] if end in row else row for row in sequences[:, longest:].tolist()]
+    mask = torch.cat([mask, mask.new_ones(len(ids), sequences.shape[1] - longest)], dim=1)
+    return sequences, mask, longest, answers
+
+
+def unloop_target(data: Path, start: Path, out: Path, steps: int) -> None:
+    """Unlikelihood training on the target's own greedy answers: tokens that repeat an n-gram become less likely.
+
+    https://huggingface.co/papers/1908.04319, sequence level. Loops look like high acceptance and say nothing.
+    """
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
+    model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    rows: dict[str, list[tuple[list[int], list[int]]]] = {}
+    for name in ("code_functions", "math_gsm8k"):
+        encoded = [
+            tuple(tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts_of(row))
+            for row in read_rows(data / f"{name}.jsonl.gz")
+        ]
+        rows[name] = [
+            ([tokenizer.bos_token_id, *prompt], answer + [end])
+            for prompt, answer in encoded
+            if len(prompt) <= 192 and len(prompt) + len(answer) < MAX_ROW_TOKENS
+        ]
+    optimizer = Muon.for_model(model, lr=2e-3, adam_lr=4e-4)
+    schedule = get_linear_schedule_with_warmup(optimizer, 5, steps)
+    chance = random.Random(1)
+    for step in range(steps):
+        picked = chance.sample(rows["code_functions"], 28) + chance.sample(rows["math_gsm8k"], 12)
+        model.eval()
+        sequences, mask, longest, answers = answer_prompts(model, [p for p, _ in picked], pad, end, 112)
+        model.train()
+        marks = torch.zeros(sequences.shape, dtype=torch.bool)
+        for row, answer in enumerate(answers):
+            marks[row, longest : longest + len(answer)] = torch.tensor(repeats(answer))
+        loss = torch.zeros(())
+        share = marks.sum().item() / max(sum(len(answer) for answer in answers), 1)
+        if marks.any():
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+            looping = marks.any(-1)
+            logits = model(
+                input_ids=sequences[looping], attention_mask=mask[looping], position_ids=positions[looping]
+            ).logits[:, :-1]
+            said = logits.log_softmax(-1).gather(-1, sequences[looping][:, 1:, None]).squeeze(-1)
+            unlikely = -torch.log1p(-said.exp().clamp(max=1 - 1e-5))
+            loss = unlikely[marks[looping][:, 1:]].mean()
+            loss.backward()
+        batch = collate([{"input_ids": p + a} for p, a in chance.sample(picked, 16)], pad)
+        likely = model(**batch).loss
+        likely.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        model.zero_grad()
+        print(f"step {step} repeated {share:.3f} unlikelihood {loss:.3f} loss {likely:.3f}", flush=True)
+        if (step + 1) % 20 == 0:
+            model.save_pretrained(out / "checkpoint")
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def answer_training_prompts(data: Path, target_dir: Path, out: Path) -> None:
+    """What the draft is trained on: the target's own greedy answers to the training prompts."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(target_dir)
+    target = LlamaForCausalLM.from_pretrained(target_dir, dtype=torch.float32).eval()
+    prompts = [
+        row["prompt"]
+        for name in ("math_gsm8k", "code_functions")
+        for row in read_rows(data / f"{name}.jsonl.gz")
+        if len(tokenizer(row["prompt"])["input_ids"]) <= 224
+    ]
+    random.Random(0).shuffle(prompts)
+    write_answers(target, tokenizer, prompts, out, batch_size=96, max_new_tokens=128, do_sample=False)
+
+
+def adapt_draft(answers: Path, start: Path, out: Path, steps: int) -> None:
+    """Adapt a small causal LM into the draft, on the target's answers."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
+    rows = tokenize_rows(tokenizer, read_answers(answers), MAX_ROW_TOKENS, skip_bad_rows=True)
+    base = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
+    draft = PardDraftModel.from_causal_lm(base, TOKENIZER_SIZE, NUM_ASSISTANT_TOKENS)
+    optimizer = Muon.for_model(draft, lr=0.01, adam_lr=2e-3)
+    arguments = PardTrainingArguments(
+        str(out / "checkpoints"),
+        num_draft_tokens=NUM_ASSISTANT_TOKENS,
+        max_steps=steps,
+        per_device_train_batch_size=16,
+        train_sampling_strategy="group_by_length",
+        **TRAINER,
+    )
+    schedule = get_linear_schedule_with_warmup(optimizer, 40, steps)
+    trainer = PardTrainer(draft, arguments, train_dataset=rows, optimizers=(optimizer, schedule))
+    trainer.train(resume_from_checkpoint=any(out.glob("checkpoints/checkpoint-*")) or None)
+    draft.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with the training text (*.jsonl.gz)")
     parser.add_argument("--work", type=Path, default=Path("bundled-pair"), help="where stages leave their results")
-    parser.add_argument("--target-steps", type=int, default=2400)
+    parser.add_argument("--target-steps", type=int, default=2400, help="optimizer steps of language modeling")
+    parser.add_argument("--unloop-steps", type=int, default=120, help="optimizer steps against repetition")
+    parser.add_argument("--draft-base-steps", type=int, default=1200, help="language modeling of the draft's base")
+    parser.add_argument("--draft-steps", type=int, default=3000, help="adaptation of the draft")
     args = parser.parse_args()
     tokenizer_dir, target_dir = args.work / "tokenizer", args.work / "target"
     if not (tokenizer_dir / "tokenizer.json").exists():
         train_tokenizer(args.data, tokenizer_dir)
     if not (target_dir / "model.safetensors").exists():
-        train_target(args.data, tokenizer_dir, target_dir, args.target_steps)
+        pretrain(args.data, tokenizer_dir, target_dir, TARGET, args.target_steps)
+    unlooped_dir = args.work / "target-unlooped"
+    if not (unlooped_dir / "model.safetensors").exists():
+        unloop_target(args.data, target_dir, unlooped_dir, args.unloop_steps)
+    base_dir, answers, draft_dir = args.work / "draft-base", args.work / "answers.jsonl", args.work / "draft"
+    if not (base_dir / "model.safetensors").exists():
+        pretrain(args.data, tokenizer_dir, base_dir, DRAFT, args.draft_base_steps)
+    answer_training_prompts(args.data, unlooped_dir, answers)
+    if not (draft_dir / "model.safetensors").exists():
+        adapt_draft(answers, base_dir, draft_dir, args.draft_steps)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pard_hf import PardDraftModel
 
@@ -27,6 +28,10 @@ def tiny_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**{**TINY, **changes})).eval()
 
 
+# Tiny matrices: a second thread costs more than it gives, and tests may share the machine.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(1)
@@ -40,3 +45,15 @@ def tiny_target() -> LlamaForCausalLM:
 @pytest.fixture
 def tiny_draft() -> PardDraftModel:
     return PardDraftModel.from_causal_lm(tiny_llama(seed=7), mask_token_id=99, num_assistant_tokens=5)
+
+
+@pytest.fixture
+def bundled_like_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character, as many ids as the tiny models have."""
+    alphabet = ["<pad>", "<s>", "</s>", *(chr(ord("!") + i) for i in range(94)), "é", "ß", "ø"]
+    tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(alphabet)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
+    )

@@ -159,7 +159,7 @@ class PardDecoder:
             index.to(device),
             max(self.host_lengths) + num_drafts - 1,
             num_drafts,
-            input_ids=torch.cat([ids, masks], dim=1).to(device),
+            input_ids=model.readable(torch.cat([ids, masks], dim=1)).to(device),
         )
         vocab_size = self.target.model.config.get_text_config().vocab_size
         scores = model.proposal_scores(logits, vocab_size).to(self.tokens.device)

@@ -1,0 +1,1 @@
+"""Measuring drafts: prompts and what a run of them shows."""

@@ -1,0 +1,137 @@
+"""Tiny targets of many families, drafts of every quality, and ragged prompts."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from pard_hf import PardDraftModel
+
+VOCAB_SIZE, MASK_TOKEN_ID = 100, 99
+COMMON = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    # Large weights, or every model of this size says the same token for ever.
+    "initializer_range": 0.25,
+}
+# The window is shorter than every text of the tests.
+WINDOW = {"sliding_window": 9}
+MIXED = {**WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+GPT2 = {
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 128,
+    "vocab_size": VOCAB_SIZE,
+    "initializer_range": 0.25,
+}
+FAMILIES = {
+    "llama": (LlamaForCausalLM, LlamaConfig, COMMON),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, COMMON),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, COMMON),
+    "mistral": (MistralForCausalLM, MistralConfig, {**COMMON, **WINDOW}),
+    "gemma2": (Gemma2ForCausalLM, Gemma2Config, {**COMMON, **MIXED, "query_pre_attn_scalar": 8}),
+    "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, {**COMMON, **MIXED, "query_pre_attn_scalar": 8}),
+    "gpt2": (GPT2LMHeadModel, GPT2Config, {**GPT2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}),
+    "qwen3_moe": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig,
+        {**COMMON, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1},
+    ),
+}
+
+
+def make_model(family: str, seed: int = 0, **changes) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    model_class, config_class, settings = FAMILIES[family]
+    model = model_class(config_class(**{**settings, **changes})).eval()
+    # No end token unless a test chooses one: every text has its full length.
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def make_draft(model: PreTrainedModel, num_assistant_tokens: int = 5) -> PardDraftModel:
+    return PardDraftModel.from_causal_lm(model, MASK_TOKEN_ID, num_assistant_tokens)
+
+
+class ScriptedLM(LlamaForCausalLM):
+    """Proposes a given text, and from the proposal at `first_miss` on something else.
+
+    `script[row]` is the row's text without padding. A real model underneath keeps the cache as a draft's would be.
+    """
+
+    script: list[list[int]]
+    first_miss: int
+
+    def forward(self, input_ids=None, position_ids=None, logits_to_keep=0, **kwargs):
+        output = super().forward(input_ids=input_ids, position_ids=position_ids, logits_to_keep=0, **kwargs)
+        logits = torch.full_like(output.logits, -10.0)
+        is_mask = input_ids == self.config.pard_token
+        depths = is_mask.long().cumsum(-1)
+        for row in range(len(input_ids)):
+            text = self.script[row]
+            for column in range(input_ids.shape[1]):
+                following = int(position_ids[row % len(position_ids), column]) + 1
+                token = text[following] if following < len(text) else 3
+                if depths[row, column] >= self.first_miss:
+                    token = 3 + (token - 2) % (MASK_TOKEN_ID - 3)
+                logits[row, column, token] = 10.0
+        output.logits = logits[:, -logits_to_keep:] if logits_to_keep else logits
+        return output
+
+
+def make_scripted_draft(script: list[list[int]], first_miss: int, num_assistant_tokens: int = 5) -> PardDraftModel:
+    torch.manual_seed(3)
+    draft = make_draft(ScriptedLM(LlamaConfig(**COMMON)).eval(), num_assistant_tokens)
+    draft.script, draft.first_miss = script, first_miss
+    return draft
+
+
+def make_self_draft(target: PreTrainedModel, num_assistant_tokens: int = 5) -> PardDraftModel:
+    return make_draft(copy.deepcopy(target), num_assistant_tokens)
+
+
+def make_prompts(batch_size: int, longest: int = 18) -> dict[str, torch.Tensor]:
+    """Left-padded prompts of different lengths, the shortest a single token where the batch allows."""
+    generator = torch.Generator().manual_seed(batch_size)
+    ids = torch.randint(3, MASK_TOKEN_ID, (batch_size, longest), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(1, batch_size):
+        mask[row, : (longest - 1) * row // max(batch_size - 1, 1)] = 0
+    return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+
+
+def texts_of(sequences: torch.Tensor, attention_mask: torch.Tensor) -> list[list[int]]:
+    """Rows without their left padding."""
+    num_padding = (attention_mask == 0).sum(-1).tolist()
+    return [row[start:] for row, start in zip(sequences.tolist(), num_padding, strict=True)]

@@ -1,0 +1,460 @@
+"""Everything plain `generate` honours is honoured mid-block, and what cannot be served is refused in words."""
+
+import pytest
+import torch
+from families import make_draft, make_model, make_prompts, make_scripted_draft, make_self_draft, texts_of
+from transformers import (
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StaticCache,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from pard_hf import PardGenerateOutput, PardGenerationMixin, with_pard, without_pard
+
+NEW_TOKENS = 24
+
+
+def compare(target, draft, prompts, **kwargs):
+    """Plain output and ours, both as dicts, of the same greedy or sampled call."""
+    kwargs = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "return_dict_in_generate": True, **kwargs}
+    torch.manual_seed(5)
+    expected = without_pard(target).generate(**prompts, **kwargs)
+    torch.manual_seed(5)
+    got = with_pard(target).generate(**prompts, **kwargs, assistant_model=draft)
+    return expected, got
+
+
+def right_draft(target, prompts, first_miss=5, **kwargs):
+    free = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False, **kwargs)
+    return make_scripted_draft(texts_of(free, prompts["attention_mask"]), first_miss)
+
+
+PROCESSOR_ARGUMENTS = [
+    {"repetition_penalty": 1.4},
+    {"no_repeat_ngram_size": 2},
+    {"bad_words_ids": [[5], [7, 8]]},
+    {"min_new_tokens": 9, "eos_token_id": list(range(3, 60))},
+    {"min_length": 25, "eos_token_id": list(range(3, 60))},
+    {"forced_eos_token_id": 4},
+    {"suppress_tokens": [10, 11, 12]},
+    {"begin_suppress_tokens": [10, 11]},
+    {"sequence_bias": [[[20], 4.0], [[21, 22], 6.0]]},
+    {"exponential_decay_length_penalty": (4, 1.5), "eos_token_id": 9},
+    {"encoder_repetition_penalty": 1.3},
+    {"remove_invalid_values": True},
+    {"renormalize_logits": True},
+    {"guidance_scale": 1.4},
+    {"prefix_allowed_tokens_fn": lambda row, ids: list(range(3 + row * 5, 60))},
+]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("arguments", PROCESSOR_ARGUMENTS, ids=lambda a: next(iter(a)))
+def test_every_processor_argument(arguments, batch_size):
+    target, prompts = make_model("llama"), make_prompts(batch_size)
+    draft = right_draft(target, prompts)
+
+    expected, got = compare(target, draft, prompts, **arguments)
+
+    assert torch.equal(got.sequences, expected.sequences)
+
+
+class CountingProcessor(LogitsProcessor):
+    """Looks at the number of its calls and at the whole batch, as no block-wise call could imitate."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, input_ids, scores):
+        self.calls += 1
+        return scores.index_fill(1, (input_ids[:, -1].sum() + torch.arange(self.calls)) % 90, -torch.inf)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_stateful_processor_sees_the_calls_of_plain_generate(batch_size):
+    target, prompts = make_model("llama"), make_prompts(batch_size)
+    draft = right_draft(target, prompts)
+    plain = without_pard(target).generate(
+        **prompts,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        logits_processor=LogitsProcessorList([CountingProcessor()]),
+    )
+
+    got = with_pard(target).generate(
+        **prompts,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        assistant_model=draft,
+        logits_processor=LogitsProcessorList([CountingProcessor()]),
+    )
+
+    assert torch.equal(got, plain)
+
+
+class StopAfterToken(StoppingCriteria):
+    """Ends a row one token after any of `tokens`: neither an end token nor a length."""
+
+    def __init__(self, tokens):
+        self.tokens = torch.tensor(tokens)
+
+    def __call__(self, input_ids, scores, **kwargs):
+        if input_ids.shape[1] < 20:
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+        return torch.isin(input_ids[:, -2], self.tokens)
+
+
+@pytest.mark.parametrize("eos_token_id", [None, 4])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_custom_criteria_end_where_plain_ends(batch_size, eos_token_id):
+    target, prompts = make_model("llama"), make_prompts(batch_size)
+    draft = right_draft(target, prompts)
+    free = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
+    criteria = StoppingCriteriaList([StopAfterToken(free[:, 25].tolist())])
+
+    expected, got = compare(target, draft, prompts, stopping_criteria=criteria, eos_token_id=eos_token_id)
+
+    assert torch.equal(got.sequences, expected.sequences)
+    assert expected.sequences.shape[1] < 18 + NEW_TOKENS
+
+
+def test_own_max_length_criterion_counts():
+    target, prompts = make_model("llama"), make_prompts(1)
+    draft = right_draft(target, prompts)
+
+    expected, got = compare(
+        target, draft, prompts, stopping_criteria=StoppingCriteriaList([MaxLengthCriteria(max_length=27)])
+    )
+
+    assert torch.equal(got.sequences, expected.sequences)
+    assert got.sequences.shape[1] == 27
+
+
+def test_max_time_stops():
+    target, prompts = make_model("llama"), make_prompts(1)
+    draft = make_self_draft(target)
+
+    got = with_pard(target).generate(
+        **prompts, max_new_tokens=100, do_sample=False, assistant_model=draft, max_time=0.0
+    )
+
+    assert got.shape[1] == 18 + 1
+
+
+def test_stop_strings(bundled_like_tokenizer):
+    """Always an error in the stock loop; here text ends with the very token that completes the string."""
+    tokenizer = bundled_like_tokenizer
+    target, prompts = make_model("llama"), make_prompts(1)
+    draft = right_draft(target, prompts)
+    free = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
+    stop = tokenizer.decode(free[0, 26:28])
+
+    expected, got = compare(target, draft, prompts, stop_strings=[stop], tokenizer=tokenizer)
+
+    assert torch.equal(got.sequences, expected.sequences)
+    assert got.sequences.shape[1] <= 28
+
+
+class RecordingStreamer:
+    def __init__(self):
+        self.puts, self.ended = [], 0
+
+    def put(self, value):
+        self.puts.append(value.tolist())
+
+    def end(self):
+        self.ended += 1
+
+
+@pytest.mark.parametrize("arguments", [{}, {"repetition_penalty": 1.2}])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_streamer_gets_what_plain_generate_puts(batch_size, arguments):
+    target, prompts = make_model("llama"), make_prompts(batch_size)
+    draft = right_draft(target, prompts, first_miss=3)
+    plain, ours = RecordingStreamer(), RecordingStreamer()
+
+    without_pard(target).generate(**prompts, max_new_tokens=9, do_sample=False, streamer=plain, **arguments)
+    with_pard(target).generate(
+        **prompts, max_new_tokens=9, do_sample=False, streamer=ours, assistant_model=draft, **arguments
+    )
+
+    assert ours.puts == plain.puts
+    assert ours.ended == plain.ended == 1
+
+
+@pytest.mark.parametrize("arguments", [{}, {"no_repeat_ngram_size": 3}])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_scores_and_logits(batch_size, arguments):
+    target, prompts = make_model("llama"), make_prompts(batch_size)
+    draft = right_draft(target, prompts, first_miss=3)
+
+    expected, got = compare(target, draft, prompts, output_scores=True, output_logits=True, **arguments)
+
+    assert isinstance(got, PardGenerateOutput)
+    for name in ("scores", "logits"):
+        ours, plain = getattr(got, name), getattr(expected, name)
+        assert len(ours) == len(plain) == NEW_TOKENS
+        torch.testing.assert_close(torch.stack(ours), torch.stack(plain), atol=1e-4, rtol=1e-4)
+
+
+def test_num_return_sequences_and_call_count():
+    target, prompts = make_model("llama"), make_prompts(2)
+    draft = make_self_draft(target)
+
+    output = with_pard(target).generate(
+        **prompts,
+        max_new_tokens=8,
+        do_sample=True,
+        num_return_sequences=3,
+        assistant_model=draft,
+        num_assistant_tokens=2,
+        return_dict_in_generate=True,
+    )
+
+    assert output.sequences.shape == (6, 26)
+    assert len(output.stats.histogram) == 3  # 0, 1 or 2 accepted: the call's K, not the draft's 5
+    assert draft.num_assistant_tokens == 5
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+def test_second_turn_goes_on_from_an_earlier_cache(family, batch_size):
+    """The stock loop gets this wrong: whole conversations come back with the cache of the turn before."""
+    target, prompts = make_model(family), make_prompts(batch_size)
+    draft = make_self_draft(target)
+    expected, got = compare(target, draft, prompts, max_new_tokens=7)
+    turn = torch.randint(3, 90, (batch_size, 5))
+    mask = torch.cat([prompts["attention_mask"], torch.ones(batch_size, 12, dtype=torch.long)], dim=1)
+    second = {"input_ids": torch.cat([got.sequences, turn], dim=1), "attention_mask": mask}
+
+    plain = without_pard(target).generate(
+        **second, past_key_values=expected.past_key_values, max_new_tokens=NEW_TOKENS, do_sample=False
+    )
+    ours = with_pard(target).generate(
+        **second,
+        past_key_values=got.past_key_values,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        assistant_model=draft,
+    )
+
+    assert torch.equal(ours, plain)
+    # The caller's cache was extended in place, as plain `generate` does.
+    assert got.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length() == second["input_ids"].shape[1] + NEW_TOKENS - 1  # fmt: skip
+
+
+def test_cache_of_rows_that_ended_early_is_whole():
+    """A row that ended while others went on has its end token in the cache it hands on."""
+    target, prompts = make_model("llama"), make_prompts(3)
+    draft = make_self_draft(target)
+    free = target.generate(**prompts, max_new_tokens=12, do_sample=False)
+    expected, got = compare(target, draft, prompts, max_new_tokens=12, eos_token_id=int(free[0, 21]))
+    turn = torch.randint(3, 90, (3, 4))
+    lengths = [
+        row.index(int(free[0, 21])) + 1 if int(free[0, 21]) in row else 12 for row in got.sequences[:, 18:].tolist()
+    ]
+    new = torch.tensor([[int(i < n) for i in range(got.sequences.shape[1] - 18)] for n in lengths])
+    mask = torch.cat([prompts["attention_mask"], new, torch.ones_like(turn)], dim=1)
+    second = {"input_ids": torch.cat([got.sequences, turn], dim=1), "attention_mask": mask}
+
+    plain = without_pard(target).generate(
+        **second, past_key_values=expected.past_key_values, max_new_tokens=9, do_sample=False
+    )
+    ours = with_pard(target).generate(
+        **second, past_key_values=got.past_key_values, max_new_tokens=9, do_sample=False, assistant_model=draft
+    )
+
+    assert min(lengths) < 12
+    assert torch.equal(ours, plain)
+
+
+def test_new_ids_only_after_a_cache():
+    target, prompts = make_model("llama"), make_prompts(1)
+    draft = make_self_draft(target)
+    expected, got = compare(target, draft, prompts, max_new_tokens=7)
+    # The last token of turn one is not in the cache yet, so it is the first of the new ids.
+    new = torch.cat([got.sequences[:, -1:], torch.randint(3, 90, (1, 5))], dim=1)
+    mask = torch.ones(1, 24 + 6, dtype=torch.long)
+
+    plain = without_pard(target).generate(
+        new, attention_mask=mask, past_key_values=expected.past_key_values, max_new_tokens=NEW_TOKENS, do_sample=False
+    )
+    ours = with_pard(target).generate(
+        new,
+        attention_mask=mask,
+        past_key_values=got.past_key_values,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        assistant_model=draft,
+    )
+
+    assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_inputs_embeds(batch_size):
+    target, prompts = make_model("llama"), make_prompts(batch_size)
+    draft = make_self_draft(target)
+    embeds = {
+        "inputs_embeds": target.get_input_embeddings()(prompts["input_ids"]),
+        "attention_mask": prompts["attention_mask"],
+    }
+
+    expected, got = compare(target, draft, embeds)
+
+    assert torch.equal(got.sequences, expected.sequences)
+    assert got.stats.num_rounds > 0
+
+
+@pytest.mark.parametrize("cache", ["static", "object"])
+def test_static_caches_do_no_harm(cache):
+    target, prompts = make_model("llama"), make_prompts(1)
+    draft = make_self_draft(target)
+    expected = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
+    given = {"cache_implementation": "static"}
+    if cache == "object":
+        given = {"past_key_values": StaticCache(config=target.config, max_cache_len=64)}
+
+    got = with_pard(target).generate(
+        **prompts, max_new_tokens=NEW_TOKENS, do_sample=False, assistant_model=draft, **given
+    )
+
+    assert torch.equal(got, expected)
+
+
+def test_hidden_states_come_from_the_stock_loop():
+    target, prompts = make_model("llama"), make_prompts(1)
+
+    expected, got = compare(target, make_self_draft(target), prompts, output_hidden_states=True)
+
+    assert torch.equal(got.sequences, expected.sequences)
+    assert len(got.hidden_states) == len(expected.hidden_states)
+    assert got.stats.num_rounds > 0
+
+
+def test_other_assistants_stay_stock():
+    target, prompts = make_model("llama"), make_prompts(1)
+    expected = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
+
+    got = with_pard(target).generate(
+        **prompts, max_new_tokens=NEW_TOKENS, do_sample=False, assistant_model=make_model("llama", seed=9)
+    )
+    looked_up = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False, prompt_lookup_num_tokens=3)
+
+    assert torch.equal(got, expected)
+    assert torch.equal(looked_up, expected)
+
+
+def test_with_pard_is_idempotent_and_reversible(tmp_path):
+    target = make_model("qwen2")
+    plain_class = type(target)
+
+    assert with_pard(target) is target
+    assert with_pard(target) is target
+    assert isinstance(target, PardGenerationMixin)
+    target.save_pretrained(tmp_path)
+    assert without_pard(target) is target
+    assert type(target) is plain_class
+    assert without_pard(target) is target
+    assert '"Qwen2ForCausalLM"' in (tmp_path / "config.json").read_text()
+
+
+def test_mixin_on_a_class():
+    model_class = type(make_model("llama"))
+
+    class MyModel(PardGenerationMixin, model_class):
+        pass
+
+    plain = make_model("llama")
+    mine = MyModel(plain.config).eval()
+    mine.load_state_dict(plain.state_dict())
+    mine.generation_config = plain.generation_config
+    prompts = make_prompts(3)
+
+    got = mine.generate(**prompts, max_new_tokens=9, do_sample=False, assistant_model=make_self_draft(plain))
+
+    assert torch.equal(got, plain.generate(**prompts, max_new_tokens=9, do_sample=False))
+    with pytest.raises(ValueError, match="own class has the mixin"):
+        without_pard(mine)
+
+
+def test_wrapped_objects_are_refused():
+    with pytest.raises(ValueError, match="can generate"):
+        with_pard(torch.nn.Linear(2, 2))
+
+
+def bad_calls():
+    right_padded = {
+        "input_ids": torch.tensor([[5, 6, 7], [5, 6, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
+    }
+    return {
+        "beams": ({"num_beams": 2}, "num_beams=1"),
+        "no cache": ({"use_cache": False}, "use_cache=True"),
+        "K of 0": ({"num_assistant_tokens": 0}, "at least 1"),
+        "K beyond the positions": ({"num_assistant_tokens": 128}, "128 positions"),
+        "text beyond the positions": ({"max_new_tokens": 500}, "128 positions of the target"),
+        "right padding": (right_padded, "left-padded"),
+        "unknown verification": ({"verification": "luck"}, "sample_and_match"),
+        "ratio test with a penalty": (
+            {"verification": "ratio_test", "do_sample": True, "repetition_penalty": 1.2},
+            "ignore the prefix",
+        ),
+        "ids and embeddings": ({"inputs_embeds": torch.zeros(1, 18, 32)}, "got both"),
+    }
+
+
+@pytest.mark.parametrize("name", bad_calls())
+def test_bad_calls_are_refused_and_change_nothing(name):
+    arguments, message = bad_calls()[name]
+    target, draft = with_pard(make_model("llama")), make_draft(make_model("llama", seed=4))
+    before = (str(target.config), str(target.generation_config), str(draft.config), str(draft.generation_config))
+
+    with pytest.raises(ValueError, match=message):
+        target.generate(**{**make_prompts(1), "max_new_tokens": 9, **arguments}, assistant_model=draft)
+
+    assert before == (
+        str(target.config),
+        str(target.generation_config),
+        str(draft.config),
+        str(draft.generation_config),
+    )
+
+
+def test_empty_prompt_is_refused():
+    target = with_pard(make_model("llama"))
+
+    with pytest.raises(ValueError, match="at least one token|at least 1"):
+        target.generate(torch.zeros(1, 0, dtype=torch.long), assistant_model=make_draft(make_model("llama", seed=4)))
+
+
+def test_cache_that_the_text_does_not_go_on_from_is_refused():
+    target, prompts = make_model("llama"), make_prompts(1)
+    draft = make_self_draft(target)
+    past = DynamicCache(config=target.config)
+    target(prompts["input_ids"], past_key_values=past)
+
+    with pytest.raises(ValueError, match="go on after the 18 cached tokens"):
+        with_pard(target).generate(**prompts, past_key_values=past, max_new_tokens=5, assistant_model=draft)
+    assert past.get_seq_length() == 18
+
+
+def test_padded_vocabulary_works_and_other_vocabularies_do_not():
+    """Qwen2.5 pads 151936 rows to 152064 in its larger models; a tenth of the vocabulary is another tokenizer."""
+    wide = make_model("llama", vocab_size=2100)
+    prompts = make_prompts(3)
+    expected = wide.generate(**prompts, max_new_tokens=9, do_sample=False)
+
+    for vocab_size in (2000, 2112):
+        draft = make_draft(make_model("llama", seed=4, vocab_size=vocab_size))
+        got = with_pard(wide).generate(**prompts, max_new_tokens=9, do_sample=False, assistant_model=draft)
+        assert torch.equal(got, expected)
+        wide.generate(**prompts, max_new_tokens=9, do_sample=True, verification="ratio_test", assistant_model=draft)
+    with pytest.raises(ValueError, match="share a tokenizer"):
+        wide.generate(**prompts, assistant_model=make_draft(make_model("llama", vocab_size=5000)))
+    with pytest.raises(ValueError, match="share a tokenizer"):
+        wide.generate(**prompts, assistant_model=make_draft(make_model("llama", vocab_size=100)))
