@@ -1,0 +1,147 @@
+"""A draft is an ordinary checkpoint: AMD's layout in, AMD's layout out."""
+
+import json
+
+import pytest
+import torch
+from families import make_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from pard_hf import PardDraftModel
+
+
+@pytest.fixture
+def amd_folder(tmp_path):
+    """What AMD's script writes: an ordinary directory with two more keys in its config."""
+    model = make_model("qwen2", seed=3)
+    model.config.pard_token, model.config.spd_type = 99, "pard"
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt2"])
+def test_live_model_becomes_a_draft_in_place(family):
+    model = make_model(family)
+    names = list(model.state_dict())
+
+    draft = PardDraftModel.from_causal_lm(model, mask_token_id=99)
+
+    assert draft is model
+    assert isinstance(draft, PardDraftModel)
+    assert isinstance(draft, PreTrainedModel)
+    assert list(draft.state_dict()) == names
+    assert (draft.mask_token_id, draft.num_assistant_tokens) == (99, 12)
+
+
+def test_loads_what_amd_writes(amd_folder):
+    draft = PardDraftModel.from_pretrained(amd_folder, dtype=torch.bfloat16, attn_implementation="eager")
+
+    assert isinstance(draft, PardDraftModel)
+    assert draft.mask_token_id == 99
+    assert draft.dtype == torch.bfloat16
+    assert draft.config._attn_implementation == "eager"
+    assert draft.num_assistant_tokens == 12
+
+
+def test_writes_what_engines_load(amd_folder, tmp_path):
+    """`pard_token` and `spd_type`, no other mask key, the base model's architecture and tensor names."""
+    out = tmp_path / "out"
+    draft = PardDraftModel.from_pretrained(amd_folder, num_assistant_tokens=6)
+    draft.save_pretrained(out)
+
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["Qwen2ForCausalLM"]
+    assert (config["pard_token"], config["spd_type"]) == (99, "pard")
+    assert not {"mask_token_id", "ptd_token_id", "dspark_noise_token_id", "dflash_config"} & config.keys()
+    generation = json.loads((out / "generation_config.json").read_text())
+    assert generation["num_assistant_tokens"] == 6
+    assert generation["num_assistant_tokens_schedule"] == "constant"
+    assert generation["assistant_confidence_threshold"] == 0.0
+    theirs, ours = load_file(amd_folder / "model.safetensors"), load_file(out / "model.safetensors")
+    assert theirs.keys() == ours.keys()
+    assert PardDraftModel.from_pretrained(out).num_assistant_tokens == 6
+    assert type(AutoModelForCausalLM.from_pretrained(out)).__name__ == "Qwen2ForCausalLM"
+
+
+def test_other_mask_keys_are_dropped():
+    """vLLM reads `mask_token_id` before `pard_token`: a stray one would win."""
+    model = make_model("llama")
+    model.config.mask_token_id = 5
+
+    assert "mask_token_id" not in PardDraftModel.from_causal_lm(model, 99).config.to_dict()
+
+
+def test_one_forward_gives_all_proposals(tiny_draft):
+    forwards = []
+    tiny_draft.register_forward_hook(lambda *_: forwards.append(1))
+
+    scores = tiny_draft.draft(torch.tensor([[5, 6, 7]]), num_assistant_tokens=4)
+
+    assert scores.shape == (1, 4, 100)
+    assert len(forwards) == 1
+    assert (scores[..., 99] == -torch.inf).all()
+
+
+def test_proposals_do_not_depend_on_padding_or_cache(tiny_draft):
+    """Left padding is invisible, and a cache over earlier tokens changes nothing."""
+    from transformers import DynamicCache
+
+    ids = torch.tensor([[5, 6, 7, 8]])
+    expected = tiny_draft.draft(ids)
+    padded = tiny_draft.draft(torch.tensor([[0, 0, 5, 6, 7, 8]]), torch.tensor([[0, 0, 1, 1, 1, 1]]))
+    cache = DynamicCache(config=tiny_draft.config)
+    tiny_draft.draft(ids[:, :2], past_key_values=cache)
+
+    assert cache.get_seq_length() == 2  # real tokens only
+    torch.testing.assert_close(padded, expected)
+    torch.testing.assert_close(tiny_draft.draft(ids, past_key_values=cache), expected)
+
+
+def test_plain_generate_of_a_draft_is_the_base_models(tiny_draft):
+    base = make_model("llama", seed=3)
+    ids = torch.tensor([[5, 6, 7]])
+    expected = base.generate(ids, max_new_tokens=8, do_sample=False)
+
+    draft = PardDraftModel.from_causal_lm(base, 99)
+
+    assert torch.equal(draft.generate(ids, max_new_tokens=8, do_sample=False), expected)
+
+
+def test_checkpoint_without_mask_token_is_refused(tmp_path):
+    make_model("llama").save_pretrained(tmp_path)
+
+    with pytest.raises(ValueError, match="has no `pard_token`"):
+        PardDraftModel.from_pretrained(tmp_path)
+    assert PardDraftModel.from_pretrained(tmp_path, mask_token_id=98).mask_token_id == 98
+
+
+@pytest.mark.parametrize("mask_token_id", [-1, 100, "99", None])
+def test_mask_token_outside_the_vocabulary_is_refused(mask_token_id):
+    model = make_model("llama")
+    before = str(model.config)
+
+    with pytest.raises(ValueError, match=r"an id in \[0, 100\)"):
+        PardDraftModel.from_causal_lm(model, mask_token_id)
+    assert str(model.config) == before
+    assert not isinstance(model, PardDraftModel)
+
+
+def test_pickled_weights_are_refused_unless_asked_for(amd_folder):
+    """Pickle can run code; the user has to ask for it."""
+    state = load_file(amd_folder / "model.safetensors")
+    (amd_folder / "model.safetensors").unlink()
+    torch.save(state, amd_folder / "pytorch_model.bin")
+
+    with pytest.raises(OSError, match="safetensors"):
+        PardDraftModel.from_pretrained(amd_folder)
+    assert PardDraftModel.from_pretrained(amd_folder, use_safetensors=False).mask_token_id == 99
+
+
+def test_encoder_decoder_is_refused():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    model = T5ForConditionalGeneration(T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+
+    with pytest.raises(ValueError, match="decoder-only"):
+        PardDraftModel.from_causal_lm(model, 19)
