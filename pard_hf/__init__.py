@@ -12,6 +12,7 @@ from .draft_model import PardDraftModel
 from .generation.candidate_generator import PardCandidateGenerator
 from .generation.mixin import PardGenerateOutput, PardGenerationMixin, with_pard, without_pard
 from .generation.stats import DecodingStats
+from .pair import bundled_pair, load_pair
 
 # Training needs the host's Trainer, whose import alone takes seconds: only when asked for.
 LAZY = {
@@ -29,6 +30,8 @@ __all__ = [
     "PardGenerationMixin",
     "PardTrainer",
     "PardTrainingArguments",
+    "bundled_pair",
+    "load_pair",
     "with_pard",
     "without_pard",
 ]

@@ -244,7 +244,8 @@ def test_second_turn_goes_on_from_an_earlier_cache(family, batch_size):
 
     assert torch.equal(ours, plain)
     # The caller's cache was extended in place, as plain `generate` does.
-    assert got.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length() == second["input_ids"].shape[1] + NEW_TOKENS - 1  # fmt: skip
+    whole = second["input_ids"].shape[1] + NEW_TOKENS - 1
+    assert got.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length() == whole
 
 
 def test_cache_of_rows_that_ended_early_is_whole():

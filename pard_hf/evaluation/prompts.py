@@ -14,7 +14,7 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[dict[str, A
     Raises:
         ValueError: A line is no JSON object with a `prompt`; the message names the line.
     """
-    prompts = []
+    prompts: list[dict[str, Any]] = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
         if len(prompts) == limit:
             break

@@ -36,8 +36,8 @@ def check_mode(target: PreTrainedModel, generation_config: GenerationConfig) -> 
         )
     if target._is_stateful:
         raise ValueError(
-            f"Expected a target whose cache can take back rejected tokens, got the recurrent `{type(target).__name__}`."
-            " Generate without `assistant_model`."
+            f"Expected a target whose cache can drop rejected tokens, got the recurrent `{type(target).__name__}`. "
+            "Generate without `assistant_model`."
         )
     if (generation_config.num_beams or 1) > 1:
         raise ValueError(

@@ -239,9 +239,15 @@ class PardDecoder:
         del self.noise[: emitted[0]]
         self.record(scores, logits, emitted)
         if self.request.streamer is not None:
-            for token in tokens[0, : emitted[0]].cpu():
-                self.request.streamer.put(token.unsqueeze(0))
+            for column, token in enumerate(tokens[0, : emitted[0]].cpu()):
+                self.stream(token.unsqueeze(0), is_accepted=column < emitted[0] - 1)
         return emitted, emitted
+
+    def stream(self, tokens: torch.Tensor, is_accepted: bool) -> None:
+        """Hand a column to the streamer; one with `put_accepted` is told which tokens the draft proposed."""
+        streamer = self.request.streamer
+        put = getattr(streamer, "put_accepted", streamer.put) if is_accepted else streamer.put
+        put(tokens)
 
     def append(self, tokens: torch.Tensor, num_emitted: torch.Tensor | int) -> None:
         """Write the round's tokens behind each row; what is not emitted is overwritten by the next round."""

@@ -36,14 +36,14 @@ class LockstepDecoder(PardDecoder):
             tokens = torch.where(self.unfinished == 1, tokens, self.request.pad_token_id)
         return tokens, scores
 
-    def emit(self, tokens: torch.Tensor, scores: torch.Tensor) -> None:
+    def emit(self, tokens: torch.Tensor, scores: torch.Tensor, is_accepted: bool) -> None:
         """Append a column, show it to the streamer and ask the criteria which rows end here."""
         self.columns = torch.cat([self.columns, tokens.unsqueeze(1)], dim=1)
         if self.scores is not None:
             self.scores += (scores,)
         self.unfinished = self.unfinished & ~self.request.stopping_criteria(self.columns, self.scores)
         if self.request.streamer is not None:
-            self.request.streamer.put(tokens.cpu())
+            self.stream(tokens.cpu(), is_accepted)
 
     def advance(
         self, draft_tokens: torch.Tensor, draft_scores: torch.Tensor | None, logits: torch.Tensor
@@ -55,11 +55,10 @@ class LockstepDecoder(PardDecoder):
             tokens, scores = self.choose(logits[:, column].clone())
             processed.append(scores)
             emitted += self.unfinished
-            self.emit(tokens, scores)
-            if column == draft_tokens.shape[1] or not self.unfinished.any():
-                break
+            drafted = draft_tokens[:, column] if column < draft_tokens.shape[1] else None
+            self.emit(tokens, scores, is_accepted=drafted is not None and torch.equal(tokens, drafted))
             goes_on = (self.unfinished == 1) | (not self.pads_finished)
-            if (goes_on & (tokens != draft_tokens[:, column])).any():
+            if drafted is None or not self.unfinished.any() or (goes_on & (tokens != drafted)).any():
                 break
         grown = [len(processed)] * self.batch_size
         self.append(self.columns[:, -len(processed) :], len(processed))

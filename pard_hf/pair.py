@@ -1,0 +1,86 @@
+"""A target and its draft, loaded together: the bundled pair, a folder or a Hub id each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .draft_model import PardDraftModel
+from .generation.mixin import with_pard
+
+
+class PairPaths(NamedTuple):
+    """Where a target and its draft are."""
+
+    target: str
+    draft: str
+
+
+class Pair(NamedTuple):
+    """A loaded target (with the mixin), its draft and their tokenizer."""
+
+    target: Any
+    draft: PardDraftModel
+    tokenizer: Any
+
+
+def bundled_pair() -> PairPaths:
+    """The folders of the small target and draft that ship inside the package.
+
+    >>> target_path, draft_path = bundled_pair()
+    """
+    folder = Path(__file__).parent / "bundled"
+    return PairPaths(str(folder / "target"), str(folder / "draft"))
+
+
+def load_pair(
+    target: str | None = None, draft: str | None = None, dtype: str | torch.dtype = "auto", device: str | None = None
+) -> Pair:
+    """Load a target and its draft for `generate(assistant_model=draft)`.
+
+    Args:
+        target (`str`, *optional*) and draft (`str`, *optional*):
+            Folder or Hub id; both default to the bundled pair, and go together.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
+            `"auto"` is the fastest the device computes in: bfloat16, or float32 on a CPU without bfloat16 units.
+        device (`str`, *optional*):
+            Defaults to the first CUDA device, or the CPU.
+
+    Raises:
+        ValueError: Only one of the two was named, or the dtype is unknown.
+    """
+    if (target is None) != (draft is None):
+        raise ValueError(
+            f"Expected a target and its draft, got only {'a draft' if target is None else 'a target'}. Name both, or "
+            "neither for the bundled pair."
+        )
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype == "auto":
+        dtype = fastest_dtype(device)
+    elif isinstance(dtype, str):
+        dtype = named_dtype(dtype)
+    paths = bundled_pair() if target is None or draft is None else PairPaths(target, draft)
+    tokenizer = AutoTokenizer.from_pretrained(paths.target)
+    model = AutoModelForCausalLM.from_pretrained(paths.target, dtype=dtype, use_safetensors=True)
+    drafting = PardDraftModel.from_pretrained(paths.draft, dtype=dtype)
+    return Pair(with_pard(model.to(device).eval()), drafting.to(device).eval(), tokenizer)
+
+
+def fastest_dtype(device: str) -> torch.dtype:
+    """The 16-bit type where the device multiplies in it, else float32 (several times faster on such a CPU)."""
+    if not device.startswith("cpu"):
+        return torch.bfloat16
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    has_units = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
+    return torch.bfloat16 if has_units else torch.float32
+
+
+def named_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a name such as `"float32"`."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"Expected a dtype such as 'float32', 'bfloat16' or 'auto', got {name!r}.")
+    return dtype

@@ -1,0 +1,67 @@
+"""From a base model and files of rows to a finished draft: what `pard train` runs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..draft_model import PardDraftModel
+from .data import read_rows, tokenize_rows
+from .trainer import PardTrainer, PardTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+def train_draft(
+    base: str,
+    data: Sequence[Path],
+    output: Path,
+    mask_token_id: int,
+    max_length: int = 512,
+    dtype: str = "float32",
+    skip_bad_rows: bool = False,
+    restart: bool = False,
+    **arguments: Any,
+) -> Path:
+    """Adapt `base` on the rows of `data`; the finished draft and its tokenizer are written to `output`.
+
+    Checkpoints lie in `output/checkpoints`; a run that finds one goes on from it, unless `restart`.
+
+    Args:
+        arguments:
+            Anything [`PardTrainingArguments`] takes.
+
+    Raises:
+        ValueError: A row is broken (its file and line are named), or the mask token is one the tokenizer produces.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    if mask_token_id in tokenizer.get_vocab().values():
+        raise ValueError(
+            f"Expected a mask token the tokenizer never produces, got {mask_token_id}, which is "
+            f"{tokenizer.convert_ids_to_tokens(mask_token_id)!r}. Ids from {len(tokenizer)} on are free where the "
+            "model's vocabulary is larger."
+        )
+    rows = tokenize_rows(
+        tokenizer, (row for file in data for row in read_rows(file, skip_bad_rows)), max_length, skip_bad_rows
+    )
+    if not rows:
+        raise ValueError(f"Expected training rows in {', '.join(map(str, data))}, got none.")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True)
+    draft = PardDraftModel.from_causal_lm(model, mask_token_id)
+    checkpoints = output / "checkpoints"
+    trainer = PardTrainer(
+        draft, PardTrainingArguments(str(checkpoints), report_to="none", **arguments), train_dataset=rows
+    )
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() and not restart else None
+    if last is not None:
+        logger.warning("Going on from %s; pass --restart to begin anew.", last)
+    trainer.train(resume_from_checkpoint=last)
+    if trainer.is_world_process_zero():
+        draft.save_pretrained(output)
+        tokenizer.save_pretrained(output)
+    return output

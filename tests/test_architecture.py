@@ -1,0 +1,80 @@
+"""Imports go one way, and importing the package costs next to nothing."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pard_hf
+
+PACKAGE = Path(pard_hf.__file__).parent
+# What each module of ours may import of ours; a folder stands for all its modules.
+ALLOWED = {
+    "generation/verification": set(),
+    "generation/stats": set(),
+    "training/cod": set(),
+    "draft_model": set(),
+    "generation/cache": set(),
+    "generation/processors": set(),
+    "generation/candidate_generator": {"draft_model", "generation/stats"},
+    "generation/checks": {"draft_model", "generation/cache"},
+    "generation/decoding": {
+        "draft_model",
+        "generation/cache",
+        "generation/processors",
+        "generation/stats",
+        "generation/verification",
+    },
+    "training/data_collator": {"training/cod"},
+}
+
+
+def imports_of(path):
+    """Modules of ours that a file imports at its top level or inside functions."""
+    package = path.relative_to(PACKAGE).parent.parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1]
+            yield "/".join([*base, *(node.module or "").split(".")]).strip("/")
+
+
+def test_imports_go_one_way():
+    for name, allowed in ALLOWED.items():
+        assert set(imports_of(PACKAGE / f"{name}.py")) <= allowed, name
+    for path in (PACKAGE / "training").glob("*.py"):
+        assert not any(name.startswith("evaluation") for name in imports_of(path)), path
+    for path in (PACKAGE / "evaluation").glob("*.py"):
+        assert not any(name.startswith("training") for name in imports_of(path)), path
+
+
+def test_pure_functions_know_only_torch():
+    for name in ("generation/verification", "training/cod"):
+        text = (PACKAGE / f"{name}.py").read_text()
+        assert "transformers" not in text, name
+
+
+def test_import_is_light_and_changes_no_setting():
+    heavy = ("gradio", "datasets", "trl", "matplotlib", "rich")
+    program = (
+        "import os, sys, torch; import torch._inductor.config as inductor\n"
+        "environment, settings = dict(os.environ), inductor.save_config_portable()\n"
+        "import pard_hf\n"
+        f"print([name for name in {heavy!r} if name in sys.modules])\n"
+        "print(dict(os.environ) == environment, inductor.save_config_portable() == settings)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env={**os.environ, "CI": "true"}
+    )
+    assert run.stdout.split("\n")[:2] == ["[]", "True True"]
+
+
+def test_public_names_are_sorted_and_documented():
+    assert list(pard_hf.__all__) == sorted(pard_hf.__all__)
+    for name in pard_hf.__all__:
+        assert getattr(pard_hf, name).__doc__, name
+
+
+def test_files_stay_short():
+    for path in PACKAGE.rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 320, path

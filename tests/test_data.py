@@ -1,0 +1,104 @@
+"""Rows in, token rows with loss masks out; broken input is named."""
+
+import gzip
+import json
+
+import pytest
+from families import make_model
+
+from pard_hf.training.data import encode_row, read_rows, tokenize_rows, write_answers
+
+TEMPLATE = (
+    "{% for message in messages %}[{{ message['role'][0] }}]{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[a]{% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer(bundled_like_tokenizer):
+    return bundled_like_tokenizer
+
+
+def decode(tokenizer, ids):
+    return "".join(tokenizer.convert_ids_to_tokens(ids))
+
+
+def learned(tokenizer, example):
+    kept = [i for i, keep in zip(example["input_ids"], example["loss_mask"], strict=True) if keep]
+    return decode(tokenizer, kept)
+
+
+def test_text_is_learned_whole_with_its_end(tokenizer):
+    example = encode_row(tokenizer, {"text": "abc"})
+
+    assert learned(tokenizer, example) == "abc</s>"
+
+
+def test_responses_are_learned_and_prompts_are_not(tokenizer):
+    example = encode_row(tokenizer, {"prompt": "ab", "response": "cd"})
+
+    assert decode(tokenizer, example["input_ids"]) == "abcd</s>"
+    assert learned(tokenizer, example) == "cd</s>"
+
+
+def test_every_assistant_turn_is_learned_in_the_chat_template(tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    turns = [("user", "ab"), ("assistant", "cd"), ("user", "ef"), ("assistant", "gh")]
+
+    example = encode_row(tokenizer, {"messages": [{"role": role, "content": text} for role, text in turns]})
+
+    assert learned(tokenizer, example) == "cd</s>gh</s>"
+    assert decode(tokenizer, example["input_ids"]).replace("<pad>", "") == "[u]ab[a]cd</s>[u]ef[a]gh</s>"
+
+
+def test_the_targets_own_tokens_are_taken_as_they_are(tokenizer):
+    """An answer that was cut short teaches no end."""
+    example = encode_row(tokenizer, {"prompt": "ab", "response": "cd", "response_ids": [9, 8]})
+
+    assert example["input_ids"][-2:] == [9, 8]
+    assert example["loss_mask"][-2:] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("{oops", "no JSON"),
+        ("[1]", "a JSON list"),
+        ('{"prompt": "x"}', r"it has \['prompt'\]"),
+        ('{"messages": [1]}', "it has"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_broken_line_is_named(tmp_path, line, problem, suffix):
+    path = tmp_path / f"rows{suffix}"
+    text = json.dumps({"text": "fine"}) + "\n\n" + line + "\n" + json.dumps({"text": "good"}) + "\n"
+    path.write_bytes(gzip.compress(text.encode()) if suffix.endswith("gz") else text.encode())
+
+    with pytest.raises(ValueError, match=f"line 3.*{problem}"):
+        list(read_rows(path))
+    assert [row["text"] for row in read_rows(path, skip_bad_rows=True)] == ["fine", "good"]
+
+
+def test_short_row_is_named(tokenizer):
+    rows = [{"text": "abc"}, {"text": ""}, {"prompt": "abcdef", "response": "g"}]
+
+    with pytest.raises(ValueError, match="1 tokens in row 2"):
+        tokenize_rows(tokenizer, rows, max_length=6)
+    assert len(tokenize_rows(tokenizer, rows, max_length=6, skip_bad_rows=True)) == 1
+
+
+def test_answers_go_on_where_they_stopped(tokenizer, tmp_path):
+    """Nothing twice, nothing lost, and each answer is the target's own."""
+    target, out = make_model("llama"), tmp_path / "answers.jsonl"
+    prompts = ["ab", "cdef", "ab", "g"]
+
+    assert write_answers(target, tokenizer, prompts[:1], out, max_new_tokens=5, do_sample=False) == 1
+    assert write_answers(target, tokenizer, prompts, out, batch_size=2, max_new_tokens=5, do_sample=False) == 2
+
+    rows = {row["prompt"]: row for row in read_rows(out)}
+    assert len(out.read_text().splitlines()) == 3
+    for prompt, row in rows.items():
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        alone = target.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :].tolist()
+        assert row["response_ids"] == alone
