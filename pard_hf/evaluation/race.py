@@ -14,8 +14,7 @@ from ..pair import Pair
 
 DEMO_PROMPTS = (
     'def is_palindrome(text: str) -> bool:\n    """Return True if text reads the same backwards."""\n',
-    'def binary_search(arr, x):\n    """\n    Find the index of x in the sorted list arr.\n    Return -1 if x is not in '
-    'arr.\n    """\n',
+    'def binary_search(arr, x):\n    """Find the index of x in the sorted list arr, or return -1."""\n',
     'def count_vowels(word):\n    """Count the vowels in a word.\n\n    >>> count_vowels("banana")\n    3\n    """\n',
     "Tom has 3 boxes of pencils. Each box holds 12 pencils. He gives 8 pencils to his sister. How many pencils does "
     "Tom have left?\n",

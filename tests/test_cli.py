@@ -1,0 +1,137 @@
+"""The command line as a person uses it, on a tiny pair in a folder."""
+
+import io
+import json
+
+import pytest
+import torch
+from families import make_draft, make_model
+from transformers import AutoTokenizer
+
+from pard_hf.cli import TintedStreamer, main
+
+
+@pytest.fixture
+def pair_folders(tmp_path, bundled_like_tokenizer):
+    target, draft = tmp_path / "target", tmp_path / "draft"
+    make_model("llama", max_position_embeddings=256).save_pretrained(target)
+    make_draft(make_model("llama", max_position_embeddings=256), 4).save_pretrained(draft)
+    for folder in (target, draft):
+        bundled_like_tokenizer.save_pretrained(folder)
+    return ["--target", str(target), "--draft", str(draft), "--dtype", "float32", "--max-new-tokens", "12"]
+
+
+def test_generate_prints_one_json_object(pair_folders, capsys):
+    assert main(["generate", "hello", *pair_folders, "--json"]) == 0
+
+    result = json.loads(capsys.readouterr().out)
+    assert result["num_new_tokens"] == 12
+    assert result["num_assistant_tokens"] == 4
+    assert len(result["text"]) > 0
+    assert 1 <= result["acceptance_length"] <= 5
+
+
+def test_streamed_text_is_the_text(pair_folders, capsys):
+    main(["generate", "hello", *pair_folders, "--json"])
+    text = json.loads(capsys.readouterr().out)["text"]
+
+    main(["generate", "hello", *pair_folders])
+    captured = capsys.readouterr()
+
+    assert captured.out == text + "\n"
+    assert "τ" in captured.err
+
+
+def test_accepted_tokens_are_tinted(pair_folders, capsys):
+    main(["generate", "hello", *pair_folders, "--color", "always"])
+    tinted = capsys.readouterr().out
+    main(["generate", "hello", *pair_folders, "--color", "never"])
+    plain = capsys.readouterr().out
+
+    assert "\033[32m" in tinted
+    assert tinted.replace("\033[32m", "").replace("\033[0m", "") == plain
+
+
+def test_prompt_from_a_file_and_from_standard_input(pair_folders, capsys, tmp_path, monkeypatch):
+    (tmp_path / "prompt.txt").write_text("hello")
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello"))
+    outputs = []
+    for source in (["hello"], ["--file", str(tmp_path / "prompt.txt")], ["-"]):
+        main(["generate", *source, *pair_folders])
+        outputs.append(capsys.readouterr().out)
+
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_seed_makes_sampling_repeatable(pair_folders, capsys):
+    outputs = []
+    for seed in ("1", "1", "2"):
+        main(["generate", "hello", *pair_folders, "--temperature", "1.0", "--seed", seed])
+        outputs.append(capsys.readouterr().out)
+
+    assert outputs[0] == outputs[1] != outputs[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["   "], "Expected a prompt"),
+        (["hello", "--file", "x"], "got both"),
+        (["hello", "--temperature", "-1"], "at least 0"),
+        (["hello", "--num-assistant-tokens", "0"], "at least 1"),
+        (["hello", "--max-new-tokens", "999"], "256 positions"),
+        (["hello", "--dtype", "float33"], "float33"),
+        (["hello", "--draft", "no/such-folder-here/at-all"], "no/such-folder-here/at-all"),
+    ],
+)
+def test_bad_input_is_a_sentence(pair_folders, capsys, arguments, message):
+    options = [*pair_folders, *arguments[1:]] if "--file" not in arguments else arguments[1:]
+
+    assert main(["generate", arguments[0], *options]) == 2
+
+    assert message in capsys.readouterr().err
+
+
+def test_pair_goes_together(pair_folders, capsys):
+    assert main(["generate", "hello", *pair_folders[:2]]) == 2
+
+    assert "only a target" in capsys.readouterr().err
+
+
+def test_demo_says_whether_texts_are_identical(pair_folders, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(pair_folders[1])
+    assert tokenizer("a")["input_ids"]  # the demo's prompts are read as unknown characters, which is fine here
+
+    assert main(["demo", *pair_folders[:6], "--max-new-tokens", "6", "--repeats", "1"]) == 0
+
+    out = capsys.readouterr().out
+    assert out.count("identical: yes") == 6
+    assert "identical 6/6" in out
+
+
+def test_train_resumes_and_names_broken_lines(pair_folders, tmp_path, capsys):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"text": "abcdefgh"}\n' * 8 + "{oops\n")
+    base = tmp_path / "base"
+    make_model("llama", vocab_size=104).save_pretrained(base)
+    AutoTokenizer.from_pretrained(pair_folders[1]).save_pretrained(base)
+    command = ["train", "--base", str(base), "--data", str(data), "--output", str(tmp_path / "out")]
+    command += ["--mask-token-id", "103", "--max-steps", "2", "--save-steps", "1", "--device", "cpu"]
+
+    assert main(command) == 2
+    assert "line 9" in capsys.readouterr().err
+    assert main([*command, "--skip-bad-rows"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"draft": str(tmp_path / "out")}
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_streamer_waits_for_whole_characters(bundled_like_tokenizer, capsys):
+    class Bytes:
+        def decode(self, ids, **_):
+            return bytes(ids).decode("utf-8", errors="replace")
+
+    streamer = TintedStreamer(Bytes(), is_tinted=False)
+    for value in ([0], list("é".encode())[:1], list("é".encode())[1:], [10]):
+        streamer.put(torch.tensor(value))
+
+    assert capsys.readouterr().out == "é\n"
