@@ -459,3 +459,79 @@ def test_padded_vocabulary_works_and_other_vocabularies_do_not():
         wide.generate(**prompts, assistant_model=make_draft(make_model("llama", vocab_size=5000)))
     with pytest.raises(ValueError, match="share a tokenizer"):
         wide.generate(**prompts, assistant_model=make_draft(make_model("llama", vocab_size=100)))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"do_sample": True, "top_k": 5}])
+def test_hybrid_target_goes_through_the_stock_loop(arguments):
+    """Convolution states have no slots; the host's own cache can roll them back, one row at a time."""
+    target, prompts = make_hybrid(), make_prompts(1)
+    draft = make_draft(make_model("llama", seed=3))
+
+    expected, got = compare(target, draft, prompts, **arguments)
+
+    assert got.stats.num_rounds > 0
+    if not arguments:
+        assert torch.equal(got.sequences, expected.sequences)
+
+
+def test_what_no_loop_serves_is_generated_without_the_draft(caplog):
+    target, prompts = make_hybrid(), make_prompts(3)
+
+    expected, got = compare(target, make_draft(make_model("llama", seed=3)), prompts)
+
+    assert torch.equal(got.sequences, expected.sequences)
+    assert "without the draft" in caplog.text
+
+
+def make_hybrid():
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Lfm2Config(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"],
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        pad_token_id=0,
+    )
+    target = Lfm2ForCausalLM(config).eval()
+    target.generation_config.eos_token_id = None
+    target.generation_config.pad_token_id = 0
+    return target
+
+
+def test_encoder_decoder_target_is_refused():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=100, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0, pad_token_id=0
+    )
+    target = with_pard(T5ForConditionalGeneration(config).eval())
+
+    with pytest.raises(ValueError, match="decoder-only target"):
+        target.generate(torch.tensor([[5, 6]]), assistant_model=make_draft(make_model("llama")))
+
+
+def test_different_tokenizers_are_named(bundled_like_tokenizer, tmp_path):
+    """The first id that means two things is named, from tokenizers passed along or found beside the weights."""
+    other = tmp_path / "other"
+    bundled_like_tokenizer.save_pretrained(other)
+    file = other / "tokenizer.json"
+    file.write_text(file.read_text().replace('"A": 35', '"A": 36').replace('"B": 36', '"B": 35'))
+    swapped = type(bundled_like_tokenizer).from_pretrained(other)
+    target, draft = with_pard(make_model("llama")), make_draft(make_model("llama", seed=2))
+    prompts = make_prompts(1)
+
+    with pytest.raises(ValueError, match="id 35 is 'B' for the draft and 'A' for the target"):
+        target.generate(
+            **prompts, tokenizer=bundled_like_tokenizer, assistant_tokenizer=swapped, assistant_model=draft
+        )
+    bundled_like_tokenizer.save_pretrained(tmp_path / "target")
+    target.config.name_or_path, draft.config.name_or_path = str(tmp_path / "target"), str(other)
+    with pytest.raises(ValueError, match="share a tokenizer"):
+        target.generate(**prompts, assistant_model=draft)
