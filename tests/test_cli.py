@@ -117,6 +117,7 @@ def test_train_resumes_and_names_broken_lines(pair_folders, tmp_path, capsys):
     AutoTokenizer.from_pretrained(pair_folders[1]).save_pretrained(base)
     command = ["train", "--base", str(base), "--data", str(data), "--output", str(tmp_path / "out")]
     command += ["--mask-token-id", "103", "--max-steps", "2", "--save-steps", "1", "--device", "cpu"]
+    command += ["--max-length", "64"]
 
     assert main(command) == 2
     assert "line 9" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import torch
 from families import make_draft, make_model, make_prompts, make_scripted_draft, make_self_draft, texts_of
 from transformers import (
     DynamicCache,
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     MaxLengthCriteria,
@@ -199,6 +200,17 @@ def test_scores_and_logits(batch_size, arguments):
         ours, plain = getattr(got, name), getattr(expected, name)
         assert len(ours) == len(plain) == NEW_TOKENS
         torch.testing.assert_close(torch.stack(ours), torch.stack(plain), atol=1e-4, rtol=1e-4)
+
+
+def test_generation_config_object_keeps_the_drafts_count():
+    """The host's default K, 20, never replaces the draft's; a K in the object, or on the call, does."""
+    target, prompts = with_pard(make_model("llama")), make_prompts(1)
+    draft = make_self_draft(without_pard(make_model("llama")))
+    for given, expected in (({}, 5), ({"num_assistant_tokens": 3}, 3)):
+        config = GenerationConfig(max_new_tokens=12, return_dict_in_generate=True, **given)
+        output = target.generate(prompts["input_ids"], config, assistant_model=draft)
+        assert len(output.stats.histogram) == expected + 1
+        assert config.num_assistant_tokens == given.get("num_assistant_tokens")
 
 
 def test_num_return_sequences_and_call_count():

@@ -128,10 +128,12 @@ def test_base_and_rows_become_a_draft(tmp_path, bundled_like_tokenizer):
     data.write_text("\n".join(json.dumps({"prompt": "ab", "response": "cdefgh"}) for _ in range(8)))
     arguments = {"max_steps": 4, "save_steps": 2, "use_cpu": True, "per_device_train_batch_size": 2}
 
-    train_draft(str(base), [data], out, 102, disable_tqdm=True, **arguments)
+    train_draft(str(base), [data], out, 102, max_length=64, disable_tqdm=True, **arguments)
 
     draft = PardDraftModel.from_pretrained(out)
     assert draft.mask_token_id == 102
     assert (out / "tokenizer.json").exists()
+    with pytest.raises(ValueError, match="within the 128 positions"):
+        train_draft(str(base), [data], out, 102, max_length=129, **arguments)
     with pytest.raises(ValueError, match="never produces"):
         train_draft(str(base), [data], out, 50, **arguments)

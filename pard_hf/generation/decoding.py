@@ -67,11 +67,12 @@ class Role:
         self, positions: torch.Tensor, num_visible: int, num_logits: int, **inputs: torch.Tensor
     ) -> torch.Tensor:
         """Run `input_ids` or `inputs_embeds` at `positions` `[B, q]`; returns the last `num_logits` rows of logits."""
+        positions = positions.to(self.model.device)
         mask = self.cache.place(positions, num_visible)
         if self.model.config._attn_implementation == "eager":
             mask = as_additive(mask, self.model.dtype)
         output = self.model(
-            **inputs,
+            **{name: tensor.to(self.model.device) for name, tensor in inputs.items()},
             attention_mask=mask,
             # Slots past the end of a row are written but never accepted; a learned position table ends before them.
             position_ids=positions.clamp(min=0, max=self.last_position),
@@ -152,14 +153,14 @@ class PardDecoder:
 
     def propose(self, num_drafts: int) -> tuple[torch.Tensor, torch.Tensor]:
         """One draft forward: proposals `[B, num_drafts]` and the logits `[B, num_drafts, V]` they come from."""
-        model, device = self.draft_model, self.draft_model.device
+        model = self.draft_model
         ids, index = self.last_tokens(self.draft_width, num_drafts - 1)
         masks = ids.new_full((self.batch_size, num_drafts - 1), model.mask_token_id)
         logits = self.draft.forward(
-            index.to(device),
+            index,
             max(self.host_lengths) + num_drafts - 1,
             num_drafts,
-            input_ids=model.readable(torch.cat([ids, masks], dim=1)).to(device),
+            input_ids=model.readable(torch.cat([ids, masks], dim=1)),
         )
         vocab_size = self.target.model.config.get_text_config().vocab_size
         scores = model.proposal_scores(logits, vocab_size).to(self.tokens.device)

@@ -53,7 +53,9 @@ class PardGenerationMixin(GenerationMixin):
     >>> class MyModel(PardGenerationMixin, LlamaForCausalLM): ...
     """
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(
+        self, inputs: Any = None, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """Generate as the host's `generate` does, faster when `assistant_model` is a [`PardDraftModel`].
 
         Args:
@@ -74,19 +76,18 @@ class PardGenerationMixin(GenerationMixin):
         draft = kwargs.get("assistant_model")
         verification = kwargs.pop("verification", VERIFICATIONS[0])
         if not isinstance(draft, PardDraftModel):
-            return super().generate(*args, **kwargs)
+            return super().generate(inputs, generation_config, *args, **kwargs)
         if verification not in VERIFICATIONS:
             raise ValueError(f"Expected `verification` to be one of {VERIFICATIONS}, got {verification!r}.")
-        config = kwargs.get("generation_config")
-        if config is None and len(args) < 2:
-            # The host would fill in its own default, 20; the draft knows better.
+        # The host would fill in its own default for K, 20; the draft knows better.
+        if generation_config is None:
             kwargs.setdefault("num_assistant_tokens", draft.num_assistant_tokens)
-        elif config is not None and config.num_assistant_tokens is None:
-            kwargs["generation_config"] = config = copy.deepcopy(config)
-            config.num_assistant_tokens = kwargs.pop("num_assistant_tokens", draft.num_assistant_tokens)
+        elif generation_config.num_assistant_tokens is None:
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.num_assistant_tokens = kwargs.pop("num_assistant_tokens", draft.num_assistant_tokens)
         reset = verification_of_call.set(verification)
         try:
-            return super().generate(*args, **kwargs)
+            return super().generate(inputs, generation_config, *args, **kwargs)
         finally:
             verification_of_call.reset(reset)
 

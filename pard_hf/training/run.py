@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..draft_model import PardDraftModel
+from ..draft_model import PardDraftModel, num_positions
 from .data import read_rows, tokenize_rows
 from .trainer import PardTrainer, PardTrainingArguments
 
@@ -52,6 +52,11 @@ def train_draft(
     if not rows:
         raise ValueError(f"Expected training rows in {', '.join(map(str, data))}, got none.")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True)
+    if max_length > num_positions(model.config):
+        raise ValueError(
+            f"Expected `--max-length` within the {num_positions(model.config)} positions of the base model, got "
+            f"{max_length}."
+        )
     draft = PardDraftModel.from_causal_lm(model, mask_token_id)
     checkpoints = output / "checkpoints"
     trainer = PardTrainer(
