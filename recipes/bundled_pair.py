@@ -41,6 +41,11 @@ MAX_ROW_TOKENS = 448
 TARGET = {"hidden_size": 160, "intermediate_size": 416, "num_hidden_layers": 12, "num_attention_heads": 5}
 DRAFT = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 3}
 NUM_ASSISTANT_TOKENS = 8
+# Against repetition: the longest prompt (in tokens) and the optimizer steps of each phase; answers are this long.
+UNLOOP_PHASES = ((192, 100), (720, 40))
+UNLOOP_TOKENS = 112
+# Training prompts that the target answers for its draft.
+NUM_ANSWERS = 10_000
 # How often a file's rows are seen for each pass over the mix.
 MIX = {"math_gsm8k": 3, "code_functions": 2, "code_leetcode": 1, "code_instruct": 1}
 TRAINER = {
@@ -246,7 +251,17 @@ def answer_prompts(model: LlamaForCausalLM, prompts: list[list[int]], pad: int, 
     return sequences, mask, longest, answers
 
 
-def unloop_target(data: Path, start: Path, out: Path, steps: int) -> None:
+def neighbours(
+    rows: dict[str, list[tuple[list[int], list[int]]]], chance: random.Random
+) -> list[tuple[list[int], list[int]]]:
+    """Some rows of one kind with prompts of about one length: as many as 8,000 tokens hold, 40 at most."""
+    kind = rows[chance.choices(["code_functions", "math_gsm8k"], weights=[3, 1])[0]]
+    first = chance.randrange(len(kind))
+    count = min(40, 8000 // (len(kind[first][0]) + UNLOOP_TOKENS))
+    return kind[max(0, min(first, len(kind) - count)) :][:count]
+
+
+def unloop_target(data: Path, start: Path, out: Path, longest_prompt: int, steps: int) -> None:
     """Unlikelihood training on the target's own greedy answers: tokens that repeat an n-gram become less likely.
 
     https://huggingface.co/papers/1908.04319, sequence level. Loops look like high acceptance and say nothing.
@@ -254,24 +269,14 @@ def unloop_target(data: Path, start: Path, out: Path, steps: int) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
     model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
-    rows: dict[str, list[tuple[list[int], list[int]]]] = {}
-    for name in ("code_functions", "math_gsm8k"):
-        encoded = [
-            tuple(tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts_of(row))
-            for row in read_rows(data / f"{name}.jsonl.gz")
-        ]
-        rows[name] = [
-            ([tokenizer.bos_token_id, *prompt], answer + [end])
-            for prompt, answer in encoded
-            if len(prompt) <= 192 and len(prompt) + len(answer) < MAX_ROW_TOKENS
-        ]
-    optimizer = Muon.for_model(model, lr=2e-3, adam_lr=4e-4)
+    rows = {name: encode_answers(data, tokenizer, name, longest_prompt) for name in ("code_functions", "math_gsm8k")}
+    optimizer = Muon.for_model(model, lr=1.5e-3, adam_lr=3e-4)
     schedule = get_linear_schedule_with_warmup(optimizer, 5, steps)
     chance = random.Random(1)
     for step in range(steps):
-        picked = chance.sample(rows["code_functions"], 28) + chance.sample(rows["math_gsm8k"], 12)
+        picked = neighbours(rows, chance)
         model.eval()
-        sequences, mask, longest, answers = answer_prompts(model, [p for p, _ in picked], pad, end, 112)
+        sequences, mask, longest, answers = answer_prompts(model, [p for p, _ in picked], pad, end, UNLOOP_TOKENS)
         model.train()
         marks = torch.zeros(sequences.shape, dtype=torch.bool)
         for row, answer in enumerate(answers):
@@ -279,16 +284,10 @@ def unloop_target(data: Path, start: Path, out: Path, steps: int) -> None:
         loss = torch.zeros(())
         share = marks.sum().item() / max(sum(len(answer) for answer in answers), 1)
         if marks.any():
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)
             looping = marks.any(-1)
-            logits = model(
-                input_ids=sequences[looping], attention_mask=mask[looping], position_ids=positions[looping]
-            ).logits[:, :-1]
-            said = logits.log_softmax(-1).gather(-1, sequences[looping][:, 1:, None]).squeeze(-1)
-            unlikely = -torch.log1p(-said.exp().clamp(max=1 - 1e-5))
-            loss = unlikely[marks[looping][:, 1:]].mean()
-            loss.backward()
-        batch = collate([{"input_ids": p + a} for p, a in chance.sample(picked, 16)], pad)
+            loss = unlikelihood(model, sequences[looping], mask[looping], marks[looping])
+            (loss * 0.5).backward()
+        batch = collate([{"input_ids": p + a} for p, a in chance.sample(picked, min(16, len(picked)))], pad)
         likely = model(**batch).loss
         likely.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -296,10 +295,32 @@ def unloop_target(data: Path, start: Path, out: Path, steps: int) -> None:
         schedule.step()
         model.zero_grad()
         print(f"step {step} repeated {share:.3f} unlikelihood {loss:.3f} loss {likely:.3f}", flush=True)
-        if (step + 1) % 20 == 0:
-            model.save_pretrained(out / "checkpoint")
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+
+
+def encode_answers(
+    data: Path, tokenizer: PreTrainedTokenizerFast, name: str, longest_prompt: int
+) -> list[tuple[list[int], list[int]]]:
+    """Prompts and answers of one file, shortest prompts first."""
+    encoded = [
+        tuple(tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts_of(row))
+        for row in read_rows(data / f"{name}.jsonl.gz")
+    ]
+    rows = [
+        ([tokenizer.bos_token_id, *prompt], [*answer, tokenizer.eos_token_id][:MAX_ROW_TOKENS])
+        for prompt, answer in encoded
+        if len(prompt) <= longest_prompt
+    ]
+    return sorted(rows, key=lambda row: len(row[0]))
+
+
+def unlikelihood(model: LlamaForCausalLM, ids: torch.Tensor, mask: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
+    """Mean of -log(1 - p) over the marked tokens of `ids`, all of shape `(batch_size, length)`."""
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, :-1]
+    said = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    return -torch.log1p(-said.exp().clamp(max=1 - 1e-5))[marks[:, 1:]].mean()
 
 
 def answer_training_prompts(data: Path, target_dir: Path, out: Path) -> None:
@@ -313,7 +334,7 @@ def answer_training_prompts(data: Path, target_dir: Path, out: Path) -> None:
         if len(tokenizer(row["prompt"])["input_ids"]) <= 224
     ]
     random.Random(0).shuffle(prompts)
-    write_answers(target, tokenizer, prompts, out, batch_size=96, max_new_tokens=128, do_sample=False)
+    write_answers(target, tokenizer, prompts[:NUM_ANSWERS], out, batch_size=96, max_new_tokens=128, do_sample=False)
 
 
 def adapt_draft(answers: Path, start: Path, out: Path, steps: int) -> None:
@@ -338,13 +359,26 @@ def adapt_draft(answers: Path, start: Path, out: Path, steps: int) -> None:
     tokenizer.save_pretrained(out)
 
 
+def package(target_dir: Path, draft_dir: Path, out: Path) -> None:
+    """Write the pair as it ships: bfloat16, small files, a tokenizer beside each."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(target_dir)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    models = {
+        "target": LlamaForCausalLM.from_pretrained(target_dir, dtype=torch.bfloat16),
+        "draft": PardDraftModel.from_pretrained(draft_dir, dtype=torch.bfloat16),
+    }
+    for name, model in models.items():
+        model.save_pretrained(out / name, max_shard_size="14MB")
+        tokenizer.save_pretrained(out / name)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with the training text (*.jsonl.gz)")
     parser.add_argument("--work", type=Path, default=Path("bundled-pair"), help="where stages leave their results")
+    parser.add_argument("--out", type=Path, default=Path("pard_hf/bundled"), help="where the finished pair goes")
     parser.add_argument("--target-steps", type=int, default=2400, help="optimizer steps of language modeling")
-    parser.add_argument("--unloop-steps", type=int, default=120, help="optimizer steps against repetition")
-    parser.add_argument("--draft-base-steps", type=int, default=1200, help="language modeling of the draft's base")
+    parser.add_argument("--draft-base-steps", type=int, default=700, help="language modeling of the draft's base")
     parser.add_argument("--draft-steps", type=int, default=3000, help="adaptation of the draft")
     args = parser.parse_args()
     tokenizer_dir, target_dir = args.work / "tokenizer", args.work / "target"
@@ -352,15 +386,17 @@ def main() -> None:
         train_tokenizer(args.data, tokenizer_dir)
     if not (target_dir / "model.safetensors").exists():
         pretrain(args.data, tokenizer_dir, target_dir, TARGET, args.target_steps)
-    unlooped_dir = args.work / "target-unlooped"
-    if not (unlooped_dir / "model.safetensors").exists():
-        unloop_target(args.data, target_dir, unlooped_dir, args.unloop_steps)
+    for phase, (longest_prompt, steps) in enumerate(UNLOOP_PHASES):
+        start_dir, target_dir = target_dir, args.work / f"target-unlooped-{phase}"
+        if not (target_dir / "model.safetensors").exists():
+            unloop_target(args.data, start_dir, target_dir, longest_prompt, steps)
     base_dir, answers, draft_dir = args.work / "draft-base", args.work / "answers.jsonl", args.work / "draft"
     if not (base_dir / "model.safetensors").exists():
         pretrain(args.data, tokenizer_dir, base_dir, DRAFT, args.draft_base_steps)
-    answer_training_prompts(args.data, unlooped_dir, answers)
+    answer_training_prompts(args.data, target_dir, answers)
     if not (draft_dir / "model.safetensors").exists():
         adapt_draft(answers, base_dir, draft_dir, args.draft_steps)
+    package(target_dir, draft_dir, args.out)
 
 
 if __name__ == "__main__":
