@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DATA ?= ../shared/data/train
 
-.PHONY: demo test quality style bench bundled-pair clean
+.PHONY: demo test quality style bundled-pair clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -43,6 +43,10 @@ def answer_ids(tokenizer: Any, row: dict[str, Any], new_tokens: int) -> list[int
     return tokenizer(text, add_special_tokens=False)["input_ids"][:new_tokens]
 
 
+def until(end: int, answer: list[int]) -> list[int]:
+    return answer[: answer.index(end)] if end in answer else answer
+
+
 def acceptance(pair: Any, rows: list[dict[str, Any]], drafts: int, new_tokens: int, batch_size: int) -> dict[str, Any]:
     """Acceptance, repetition and identity over a whole prompt set, in batches sorted by length."""
     tokenizer, end = pair.tokenizer, pair.tokenizer.eos_token_id
@@ -58,9 +62,10 @@ def acceptance(pair: Any, rows: list[dict[str, Any]], drafts: int, new_tokens: i
         )
         plain = pair.target.generate(**common)
         stats += output.stats
-        identical += sum(torch.equal(a, b) for a, b in zip(output.sequences, plain, strict=True))
-        for answer in plain[:, batch["input_ids"].shape[1] :].tolist():
-            texts.append(answer[: answer.index(end)] if end in answer else answer)
+        columns = batch["input_ids"].shape[1]
+        ours, theirs = ([until(end, row) for row in s[:, columns:].tolist()] for s in (output.sequences, plain))
+        identical += sum(a == b for a, b in zip(ours, theirs, strict=True))
+        texts.extend(theirs)
         print(f"  {min(start + batch_size, len(encoded))}/{len(encoded)} prompts", file=sys.stderr, flush=True)
     return {
         "num_prompts": len(rows),

@@ -10,7 +10,8 @@ from typing import Any
 
 from .draft_model import PardDraftModel
 from .generation.candidate_generator import PardCandidateGenerator
-from .generation.mixin import PardGenerateOutput, PardGenerationMixin, with_pard, without_pard
+from .generation.mixin import PardGenerationMixin, with_pard, without_pard
+from .generation.output import PardGenerateOutput
 from .generation.stats import DecodingStats
 from .pair import bundled_pair, load_pair
 

@@ -77,7 +77,7 @@ def add_train(commands: Any) -> None:
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="cpu keeps off the GPU")
     parser.add_argument("--seed", type=int, default=42, help="(default: 42)")
     parser.add_argument("--skip-bad-rows", action="store_true", help="leave broken rows out instead of stopping")
-    parser.add_argument("--restart", action="store_true", help="ignore checkpoints in --output instead of resuming")
+    parser.add_argument("--restart", action="store_true", help="move checkpoints in --output aside and begin anew")
     parser.set_defaults(run=run_train)
 
 
@@ -108,8 +108,9 @@ class TintedStreamer:
         new, self.shown = text[len(self.shown) :], text
         sys.stdout.write(f"{tint}{new}{RESET}" if tint and new else new)
         sys.stdout.flush()
-        if text.endswith("\n"):  # Decode no more than a line again and again.
-            self.ids, self.shown = [], ""
+        if text.endswith("\n"):  # Decode no more than a line again and again; the break keeps its neighbour's space.
+            self.ids = self.ids[-1:]
+            self.shown = self.tokenizer.decode(self.ids, skip_special_tokens=True)
 
     def end(self) -> None:
         sys.stdout.write("\n")

@@ -8,11 +8,13 @@ directory whose config holds `pard_token` and `spd_type: "pard"`; in Python the 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 
 DEFAULT_NUM_ASSISTANT_TOKENS = 12
@@ -58,7 +60,12 @@ class PardDraftModel(PreTrainedModel):
         """
         kwargs.setdefault("use_safetensors", True)
         loading_info = kwargs.get("output_loading_info", False)
-        loaded = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        try:
+            loaded = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except OSError as error:
+            if kwargs["use_safetensors"] and "safetensors" in str(error):
+                raise OSError(f"{error} Pass `use_safetensors=False` to load pickled weights you trust.") from error
+            raise
         model, *info = loaded if loading_info else (loaded,)
         if mask_token_id is None:
             mask_token_id = getattr(model.config, "pard_token", None)
@@ -92,10 +99,12 @@ class PardDraftModel(PreTrainedModel):
         Raises:
             ValueError: The id lies outside the vocabulary, K is not positive, or the model is an encoder-decoder.
         """
+        if not isinstance(model, PreTrainedModel):
+            raise ValueError(f"Expected a transformers model, got `{type(model).__name__}`.")
         config = model.config.get_text_config()
         if model.config.is_encoder_decoder:
             raise ValueError(f"Expected a decoder-only draft, got the encoder-decoder `{type(model).__name__}`.")
-        if not isinstance(mask_token_id, int) or not 0 <= mask_token_id < config.vocab_size:
+        if type(mask_token_id) is not int or not 0 <= mask_token_id < config.vocab_size:
             raise ValueError(
                 f"Expected `mask_token_id` to be an id in [0, {config.vocab_size}), got {mask_token_id!r}. Pass an "
                 "unused id of the vocabulary, often one of the rows that only pad it."
@@ -171,9 +180,12 @@ class PardDraftModel(PreTrainedModel):
             `torch.FloatTensor` of shape `(batch_size, K, vocab_size)`: row `k` is about the token `k` places after the
             first new one; the mask token itself is never proposed.
         """
-        num_drafts = num_assistant_tokens or self.num_assistant_tokens
+        num_drafts = self.num_assistant_tokens if num_assistant_tokens is None else num_assistant_tokens
+        check_num_assistant_tokens(num_drafts, self.config)
+        if input_ids.shape[1] == 0:
+            raise ValueError("Expected at least one token to draft from, got none.")
         if past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = croppable_cache(self.config)
         past_key_values.activate_past_recording()
         num_past, length = past_key_values.get_seq_length(), input_ids.shape[1]
         masks = input_ids.new_full((len(input_ids), num_drafts - 1), self.mask_token_id)
@@ -222,7 +234,7 @@ class PardDraftModel(PreTrainedModel):
         Scores are returned as the proposals were drawn from them: the host's ratio test needs their very law.
         """
         if past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = croppable_cache(self.config)
         drafted = self.draft(input_ids, attention_mask, max_new_tokens, past_key_values).float()
         scores: tuple[torch.Tensor, ...] = ()
         for column in range(max_new_tokens):
@@ -241,13 +253,45 @@ class PardDraftModel(PreTrainedModel):
 @cache
 def draft_class(base: type[PreTrainedModel]) -> type[PardDraftModel]:
     """The subclass of `base` that drafts; named as `base`, so that a saved config names a known architecture."""
+    return subclass_named_as(base, PardDraftModel, draft_class)
+
+
+def subclass_named_as(base: Any, mixin: type, maker: Callable[[Any], type]) -> Any:
+    """A subclass of `base` with `mixin` in front, under the name of `base`; `maker(base)` gives it again.
+
+    A saved config names the class, so the name stays. Pickle would look the class up by that name and find `base`, so
+    instances say how to make it instead.
+    """
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        return make_empty, (maker, base), object.__reduce_ex__(self, protocol)[2]
+
     names = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
-        "__doc__": PardDraftModel.__doc__,
+        "__doc__": mixin.__doc__,
+        "__reduce_ex__": __reduce_ex__,
         "config_class": base.config_class,
     }
-    return type(base.__name__, (PardDraftModel, base), names)
+    return type(base.__name__, (mixin, base), names)
+
+
+def make_empty(maker: Callable[[Any], type], base: type) -> Any:
+    """An instance without state, for pickle to fill."""
+    made: Any = maker(base)
+    return made.__new__(made)
+
+
+def croppable_cache(config: PreTrainedConfig) -> DynamicCache:
+    """A cache from which the host may take back any number of entries.
+
+    Sliding layers forget what lies before their window, and the stock loop takes back more than was proposed; keeping
+    every entry costs memory and changes no mask.
+    """
+    cache = DynamicCache(config=config)
+    if all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+        return DynamicCache()
+    return cache
 
 
 def num_positions(config: PreTrainedConfig) -> int:

@@ -58,6 +58,7 @@ def load_pair(
             "neither for the bundled pair."
         )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
     if dtype == "auto":
         dtype = fastest_dtype(device)
     elif isinstance(dtype, str):
@@ -67,6 +68,14 @@ def load_pair(
     model = AutoModelForCausalLM.from_pretrained(paths.target, dtype=dtype, use_safetensors=True)
     drafting = PardDraftModel.from_pretrained(paths.draft, dtype=dtype)
     return Pair(with_pard(model.to(device).eval()), drafting.to(device).eval(), tokenizer)
+
+
+def check_device(device: str) -> None:
+    """Raise a `ValueError` for a device torch cannot put a tensor on."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"Expected a device this machine has, such as 'cpu', got {device!r}: {error}") from error
 
 
 def fastest_dtype(device: str) -> torch.dtype:

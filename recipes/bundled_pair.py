@@ -2,9 +2,10 @@
 
     make bundled-pair DATA=../shared/data/train
 
-Each stage writes into `--work` and is skipped when its result is there; an interrupted stage goes on from its last
-checkpoint. A target this small is undertrained by any measure: it exists so that acceptance, cost and the whole path
-from training to `generate()` are real on a machine with no network and no GPU.
+Each stage writes into `--work` and is skipped when its result is there; interrupted training goes on from its last
+checkpoint, an interrupted unlooping phase (minutes) begins again. A target this small is undertrained by any measure:
+it exists so that acceptance, cost and the whole path from training to `generate()` are real on a machine with no
+network and no GPU.
 
 Rows are `<|begin|>prompt\\nresponse<|end|>` or `<|begin|>text<|end|>`: one template, an end token on every row that is
 whole, so that stopping is learned.
@@ -41,8 +42,9 @@ MAX_ROW_TOKENS = 448
 TARGET = {"hidden_size": 160, "intermediate_size": 416, "num_hidden_layers": 12, "num_attention_heads": 5}
 DRAFT = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 3}
 NUM_ASSISTANT_TOKENS = 8
-# Against repetition: the longest prompt (in tokens) and the optimizer steps of each phase; answers are this long.
-UNLOOP_PHASES = ((192, 100), (720, 40))
+# Against repetition: the longest prompt (in tokens), the weight of the unlikelihood loss and the optimizer steps of
+# each phase; answers are this long.
+UNLOOP_PHASES = ((192, 1.0, 100), (720, 0.5, 40), (720, 1.0, 45))
 UNLOOP_TOKENS = 112
 # Training prompts that the target answers for its draft.
 NUM_ANSWERS = 10_000
@@ -261,7 +263,7 @@ def neighbours(
     return kind[max(0, min(first, len(kind) - count)) :][:count]
 
 
-def unloop_target(data: Path, start: Path, out: Path, longest_prompt: int, steps: int) -> None:
+def unloop_target(data: Path, start: Path, out: Path, longest_prompt: int, weight: float, steps: int) -> None:
     """Unlikelihood training on the target's own greedy answers: tokens that repeat an n-gram become less likely.
 
     https://huggingface.co/papers/1908.04319, sequence level. Loops look like high acceptance and say nothing.
@@ -286,7 +288,7 @@ def unloop_target(data: Path, start: Path, out: Path, longest_prompt: int, steps
         if marks.any():
             looping = marks.any(-1)
             loss = unlikelihood(model, sequences[looping], mask[looping], marks[looping])
-            (loss * 0.5).backward()
+            (loss * weight).backward()
         batch = collate([{"input_ids": p + a} for p, a in chance.sample(picked, min(16, len(picked)))], pad)
         likely = model(**batch).loss
         likely.backward()
@@ -386,10 +388,10 @@ def main() -> None:
         train_tokenizer(args.data, tokenizer_dir)
     if not (target_dir / "model.safetensors").exists():
         pretrain(args.data, tokenizer_dir, target_dir, TARGET, args.target_steps)
-    for phase, (longest_prompt, steps) in enumerate(UNLOOP_PHASES):
+    for phase, (longest_prompt, weight, steps) in enumerate(UNLOOP_PHASES):
         start_dir, target_dir = target_dir, args.work / f"target-unlooped-{phase}"
         if not (target_dir / "model.safetensors").exists():
-            unloop_target(args.data, start_dir, target_dir, longest_prompt, steps)
+            unloop_target(args.data, start_dir, target_dir, longest_prompt, weight, steps)
     base_dir, answers, draft_dir = args.work / "draft-base", args.work / "answers.jsonl", args.work / "draft"
     if not (base_dir / "model.safetensors").exists():
         pretrain(args.data, tokenizer_dir, base_dir, DRAFT, args.draft_base_steps)

@@ -415,7 +415,7 @@ def bad_calls():
         "unknown verification": ({"verification": "luck"}, "sample_and_match"),
         "ratio test with a penalty": (
             {"verification": "ratio_test", "do_sample": True, "repetition_penalty": 1.2},
-            "ignore the prefix",
+            "advance on their own",
         ),
         "ids and embeddings": ({"inputs_embeds": torch.zeros(1, 18, 32)}, "got both"),
     }

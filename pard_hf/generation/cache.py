@@ -143,6 +143,9 @@ def attention_windows(config: PreTrainedConfig) -> list[int | None]:
     Raises:
         ValueError: A layer attends in a way a slot cannot express (recurrent, chunked, compressed).
     """
+    if "chunked_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
+        # The host keeps chunks in sliding layers, but what a query sees depends on where its chunk begins.
+        raise ValueError(f"Chunked attention in `{type(config).__name__}` has no window to mask by")
     windows: list[int | None] = []
     for layer in DynamicCache(config=config).layers:
         if type(layer) is DynamicLayer:
@@ -151,7 +154,6 @@ def attention_windows(config: PreTrainedConfig) -> list[int | None]:
             windows.append(layer.sliding_window)
         else:
             raise ValueError(
-                f"Expected layers with full or sliding-window attention, got a `{type(layer).__name__}` in "
-                f"`{type(config).__name__}`. Use the stock loop for this model."
+                f"A `{type(layer).__name__}` in `{type(config).__name__}` keeps more than keys and values"
             )
     return windows

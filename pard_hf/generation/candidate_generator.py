@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from transformers import DynamicCache
 from transformers.generation.candidate_generator import CandidateGenerator
 
-from ..draft_model import PardDraftModel
+from ..draft_model import PardDraftModel, croppable_cache
 from .stats import DecodingStats
 
 
@@ -44,7 +43,7 @@ class PardCandidateGenerator(CandidateGenerator):
         self.max_length = max_length
         self.vocab_size = vocab_size
         self.attention_mask = attention_mask
-        self.cache = DynamicCache(config=draft.config)
+        self.cache = croppable_cache(draft.config)
         self.stats = DecodingStats()
         self.num_drafted = 0
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from transformers import AutoTokenizer, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -16,6 +18,8 @@ from .cache import attention_windows
 
 # Vocabularies of one family are padded to multiples of 64 to 1024 rows; a larger difference is another tokenizer.
 MOST_PADDING_ROWS = 1024
+# Models that derive positions from a 2-D mask or from the cache's length, or bring a cache of their own.
+OWN_POSITIONS = {"bloom", "mpt", "gpt_neo", "openai-gpt", "gpt_neox_japanese", "minimax"}
 # Model arguments our loop makes itself; with any other (images, token types …) another loop takes over.
 KNOWN_MODEL_KWARGS = {
     "attention_mask",
@@ -44,7 +48,7 @@ def check_mode(target: PreTrainedModel, generation_config: GenerationConfig) -> 
             f"Expected `num_beams=1` with a draft, got {generation_config.num_beams}: beams have no draft to follow. "
             "Drop `num_beams` or `assistant_model`."
         )
-    if generation_config.use_cache is False:
+    if generation_config.use_cache is False and target.config.use_cache is not False:
         raise ValueError("Expected `use_cache=True` with a draft, got False. Drop `use_cache` or `assistant_model`.")
 
 
@@ -57,7 +61,7 @@ def check_pair(
     """
     check_num_assistant_tokens(num_assistant_tokens, target.config, draft.config)
     if tokenizer is not None and draft_tokenizer is not None:
-        compare_vocabularies(tokenizer.get_vocab(), draft_tokenizer.get_vocab())
+        compare_vocabularies(regular_vocabulary(tokenizer), regular_vocabulary(draft_tokenizer))
         return
     vocabularies = [saved_vocabulary(model.config.name_or_path) for model in (target, draft)]
     if all(vocabularies):
@@ -90,18 +94,43 @@ def compare_vocabularies(target: dict[str, int], draft: dict[str, int]) -> None:
         )
 
 
-def saved_vocabulary(name_or_path: str) -> frozenset[tuple[str, int]] | None:
-    """The vocabulary beside a model's weights, if it was loaded from a directory that holds a tokenizer."""
-    file = Path(name_or_path or "") / "tokenizer.json"
-    if not name_or_path or not file.is_file():
+def regular_vocabulary(tokenizer: Any) -> dict[str, int]:
+    """Tokens that text is made of; families rename reserved and special ones from release to release."""
+    special = set(tokenizer.added_tokens_decoder)
+    return {token: index for token, index in tokenizer.get_vocab().items() if index not in special}
+
+
+def saved_vocabulary(name_or_path: str | None) -> frozenset[tuple[str, int]] | None:
+    """The vocabulary beside a model's weights, in their folder or in the Hub's cache; `None` where there is none."""
+    if not name_or_path:
         return None
+    file = Path(name_or_path) / "tokenizer.json"
+    if not file.is_file():
+        try:
+            cached = try_to_load_from_cache(name_or_path, "tokenizer.json")
+        except HFValidationError:  # A folder without a tokenizer, not a Hub id.
+            return None
+        if not isinstance(cached, str):
+            return None
+        file = Path(cached)
     return read_vocabulary(file, hashlib.sha256(file.read_bytes()).hexdigest())
 
 
 @lru_cache(maxsize=8)
 def read_vocabulary(file: Path, digest: str) -> frozenset[tuple[str, int]]:
     """Read the tokenizer file once for each content, which `digest` stands for."""
-    return frozenset(AutoTokenizer.from_pretrained(file.parent).get_vocab().items())
+    return frozenset(regular_vocabulary(AutoTokenizer.from_pretrained(file.parent)).items())
+
+
+def full_attention_mask(
+    input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+) -> torch.Tensor:
+    """The 2-D mask over everything the target has or gets to see; the host drops one that is all ones."""
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None:
+        return mask.long()
+    length = getattr(generation_config, "_mask_length", input_ids.shape[1])
+    return input_ids.new_ones(len(input_ids), length)
 
 
 def check_prompt(
@@ -131,13 +160,32 @@ def check_prompt(
             f"Expected ids or an `attention_mask` that go on after the {num_past} cached tokens, got {num_columns} "
             f"ids and a mask of {mask.shape[1]}. Pass the whole text, or the new ids with a mask over everything."
         )
-    length = mask.shape[1] + max_length - num_columns
-    for name, config, needed in (("target", target.config, length), ("draft", draft.config, max_length)):
+    known = num_columns + num_past if embeds is None else embeds.shape[1]
+    if not num_past and mask.shape[1] != known:
+        raise ValueError(
+            f"Expected an `attention_mask` over the {known} columns of the prompt, got {mask.shape[1]}. A longer mask "
+            "needs the `past_key_values` it speaks of."
+        )
+    new = max_length - num_columns
+    text, draft_text = (int(part.sum(-1).max()) for part in (mask, mask[:, mask.shape[1] - num_columns :]))
+    for name, config, needed in (("target", target.config, text + new), ("draft", draft.config, draft_text + new)):
         if needed > num_positions(config):
             raise ValueError(
                 f"Expected prompt and new tokens to fit the {num_positions(config)} positions of the {name}, got "
                 f"{needed}. Shorten the prompt or lower `max_new_tokens` (or `max_length`)."
             )
+
+
+def why_no_draft(target: PreTrainedModel, length: int, generation_config: GenerationConfig) -> str | None:
+    """Say why no loop with a draft gives the text of plain decoding; `None` when one does."""
+    config = target.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        # The host chooses among two sets of frequencies by the last position of a forward, a proposal's included.
+        original = parameters.get("original_max_position_embeddings", length)
+        if parameters.get("rope_type") == "longrope" and length + generation_config.num_assistant_tokens > original:
+            return f"`{type(config).__name__}` changes its rotary frequencies at position {original}"
+    return None
 
 
 def why_not_slots(
@@ -150,6 +198,8 @@ def why_not_slots(
 ) -> str | None:
     """Say why our own cache and loop cannot serve a call; `None` when they can."""
     for model in (target, draft):
+        if getattr(model.config, "alibi", False) or model.config.model_type in OWN_POSITIONS:
+            return f"`{type(model).__name__}` makes its positions or its cache itself"
         if model.config._attn_implementation not in ("sdpa", "eager"):
             return f"`{model.config._attn_implementation}` takes no mask by position"
         try:

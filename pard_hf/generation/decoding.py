@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from transformers import Cache, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
-from ..draft_model import PardDraftModel, num_positions
-from .cache import SlotCache
+from ..draft_model import PardDraftModel
+from .noise import Noise
 from .processors import process_positions
+from .role import Role
 from .stats import DecodingStats
 from .verification import count_emitted, verify_greedy, verify_ratio_test, verify_sample_and_match
 
@@ -55,41 +56,6 @@ class DecodingRequest:
     output_logits: bool = False
 
 
-class Role:
-    """One of the two models with its cache: token ids and positions in, logits out."""
-
-    def __init__(self, model: PreTrainedModel, num_slots: int):
-        self.model = model
-        self.cache = SlotCache(model.config, num_slots)
-        self.last_position = num_positions(model.config) - 1
-
-    def forward(
-        self, positions: torch.Tensor, num_visible: int, num_logits: int, **inputs: torch.Tensor
-    ) -> torch.Tensor:
-        """Run `input_ids` or `inputs_embeds` at `positions` `[B, q]`; returns the last `num_logits` rows of logits."""
-        positions = positions.to(self.model.device)
-        mask = self.cache.place(positions, num_visible)
-        if self.model.config._attn_implementation == "eager":
-            mask = as_additive(mask, self.model.dtype)
-        output = self.model(
-            **{name: tensor.to(self.model.device) for name, tensor in inputs.items()},
-            attention_mask=mask,
-            # Slots past the end of a row are written but never accepted; a learned position table ends before them.
-            position_ids=positions.clamp(min=0, max=self.last_position),
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=num_logits,
-        )
-        return output.logits[:, -num_logits:]
-
-
-def as_additive(mask: Any, dtype: torch.dtype) -> Any:
-    """Turn a boolean mask, or a dict of them, into the additive form eager attention takes."""
-    if isinstance(mask, dict):
-        return {name: as_additive(part, dtype) for name, part in mask.items()}
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-
-
 class PardDecoder:
     """Generates for one request.
 
@@ -101,9 +67,10 @@ class PardDecoder:
     def __init__(self, target: PreTrainedModel, draft: PardDraftModel, request: DecodingRequest):
         self.request, self.draft_model = request, draft
         self.num_drafts = request.num_assistant_tokens
-        ids, mask = request.input_ids, request.attention_mask
+        ids, mask = request.input_ids.long(), request.attention_mask
         self.batch_size, num_columns = ids.shape
-        self.budget = request.max_length - num_columns
+        # As plain `generate`, which asks its criteria after the first token only.
+        self.budget = max(request.max_length - num_columns, 1)
         text = mask[:, mask.shape[1] - num_columns :]
         self.positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, -1)
         self.offset = mask[:, : mask.shape[1] - num_columns].sum(-1)
@@ -130,7 +97,7 @@ class PardDecoder:
         self.draft_width = longest
         self.histogram = [0] * (self.num_drafts + 1)
         self.num_drafted = 0
-        self.noise: list[torch.Tensor] = []
+        self.noise = Noise(self.tokens.device)
         self.recorded: list[tuple[tuple[torch.Tensor, torch.Tensor], list[int]]] = []
 
     def load_past(self) -> torch.Tensor | int:
@@ -183,24 +150,12 @@ class PardDecoder:
         logits = self.target.forward(positions, num_visible, num_drafts + 1, **inputs)
         return logits.to(self.tokens.device, torch.float32)
 
-    def draw_noise(self, shape: torch.Size) -> torch.Tensor:
-        """Exponential noise for a block of positions, `[B, num_drafts + 1, V]`.
-
-        A single row draws as plain `generate` does, one position after the other, and keeps what a round does not use
-        for the next: the same seed gives the same text.
-        """
-        if self.batch_size > 1:
-            return torch.empty(shape, device=self.tokens.device).exponential_()
-        while len(self.noise) < shape[1]:
-            self.noise.append(torch.empty(1, shape[2], device=self.tokens.device).exponential_())
-        return torch.stack(self.noise[: shape[1]], dim=1)
-
     def verify(self, draft_tokens: torch.Tensor, draft_scores: torch.Tensor | None, scores: torch.Tensor):
         if not self.request.do_sample:
             return verify_greedy(draft_tokens, scores)
         if self.request.ratio_test and draft_scores is not None:
             return verify_ratio_test(draft_tokens, draft_scores, scores)
-        return verify_sample_and_match(draft_tokens, scores, self.draw_noise(scores.shape))
+        return verify_sample_and_match(draft_tokens, scores, self.noise.draw(scores.shape))
 
     def remaining(self, row: int) -> int:
         """Tokens the row may still emit."""
@@ -219,6 +174,7 @@ class PardDecoder:
             logits = self.target_logits(draft_tokens)
             grown, emitted = self.advance(draft_tokens, draft_scores, logits)
             self.account(grown, emitted, num_drafts)
+        self.noise.rewind()
 
     def advance(
         self, draft_tokens: torch.Tensor, draft_scores: torch.Tensor | None, logits: torch.Tensor
@@ -237,7 +193,7 @@ class PardDecoder:
         self.is_finished = self.is_finished | ended
         emitted, finished = torch.stack([num_emitted, self.is_finished.long()]).tolist()
         self.active = [not done for done in finished]
-        del self.noise[: emitted[0]]
+        self.noise.use(emitted[0])
         self.record(scores, logits, emitted)
         if self.request.streamer is not None:
             for column, token in enumerate(tokens[0, : emitted[0]].cpu()):
@@ -298,12 +254,12 @@ class PardDecoder:
 
     def extend_past(self, cache: Any) -> None:
         """Append to `cache` what plain `generate` would leave there: every column but the last new one."""
-        num_past = cache.get_seq_length()
-        if self.batch_size > 1:  # Rows that ended earlier than others have not read their own last token yet.
-            self.target_logits(self.tokens.new_empty(self.batch_size, 0))
         counts = self.lengths - self.num_prompt_tokens
-        columns = torch.arange(int(counts.max()) - 1, device=counts.device)
-        new = torch.where(
-            columns < counts.unsqueeze(1), (self.offset + self.num_prompt_tokens).unsqueeze(1) + columns, -1
-        )
-        self.target.cache.append_to(cache, torch.cat([self.positions, new], dim=1)[:, num_past:])
+        first, last = int(counts.min()) - 1, int(counts.max()) - 1
+        columns = torch.arange(last, device=counts.device)
+        new = (self.offset + self.num_prompt_tokens).unsqueeze(1) + columns
+        if first < last:  # Rows that ended early have not read their last token, nor the padding after it.
+            start = self.request.input_ids.shape[1]
+            ids = self.sequences()[:, start + first : start + last]
+            self.target.forward(new[:, first:], int(new.max()) + 1, 1, input_ids=ids)
+        self.target.cache.append_to(cache, torch.cat([self.positions, new], dim=1)[:, cache.get_seq_length() :])

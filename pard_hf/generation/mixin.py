@@ -17,31 +17,22 @@ import torch
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
 
-from ..draft_model import PardDraftModel
+from ..draft_model import PardDraftModel, subclass_named_as
 from .candidate_generator import PardCandidateGenerator
-from .checks import check_mode, check_pair, check_prompt, why_not_slots
+from .checks import check_mode, check_pair, check_prompt, full_attention_mask, why_no_draft, why_not_slots
 from .decoding import DecodingRequest, PardDecoder
 from .lockstep import LockstepDecoder
+from .output import PardGenerateOutput
 from .processors import is_prefix_free
 from .stats import DecodingStats
 
 logger = logging.getLogger(__name__)
 
+# Criteria decided on the device, row by row; any other is called as plain `generate` calls it.
+KNOWN_CRITERIA = {EosTokenCriteria, MaxLengthCriteria}
 VERIFICATIONS = ("sample_and_match", "ratio_test")
 # `generate()` hands its decoding method only arguments it knows, so this one travels beside it.
 verification_of_call: ContextVar[str] = ContextVar("verification_of_call", default=VERIFICATIONS[0])
-
-
-@dataclass
-class PardGenerateOutput(GenerateDecoderOnlyOutput):
-    """What `generate(return_dict_in_generate=True)` returns, with the decoding statistics.
-
-    Args:
-        stats ([`DecodingStats`], *optional*):
-            Rounds, drafted and accepted tokens of this call, summed over rows.
-    """
-
-    stats: DecodingStats | None = None
 
 
 class PardGenerationMixin(GenerationMixin):
@@ -54,7 +45,17 @@ class PardGenerationMixin(GenerationMixin):
     """
 
     def generate(
-        self, inputs: Any = None, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        prefix_allowed_tokens_fn: Any = None,
+        synced_gpus: bool | None = None,
+        assistant_model: Any = None,
+        *args: Any,
+        verification: str = VERIFICATIONS[0],
+        **kwargs: Any,
     ) -> Any:
         """Generate as the host's `generate` does, faster when `assistant_model` is a [`PardDraftModel`].
 
@@ -73,21 +74,30 @@ class PardGenerationMixin(GenerationMixin):
         Raises:
             ValueError: The call or the pair of models cannot be served; nothing was changed.
         """
-        draft = kwargs.get("assistant_model")
-        verification = kwargs.pop("verification", VERIFICATIONS[0])
-        if not isinstance(draft, PardDraftModel):
-            return super().generate(inputs, generation_config, *args, **kwargs)
         if verification not in VERIFICATIONS:
             raise ValueError(f"Expected `verification` to be one of {VERIFICATIONS}, got {verification!r}.")
-        # The host would fill in its own default for K, 20; the draft knows better.
-        if generation_config is None:
-            kwargs.setdefault("num_assistant_tokens", draft.num_assistant_tokens)
-        elif generation_config.num_assistant_tokens is None:
-            generation_config = copy.deepcopy(generation_config)
-            generation_config.num_assistant_tokens = kwargs.pop("num_assistant_tokens", draft.num_assistant_tokens)
+        if isinstance(assistant_model, PardDraftModel):
+            # The host would fill in its own default for K, 20; the draft knows better.
+            if kwargs.get("num_assistant_tokens") is None:
+                kwargs.pop("num_assistant_tokens", None)
+                if generation_config is None:
+                    kwargs["num_assistant_tokens"] = assistant_model.num_assistant_tokens
+                elif generation_config.num_assistant_tokens is None:
+                    generation_config = copy.deepcopy(generation_config)
+                    generation_config.num_assistant_tokens = assistant_model.num_assistant_tokens
         reset = verification_of_call.set(verification)
         try:
-            return super().generate(inputs, generation_config, *args, **kwargs)
+            return super().generate(
+                inputs,
+                generation_config,
+                logits_processor,
+                stopping_criteria,
+                prefix_allowed_tokens_fn,
+                synced_gpus,
+                assistant_model,
+                *args,
+                **kwargs,
+            )
         finally:
             verification_of_call.reset(reset)
 
@@ -139,14 +149,26 @@ class PardGenerationMixin(GenerationMixin):
                 **model_kwargs,
             )
         mask = full_attention_mask(input_ids, generation_config, model_kwargs)
-        max_length = stopping_criteria.max_length
+        max_length = min(c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria))
         check_prompt(self, assistant_model, input_ids, mask, max_length, model_kwargs)
+        reason = why_no_draft(self, mask.shape[1] + max_length - input_ids.shape[1], generation_config)
+        if reason is not None:
+            return self._without_draft(reason, input_ids, arguments, model_kwargs)
         reason = why_not_slots(self, assistant_model, mask, generation_config, synced_gpus, model_kwargs)
         if reason is not None:
-            return self._without_slots(reason, input_ids, arguments, assistant_model, model_kwargs)
+            stock_is_exact = (
+                len(input_ids) == 1
+                and input_ids.shape[1] > 0
+                and model_kwargs["use_cache"]
+                and not getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False)
+                and {type(criterion) for criterion in stopping_criteria} <= KNOWN_CRITERIA
+            )
+            if not stock_is_exact:
+                return self._without_draft(reason, input_ids, arguments, model_kwargs)
+            logger.info("%s; using the stock assisted loop.", reason)
+            return self._stock_loop(input_ids, arguments, assistant_model, model_kwargs)
 
-        criteria = {type(criterion): criterion for criterion in stopping_criteria}
-        eos = criteria.get(EosTokenCriteria)
+        ends = [c.eos_token_id.to(input_ids.device) for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
         pad = generation_config._pad_token_tensor
         request = DecodingRequest(
             input_ids=input_ids,
@@ -154,7 +176,7 @@ class PardGenerationMixin(GenerationMixin):
             num_assistant_tokens=generation_config.num_assistant_tokens,
             max_length=max_length,
             pad_token_id=None if pad is None else int(pad),
-            eos_token_id=None if eos is None else eos.eos_token_id.to(input_ids.device),
+            eos_token_id=torch.cat(ends) if ends else None,
             inputs_embeds=model_kwargs.get("inputs_embeds"),
             past_key_values=model_kwargs.get("past_key_values"),
             do_sample=generation_config.do_sample,
@@ -165,12 +187,15 @@ class PardGenerationMixin(GenerationMixin):
             output_scores=generation_config.return_dict_in_generate and generation_config.output_scores,
             output_logits=generation_config.return_dict_in_generate and generation_config.output_logits,
         )
-        only_known_criteria = criteria.keys() <= {EosTokenCriteria, MaxLengthCriteria}
-        is_ragged = only_known_criteria and is_prefix_free(logits_processor) and (streamer is None or len(mask) == 1)
+        is_ragged = (
+            {type(criterion) for criterion in stopping_criteria} <= KNOWN_CRITERIA
+            and is_prefix_free(logits_processor)
+            and (streamer is None or len(mask) == 1)
+        )
         if request.ratio_test and not is_ragged:
             raise ValueError(
-                "Expected only processors and stopping criteria that ignore the prefix with "
-                "`verification='ratio_test'`, got one that looks at it (a repetition penalty or a stop string, say). "
+                "Expected rows that may advance on their own with `verification='ratio_test'`, got a batch with a "
+                "streamer, or a processor or criterion that looks at the prefix (repetition penalty, stop string). "
                 "Use the default, `verification='sample_and_match'`."
             )
         decoder = (PardDecoder if is_ragged else LockstepDecoder)(self, assistant_model, request)
@@ -196,27 +221,10 @@ class PardGenerationMixin(GenerationMixin):
             stats=decoder.stats,
         )
 
-    def _without_slots(
-        self,
-        reason: str,
-        input_ids: torch.Tensor,
-        arguments: dict[str, Any],
-        draft: PardDraftModel,
-        model_kwargs: dict[str, Any],
+    def _stock_loop(
+        self, input_ids: torch.Tensor, arguments: dict[str, Any], draft: PardDraftModel, model_kwargs: dict[str, Any]
     ) -> Any:
-        """Serve a call that our cache cannot: by the stock loop where that is exact, else without a draft."""
-        known = {EosTokenCriteria, MaxLengthCriteria}
-        past = model_kwargs.get("past_key_values")
-        stock_is_exact = (
-            len(input_ids) == 1
-            and input_ids.shape[1] > 0
-            and not getattr(past, "_is_user_defined", False)
-            and {type(criterion) for criterion in arguments["stopping_criteria"]} <= known
-        )
-        if not stock_is_exact:
-            logger.warning("%s; generating without the draft. The output is the same, only slower.", reason)
-            return self._sample(input_ids, **arguments, **model_kwargs)
-        logger.info("%s; using the stock assisted loop.", reason)
+        """Serve by the host's assisted loop a call that our cache cannot."""
         generators: list[PardCandidateGenerator] = []
         output = super()._assisted_decoding(
             input_ids, **arguments, assistant_model=BoundDraft(draft, generators), **model_kwargs
@@ -224,6 +232,16 @@ class PardGenerationMixin(GenerationMixin):
         if not isinstance(output, GenerateDecoderOnlyOutput):
             return output
         return PardGenerateOutput(**output, stats=generators[0].stats)
+
+    def _without_draft(
+        self, reason: str, input_ids: torch.Tensor, arguments: dict[str, Any], model_kwargs: dict[str, Any]
+    ) -> Any:
+        """Serve by plain decoding a call that no loop with a draft gets right."""
+        logger.warning("%s; generating without the draft. The output is the same, only slower.", reason)
+        output = self._sample(input_ids, **arguments, **model_kwargs)
+        if not isinstance(output, GenerateDecoderOnlyOutput):
+            return output
+        return PardGenerateOutput(**output, stats=DecodingStats())
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         bound = kwargs.get("assistant_model")
@@ -247,17 +265,6 @@ class BoundDraft:
 
     draft: PardDraftModel
     generators: list[PardCandidateGenerator]
-
-
-def full_attention_mask(
-    input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
-) -> torch.Tensor:
-    """The 2-D mask over everything the target has or gets to see; the host drops one that is all ones."""
-    mask = model_kwargs.get("attention_mask")
-    if mask is not None:
-        return mask.long()
-    length = getattr(generation_config, "_mask_length", input_ids.shape[1])
-    return input_ids.new_ones(len(input_ids), length)
 
 
 def with_pard(target: PreTrainedModel) -> PreTrainedModel:
@@ -301,10 +308,4 @@ def without_pard(target: PreTrainedModel) -> PreTrainedModel:
 @cache
 def pard_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The subclass of `base` with the mixin, named as `base`: a saved config names its class."""
-    names = {
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-        "config_class": base.config_class,
-    }
-    return type(base.__name__, (PardGenerationMixin, base), names)
+    return subclass_named_as(base, PardGenerationMixin, pard_class)

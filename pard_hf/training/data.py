@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,41 +20,63 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 logger = logging.getLogger(__name__)
 
 
-def read_rows(path: str | Path, skip_bad_rows: bool = False) -> Iterator[dict[str, Any]]:
+class Row(dict[str, Any]):
+    """A row that knows the file and line it came from."""
+
+    place: str
+
+
+def read_rows(path: str | Path, skip_bad_rows: bool = False) -> Iterator[Row]:
     """Read the rows of a `.jsonl` or `.jsonl.gz` file.
 
     Raises:
         ValueError: A line is no JSON object with one of the known shapes; the message names the line. With
             `skip_bad_rows` such lines are logged and left out.
     """
-    path = Path(path)
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    with opened as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            problem = None
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                problem = f"it is no JSON ({error.msg} at column {error.colno})"
-            else:
-                problem = what_is_wrong(row)
-            if problem is None:
-                yield row
-            elif skip_bad_rows:
-                logger.warning("%s line %d skipped: %s", path, number, problem)
-            else:
-                raise ValueError(
-                    f"Expected a JSON object with `text`, `prompt` and `response`, or `messages` in line {number} of "
-                    f"`{path}`, but {problem}. Mend the line, or pass `--skip-bad-rows` to go on without it."
-                )
+    for number, line in numbered_lines(Path(path)):
+        if not line.strip():
+            continue
+        row, problem = parse(line)
+        if problem is None:
+            row.place = f"`{path}` line {number}"
+            yield row
+        elif skip_bad_rows:
+            logger.warning("%s line %d skipped: %s", path, number, problem)
+        else:
+            raise ValueError(
+                f"Expected a JSON object with `text`, `prompt` and `response`, or `messages` in line {number} of "
+                f"`{path}`, but {problem}. Mend the line, or pass `--skip-bad-rows` to go on without it."
+            )
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a plain or gzipped file, from 1; a file that breaks off is named."""
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        try:
+            yield from enumerate(file, start=1)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"Expected `{path}` to be a whole gzip file, but: {error}. Fetch it again.") from error
+
+
+def parse(line: bytes) -> tuple[Row, str | None]:
+    """Parse one line; returns the row and what is wrong with it, if anything."""
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return Row(), f"byte {error.start} is no UTF-8"
+    except json.JSONDecodeError as error:
+        return Row(), f"it is no JSON ({error.msg} at column {error.colno})"
+    problem = what_is_wrong(row)
+    return (Row(row), None) if problem is None else (Row(), problem)
 
 
 def what_is_wrong(row: Any) -> str | None:
     """Say what keeps a parsed line from being a row; `None` when nothing does."""
     if not isinstance(row, dict):
         return f"it is a JSON {type(row).__name__}"
+    ids = row.get("response_ids", [])
+    if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
+        return "its `response_ids` are no list of token ids"
     if isinstance(row.get("text"), str):
         return None
     if isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
@@ -78,10 +101,16 @@ def messages_of(row: dict[str, Any]) -> list[dict[str, str]] | None:
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
     """Token ids of a conversation up to the point where an answer begins.
 
-    By the tokenizer's chat template, or, without one, the contents in order behind the tokenizer's own start token.
+    By the tokenizer's chat template, or, without one, the contents in order behind the tokenizer's own start token,
+    with an end token after each answer.
     """
     if tokenizer.chat_template is None:
-        return tokenizer("".join(message["content"] for message in messages))["input_ids"]
+        ids = tokenizer("")["input_ids"]
+        for message in messages:
+            ids = ids + tokenizer(message["content"], add_special_tokens=False)["input_ids"]
+            if message["role"] == "assistant" and tokenizer.eos_token_id is not None:
+                ids = [*ids, tokenizer.eos_token_id]
+        return ids
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
@@ -118,20 +147,21 @@ def tokenize_rows(
     """Encode rows for training, cut at `max_length` tokens.
 
     Raises:
-        ValueError: A row has fewer than 2 tokens or nothing to learn within `max_length`; its number is named. With
-            `skip_bad_rows` such rows are logged and left out.
+        ValueError: A row has fewer than 2 tokens or nothing to learn within `max_length`; its file and line, or its
+            number, are named. With `skip_bad_rows` such rows are logged and left out.
     """
     examples = []
     for number, row in enumerate(rows, start=1):
+        place = row.place if isinstance(row, Row) else f"row {number}"
         example = {name: values[:max_length] for name, values in encode_row(tokenizer, row).items()}
         if len(example["input_ids"]) >= 2 and any(example["loss_mask"][1:]):
             examples.append(example)
         elif skip_bad_rows:
-            logger.warning("row %d skipped: %d tokens, none to learn", number, len(example["input_ids"]))
+            logger.warning("%s skipped: %d tokens, none to learn", place, len(example["input_ids"]))
         else:
             raise ValueError(
                 f"Expected at least 2 tokens with something to learn among the first {max_length}, got "
-                f"{len(example['input_ids'])} tokens in row {number}. Raise `--max-length`, drop the row, or pass "
+                f"{len(example['input_ids'])} tokens in {place}. Raise `--max-length`, drop the row, or pass "
                 "`--skip-bad-rows` to go on without it."
             )
     return examples
@@ -155,6 +185,8 @@ def write_answers(
         The number of rows written by this call.
     """
     out = Path(out)
+    ends = target.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends, tokenizer.eos_token_id])
     answered = {row["prompt"] for row in read_rows(out)} if out.exists() else set()
     encoded = [
         (encode_prompt(tokenizer, [{"role": "user", "content": prompt}]), prompt)
@@ -170,8 +202,8 @@ def write_answers(
         answers = sequences[:, padded["input_ids"].shape[1] :].tolist()
         with out.open("a", encoding="utf-8") as file:
             for (_, prompt), answer in zip(batch, answers, strict=True):
-                if tokenizer.eos_token_id in answer:
-                    answer = answer[: answer.index(tokenizer.eos_token_id) + 1]
+                end = next((place for place, token in enumerate(answer) if token in ends), len(answer))
+                answer = answer[: end + 1]
                 text = tokenizer.decode(answer, skip_special_tokens=True)
                 row = {"prompt": prompt, "response": text, "response_ids": answer}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ def train_draft(
 ) -> Path:
     """Adapt `base` on the rows of `data`; the finished draft and its tokenizer are written to `output`.
 
-    Checkpoints lie in `output/checkpoints`; a run that finds one goes on from it, unless `restart`.
+    Checkpoints lie in `output/checkpoints`; a run that finds one goes on from it. With `restart` they are moved aside.
 
     Args:
         arguments:
@@ -40,12 +41,7 @@ def train_draft(
         ValueError: A row is broken (its file and line are named), or the mask token is one the tokenizer produces.
     """
     tokenizer = AutoTokenizer.from_pretrained(base)
-    if mask_token_id in tokenizer.get_vocab().values():
-        raise ValueError(
-            f"Expected a mask token the tokenizer never produces, got {mask_token_id}, which is "
-            f"{tokenizer.convert_ids_to_tokens(mask_token_id)!r}. Ids from {len(tokenizer)} on are free where the "
-            "model's vocabulary is larger."
-        )
+    check_mask_token(tokenizer, mask_token_id)
     rows = tokenize_rows(
         tokenizer, (row for file in data for row in read_rows(file, skip_bad_rows)), max_length, skip_bad_rows
     )
@@ -62,11 +58,31 @@ def train_draft(
     trainer = PardTrainer(
         draft, PardTrainingArguments(str(checkpoints), report_to="none", **arguments), train_dataset=rows
     )
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() and not restart else None
+    if restart and checkpoints.is_dir():
+        checkpoints.rename(free_name(checkpoints))  # Nothing is lost, and nothing of it is gone on from.
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     if last is not None:
         logger.warning("Going on from %s; pass --restart to begin anew.", last)
     trainer.train(resume_from_checkpoint=last)
+    trainer.save_model(str(output))
     if trainer.is_world_process_zero():
-        draft.save_pretrained(output)
         tokenizer.save_pretrained(output)
     return output
+
+
+def check_mask_token(tokenizer: Any, mask_token_id: int) -> None:
+    """Raise a `ValueError` for an id that text or the template may contain; reserved special tokens are fine."""
+    used = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+    added = tokenizer.added_tokens_decoder.get(mask_token_id)
+    is_reserved = added is not None and added.special and mask_token_id not in used
+    if mask_token_id in tokenizer.get_vocab().values() and not is_reserved:
+        raise ValueError(
+            f"Expected a mask token the tokenizer never produces, got {mask_token_id}, which is "
+            f"{tokenizer.convert_ids_to_tokens(mask_token_id)!r}. Take a reserved special token, or an id from "
+            f"{len(tokenizer)} on where the model's vocabulary is larger."
+        )
+
+
+def free_name(folder: Path) -> Path:
+    """The first of `folder.1`, `folder.2`, … that does not exist."""
+    return next(name for n in itertools.count(1) if not (name := folder.with_name(f"{folder.name}.{n}")).exists())
