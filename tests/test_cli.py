@@ -81,6 +81,7 @@ def test_seed_makes_sampling_repeatable(pair_folders, capsys):
         (["hello", "--num-assistant-tokens", "0"], "at least 1"),
         (["hello", "--max-new-tokens", "999"], "256 positions"),
         (["hello", "--dtype", "float33"], "float33"),
+        (["hello", "--device", "abacus"], "abacus"),
         (["hello", "--draft", "no/such-folder-here/at-all"], "no/such-folder-here/at-all"),
     ],
 )

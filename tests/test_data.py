@@ -64,6 +64,7 @@ def test_the_targets_own_tokens_are_taken_as_they_are(tokenizer):
     ("line", "problem"),
     [
         ("{oops", "no JSON"),
+        ('{"text": "x", "response_ids": ["a"]}', "response_ids"),
         ("[1]", "a JSON list"),
         ('{"prompt": "x"}', r"it has \['prompt'\]"),
         ('{"messages": [1]}', "it has"),
@@ -78,6 +79,48 @@ def test_broken_line_is_named(tmp_path, line, problem, suffix):
     with pytest.raises(ValueError, match=f"line 3.*{problem}"):
         list(read_rows(path))
     assert [row["text"] for row in read_rows(path, skip_bad_rows=True)] == ["fine", "good"]
+
+
+def test_broken_encodings_are_named(tmp_path):
+    """A byte that is no UTF-8 names its line; a byte-order mark is none of the text; a torn gzip file is named."""
+    path, torn = tmp_path / "rows.jsonl", tmp_path / "torn.jsonl.gz"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "abc"}\n{"text": "\xff"}\n')
+    torn.write_bytes(gzip.compress(b'{"text": "abc"}\n' * 500)[:-20])
+
+    with pytest.raises(ValueError, match="line 2.*no UTF-8"):
+        list(read_rows(path))
+    assert [row["text"] for row in read_rows(path, skip_bad_rows=True)] == ["abc"]
+    with pytest.raises(ValueError, match="torn.jsonl.gz"):
+        list(read_rows(torn))
+
+
+def test_short_row_is_named_by_file_and_line(tokenizer, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "abc"}\n\n{"text": ""}\n')
+
+    with pytest.raises(ValueError, match="rows.jsonl` line 3"):
+        tokenize_rows(tokenizer, read_rows(path), max_length=6)
+
+
+def test_turns_without_a_template_are_all_learned(tokenizer):
+    turns = [("user", "ab"), ("assistant", "cd"), ("user", "ef"), ("assistant", "gh")]
+
+    example = encode_row(tokenizer, {"messages": [{"role": role, "content": text} for role, text in turns]})
+
+    assert decode(tokenizer, example["input_ids"]) == "abcd</s>efgh</s>"
+    assert learned(tokenizer, example) == "cd</s>gh</s>"
+
+
+def test_answers_end_at_any_end_token(tokenizer, tmp_path):
+    """Padding after a row's end is nobody's answer."""
+    target = make_model("llama")
+    target.generation_config.eos_token_id = list(range(3, 60))
+
+    write_answers(target, tokenizer, ["ab", "cdef", "g"], tmp_path / "a.jsonl", max_new_tokens=9, do_sample=False)
+
+    for row in read_rows(tmp_path / "a.jsonl"):
+        assert 0 not in row["response_ids"]
+        assert not any(3 <= token < 60 for token in row["response_ids"][:-1])
 
 
 def test_short_row_is_named(tokenizer):

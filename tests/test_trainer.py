@@ -8,7 +8,7 @@ from families import make_model
 from transformers import TrainerCallback
 
 from pard_hf import PardDraftModel, PardTrainer, PardTrainingArguments
-from pard_hf.training.run import train_draft
+from pard_hf.training.run import check_mask_token, train_draft
 
 ROWS = [{"input_ids": [1, *[(5 * start + 7 * i) % 80 + 3 for i in range(14)], 2]} for start in range(8)]
 
@@ -135,5 +135,17 @@ def test_base_and_rows_become_a_draft(tmp_path, bundled_like_tokenizer):
     assert (out / "tokenizer.json").exists()
     with pytest.raises(ValueError, match="within the 128 positions"):
         train_draft(str(base), [data], out, 102, max_length=129, **arguments)
+    train_draft(str(base), [data], out, 102, max_length=64, disable_tqdm=True, restart=True, **arguments)
+    assert (out / "checkpoints.1" / "checkpoint-4").is_dir()  # moved aside, not gone on from
     with pytest.raises(ValueError, match="never produces"):
         train_draft(str(base), [data], out, 50, **arguments)
+
+
+def test_reserved_tokens_may_be_masks(bundled_like_tokenizer):
+    """Llama-3 has no free id; AMD takes one of its reserved special tokens."""
+    bundled_like_tokenizer.add_special_tokens({"additional_special_tokens": ["<|reserved_0|>"]})
+
+    check_mask_token(bundled_like_tokenizer, bundled_like_tokenizer.convert_tokens_to_ids("<|reserved_0|>"))
+    for used in ("</s>", "<pad>", "A"):
+        with pytest.raises(ValueError, match="never produces"):
+            check_mask_token(bundled_like_tokenizer, bundled_like_tokenizer.convert_tokens_to_ids(used))
