@@ -42,12 +42,12 @@ MAX_ROW_TOKENS = 448
 TARGET = {"hidden_size": 160, "intermediate_size": 416, "num_hidden_layers": 12, "num_attention_heads": 5}
 DRAFT = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 3}
 NUM_ASSISTANT_TOKENS = 8
-# Against repetition: the longest prompt (in tokens), the weight of the unlikelihood loss and the optimizer steps of
-# each phase; answers are this long.
-UNLOOP_PHASES = ((192, 1.0, 100), (720, 0.5, 40), (720, 1.0, 45))
+# Against repetition: the longest prompt (in tokens), the share of code, the weight of the unlikelihood loss and the
+# optimizer steps of each phase; answers are this long.
+UNLOOP_PHASES = ((192, 0.75, 1.0, 100), (720, 0.75, 0.5, 40), (720, 0.75, 1.0, 45), (720, 0.5, 2.0, 25))
 UNLOOP_TOKENS = 112
 # Training prompts that the target answers for its draft.
-NUM_ANSWERS = 10_000
+NUM_ANSWERS = 8_000
 # How often a file's rows are seen for each pass over the mix.
 MIX = {"math_gsm8k": 3, "code_functions": 2, "code_leetcode": 1, "code_instruct": 1}
 TRAINER = {
@@ -254,16 +254,18 @@ def answer_prompts(model: LlamaForCausalLM, prompts: list[list[int]], pad: int, 
 
 
 def neighbours(
-    rows: dict[str, list[tuple[list[int], list[int]]]], chance: random.Random
+    rows: dict[str, list[tuple[list[int], list[int]]]], code_share: float, chance: random.Random
 ) -> list[tuple[list[int], list[int]]]:
     """Some rows of one kind with prompts of about one length: as many as 8,000 tokens hold, 40 at most."""
-    kind = rows[chance.choices(["code_functions", "math_gsm8k"], weights=[3, 1])[0]]
+    kind = rows["code_functions" if chance.random() < code_share else "math_gsm8k"]
     first = chance.randrange(len(kind))
     count = min(40, 8000 // (len(kind[first][0]) + UNLOOP_TOKENS))
     return kind[max(0, min(first, len(kind) - count)) :][:count]
 
 
-def unloop_target(data: Path, start: Path, out: Path, longest_prompt: int, weight: float, steps: int) -> None:
+def unloop_target(
+    data: Path, start: Path, out: Path, longest_prompt: int, code_share: float, weight: float, steps: int
+) -> None:
     """Unlikelihood training on the target's own greedy answers: tokens that repeat an n-gram become less likely.
 
     https://huggingface.co/papers/1908.04319, sequence level. Loops look like high acceptance and say nothing.
@@ -276,7 +278,7 @@ def unloop_target(data: Path, start: Path, out: Path, longest_prompt: int, weigh
     schedule = get_linear_schedule_with_warmup(optimizer, 5, steps)
     chance = random.Random(1)
     for step in range(steps):
-        picked = neighbours(rows, chance)
+        picked = neighbours(rows, code_share, chance)
         model.eval()
         sequences, mask, longest, answers = answer_prompts(model, [p for p, _ in picked], pad, end, UNLOOP_TOKENS)
         model.train()
@@ -388,10 +390,10 @@ def main() -> None:
         train_tokenizer(args.data, tokenizer_dir)
     if not (target_dir / "model.safetensors").exists():
         pretrain(args.data, tokenizer_dir, target_dir, TARGET, args.target_steps)
-    for phase, (longest_prompt, weight, steps) in enumerate(UNLOOP_PHASES):
+    for phase, settings in enumerate(UNLOOP_PHASES):
         start_dir, target_dir = target_dir, args.work / f"target-unlooped-{phase}"
         if not (target_dir / "model.safetensors").exists():
-            unloop_target(args.data, start_dir, target_dir, longest_prompt, weight, steps)
+            unloop_target(args.data, start_dir, target_dir, *settings)
     base_dir, answers, draft_dir = args.work / "draft-base", args.work / "answers.jsonl", args.work / "draft"
     if not (base_dir / "model.safetensors").exists():
         pretrain(args.data, tokenizer_dir, base_dir, DRAFT, args.draft_base_steps)
