@@ -9,9 +9,14 @@ from __future__ import annotations
 
 import torch
 from transformers import PreTrainedModel
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
 from ..draft_model import PardDraftModel
 from .decoding import DecodingRequest, PardDecoder
+from .processors import is_prefix_free
+
+# Criteria decided on the device, row by row; any other is called as plain `generate` calls it.
+KNOWN_CRITERIA = {EosTokenCriteria, MaxLengthCriteria}
 
 
 class LockstepDecoder(PardDecoder):
@@ -68,3 +73,19 @@ class LockstepDecoder(PardDecoder):
 
     def sequences(self) -> torch.Tensor:
         return self.columns
+
+
+def decoder_for(request: DecodingRequest) -> type[PardDecoder]:
+    """Rows on their own where nothing looks at the prefix or waits for a whole column, else in lockstep."""
+    is_ragged = (
+        {type(criterion) for criterion in request.stopping_criteria} <= KNOWN_CRITERIA
+        and is_prefix_free(request.logits_processor)
+        and (request.streamer is None or len(request.input_ids) == 1)
+    )
+    if request.ratio_test and not is_ragged:
+        raise ValueError(
+            "Expected rows that may advance on their own with `verification='ratio_test'`, got a batch with a "
+            "streamer, or a processor or criterion that looks at the prefix (repetition penalty, stop string). "
+            "Use the default, `verification='sample_and_match'`."
+        )
+    return PardDecoder if is_ragged else LockstepDecoder

@@ -21,15 +21,12 @@ from ..draft_model import PardDraftModel, subclass_named_as
 from .candidate_generator import PardCandidateGenerator
 from .checks import check_mode, check_pair, check_prompt, full_attention_mask, why_no_draft, why_not_slots
 from .decoding import DecodingRequest, PardDecoder
-from .lockstep import LockstepDecoder
+from .lockstep import KNOWN_CRITERIA, decoder_for
 from .output import PardGenerateOutput
-from .processors import is_prefix_free
 from .stats import DecodingStats
 
 logger = logging.getLogger(__name__)
 
-# Criteria decided on the device, row by row; any other is called as plain `generate` calls it.
-KNOWN_CRITERIA = {EosTokenCriteria, MaxLengthCriteria}
 VERIFICATIONS = ("sample_and_match", "ratio_test")
 # `generate()` hands its decoding method only arguments it knows, so this one travels beside it.
 verification_of_call: ContextVar[str] = ContextVar("verification_of_call", default=VERIFICATIONS[0])
@@ -120,57 +117,82 @@ class PardGenerationMixin(GenerationMixin):
     def _assisted_decoding(
         self,
         input_ids: torch.Tensor,
+        inputs_tensor: torch.Tensor | None = None,
+        assistant_model: Any = None,
+        assistant_tokenizer: Any = None,
+        tokenizer: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        if isinstance(assistant_model, PardDraftModel):
+            return self._pard_decoding(input_ids, assistant_model, **kwargs)
+        return super()._assisted_decoding(
+            input_ids,
+            inputs_tensor=inputs_tensor,
+            assistant_model=assistant_model,
+            assistant_tokenizer=assistant_tokenizer,
+            tokenizer=tokenizer,
+            **kwargs,
+        )
+
+    def _pard_decoding(
+        self,
+        input_ids: torch.Tensor,
+        draft: PardDraftModel,
         logits_processor: Any,
         stopping_criteria: Any,
         generation_config: GenerationConfig,
         synced_gpus: bool = False,
         streamer: Any = None,
-        inputs_tensor: torch.Tensor | None = None,
-        assistant_model: Any = None,
-        assistant_tokenizer: Any = None,
-        tokenizer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        arguments = {
+        """Choose the route: our loop, the host's, or no draft at all where neither is exact."""
+        mask = full_attention_mask(input_ids, generation_config, model_kwargs)
+        max_length = min(c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria))
+        check_prompt(self, draft, input_ids, mask, max_length, model_kwargs)
+        prepared = {
             "logits_processor": logits_processor,
             "stopping_criteria": stopping_criteria,
             "generation_config": generation_config,
-            "synced_gpus": synced_gpus,
             "streamer": streamer,
         }
-        if not isinstance(assistant_model, PardDraftModel):
-            return super()._assisted_decoding(
-                input_ids,
-                **arguments,
-                inputs_tensor=inputs_tensor,
-                assistant_model=assistant_model,
-                assistant_tokenizer=assistant_tokenizer,
-                tokenizer=tokenizer,
-                **model_kwargs,
-            )
-        mask = full_attention_mask(input_ids, generation_config, model_kwargs)
-        max_length = min(c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria))
-        check_prompt(self, assistant_model, input_ids, mask, max_length, model_kwargs)
-        reason = why_no_draft(self, mask.shape[1] + max_length - input_ids.shape[1], generation_config)
-        if reason is not None:
-            return self._without_draft(reason, input_ids, arguments, model_kwargs)
-        reason = why_not_slots(self, assistant_model, mask, generation_config, synced_gpus, model_kwargs)
-        if reason is not None:
-            stock_is_exact = (
-                len(input_ids) == 1
-                and input_ids.shape[1] > 0
-                and model_kwargs["use_cache"]
-                and not getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False)
-                and {type(criterion) for criterion in stopping_criteria} <= KNOWN_CRITERIA
-            )
-            if not stock_is_exact:
-                return self._without_draft(reason, input_ids, arguments, model_kwargs)
-            logger.info("%s; using the stock assisted loop.", reason)
-            return self._stock_loop(input_ids, arguments, assistant_model, model_kwargs)
+        no_draft = why_no_draft(self, mask.shape[1] + max_length - input_ids.shape[1], generation_config)
+        no_slots = why_not_slots(self, draft, mask, generation_config, synced_gpus, model_kwargs)
+        if no_draft is None and no_slots is None:
+            request = self._request(input_ids, mask, max_length, **prepared, model_kwargs=model_kwargs)
+            decoder = decoder_for(request)(self, draft, request)
+            decoder.run()
+            return self._collect(decoder, generation_config, model_kwargs)
+        prepared["synced_gpus"] = synced_gpus
+        stock_is_exact = (
+            no_draft is None
+            and len(input_ids) == 1
+            and input_ids.shape[1] > 0
+            and model_kwargs["use_cache"]
+            and not getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False)
+            and {type(criterion) for criterion in stopping_criteria} <= KNOWN_CRITERIA
+        )
+        if stock_is_exact:
+            logger.info("%s; using the stock assisted loop.", no_slots)
+            return self._stock_loop(input_ids, draft, prepared, model_kwargs)
+        logger.warning("%s; generating without the draft: the same output, only slower.", no_draft or no_slots)
+        return with_stats(self._sample(input_ids, **prepared, **model_kwargs), DecodingStats())
 
+    def _request(
+        self,
+        input_ids: torch.Tensor,
+        mask: torch.Tensor,
+        max_length: int,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        streamer: Any,
+        model_kwargs: dict[str, Any],
+    ) -> DecodingRequest:
+        """What `generate()` prepared, as our loop reads it."""
         ends = [c.eos_token_id.to(input_ids.device) for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
         pad = generation_config._pad_token_tensor
-        request = DecodingRequest(
+        returns_dict = generation_config.return_dict_in_generate
+        return DecodingRequest(
             input_ids=input_ids,
             attention_mask=mask,
             num_assistant_tokens=generation_config.num_assistant_tokens,
@@ -184,23 +206,9 @@ class PardGenerationMixin(GenerationMixin):
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
             streamer=streamer,
-            output_scores=generation_config.return_dict_in_generate and generation_config.output_scores,
-            output_logits=generation_config.return_dict_in_generate and generation_config.output_logits,
+            output_scores=returns_dict and generation_config.output_scores,
+            output_logits=returns_dict and generation_config.output_logits,
         )
-        is_ragged = (
-            {type(criterion) for criterion in stopping_criteria} <= KNOWN_CRITERIA
-            and is_prefix_free(logits_processor)
-            and (streamer is None or len(mask) == 1)
-        )
-        if request.ratio_test and not is_ragged:
-            raise ValueError(
-                "Expected rows that may advance on their own with `verification='ratio_test'`, got a batch with a "
-                "streamer, or a processor or criterion that looks at the prefix (repetition penalty, stop string). "
-                "Use the default, `verification='sample_and_match'`."
-            )
-        decoder = (PardDecoder if is_ragged else LockstepDecoder)(self, assistant_model, request)
-        decoder.run()
-        return self._collect(decoder, generation_config, model_kwargs)
 
     def _collect(self, decoder: PardDecoder, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> Any:
         """Hand a finished decoder's results over as plain `generate` would."""
@@ -222,26 +230,14 @@ class PardGenerationMixin(GenerationMixin):
         )
 
     def _stock_loop(
-        self, input_ids: torch.Tensor, arguments: dict[str, Any], draft: PardDraftModel, model_kwargs: dict[str, Any]
+        self, input_ids: torch.Tensor, draft: PardDraftModel, prepared: dict[str, Any], model_kwargs: dict[str, Any]
     ) -> Any:
         """Serve by the host's assisted loop a call that our cache cannot."""
         generators: list[PardCandidateGenerator] = []
         output = super()._assisted_decoding(
-            input_ids, **arguments, assistant_model=BoundDraft(draft, generators), **model_kwargs
+            input_ids, **prepared, assistant_model=BoundDraft(draft, generators), **model_kwargs
         )
-        if not isinstance(output, GenerateDecoderOnlyOutput):
-            return output
-        return PardGenerateOutput(**output, stats=generators[0].stats)
-
-    def _without_draft(
-        self, reason: str, input_ids: torch.Tensor, arguments: dict[str, Any], model_kwargs: dict[str, Any]
-    ) -> Any:
-        """Serve by plain decoding a call that no loop with a draft gets right."""
-        logger.warning("%s; generating without the draft. The output is the same, only slower.", reason)
-        output = self._sample(input_ids, **arguments, **model_kwargs)
-        if not isinstance(output, GenerateDecoderOnlyOutput):
-            return output
-        return PardGenerateOutput(**output, stats=DecodingStats())
+        return with_stats(output, generators[0].stats)
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         bound = kwargs.get("assistant_model")
@@ -265,6 +261,13 @@ class BoundDraft:
 
     draft: PardDraftModel
     generators: list[PardCandidateGenerator]
+
+
+def with_stats(output: Any, stats: DecodingStats) -> Any:
+    """Add statistics to what the host returned, where that is more than a tensor."""
+    if not isinstance(output, GenerateDecoderOnlyOutput):
+        return output
+    return PardGenerateOutput(**output, stats=stats)
 
 
 def with_pard(target: PreTrainedModel) -> PreTrainedModel:
