@@ -3,7 +3,7 @@
     make bundled-pair DATA=../shared/data/train
 
 Each stage writes into `--work` and is skipped when its result is there; interrupted training goes on from its last
-checkpoint, an interrupted unlooping phase (minutes) begins again. A target this small is undertrained by any measure:
+checkpoint, and writing answers after the last one written. A target this small is undertrained by any measure:
 it exists so that acceptance, cost and the whole path from training to `generate()` are real on a machine with no
 network and no GPU.
 
@@ -33,8 +33,8 @@ from transformers import (
 )
 
 from pard_hf import PardDraftModel, PardTrainer, PardTrainingArguments
+from pard_hf.training.data import encode_row, tokenize_rows, write_answers
 from pard_hf.training.data import read_rows as read_answers
-from pard_hf.training.data import tokenize_rows, write_answers
 
 # Rows of the padded vocabulary above the tokenizer's last id; the first of them is the draft's mask token.
 VOCAB_SIZE, TOKENIZER_SIZE = 2048, 2040
@@ -42,12 +42,8 @@ MAX_ROW_TOKENS = 448
 TARGET = {"hidden_size": 160, "intermediate_size": 416, "num_hidden_layers": 12, "num_attention_heads": 5}
 DRAFT = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 3}
 NUM_ASSISTANT_TOKENS = 8
-# Against repetition: the longest prompt (in tokens), the share of code, the weight of the unlikelihood loss and the
-# optimizer steps of each phase; answers are this long.
-UNLOOP_PHASES = ((192, 0.75, 1.0, 100), (720, 0.75, 0.5, 40), (720, 0.75, 1.0, 45), (720, 0.5, 2.0, 25))
-UNLOOP_TOKENS = 112
-# Training prompts that the target answers for its draft.
-NUM_ANSWERS = 8_000
+# Training prompts that the target answers: their number, their longest (in tokens) and the share of code.
+NUM_ANSWERS, LONGEST_PROMPT, CODE_SHARE = 3_000, 400, 0.6
 # How often a file's rows are seen for each pass over the mix.
 MIX = {"math_gsm8k": 3, "code_functions": 2, "code_leetcode": 1, "code_instruct": 1}
 TRAINER = {
@@ -187,7 +183,8 @@ def collate(rows: list[dict[str, list[int]]], pad_token_id: int) -> dict[str, to
     labels = torch.full_like(ids, -100)
     for i, row in enumerate(rows):
         length = len(row["input_ids"])
-        ids[i, :length] = labels[i, :length] = torch.tensor(row["input_ids"])
+        ids[i, :length] = torch.tensor(row["input_ids"])
+        labels[i, :length] = ids[i, :length].where(torch.tensor(row["loss_mask"]) == 1, -100)
     return {"input_ids": ids, "labels": labels}
 
 
@@ -211,7 +208,21 @@ def pretrain(data: Path, tokenizer_dir: Path, out: Path, shape: dict[str, int], 
         )
     )
     print(f"{model.num_parameters() / 1e6:.2f} M parameters", flush=True)
-    optimizer = Muon.for_model(model, lr=0.02, adam_lr=4e-3)
+    examples = [{"input_ids": ids, "loss_mask": [1] * len(ids)} for ids in rows]
+    fit(model, tokenizer, examples, out, steps, lr=0.02, adam_lr=4e-3)
+
+
+def fit(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    rows: list[dict[str, list[int]]],
+    out: Path,
+    steps: int,
+    lr: float,
+    adam_lr: float,
+) -> None:
+    """Next-token training on rows with loss masks; the rate falls to nothing over `steps`."""
+    optimizer = Muon.for_model(model, lr, adam_lr)
     trainer = Trainer(
         model,
         TrainingArguments(
@@ -223,8 +234,8 @@ def pretrain(data: Path, tokenizer_dir: Path, out: Path, shape: dict[str, int], 
             **TRAINER,
         ),
         data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
-        train_dataset=[{"input_ids": ids} for ids in rows],
-        optimizers=(optimizer, get_linear_schedule_with_warmup(optimizer, 40, steps)),
+        train_dataset=rows,
+        optimizers=(optimizer, get_linear_schedule_with_warmup(optimizer, min(40, steps // 10), steps)),
     )
     trainer.train(resume_from_checkpoint=any(out.glob("checkpoints/checkpoint-*")) or None)
     model.save_pretrained(out)
@@ -242,103 +253,47 @@ def repeats(answer: list[int], size: int = 4) -> list[bool]:
     return marks
 
 
-def answer_prompts(model: LlamaForCausalLM, prompts: list[list[int]], pad: int, end: int, new_tokens: int):
-    """Greedy answers; returns padded sequences and, for each, the columns where its answer starts and ends."""
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])
-    mask = (ids != pad).long()
-    sequences = model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False)
-    answers = [row[: row.index(end) + 1] if end in row else row for row in sequences[:, longest:].tolist()]
-    mask = torch.cat([mask, mask.new_ones(len(ids), sequences.shape[1] - longest)], dim=1)
-    return sequences, mask, longest, answers
+def without_loop(answer: list[int], breaks: set[int], end: int) -> list[int] | None:
+    """End an answer at the last line break (or, failing that, the last token) before it begins to loop.
+
+    A loop begins where two thirds of a dozen tokens repeat. `None` for an answer that is little but repetition.
+    """
+    marks = repeats(answer)
+    onset = next((i for i in range(len(answer) - 11) if sum(marks[i : i + 12]) >= 8), None)
+    if onset is not None:
+        line = next((i for i in range(onset, 3, -1) if answer[i - 1] in breaks), onset)
+        answer = [*answer[:line], end]
+    return answer if len(answer) >= 4 and sum(repeats(answer)) <= 0.2 * len(answer) else None
 
 
-def neighbours(
-    rows: dict[str, list[tuple[list[int], list[int]]]], code_share: float, chance: random.Random
-) -> list[tuple[list[int], list[int]]]:
-    """Some rows of one kind with prompts of about one length: as many as 8,000 tokens hold, 40 at most."""
-    kind = rows["code_functions" if chance.random() < code_share else "math_gsm8k"]
-    first = chance.randrange(len(kind))
-    count = min(40, 8000 // (len(kind[first][0]) + UNLOOP_TOKENS))
-    return kind[max(0, min(first, len(kind) - count)) :][:count]
+def settle_target(answers: Path, start: Path, out: Path, steps: int) -> None:
+    """Teach the target to end where it would begin to loop, on its own answers cut there.
 
-
-def unloop_target(
-    data: Path, start: Path, out: Path, longest_prompt: int, code_share: float, weight: float, steps: int
-) -> None:
-    """Unlikelihood training on the target's own greedy answers: tokens that repeat an n-gram become less likely.
-
-    https://huggingface.co/papers/1908.04319, sequence level. Loops look like high acceptance and say nothing.
+    Loops look like high acceptance and say nothing. What the target says before stays its own, so it stays as
+    predictable for a draft as it was (unlikelihood training, tried first, made it say unlikely things).
     """
     tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
+    end, rows = tokenizer.eos_token_id, []
+    breaks = {index for token, index in tokenizer.get_vocab().items() if "\u010a" in token}
+    for row in read_answers(answers):
+        answer = without_loop(row["response_ids"], breaks, end)
+        if answer is not None:
+            rows.append(encode_row(tokenizer, {**row, "response_ids": answer}))
+    print(f"{len(rows)} answers, {sum(sum(row['loss_mask']) for row in rows) / 1e6:.2f} M tokens", flush=True)
     model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
-    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
-    rows = {name: encode_answers(data, tokenizer, name, longest_prompt) for name in ("code_functions", "math_gsm8k")}
-    optimizer = Muon.for_model(model, lr=1.5e-3, adam_lr=3e-4)
-    schedule = get_linear_schedule_with_warmup(optimizer, 5, steps)
-    chance = random.Random(1)
-    for step in range(steps):
-        picked = neighbours(rows, code_share, chance)
-        model.eval()
-        sequences, mask, longest, answers = answer_prompts(model, [p for p, _ in picked], pad, end, UNLOOP_TOKENS)
-        model.train()
-        marks = torch.zeros(sequences.shape, dtype=torch.bool)
-        for row, answer in enumerate(answers):
-            marks[row, longest : longest + len(answer)] = torch.tensor(repeats(answer))
-        loss = torch.zeros(())
-        share = marks.sum().item() / max(sum(len(answer) for answer in answers), 1)
-        if marks.any():
-            looping = marks.any(-1)
-            loss = unlikelihood(model, sequences[looping], mask[looping], marks[looping])
-            (loss * weight).backward()
-        batch = collate([{"input_ids": p + a} for p, a in chance.sample(picked, min(16, len(picked)))], pad)
-        likely = model(**batch).loss
-        likely.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        model.zero_grad()
-        print(f"step {step} repeated {share:.3f} unlikelihood {loss:.3f} loss {likely:.3f}", flush=True)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-
-
-def encode_answers(
-    data: Path, tokenizer: PreTrainedTokenizerFast, name: str, longest_prompt: int
-) -> list[tuple[list[int], list[int]]]:
-    """Prompts and answers of one file, shortest prompts first."""
-    encoded = [
-        tuple(tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts_of(row))
-        for row in read_rows(data / f"{name}.jsonl.gz")
-    ]
-    rows = [
-        ([tokenizer.bos_token_id, *prompt], [*answer, tokenizer.eos_token_id][:MAX_ROW_TOKENS])
-        for prompt, answer in encoded
-        if len(prompt) <= longest_prompt
-    ]
-    return sorted(rows, key=lambda row: len(row[0]))
-
-
-def unlikelihood(model: LlamaForCausalLM, ids: torch.Tensor, mask: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
-    """Mean of -log(1 - p) over the marked tokens of `ids`, all of shape `(batch_size, length)`."""
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, :-1]
-    said = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-    return -torch.log1p(-said.exp().clamp(max=1 - 1e-5))[marks[:, 1:]].mean()
+    fit(model, tokenizer, rows, out, steps, lr=5e-3, adam_lr=1e-3)
 
 
 def answer_training_prompts(data: Path, target_dir: Path, out: Path) -> None:
-    """What the draft is trained on: the target's own greedy answers to the training prompts."""
+    """The target's own greedy answers to training prompts."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(target_dir)
     target = LlamaForCausalLM.from_pretrained(target_dir, dtype=torch.float32).eval()
-    prompts = [
-        row["prompt"]
-        for name in ("math_gsm8k", "code_functions")
-        for row in read_rows(data / f"{name}.jsonl.gz")
-        if len(tokenizer(row["prompt"])["input_ids"]) <= 224
-    ]
-    random.Random(0).shuffle(prompts)
-    write_answers(target, tokenizer, prompts[:NUM_ANSWERS], out, batch_size=96, max_new_tokens=128, do_sample=False)
+    chosen = []
+    for name, share in (("code_functions", CODE_SHARE), ("math_gsm8k", 1 - CODE_SHARE)):
+        prompts = [row["prompt"] for row in read_rows(data / f"{name}.jsonl.gz")]
+        prompts = [prompt for prompt in prompts if len(tokenizer(prompt)["input_ids"]) <= LONGEST_PROMPT]
+        chosen += random.Random(0).sample(prompts, min(len(prompts), round(NUM_ANSWERS * share)))
+    write_answers(target, tokenizer, chosen, out, batch_size=96, max_new_tokens=128, do_sample=False)
 
 
 def adapt_draft(answers: Path, start: Path, out: Path, steps: int) -> None:
@@ -382,6 +337,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("bundled-pair"), help="where stages leave their results")
     parser.add_argument("--out", type=Path, default=Path("pard_hf/bundled"), help="where the finished pair goes")
     parser.add_argument("--target-steps", type=int, default=2400, help="optimizer steps of language modeling")
+    parser.add_argument("--settle-steps", type=int, default=200, help="optimizer steps against repetition")
     parser.add_argument("--draft-base-steps", type=int, default=700, help="language modeling of the draft's base")
     parser.add_argument("--draft-steps", type=int, default=3000, help="adaptation of the draft")
     args = parser.parse_args()
@@ -390,17 +346,17 @@ def main() -> None:
         train_tokenizer(args.data, tokenizer_dir)
     if not (target_dir / "model.safetensors").exists():
         pretrain(args.data, tokenizer_dir, target_dir, TARGET, args.target_steps)
-    for phase, settings in enumerate(UNLOOP_PHASES):
-        start_dir, target_dir = target_dir, args.work / f"target-unlooped-{phase}"
-        if not (target_dir / "model.safetensors").exists():
-            unloop_target(args.data, start_dir, target_dir, *settings)
+    looping, settled_dir = args.work / "looping-answers.jsonl", args.work / "target-settled"
+    answer_training_prompts(args.data, target_dir, looping)
+    if not (settled_dir / "model.safetensors").exists():
+        settle_target(looping, target_dir, settled_dir, args.settle_steps)
     base_dir, answers, draft_dir = args.work / "draft-base", args.work / "answers.jsonl", args.work / "draft"
     if not (base_dir / "model.safetensors").exists():
         pretrain(args.data, tokenizer_dir, base_dir, DRAFT, args.draft_base_steps)
-    answer_training_prompts(args.data, target_dir, answers)
+    answer_training_prompts(args.data, settled_dir, answers)
     if not (draft_dir / "model.safetensors").exists():
         adapt_draft(answers, base_dir, draft_dir, args.draft_steps)
-    package(target_dir, draft_dir, args.out)
+    package(settled_dir, draft_dir, args.out)
 
 
 if __name__ == "__main__":
