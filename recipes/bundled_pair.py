@@ -337,7 +337,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("bundled-pair"), help="where stages leave their results")
     parser.add_argument("--out", type=Path, default=Path("pard_hf/bundled"), help="where the finished pair goes")
     parser.add_argument("--target-steps", type=int, default=2400, help="optimizer steps of language modeling")
-    parser.add_argument("--settle-steps", type=int, default=200, help="optimizer steps against repetition")
+    parser.add_argument("--settle-steps", type=int, default=180, help="optimizer steps against repetition, a turn")
     parser.add_argument("--draft-base-steps", type=int, default=700, help="language modeling of the draft's base")
     parser.add_argument("--draft-steps", type=int, default=3000, help="adaptation of the draft")
     args = parser.parse_args()
@@ -346,10 +346,13 @@ def main() -> None:
         train_tokenizer(args.data, tokenizer_dir)
     if not (target_dir / "model.safetensors").exists():
         pretrain(args.data, tokenizer_dir, target_dir, TARGET, args.target_steps)
-    looping, settled_dir = args.work / "looping-answers.jsonl", args.work / "target-settled"
-    answer_training_prompts(args.data, target_dir, looping)
-    if not (settled_dir / "model.safetensors").exists():
-        settle_target(looping, target_dir, settled_dir, args.settle_steps)
+    settled_dir = target_dir
+    for turn in range(2):  # The second turn meets the loops that the first left over.
+        looping, start_dir = args.work / f"looping-answers-{turn}.jsonl", settled_dir
+        settled_dir = args.work / f"target-settled-{turn}"
+        if not (settled_dir / "model.safetensors").exists():
+            answer_training_prompts(args.data, start_dir, looping)
+            settle_target(looping, start_dir, settled_dir, args.settle_steps)
     base_dir, answers, draft_dir = args.work / "draft-base", args.work / "answers.jsonl", args.work / "draft"
     if not (base_dir / "model.safetensors").exists():
         pretrain(args.data, tokenizer_dir, base_dir, DRAFT, args.draft_base_steps)
