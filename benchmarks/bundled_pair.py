@@ -12,6 +12,7 @@ import argparse
 import json
 import platform
 import random
+import re
 import subprocess
 import sys
 import time
@@ -37,9 +38,7 @@ def encode(tokenizer: Any, prompt: str) -> list[int]:
 def answer_ids(tokenizer: Any, row: dict[str, Any], new_tokens: int) -> list[int]:
     """The reference answer as the model would have to say it, cut as its own answers are cut."""
     text = next(row[field] for field in ANSWER_FIELDS if field in row)
-    while "<<" in text:  # GSM8K's calculator notes, which no model here has seen.
-        start = text.index("<<")
-        text = text[:start] + text[text.index(">>", start) + 2 :]
+    text = re.sub(r"<<[^<>]*>>", "", text)  # GSM8K's calculator notes, which no model here has seen.
     return tokenizer(text, add_special_tokens=False)["input_ids"][:new_tokens]
 
 
