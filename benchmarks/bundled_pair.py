@@ -27,12 +27,13 @@ import transformers
 import pard_hf
 from pard_hf import DecodingStats, load_pair, without_pard
 from pard_hf.evaluation.prompts import read_prompts, repeated_share
+from pard_hf.training.data import encode_prompt
 
 ANSWER_FIELDS = ("reference", "solution", "response")
 
 
 def encode(tokenizer: Any, prompt: str) -> list[int]:
-    return tokenizer.apply_chat_template([{"role": "user", "content": prompt}], return_dict=False)
+    return encode_prompt(tokenizer, [{"role": "user", "content": prompt}])
 
 
 def answer_ids(tokenizer: Any, row: dict[str, Any], new_tokens: int) -> list[int]:

@@ -14,10 +14,7 @@ whole, so that stopping is learned.
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -33,8 +30,7 @@ from transformers import (
 )
 
 from pard_hf import PardDraftModel, PardTrainer, PardTrainingArguments
-from pard_hf.training.data import encode_row, tokenize_rows, write_answers
-from pard_hf.training.data import read_rows as read_answers
+from pard_hf.training.data import encode_row, read_rows, tokenize_rows, write_answers
 
 # Rows of the padded vocabulary above the tokenizer's last id; the first of them is the draft's mask token.
 VOCAB_SIZE, TOKENIZER_SIZE = 2048, 2040
@@ -61,12 +57,6 @@ CHAT_TEMPLATE = (
     "{% else %}{{ message['content'] }}{% if not message['content'].endswith('\\n') %}{{ '\\n' }}{% endif %}"
     "{% endif %}{% endfor %}"
 )
-
-
-def read_rows(path: Path) -> Iterator[dict[str, str]]:
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            yield json.loads(line)
 
 
 def parts_of(row: dict[str, str]) -> tuple[str, str]:
@@ -275,7 +265,7 @@ def settle_target(answers: Path, start: Path, out: Path, steps: int) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
     end, rows = tokenizer.eos_token_id, []
     breaks = {index for token, index in tokenizer.get_vocab().items() if "\u010a" in token}
-    for row in read_answers(answers):
+    for row in read_rows(answers):
         answer = without_loop(row["response_ids"], breaks, end)
         if answer is not None:
             rows.append(encode_row(tokenizer, {**row, "response_ids": answer}))
@@ -299,7 +289,7 @@ def answer_training_prompts(data: Path, target_dir: Path, out: Path) -> None:
 def adapt_draft(answers: Path, start: Path, out: Path, steps: int) -> None:
     """Adapt a small causal LM into the draft, on the target's answers."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
-    rows = tokenize_rows(tokenizer, read_answers(answers), MAX_ROW_TOKENS, skip_bad_rows=True)
+    rows = tokenize_rows(tokenizer, read_rows(answers), MAX_ROW_TOKENS, skip_bad_rows=True)
     base = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
     draft = PardDraftModel.from_causal_lm(base, TOKENIZER_SIZE, NUM_ASSISTANT_TOKENS)
     optimizer = Muon.for_model(draft, lr=0.01, adam_lr=2e-3)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -63,10 +62,9 @@ def check_pair(
     if tokenizer is not None and draft_tokenizer is not None:
         compare_vocabularies(regular_vocabulary(tokenizer), regular_vocabulary(draft_tokenizer))
         return
-    vocabularies = [saved_vocabulary(model.config.name_or_path) for model in (target, draft)]
-    if all(vocabularies):
-        if vocabularies[0] != vocabularies[1]:
-            compare_vocabularies(*(dict(vocabulary or ()) for vocabulary in vocabularies))
+    saved = [saved_tokenizer(model.config.name_or_path) for model in (target, draft)]
+    if saved[0] is not None and saved[1] is not None:
+        compare_saved(saved[0], saved[1])
         return
     sizes = [model.config.get_text_config().vocab_size for model in (target, draft)]
     if abs(sizes[0] - sizes[1]) > MOST_PADDING_ROWS or (min(sizes) < MOST_PADDING_ROWS and sizes[0] != sizes[1]):
@@ -100,8 +98,16 @@ def regular_vocabulary(tokenizer: Any) -> dict[str, int]:
     return {token: index for token, index in tokenizer.get_vocab().items() if index not in special}
 
 
-def saved_vocabulary(name_or_path: str | None) -> frozenset[tuple[str, int]] | None:
-    """The vocabulary beside a model's weights, in their folder or in the Hub's cache; `None` where there is none."""
+class SavedTokenizer(NamedTuple):
+    """A tokenizer file, with what tells a changed one from the one seen before."""
+
+    file: Path
+    modified: int
+    size: int
+
+
+def saved_tokenizer(name_or_path: str | None) -> SavedTokenizer | None:
+    """The tokenizer beside a model's weights, in their folder or in the Hub's cache; `None` where there is none."""
     if not name_or_path:
         return None
     file = Path(name_or_path) / "tokenizer.json"
@@ -113,13 +119,16 @@ def saved_vocabulary(name_or_path: str | None) -> frozenset[tuple[str, int]] | N
         if not isinstance(cached, str):
             return None
         file = Path(cached)
-    return read_vocabulary(file, hashlib.sha256(file.read_bytes()).hexdigest())
+    status = file.stat()
+    return SavedTokenizer(file, status.st_mtime_ns, status.st_size)
 
 
 @lru_cache(maxsize=8)
-def read_vocabulary(file: Path, digest: str) -> frozenset[tuple[str, int]]:
-    """Read the tokenizer file once for each content, which `digest` stands for."""
-    return frozenset(regular_vocabulary(AutoTokenizer.from_pretrained(file.parent)).items())
+def compare_saved(target: SavedTokenizer, draft: SavedTokenizer) -> None:
+    """Compare two tokenizer files, once for each pair that agrees: `generate()` asks at every call."""
+    compare_vocabularies(
+        *(regular_vocabulary(AutoTokenizer.from_pretrained(saved.file.parent)) for saved in (target, draft))
+    )
 
 
 def full_attention_mask(
