@@ -29,13 +29,26 @@ class SlotLayer(CacheLayerMixin):
         self.owner = owner
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        batch_size, num_heads = key_states.shape[:2]
-        rows = batch_size * (self.owner.num_slots + 1)
+        """Allocate for states of shape `[batch_size, num_heads, any length, head_dim]`."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        # Zeros, not empty memory: a masked slot has weight 0, and 0 times a stray NaN would be NaN.
-        self.keys = key_states.new_zeros(rows, num_heads, key_states.shape[-1])
-        self.values = value_states.new_zeros(rows, num_heads, value_states.shape[-1])
+        self.keys, self.values = self.allocate(key_states), self.allocate(value_states)
         self.is_initialized = True
+
+    def allocate(self, states: torch.Tensor) -> torch.Tensor:
+        batch_size, num_heads, _, head_dim = states.shape
+        shape = (batch_size * (self.owner.num_slots + 1), num_heads, head_dim)
+        try:
+            # Zeros, not empty memory: a masked slot has weight 0, and 0 times a stray NaN would be NaN.
+            buffer = states.new_zeros(shape)
+        except RuntimeError as error:
+            size = 2 * len(self.owner.layers) * shape[0] * num_heads * head_dim * states.element_size()
+            raise torch.OutOfMemoryError(
+                f"Expected {size / 2**30:.2f} GiB for a cache of {batch_size} x {self.owner.num_slots} tokens on "
+                f"{states.device}, but memory ran out. Lower the batch size, `max_new_tokens` or the prompt's length."
+            ) from error
+        if self.owner.is_static:
+            torch._dynamo.mark_static_address(buffer)
+        return buffer
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
@@ -43,6 +56,7 @@ class SlotLayer(CacheLayerMixin):
         """Write `[batch_size, num_heads, query_length, head_dim]` at the owner's slots; return all visible slots."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        assert self.owner.flat_rows is not None, "`place` comes before a forward"
         rows = self.owner.flat_rows.to(self.device)
         self.keys.index_copy_(0, rows, key_states.transpose(1, 2).flatten(0, 1))
         self.values.index_copy_(0, rows, value_states.transpose(1, 2).flatten(0, 1))
@@ -50,8 +64,22 @@ class SlotLayer(CacheLayerMixin):
 
     def read(self, states: torch.Tensor) -> torch.Tensor:
         """View stored `states` as `[batch_size, num_heads, num_visible, head_dim]`."""
-        per_row = states.view(-1, self.owner.num_slots + 1, *states.shape[1:])
-        return per_row[:, : self.owner.num_visible].transpose(1, 2)
+        return self.by_row(states)[:, : self.owner.num_visible].transpose(1, 2)
+
+    def by_row(self, states: torch.Tensor) -> torch.Tensor:
+        """View stored `states` as `[batch_size, num_slots + 1, num_heads, head_dim]`."""
+        return states.view(-1, self.owner.num_slots + 1, *states.shape[1:])
+
+    def copy_rows(self, other: SlotLayer, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+        """Copy the slots both have from rows of another layer; without memory yet, allocate as many rows as `ours`."""
+        if not other.is_initialized:
+            return
+        length = min(self.owner.num_slots, other.owner.num_slots)
+        if not self.is_initialized:
+            self.lazy_initialization(*(other.by_row(s)[ours * 0].transpose(1, 2) for s in (other.keys, other.values)))
+        for mine, source in ((self.keys, other.keys), (self.values, other.values)):
+            rows = other.by_row(source)[:, :length].index_select(0, theirs.to(self.device))
+            self.by_row(mine)[:, :length].index_copy_(0, ours.to(self.device), rows)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.owner.num_visible, 0
@@ -72,14 +100,30 @@ class SlotCache(Cache):
             Configuration of the model that attends over it.
         num_slots (`int`):
             Positions a row may use; one spare slot is added for padding.
+        is_static (`bool`, *optional*, defaults to `False`):
+            Whether compiled code may rely on the buffers' addresses.
     """
 
-    def __init__(self, config: PreTrainedConfig, num_slots: int):
+    def __init__(self, config: PreTrainedConfig, num_slots: int, is_static: bool = False):
         self.windows = attention_windows(config)
         self.num_slots = num_slots
         self.num_visible = num_slots
-        self.flat_rows = torch.empty(0, dtype=torch.long)
+        self.is_static = is_static
+        self.flat_rows: torch.Tensor | None = None
         super().__init__(layers=[SlotLayer(self) for _ in self.windows])
+
+    def copy_rows(self, other: SlotCache, ours: list[int], theirs: list[int]) -> None:
+        """Copy rows of another cache of the same model into these rows; the caches may differ in size."""
+        index = torch.tensor(ours), torch.tensor(theirs)
+        for layer, source in zip(self.layers, other.layers, strict=True):
+            layer.copy_rows(source, *index)
+
+    def clear(self) -> None:
+        """Forget every entry, in place."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys.zero_()
+                layer.values.zero_()
 
     def place(self, positions: torch.Tensor, num_visible: int) -> torch.Tensor | dict[str, torch.Tensor]:
         """Say where the next forward writes, and return the attention mask it needs.
@@ -118,9 +162,8 @@ class SlotCache(Cache):
                 Logical position of each column; negative for padding.
         """
         for ours, theirs in zip(self.layers, cache.layers, strict=True):
-            kept = theirs.keys.shape[
-                -2
-            ]  # A sliding layer keeps only its last columns; no later query sees the others.
+            # A sliding layer keeps only its last columns; no later query sees the others.
+            kept = theirs.keys.shape[-2]
             if kept == 0:
                 continue
             self.place(positions[:, positions.shape[1] - kept :], self.num_slots)

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..draft_model import PardDraftModel, check_num_assistant_tokens, num_positions
 from .cache import attention_windows
+from .schedule import check_schedule
 
 # Vocabularies of one family are padded to multiples of 64 to 1024 rows; a larger difference is another tokenizer.
 MOST_PADDING_ROWS = 1024
@@ -49,6 +50,7 @@ def check_mode(target: PreTrainedModel, generation_config: GenerationConfig) -> 
         )
     if generation_config.use_cache is False and target.config.use_cache is not False:
         raise ValueError("Expected `use_cache=True` with a draft, got False. Drop `use_cache` or `assistant_model`.")
+    check_schedule(generation_config.num_assistant_tokens_schedule, generation_config.num_assistant_tokens)
 
 
 def check_pair(

@@ -10,95 +10,78 @@ lockstep (`lockstep.py`), where processors, criteria and streamer see exactly th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import time
+from collections import deque
 from typing import Any
 
 import torch
-from transformers import Cache, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import PreTrainedModel
 
 from ..draft_model import PardDraftModel
+from .batch import PREFILL_CHUNK, Batch
+from .clock import NoClock, clock_of_call
+from .compilation import EagerSteps
 from .noise import Noise
 from .processors import process_positions
-from .role import Role
+from .request import DecodingRequest
+from .results import Recording, extend_past, sequences_of
+from .rows import Rows
+from .schedule import ConstantSchedule
 from .stats import DecodingStats
-from .verification import count_emitted, verify_greedy, verify_ratio_test, verify_sample_and_match
-
-
-@dataclass
-class DecodingRequest:
-    """What to generate, in the words of `generate()`.
-
-    Args:
-        input_ids (`torch.LongTensor` of shape `(batch_size, num_columns)`):
-            Prompt, left-padded; no columns when `inputs_embeds` is given.
-        attention_mask (`torch.LongTensor` of shape `(batch_size, mask_length)`):
-            1 for text, 0 for padding. Longer than the prompt where the prompt goes on after `past_key_values`.
-        num_assistant_tokens (`int`):
-            K, draft tokens a round.
-        max_length (`int`):
-            Columns of the longest output, prompt included.
-    """
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    num_assistant_tokens: int
-    max_length: int
-    pad_token_id: int | None
-    eos_token_id: torch.Tensor | None = None
-    inputs_embeds: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    do_sample: bool = False
-    ratio_test: bool = False
-    logits_processor: LogitsProcessorList = field(default_factory=LogitsProcessorList)
-    stopping_criteria: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
-    streamer: Any = None
-    output_scores: bool = False
-    output_logits: bool = False
+from .steps import accept_step, append_step, draft_step, target_step
+from .verification import verify_ratio_test
 
 
 class PardDecoder:
     """Generates for one request.
 
-    Rows are kept as texts without padding: `tokens[row, i]` is the i-th known token, `lengths[row]` their number, and
-    its logical position in the target is `offset[row] + i` (the offset counts what came before as embeddings or as an
-    earlier cache).
+    Args:
+        steps ([`EagerSteps`]):
+            Where the parts of a round run.
+        schedule ([`ConstantSchedule`]):
+            Chooses K, at most the request's, before each round.
     """
 
-    def __init__(self, target: PreTrainedModel, draft: PardDraftModel, request: DecodingRequest):
-        self.request, self.draft_model = request, draft
-        self.num_drafts = request.num_assistant_tokens
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        draft: PardDraftModel,
+        request: DecodingRequest,
+        steps: EagerSteps | None = None,
+        schedule: ConstantSchedule | None = None,
+    ):
+        self.request = request
+        self.steps = steps or EagerSteps()
+        self.schedule = schedule or ConstantSchedule(request.num_assistant_tokens)
+        self.vocab_size = target.config.get_text_config().vocab_size
         ids, mask = request.input_ids.long(), request.attention_mask
-        self.batch_size, num_columns = ids.shape
         # As plain `generate`, which asks its criteria after the first token only.
-        self.budget = max(request.max_length - num_columns, 1)
-        text = mask[:, mask.shape[1] - num_columns :]
+        self.budget = max(request.max_length - ids.shape[1], 1)
         self.positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, -1)
-        self.offset = mask[:, : mask.shape[1] - num_columns].sum(-1)
-        self.lengths = text.sum(-1)
-        self.num_prompt_tokens = self.lengths.clone()
-        self.is_finished = torch.zeros_like(self.lengths, dtype=torch.bool)
-
-        # A row may finish at `max_length` while its last verify still writes every proposal.
-        room = self.budget + self.num_drafts + 1
-        longest, longest_offset = int(self.lengths.max()), int(self.offset.max())
-        self.tokens = ids.new_zeros(self.batch_size, longest + room + 1)
-        index = torch.where(text == 0, longest + room, text.cumsum(-1) - 1)
-        self.tokens.scatter_(1, index, ids)
-
-        self.target = Role(target, longest + longest_offset + room)
-        self.draft = Role(draft, longest + room)
-        num_cached = self.load_past()
-        # Host-side copies, refreshed by the one synchronisation a round.
-        self.host_lengths: list[int] = self.lengths.tolist()
+        text = mask[:, mask.shape[1] - ids.shape[1] :].sum(-1)
+        # Host-side copies, refreshed by the one synchronisation a round; lists go by row of the present batch.
+        self.host_lengths: list[int] = text.tolist()
         self.host_prompt = list(self.host_lengths)
-        self.host_offset = longest_offset
-        self.active = [True] * self.batch_size
-        self.target_width = int((self.lengths - num_cached).max()) if request.inputs_embeds is None else 0
+        self.host_offset = int((mask.sum(-1) - text).max())
+        self.active = [True] * len(ids)
+
+        longest, room = max(self.host_lengths), request.num_assistant_tokens + 1
+        rows = Rows.from_prompt(ids, mask, self.budget)
+        sizes = longest + room, longest + self.host_offset + room
+        self.batch = Batch(target, draft, rows, self.steps, sizes, request.returns_cache)
+        num_cached = self.load_past()
+        # How many of each row's last tokens a model has yet to read.
+        self.target_width = int((text - num_cached).max()) if request.inputs_embeds is None else 0
         self.draft_width = longest
-        self.histogram = [0] * (self.num_drafts + 1)
+        self.is_first = True
+        self.histogram = [0] * (request.num_assistant_tokens + 1)
         self.num_drafted = 0
-        self.noise = Noise(self.tokens.device)
-        self.recorded: list[tuple[tuple[torch.Tensor, torch.Tensor], list[int]]] = []
+        self.noise = Noise(ids.device)
+        self.recording = Recording() if request.output_scores or request.output_logits else None
+        # Rounds whose outcome the host has not looked at yet.
+        self.pending: deque[tuple[torch.Tensor, Any, int]] = deque()
+        self.num_ahead = int(self.may_run_ahead() and ids.device.type == "cuda")
+        self.clock = clock_of_call.get() or NoClock()
 
     def load_past(self) -> torch.Tensor | int:
         """Take over the target's earlier cache; returns how many of each row's tokens it already holds."""
@@ -106,111 +89,162 @@ class PardDecoder:
         num_past = past.get_seq_length() if past is not None else 0
         if not num_past:
             return 0
-        self.target.cache.load(past, self.positions[:, :num_past])
-        return (self.positions[:, :num_past] >= 0).sum(-1) - self.offset
+        self.batch.target.cache.load(past, self.positions[:, :num_past])
+        return (self.positions[:, :num_past] >= 0).sum(-1) - self.batch.rows.offset
+
+    def may_run_ahead(self) -> bool:
+        """Whether the device can begin a round before the host knows how the last one ended."""
+        request = self.request
+        return (
+            self.steps.is_fixed
+            and not self.schedule.is_adaptive
+            and request.streamer is None
+            and not (request.output_scores or request.output_logits)
+            and not (request.do_sample and len(request.input_ids) == 1)  # Noise is drawn in the order it is used.
+        )
 
     @property
     def stats(self) -> DecodingStats:
         return DecodingStats(tuple(self.histogram), self.num_drafted)
 
-    def last_tokens(self, width: int, num_more: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The last `width` tokens of each row, and their indices with those of `num_more` tokens to come."""
-        index = self.lengths.unsqueeze(1) - width + torch.arange(width + num_more, device=self.lengths.device)
-        return self.tokens.gather(1, index[:, :width].clamp(min=0)), index
-
-    def propose(self, num_drafts: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """One draft forward: proposals `[B, num_drafts]` and the logits `[B, num_drafts, V]` they come from."""
-        model = self.draft_model
-        ids, index = self.last_tokens(self.draft_width, num_drafts - 1)
-        masks = ids.new_full((self.batch_size, num_drafts - 1), model.mask_token_id)
-        logits = self.draft.forward(
-            index,
-            max(self.host_lengths) + num_drafts - 1,
-            num_drafts,
-            input_ids=model.readable(torch.cat([ids, masks], dim=1)),
-        )
-        vocab_size = self.target.model.config.get_text_config().vocab_size
-        scores = model.proposal_scores(logits, vocab_size).to(self.tokens.device)
-        if not self.request.ratio_test:
-            return scores.argmax(dim=-1), scores
-        scores = process_positions(self.request.logits_processor, scores.float())
-        drawn = torch.multinomial(scores.softmax(dim=-1).flatten(0, 1), 1)
-        return drawn.view(self.batch_size, num_drafts), scores
-
-    def target_logits(self, draft_tokens: torch.Tensor) -> torch.Tensor:
-        """One target forward over what its cache lacks and the proposals; logits `[B, num_drafts + 1, V]`, float32."""
-        num_drafts, embeds = draft_tokens.shape[1], self.request.inputs_embeds
-        if embeds is not None and self.target_width == 0:  # Nothing but embeddings is known yet.
-            positions, inputs = self.positions, {"inputs_embeds": embeds}
-        else:
-            ids, index = self.last_tokens(self.target_width, num_drafts)
-            positions = torch.where(index < 0, -1, index + self.offset.unsqueeze(1))
-            inputs = {"input_ids": torch.cat([ids, draft_tokens], dim=1)}
-        num_visible = self.host_offset + max(self.host_lengths) + num_drafts
-        logits = self.target.forward(positions, num_visible, num_drafts + 1, **inputs)
-        return logits.to(self.tokens.device, torch.float32)
-
-    def verify(self, draft_tokens: torch.Tensor, draft_scores: torch.Tensor | None, scores: torch.Tensor):
-        if not self.request.do_sample:
-            return verify_greedy(draft_tokens, scores)
-        if self.request.ratio_test and draft_scores is not None:
-            return verify_ratio_test(draft_tokens, draft_scores, scores)
-        return verify_sample_and_match(draft_tokens, scores, self.noise.draw(scores.shape))
-
     def remaining(self, row: int) -> int:
-        """Tokens the row may still emit."""
+        """Tokens the row may still emit, as far as the host knows."""
         return self.budget - (self.host_lengths[row] - self.host_prompt[row])
 
     def run(self) -> None:
         """Generate until every row has finished."""
+        self.clock.start(self.batch.rows.tokens.device)
         while any(self.active):
-            most = max(self.remaining(row) for row in range(self.batch_size) if self.active[row])
-            # The bonus token needs no proposal, so at most `most - 1` can be accepted.
-            num_drafts = min(self.num_drafts, most - 1) if self.target_width else 0
-            draft_tokens = self.tokens.new_empty(self.batch_size, 0)
-            draft_scores = None
-            if num_drafts:
-                draft_tokens, draft_scores = self.propose(num_drafts)
-            logits = self.target_logits(draft_tokens)
-            grown, emitted = self.advance(draft_tokens, draft_scores, logits)
-            self.account(grown, emitted, num_drafts)
+            self.compact()
+            num_drafts = self.schedule.choose(len(self.batch))
+            self.make_room(num_drafts)
+            self.round(num_drafts)
+        while self.pending:  # Every row had ended before these began.
+            self.settle(*self.pending.popleft())
         self.noise.rewind()
+        self.batch.reunite()
+
+    def round(self, num_drafts: int) -> None:
+        """Draft, verify, advance."""
+        most = max(self.remaining(row) for row in range(len(self.batch)) if self.active[row])
+        if self.is_first or not self.steps.is_fixed:
+            # The bonus token needs no proposal, so at most `most - 1` can be accepted.
+            num_drafts = min(num_drafts, most - 1) if self.target_width else 0
+        is_typical = not self.is_first and self.draft_width <= num_drafts + 1
+        start, compile_seconds, batch_size = time.perf_counter(), self.steps.compile_seconds, len(self.batch)
+        self.steps.begin_round()
+        draft_tokens, draft_scores = self.batch.rows.tokens.new_empty(batch_size, 0), None
+        if num_drafts:
+            draft_tokens, draft_scores = self.propose(num_drafts)
+        self.clock.mark("draft")
+        logits = self.target_logits(draft_tokens)
+        self.clock.mark("verify")
+        accepted = self.advance(draft_tokens, draft_scores, logits)
+        seconds = time.perf_counter() - start
+        is_typical &= compile_seconds == self.steps.compile_seconds
+        self.schedule.record(batch_size, num_drafts, seconds if is_typical else None, accepted)
+        self.clock.end_round(is_prefill=self.is_first)
+        self.is_first = False
+
+    def longest(self) -> int:
+        """An upper bound of the tokens known of any row."""
+        return max(self.host_lengths) + sum(num_drafts + 1 for *_, num_drafts in self.pending)
+
+    def propose(self, num_drafts: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Proposals `[B, num_drafts]` and the logits `[B, num_drafts, V]` they come from."""
+        num_visible, width = self.longest() + num_drafts - 1, self.draft_width
+        is_compiled = self.steps.is_fixed and not self.is_first
+        if width > (num_drafts + 1 if is_compiled else PREFILL_CHUNK):
+            self.batch.read(self.batch.draft, width, self.longest())
+            width = 1
+        if is_compiled:
+            # Entries written twice are the same twice, so one width serves every count that was accepted.
+            num_visible, width = self.batch.draft.cache.num_slots, num_drafts + 1
+        arguments = (self.batch.draft, self.batch.rows, width, num_drafts, num_visible, self.vocab_size)
+        if is_compiled:
+            tokens, scores = self.steps.run(draft_step, self.batch.shape(num_drafts), *arguments)
+        else:
+            tokens, scores = draft_step(*arguments)
+        if not self.request.ratio_test:
+            return tokens, scores
+        scores = process_positions(self.request.logits_processor, scores.float())
+        drawn = torch.multinomial(scores.softmax(dim=-1).flatten(0, 1), 1)
+        return drawn.view_as(tokens), scores
+
+    def target_logits(self, draft_tokens: torch.Tensor) -> torch.Tensor:
+        """One target forward over what its cache lacks and the proposals; logits `[B, num_drafts + 1, V]`, float32."""
+        num_drafts = draft_tokens.shape[1]
+        num_visible = self.host_offset + self.longest() + num_drafts
+        if self.request.inputs_embeds is not None and self.target_width == 0:  # Nothing but embeddings is known yet.
+            logits = self.batch.target.forward(
+                self.positions, num_visible, 1, inputs_embeds=self.request.inputs_embeds
+            )
+            return logits.to(self.batch.rows.tokens.device, torch.float32)
+        width = self.target_width
+        if width > PREFILL_CHUNK:
+            self.batch.read(self.batch.target, width, self.longest() + self.host_offset)
+            width = 1
+        if self.steps.is_fixed and not self.is_first:
+            arguments = (self.batch.target, self.batch.rows, draft_tokens, 1, self.batch.target.cache.num_slots)
+            return self.steps.run(target_step, self.batch.shape(num_drafts), *arguments)
+        return target_step(self.batch.target, self.batch.rows, draft_tokens, width, num_visible)
 
     def advance(
         self, draft_tokens: torch.Tensor, draft_scores: torch.Tensor | None, logits: torch.Tensor
-    ) -> tuple[list[int], list[int]]:
-        """Verify, append and finish rows, with the round's only synchronisation.
-
-        Returns, a row each: by how many tokens it grew, and how many of them a round of its own emitted (fewer only in
-        lockstep, where finished rows grow by padding).
-        """
+    ) -> list[int]:
+        """Verify, append and finish rows; returns what unfinished rows accepted, where it is known already."""
         scores = process_positions(self.request.logits_processor, logits)
-        tokens, num_matched = self.verify(draft_tokens, draft_scores, scores)
-        emitted_before = self.lengths - self.num_prompt_tokens
-        remaining = torch.where(self.is_finished, 0, self.budget - emitted_before)
-        num_emitted, ended = count_emitted(tokens, num_matched, remaining, self.request.eos_token_id)
-        self.append(tokens, num_emitted)
-        self.is_finished = self.is_finished | ended
-        emitted, finished = torch.stack([num_emitted, self.is_finished.long()]).tolist()
-        self.active = [not done for done in finished]
+        ends = self.request.eos_token_id
+        if self.request.ratio_test and draft_scores is not None:
+            outcome = append_step(self.batch.rows, *verify_ratio_test(draft_tokens, draft_scores, scores), ends)
+        else:
+            noise = self.noise.draw(scores.shape) if self.request.do_sample else None
+            arguments = (self.batch.rows, draft_tokens, scores, ends, noise)
+            if self.steps.is_fixed and not self.is_first:
+                outcome = self.steps.run(
+                    accept_step, (*self.batch.shape(draft_tokens.shape[1]), noise is None), *arguments
+                )
+            else:
+                outcome = accept_step(*arguments)
+        self.pending.append((*self.fetch(outcome), draft_tokens.shape[1]))
+        if self.recording is not None:  # Copies of what compiled parts return: the next round writes there.
+            kept = (scores.clone(), logits.clone()) if self.steps.is_fixed else (scores, logits)
+            self.recording.add(*kept, self.batch.row_ids)
+        accepted: list[int] = []
+        while len(self.pending) > (0 if self.is_first else self.num_ahead):
+            accepted = self.settle(*self.pending.popleft())
+        return accepted
+
+    def fetch(self, outcome: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """Begin to bring an outcome to the host, and what tells that it is there."""
+        if outcome.device.type != "cuda":
+            return outcome.clone() if self.num_ahead else outcome, None
+        host = torch.empty(outcome.shape, dtype=outcome.dtype, pin_memory=True)
+        host.copy_(outcome, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return host, event
+
+    def settle(self, outcome: torch.Tensor, event: Any, num_drafts: int) -> list[int]:
+        """Learn how a round ended: the round's only synchronisation."""
+        if event is not None:
+            event.synchronize()
+        emitted, finished, *columns = outcome.T.tolist()
         self.noise.use(emitted[0])
-        self.record(scores, logits, emitted)
+        if self.recording is not None:
+            self.recording.settle(emitted)
         if self.request.streamer is not None:
-            for column, token in enumerate(tokens[0, : emitted[0]].cpu()):
-                self.stream(token.unsqueeze(0), is_accepted=column < emitted[0] - 1)
-        return emitted, emitted
+            for column in range(emitted[0]):
+                self.stream(torch.tensor(columns[column][:1]), is_accepted=column < emitted[0] - 1)
+        self.account(emitted, emitted, num_drafts)
+        self.active = [not done for done in finished]
+        return [count - 1 for count, done in zip(emitted, finished, strict=True) if count and not done]
 
     def stream(self, tokens: torch.Tensor, is_accepted: bool) -> None:
         """Hand a column to the streamer; one with `put_accepted` is told which tokens the draft proposed."""
         streamer = self.request.streamer
         put = getattr(streamer, "put_accepted", streamer.put) if is_accepted else streamer.put
         put(tokens)
-
-    def append(self, tokens: torch.Tensor, num_emitted: torch.Tensor | int) -> None:
-        """Write the round's tokens behind each row; what is not emitted is overwritten by the next round."""
-        index = self.lengths.unsqueeze(1) + torch.arange(tokens.shape[1], device=tokens.device)
-        self.tokens.scatter_(1, index, tokens)
-        self.lengths = self.lengths + num_emitted
 
     def account(self, grown: list[int], emitted: list[int], num_drafts: int) -> None:
         """Update host-side lengths and statistics after a round."""
@@ -221,45 +255,35 @@ class PardDecoder:
             self.host_lengths[row] += grown[row]
         self.target_width = 1
         # What the draft has not read: accepted proposals too, for their entries were computed from masks.
-        self.draft_width = max(grown)
+        self.draft_width = max(grown) if num_drafts else self.draft_width + max(grown)
 
-    def record(self, scores: torch.Tensor, logits: torch.Tensor, grown: list[int]) -> None:
-        """Keep a round's scores and raw logits where the caller asked for them."""
-        if self.request.output_scores or self.request.output_logits:
-            self.recorded.append(((scores, logits), grown))
+    def make_room(self, num_drafts: int) -> None:
+        """Move to larger caches before a round would not fit."""
+        needed = self.longest() + num_drafts + 1
+        self.batch.make_room((needed, needed + self.host_offset))
 
-    def outputs(self, which: int) -> tuple[torch.Tensor, ...]:
-        """Scores (0) or raw logits (1) as plain `generate` gives them: one `[B, V]` a new column.
-
-        Columns after a row's end are zeros.
-        """
-        counts = [0] * self.batch_size
-        num_columns = max(length - prompt for length, prompt in zip(self.host_lengths, self.host_prompt, strict=True))
-        first = self.recorded[0][0][which]
-        merged = first.new_zeros(self.batch_size, num_columns, first.shape[-1])
-        for tensors, grown in self.recorded:
-            for row, count in enumerate(grown):
-                merged[row, counts[row] : counts[row] + count] = tensors[which][row, :count]
-                counts[row] += count
-        return tuple(merged.unbind(1))
+    def compact(self) -> None:
+        """Let finished rows leave, so that the last ones do not pay for everyone."""
+        size = 1 << (sum(self.active) - 1).bit_length()
+        if size >= len(self.batch) or self.pending:
+            return
+        finished_last = sorted(range(len(self.batch)), key=lambda row: not self.active[row])
+        kept = sorted(finished_last[:size])
+        self.batch.keep(kept)
+        self.host_lengths = [self.host_lengths[row] for row in kept]
+        self.host_prompt = [self.host_prompt[row] for row in kept]
+        self.active = [self.active[row] for row in kept]
 
     def sequences(self) -> torch.Tensor:
-        """Prompt columns and what followed, `[B, num_columns + num_new]`; finished rows filled with `pad_token_id`."""
-        counts = self.lengths - self.num_prompt_tokens
-        columns = torch.arange(int(counts.max()), device=counts.device)
-        new = self.tokens.gather(1, self.num_prompt_tokens.unsqueeze(1) + columns)
-        if self.request.pad_token_id is not None:
-            new = torch.where(columns < counts.unsqueeze(1), new, self.request.pad_token_id)
-        return torch.cat([self.request.input_ids, new], dim=1)
+        """Prompt columns and what followed, `[B, num_columns + num_new]`."""
+        return sequences_of(self.batch.rows, self.request)
+
+    def outputs(self, which: int) -> tuple[torch.Tensor, ...]:
+        """Scores (0) or raw logits (1), one `[B, V]` a new column."""
+        assert self.recording is not None
+        return self.recording.columns(which, len(self.batch.rows))
 
     def extend_past(self, cache: Any) -> None:
-        """Append to `cache` what plain `generate` would leave there: every column but the last new one."""
-        counts = self.lengths - self.num_prompt_tokens
-        first, last = int(counts.min()) - 1, int(counts.max()) - 1
-        columns = torch.arange(last, device=counts.device)
-        new = (self.offset + self.num_prompt_tokens).unsqueeze(1) + columns
-        if first < last:  # Rows that ended early have not read their last token, nor the padding after it.
-            start = self.request.input_ids.shape[1]
-            ids = self.sequences()[:, start + first : start + last]
-            self.target.forward(new[:, first:], int(new.max()) + 1, 1, input_ids=ids)
-        self.target.cache.append_to(cache, torch.cat([self.positions, new], dim=1)[:, cache.get_seq_length() :])
+        """Append to `cache` what plain `generate` would leave there."""
+        num_columns = self.request.input_ids.shape[1]
+        extend_past(self.batch.target, self.batch.rows, self.positions, self.sequences(), num_columns, cache)

@@ -7,13 +7,14 @@ that were computed ahead. A round ends at the first column where an unfinished r
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from transformers import PreTrainedModel
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
-from ..draft_model import PardDraftModel
-from .decoding import DecodingRequest, PardDecoder
+from .decoding import PardDecoder
 from .processors import is_prefix_free
+from .request import DecodingRequest
 
 # Criteria decided on the device, row by row; any other is called as plain `generate` calls it.
 KNOWN_CRITERIA = {EosTokenCriteria, MaxLengthCriteria}
@@ -22,10 +23,10 @@ KNOWN_CRITERIA = {EosTokenCriteria, MaxLengthCriteria}
 class LockstepDecoder(PardDecoder):
     """A `PardDecoder` whose rows all grow by the same number of tokens a round."""
 
-    def __init__(self, target: PreTrainedModel, draft: PardDraftModel, request: DecodingRequest):
-        super().__init__(target, draft, request)
+    def __init__(self, target: Any, draft: Any, request: DecodingRequest, *args: Any):
+        super().__init__(target, draft, request, *args)
         self.columns = request.input_ids
-        self.unfinished = torch.ones(self.batch_size, dtype=torch.long, device=self.columns.device)
+        self.unfinished = torch.ones(len(self.batch), dtype=torch.long, device=self.columns.device)
         # As in plain `generate`: only where an end token exists do finished rows turn into padding.
         self.pads_finished = any(hasattr(criteria, "eos_token_id") for criteria in request.stopping_criteria)
         self.scores: tuple[torch.Tensor, ...] | None = () if request.output_scores else None
@@ -50,9 +51,15 @@ class LockstepDecoder(PardDecoder):
         if self.request.streamer is not None:
             self.stream(tokens.cpu(), is_accepted)
 
+    def compact(self) -> None:
+        """Nobody leaves: processors and criteria are shown every row to the end."""
+
+    def may_run_ahead(self) -> bool:
+        return False
+
     def advance(
         self, draft_tokens: torch.Tensor, draft_scores: torch.Tensor | None, logits: torch.Tensor
-    ) -> tuple[list[int], list[int]]:
+    ) -> list[int]:
         emitted = torch.zeros_like(self.unfinished)
         processed = []
         for column in range(logits.shape[1]):
@@ -65,11 +72,15 @@ class LockstepDecoder(PardDecoder):
             goes_on = (self.unfinished == 1) | (not self.pads_finished)
             if drafted is None or not self.unfinished.any() or (goes_on & (tokens != drafted)).any():
                 break
-        grown = [len(processed)] * self.batch_size
-        self.append(self.columns[:, -len(processed) :], len(processed))
+        num_grown = len(processed)
+        self.batch.rows.append(self.columns[:, -num_grown:], num_grown)
+        if self.recording is not None:
+            self.recording.add(torch.stack(processed, dim=1), logits.clone(), self.batch.row_ids)
+            self.recording.settle([num_grown] * len(self.batch))
+        self.account([num_grown] * len(self.batch), emitted.tolist(), draft_tokens.shape[1])
         self.active = (self.unfinished == 1).tolist()
-        self.record(torch.stack(processed, dim=1), logits, grown)
-        return grown, emitted.tolist()
+        # The slowest row decides what a round of this batch is worth.
+        return [num_grown - 1] if any(self.active) else []
 
     def sequences(self) -> torch.Tensor:
         return self.columns

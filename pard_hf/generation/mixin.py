@@ -20,9 +20,11 @@ from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput,
 from ..draft_model import PardDraftModel, subclass_named_as
 from .candidate_generator import PardCandidateGenerator
 from .checks import check_mode, check_pair, check_prompt, full_attention_mask, why_no_draft, why_not_slots
-from .decoding import DecodingRequest, PardDecoder
+from .compilation import schedule_for, steps_for
+from .decoding import PardDecoder
 from .lockstep import KNOWN_CRITERIA, decoder_for
 from .output import PardGenerateOutput
+from .request import DecodingRequest
 from .stats import DecodingStats
 
 logger = logging.getLogger(__name__)
@@ -159,9 +161,11 @@ class PardGenerationMixin(GenerationMixin):
         no_slots = why_not_slots(self, draft, mask, generation_config, synced_gpus, model_kwargs)
         if no_draft is None and no_slots is None:
             request = self._request(input_ids, mask, max_length, **prepared, model_kwargs=model_kwargs)
-            decoder = decoder_for(request)(self, draft, request)
-            decoder.run()
-            return self._collect(decoder, generation_config, model_kwargs)
+            schedule = schedule_for(self, draft, generation_config)
+            with steps_for(self, draft, generation_config) as steps:
+                decoder = decoder_for(request)(self, draft, request, steps, schedule)
+                decoder.run()
+                return self._collect(decoder, generation_config, model_kwargs)
         prepared["synced_gpus"] = synced_gpus
         stock_is_exact = (
             no_draft is None
@@ -208,6 +212,7 @@ class PardGenerationMixin(GenerationMixin):
             streamer=streamer,
             output_scores=returns_dict and generation_config.output_scores,
             output_logits=returns_dict and generation_config.output_logits,
+            returns_cache=returns_dict or getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False),
         )
 
     def _collect(self, decoder: PardDecoder, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> Any:
@@ -215,7 +220,7 @@ class PardGenerationMixin(GenerationMixin):
         if decoder.request.streamer is not None:
             decoder.request.streamer.end()
         cache = model_kwargs.get("past_key_values")
-        if generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False):
+        if decoder.request.returns_cache:
             # A static cache made for this call was never filled; what was asked back is what happened.
             cache = cache if isinstance(cache, DynamicCache) else DynamicCache(config=self.config)
             decoder.extend_past(cache)
@@ -227,6 +232,7 @@ class PardGenerationMixin(GenerationMixin):
             logits=decoder.outputs(1) if decoder.request.output_logits else None,
             past_key_values=cache,
             stats=decoder.stats,
+            compile_seconds=decoder.steps.compile_seconds,
         )
 
     def _stock_loop(

@@ -16,6 +16,9 @@ class PardGenerateOutput(GenerateDecoderOnlyOutput):
     Args:
         stats ([`DecodingStats`], *optional*):
             Rounds, drafted and accepted tokens of this call, summed over rows.
+        compile_seconds (`float`, *optional*):
+            Wall time of this call that went into compiling, first runs of compiled code included; 0 without any.
     """
 
     stats: DecodingStats | None = None
+    compile_seconds: float | None = None

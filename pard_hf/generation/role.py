@@ -14,10 +14,11 @@ from .cache import SlotCache
 class Role:
     """One of the two models with its cache: token ids and positions in, logits out."""
 
-    def __init__(self, model: PreTrainedModel, num_slots: int):
+    def __init__(self, model: PreTrainedModel, cache: SlotCache):
         self.model = model
-        self.cache = SlotCache(model.config, num_slots)
+        self.cache = cache
         self.last_position = num_positions(model.config) - 1
+        self.is_eager_attention = model.config._attn_implementation == "eager"
 
     def forward(
         self, positions: torch.Tensor, num_visible: int, num_logits: int, **inputs: torch.Tensor
@@ -25,7 +26,7 @@ class Role:
         """Run `input_ids` or `inputs_embeds` at `positions` `[B, q]`; returns the last `num_logits` rows of logits."""
         positions = positions.to(self.model.device)
         mask = self.cache.place(positions, num_visible)
-        if self.model.config._attn_implementation == "eager":
+        if self.is_eager_attention:
             mask = as_additive(mask, self.model.dtype)
         output = self.model(
             **{name: tensor.to(self.model.device) for name, tensor in inputs.items()},
@@ -36,6 +37,7 @@ class Role:
             use_cache=True,
             logits_to_keep=num_logits,
         )
+        self.cache.flat_rows = None  # Compiled code would keep it as a result.
         return output.logits[:, -num_logits:]
 
 

@@ -1,0 +1,216 @@
+"""Where the parts of a round run: as they stand, or compiled for their shapes.
+
+A compiled part belongs to one (batch size, K, cache size) and is made once; what it reads and writes stays at the same
+addresses from call to call, which is what CUDA graphs need. Knows nothing of tokens and of what a part computes.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from types import FunctionType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import CompileConfig, GenerationConfig, PreTrainedModel
+
+from .cache import SlotCache
+from .rows import Rows
+from .schedule import AdaptiveSchedule, ConstantSchedule, RoundCosts
+
+logger = logging.getLogger(__name__)
+
+
+class EagerSteps:
+    """Runs every part as it stands, on buffers made for one call."""
+
+    # Whether shapes have to be the same from round to round.
+    is_fixed = False
+    compile_seconds = 0.0
+
+    def cache(self, name: str, model: PreTrainedModel, batch_size: int, num_slots: int) -> SlotCache:
+        """An empty cache for one of the two models; `name` tells them apart."""
+        return SlotCache(model.config, num_slots)
+
+    def rows(self, rows: Rows) -> Rows:
+        """The rows in buffers that rounds may use."""
+        return rows
+
+    def run(self, part: Callable[..., Any], key: Hashable, *args: Any) -> Any:
+        """Call `part` with `args`; `key` holds every number among them that fixes a shape."""
+        return part(*args)
+
+    def begin_round(self) -> None:
+        """Say that results of earlier rounds are no longer needed."""
+
+
+class Workspace:
+    """Compiled parts and their buffers for one pair, kept on the target from call to call.
+
+    One call at a time: another that comes meanwhile, from a second thread or from inside a streamer, runs eagerly.
+    """
+
+    def __init__(self) -> None:
+        self.parts: dict[Hashable, Callable[..., Any]] = {}
+        self.caches: dict[Hashable, SlotCache] = {}
+        self.buffers: dict[Hashable, Rows] = {}
+        self.costs = RoundCosts()
+        self.lock = threading.Lock()
+
+
+class Workspaces(WeakKeyDictionary):
+    """The workspaces of a target, by draft; a copy of the model begins with none."""
+
+    def __copy__(self) -> Workspaces:
+        return Workspaces()
+
+    def __deepcopy__(self, memo: Any) -> Workspaces:
+        return Workspaces()
+
+    def __reduce__(self) -> tuple[type[Workspaces], tuple[()]]:
+        return Workspaces, ()
+
+
+class CompiledSteps(EagerSteps):
+    """Runs every part compiled, with `dynamic=False` and as one graph.
+
+    Args:
+        workspace ([`Workspace`]):
+            Of the target.
+        config ([`CompileConfig`]):
+            Backend, mode and options; shapes are fixed and graphs whole whatever it says.
+    """
+
+    is_fixed = True
+
+    def __init__(self, workspace: Workspace, config: CompileConfig):
+        self.workspace, self.config = workspace, config
+        self.how = (str(config.backend), config.mode, str(config.options))
+        self.compile_seconds = 0.0
+
+    def cache(self, name: str, model: PreTrainedModel, batch_size: int, num_slots: int) -> SlotCache:
+        key = (name, batch_size, num_slots)
+        if key in self.workspace.caches:
+            self.workspace.caches[key].clear()
+        else:
+            self.workspace.caches[key] = SlotCache(model.config, num_slots, is_static=True)
+        return self.workspace.caches[key]
+
+    def rows(self, rows: Rows) -> Rows:
+        key = tuple(rows.tokens.shape)
+        if key not in self.workspace.buffers:
+            kept = Rows(**{name: tensor.clone() for name, tensor in rows.tensors().items()})
+            for tensor in kept.tensors().values():
+                torch._dynamo.mark_static_address(tensor)
+            self.workspace.buffers[key] = kept
+        kept = self.workspace.buffers[key]
+        for name, tensor in rows.tensors().items():
+            getattr(kept, name).copy_(tensor)
+        return kept
+
+    def run(self, part: Callable[..., Any], key: Hashable, *args: Any) -> Any:
+        key = (part.__name__, key, self.how)
+        compiled = self.workspace.parts.get(key)
+        if compiled is not None:
+            return compiled(*args)
+        logger.warning(
+            "Compiling `%s` for %s: once for this shape, then kept in torch's cache.", part.__name__, key[1]
+        )
+        start = time.perf_counter()
+        compiled = self.workspace.parts[key] = compile_part(part, self.config)
+        try:
+            return compiled(*args)
+        except BaseException:
+            del self.workspace.parts[key]
+            raise
+        finally:
+            self.compile_seconds += time.perf_counter() - start
+
+    def begin_round(self) -> None:
+        torch.compiler.cudagraph_mark_step_begin()
+
+
+def compile_part(part: Any, config: CompileConfig) -> Callable[..., Any]:
+    """Compile a function on its own.
+
+    torch keeps what it compiled beside the code object and gives up after a few variants of one: every part gets code
+    of its own, so that any number of shapes can live side by side and none is looked through for another.
+    """
+    own = FunctionType(part.__code__.replace(), part.__globals__, part.__name__, part.__defaults__, part.__closure__)
+    return torch.compile(
+        own, fullgraph=True, dynamic=False, backend=config.backend, mode=config.mode, options=config.options
+    )
+
+
+def workspace_of(target: PreTrainedModel, draft: PreTrainedModel) -> Workspace:
+    """What the target keeps of a pair, made at the first call."""
+    return target.__dict__.setdefault("_pard_workspaces", Workspaces()).setdefault(draft, Workspace())
+
+
+def schedule_for(target: PreTrainedModel, draft: PreTrainedModel, config: GenerationConfig) -> ConstantSchedule:
+    """The schedule that a call names, with what earlier calls of the pair taught it."""
+    if config.num_assistant_tokens_schedule == "adaptive":
+        return AdaptiveSchedule(config.num_assistant_tokens, workspace_of(target, draft).costs)
+    return ConstantSchedule(config.num_assistant_tokens)
+
+
+def wants_compilation(target: PreTrainedModel, config: GenerationConfig) -> bool:
+    """Say whether a call asks for compiled rounds, in the host's words; on CUDA it need not ask.
+
+    On a CPU they are faster too, but compiling takes longer than most calls do.
+    """
+    if config.disable_compile:
+        return False
+    is_asked = config.cache_implementation == "static" or config.compile_config is not None
+    return is_asked or target.device.type == "cuda"
+
+
+@contextmanager
+def steps_for(target: PreTrainedModel, draft: PreTrainedModel, config: GenerationConfig) -> Iterator[EagerSteps]:
+    """Where the rounds of one call run: compiled where that is wanted and possible, else as they stand."""
+    if not wants_compilation(target, config):
+        yield EagerSteps()
+        return
+    reason = why_not_compiled(target, draft)
+    if reason is not None:
+        warn_once(f"{reason}; rounds run without torch.compile.")
+        yield EagerSteps()
+        return
+    workspace = workspace_of(target, draft)
+    if not workspace.lock.acquire(blocking=False):
+        logger.info("Another call uses the compiled rounds of this pair; this one runs without torch.compile.")
+        yield EagerSteps()
+        return
+    try:
+        yield CompiledSteps(workspace, config.compile_config or CompileConfig())
+    finally:
+        workspace.lock.release()
+
+
+@lru_cache(maxsize=64)
+def warn_once(message: str) -> None:
+    """Warn about something that holds for every call, at the first."""
+    logger.warning(message)
+
+
+def why_not_compiled(target: PreTrainedModel, draft: PreTrainedModel) -> str | None:
+    """Say why the rounds of a pair cannot be compiled; `None` when they can."""
+    for model in (target, draft):
+        if not getattr(model, "_can_compile_fullgraph", False):
+            return f"`{type(model).__name__}` cannot be compiled as one graph"
+        placed = {str(device) for device in getattr(model, "hf_device_map", {}).values()}
+        if placed & {"cpu", "disk"} and len(placed) > 1 or "disk" in placed:
+            return f"Parts of `{type(model).__name__}` are offloaded"
+        if len(placed) > 1:
+            return f"`{type(model).__name__}` is spread over several devices"
+        quantizer = getattr(model, "hf_quantizer", None)
+        if quantizer is not None and not quantizer.is_compileable:
+            return f"The quantization of `{type(model).__name__}` cannot be compiled"
+    if target.device != draft.device:
+        return "Target and draft are on different devices"
+    return None
