@@ -45,6 +45,10 @@ class EagerSteps:
         """Call `part` with `args`; `key` holds every number among them that fixes a shape."""
         return part(*args)
 
+    def is_ready(self, part: Callable[..., Any], key: Hashable) -> bool:
+        """Whether `part` runs for these shapes without being compiled first."""
+        return True
+
     def begin_round(self) -> None:
         """Say that results of earlier rounds are no longer needed."""
 
@@ -112,6 +116,9 @@ class CompiledSteps(EagerSteps):
         for name, tensor in rows.tensors().items():
             getattr(kept, name).copy_(tensor)
         return kept
+
+    def is_ready(self, part: Callable[..., Any], key: Hashable) -> bool:
+        return (part.__name__, key, self.how) in self.workspace.parts
 
     def run(self, part: Callable[..., Any], key: Hashable, *args: Any) -> Any:
         key = (part.__name__, key, self.how)

@@ -31,6 +31,9 @@ from .stats import DecodingStats
 from .steps import accept_step, append_step, draft_step, target_step
 from .verification import verify_ratio_test
 
+# New tokens that justify compiling for fewer rows: that takes longer than a short tail does.
+WORTH_COMPILING = 1024
+
 
 class PardDecoder:
     """Generates for one request.
@@ -194,18 +197,7 @@ class PardDecoder:
     ) -> list[int]:
         """Verify, append and finish rows; returns what unfinished rows accepted, where it is known already."""
         scores = process_positions(self.request.logits_processor, logits)
-        ends = self.request.eos_token_id
-        if self.request.ratio_test and draft_scores is not None:
-            outcome = append_step(self.batch.rows, *verify_ratio_test(draft_tokens, draft_scores, scores), ends)
-        else:
-            noise = self.noise.draw(scores.shape) if self.request.do_sample else None
-            arguments = (self.batch.rows, draft_tokens, scores, ends, noise)
-            if self.steps.is_fixed and not self.is_first:
-                outcome = self.steps.run(
-                    accept_step, (*self.batch.shape(draft_tokens.shape[1]), noise is None), *arguments
-                )
-            else:
-                outcome = accept_step(*arguments)
+        outcome = self.accept(draft_tokens, draft_scores, scores)
         self.pending.append((*self.fetch(outcome), draft_tokens.shape[1]))
         if self.recording is not None:  # Copies of what compiled parts return: the next round writes there.
             kept = (scores.clone(), logits.clone()) if self.steps.is_fixed else (scores, logits)
@@ -214,6 +206,21 @@ class PardDecoder:
         while len(self.pending) > (0 if self.is_first else self.num_ahead):
             accepted = self.settle(*self.pending.popleft())
         return accepted
+
+    def accept(
+        self, draft_tokens: torch.Tensor, draft_scores: torch.Tensor | None, scores: torch.Tensor
+    ) -> torch.Tensor:
+        """Verify by the rule of the request and append; returns the outcome `[B, 2 + num_drafts + 1]`."""
+        ends = self.request.eos_token_id
+        if self.request.ratio_test and draft_scores is not None:
+            return append_step(self.batch.rows, *verify_ratio_test(draft_tokens, draft_scores, scores), ends)
+        noise = self.noise.draw(scores.shape) if self.request.do_sample else None
+        arguments = (self.batch.rows, draft_tokens, scores, ends, noise)
+        if self.is_first or not self.steps.is_fixed:
+            return accept_step(*arguments)
+        shape = self.batch.shape(draft_tokens.shape[1])
+        key = (*shape, ("end tokens", 0 if ends is None else len(ends)), ("samples", noise is not None))
+        return self.steps.run(accept_step, key, *arguments)
 
     def fetch(self, outcome: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """Begin to bring an outcome to the host, and what tells that it is there."""
@@ -265,7 +272,7 @@ class PardDecoder:
     def compact(self) -> None:
         """Let finished rows leave, so that the last ones do not pay for everyone."""
         size = 1 << (sum(self.active) - 1).bit_length()
-        if size >= len(self.batch) or self.pending:
+        if size >= len(self.batch) or self.pending or not self.is_worth(size):
             return
         finished_last = sorted(range(len(self.batch)), key=lambda row: not self.active[row])
         kept = sorted(finished_last[:size])
@@ -273,6 +280,12 @@ class PardDecoder:
         self.host_lengths = [self.host_lengths[row] for row in kept]
         self.host_prompt = [self.host_prompt[row] for row in kept]
         self.active = [self.active[row] for row in kept]
+
+    def is_worth(self, batch_size: int) -> bool:
+        """Whether a smaller batch pays: where it has to be compiled first, only with much left to say."""
+        most = max(self.remaining(row) for row in range(len(self.batch)) if self.active[row])
+        shape = (("batch size", batch_size), *self.batch.shape(self.schedule.most)[1:])
+        return most >= WORTH_COMPILING or self.steps.is_ready(target_step, shape)
 
     def sequences(self) -> torch.Tensor:
         """Prompt columns and what followed, `[B, num_columns + num_new]`."""

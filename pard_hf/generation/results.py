@@ -15,7 +15,9 @@ def sequences_of(rows: Rows, request: DecodingRequest) -> torch.Tensor:
     """Prompt columns and what followed, `[B, num_columns + num_new]`; finished rows filled with `pad_token_id`."""
     counts = rows.lengths - rows.num_prompt_tokens
     columns = torch.arange(int(counts.max()), device=counts.device)
-    new = rows.tokens.gather(1, rows.num_prompt_tokens.unsqueeze(1) + columns)
+    index = rows.num_prompt_tokens.unsqueeze(1) + columns
+    # A long row that ended early has columns of padding beyond its buffer.
+    new = rows.tokens.gather(1, index.clamp(max=rows.tokens.shape[1] - 1))
     if request.pad_token_id is not None:
         new = torch.where(columns < counts.unsqueeze(1), new, request.pad_token_id)
     return torch.cat([request.input_ids, new], dim=1)

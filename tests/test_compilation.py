@@ -1,0 +1,243 @@
+"""Compiled rounds: the same tokens, few graphs, nothing compiled twice.
+
+torch.compile with the "aot_eager" backend traces and guards as inductor does, in a fraction of the time; one test goes
+through inductor itself.
+"""
+
+import copy
+import logging
+import threading
+
+import pytest
+import torch
+from families import make_draft, make_model, make_prompts, make_scripted_draft, make_self_draft, texts_of
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, LogitsProcessorList
+
+from pard_hf import with_pard
+from pard_hf.generation.compilation import CompiledSteps, workspace_of
+from pard_hf.generation.decoding import PardDecoder
+from pard_hf.generation.request import DecodingRequest
+
+TRACED = {"compile_config": CompileConfig(backend="aot_eager", mode="default")}
+NEW_TOKENS = 30
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def pard(target, draft, prompts, **kwargs):
+    kwargs = {"max_new_tokens": NEW_TOKENS, "do_sample": False, **TRACED, **kwargs}
+    return with_pard(target).generate(**prompts, assistant_model=draft, return_dict_in_generate=True, **kwargs)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "mistral", "qwen3"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_compiled_is_eager(family, batch_size):
+    """Windows, learned positions, ragged rows and every accepted count, compiled."""
+    target, prompts = make_model(family), make_prompts(batch_size)
+    expected = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
+    script = texts_of(expected, prompts["attention_mask"])
+    draft = make_scripted_draft(script, first_miss=2)
+    eager = pard(target, make_self_draft(target), prompts, disable_compile=True, compile_config=None)
+
+    compiled = pard(target, make_self_draft(target), prompts)
+
+    assert torch.equal(eager.sequences, expected)
+    assert torch.equal(compiled.sequences, expected)
+    assert compiled.stats == eager.stats
+    assert compiled.compile_seconds > 0
+    assert not eager.compile_seconds
+    # A draft whose forward is Python leaves the loop of its own accord.
+    assert torch.equal(pard(target, draft, prompts, disable_compile=True).sequences, expected)
+
+
+def test_inductor_is_eager():
+    target, prompts = make_model("llama"), make_prompts(2)
+    draft = make_draft(make_model("llama", seed=5))
+    expected = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
+
+    output = pard(target, draft, prompts, compile_config=None, cache_implementation="static")
+
+    assert torch.equal(output.sequences, expected)
+    assert output.compile_seconds > 0
+
+
+def test_nothing_is_compiled_twice():
+    """Other prompt lengths, lengths, sampling settings and processors in the same cache size find everything made."""
+    target, draft = make_model("llama"), make_draft(make_model("llama", seed=5))
+    pard(target, draft, make_prompts(2, longest=18))
+    pard(target, draft, make_prompts(2, longest=18), do_sample=True, temperature=0.7)
+    made = graphs()
+
+    again = pard(target, draft, make_prompts(2, longest=7), max_new_tokens=45)
+    warmer = pard(target, draft, make_prompts(2, longest=11), do_sample=True, temperature=1.3, top_k=7, top_p=0.9)
+    pard(target, draft, make_prompts(2, longest=9), repetition_penalty=1.2)
+
+    assert made > 0
+    assert graphs() == made
+    assert again.compile_seconds == warmer.compile_seconds == 0
+
+
+def test_sampling_says_what_plain_generate_says():
+    target, draft, prompts = make_model("llama"), make_draft(make_model("llama", seed=5)), make_prompts(1)
+    torch.manual_seed(4)
+    expected = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=True, temperature=0.9, top_k=20)
+
+    torch.manual_seed(4)
+    got = pard(target, draft, prompts, do_sample=True, temperature=0.9, top_k=20)
+
+    assert torch.equal(got.sequences, expected)
+
+
+def test_long_text_crosses_cache_sizes():
+    """512 is twice the smallest cache: the second half is decoded in the next size."""
+    target = make_model("llama", max_position_embeddings=1024)
+    draft = make_self_draft(target)
+    prompts = make_prompts(1, longest=240)
+    expected = target.generate(**prompts, max_new_tokens=60, do_sample=False)
+
+    for compiled in ({}, {"disable_compile": True}):
+        got = pard(target, draft, prompts, max_new_tokens=60, **compiled)
+        assert torch.equal(got.sequences, expected)
+    sizes = {dict(key[1][:4])["target cache"] for key in workspace_of(target, draft).parts}
+    assert sizes == {256, 512}
+
+
+def test_scores_and_cache_are_handed_back():
+    target, draft, prompts = make_model("llama"), make_draft(make_model("llama", seed=5)), make_prompts(3)
+    kwargs = {"max_new_tokens": 12, "output_scores": True, "return_dict_in_generate": True, "do_sample": False}
+    expected = target.generate(**prompts, **kwargs)
+
+    got = pard(target, draft, prompts, max_new_tokens=12, output_scores=True)
+
+    torch.testing.assert_close(torch.stack(got.scores), torch.stack(expected.scores), atol=1e-4, rtol=1e-4)
+    assert got.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length()
+
+
+def test_rounds_ahead_of_the_host_say_the_same():
+    """What a CUDA device does: a round begins before the host knows how the last one ended."""
+    target, draft, prompts = make_model("llama"), make_draft(make_model("llama", seed=5)), make_prompts(3)
+    expected = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
+    request = DecodingRequest(
+        input_ids=prompts["input_ids"],
+        attention_mask=prompts["attention_mask"],
+        num_assistant_tokens=5,
+        max_length=18 + NEW_TOKENS,
+        pad_token_id=0,
+        logits_processor=LogitsProcessorList(),
+    )
+    steps = CompiledSteps(workspace_of(target, draft), TRACED["compile_config"])
+    decoder = PardDecoder(target, draft, request, steps)
+    assert decoder.may_run_ahead()
+    decoder.num_ahead = 1
+
+    with torch.no_grad():
+        decoder.run()
+
+    assert torch.equal(decoder.sequences(), expected)
+    assert decoder.stats == pard(target, draft, prompts).stats
+
+
+def test_smaller_batch_is_used_where_it_is_made():
+    """Rows that finish leave a compiled batch when a call of the smaller size was there before."""
+    target, prompts = make_model("llama"), make_prompts(2)
+    draft = make_draft(make_model("llama", seed=5))
+    free = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
+    ends = {"eos_token_id": [int(free[0, 20])]}
+    expected = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False, **ends)
+    assert (expected[0, 21:] == 0).all()
+    assert (expected[1, -1] != 0).all()
+
+    assert torch.equal(pard(target, draft, prompts, **ends).sequences, expected)
+    assert not {dict(key[1][:4])["batch size"] for key in workspace_of(target, draft).parts} - {2}
+    pard(target, draft, make_prompts(1), **ends)
+    made, smaller = graphs(), workspace_of(target, draft).buffers[1, 257]
+    smaller.lengths.zero_()
+    assert torch.equal(pard(target, draft, prompts, **ends).sequences, expected)
+    assert graphs() == made
+    assert smaller.lengths > 18
+
+
+def test_second_thread_does_not_share_buffers():
+    """While a call holds the compiled rounds, another runs eagerly."""
+    target, draft, prompts = make_model("llama"), make_draft(make_model("llama", seed=5)), make_prompts(2)
+    expected = pard(target, draft, prompts).sequences
+    outputs = []
+
+    class Nested:
+        """A streamer that generates with the same pair in the middle of a call."""
+
+        def put(self, value):
+            if not outputs:
+                outputs.append(None)
+                thread = threading.Thread(target=lambda: outputs.append(pard(target, draft, prompts)))
+                thread.start()
+                thread.join()
+
+        def end(self):
+            pass
+
+    one = {name: tensor[:1] for name, tensor in prompts.items()}
+    alone = pard(target, draft, one).sequences
+    assert torch.equal(pard(target, draft, one, streamer=Nested()).sequences, alone)
+
+    assert torch.equal(outputs[1].sequences, expected)
+    assert not outputs[1].compile_seconds
+
+
+def test_copies_and_checkpoints_carry_no_buffers(tmp_path):
+    target, draft, prompts = make_model("llama"), make_draft(make_model("llama", seed=5)), make_prompts(1)
+    pard(target, draft, prompts)
+
+    copied = copy.deepcopy(target)
+    target.save_pretrained(tmp_path)
+
+    assert workspace_of(target, draft).parts
+    assert not workspace_of(copied, draft).parts
+    assert not list(tmp_path.glob("*pard*"))
+
+
+def test_what_cannot_be_compiled_is_said_once(caplog):
+    target, draft, prompts = make_model("llama"), make_draft(make_model("llama", seed=5)), make_prompts(1)
+    expected = target.generate(**prompts, max_new_tokens=8, do_sample=False)
+    target.hf_device_map = {"model.layers.0": "cpu", "model.layers.1": "disk"}
+
+    with caplog.at_level(logging.WARNING, logger="pard_hf"):
+        for _ in range(2):
+            assert torch.equal(pard(target, draft, prompts, max_new_tokens=8).sequences, expected)
+
+    assert sum("without torch.compile" in message for message in caplog.messages) == 1
+    assert graphs() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_one_synchronisation_a_round():
+    """Rounds wait for the host through one event at most; anything implicit is an error."""
+    target = make_model("llama").cuda()
+    draft = make_self_draft(target)
+    prompts = {name: tensor.cuda() for name, tensor in make_prompts(2).items()}
+    request = {"input_ids": prompts["input_ids"], "attention_mask": prompts["attention_mask"], "pad_token_id": 0}
+    decoder = PardDecoder(
+        target,
+        draft,
+        DecodingRequest(**request, num_assistant_tokens=5, max_length=60, eos_token_id=None),
+        CompiledSteps(workspace_of(target, draft), CompileConfig()),
+    )
+    with torch.no_grad():
+        for _ in range(3):
+            decoder.round(5)  # Prefill, compiling and the recording of CUDA graphs may wait.
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(3):
+                decoder.round(5)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

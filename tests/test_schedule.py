@@ -1,0 +1,145 @@
+"""The adaptive schedule finds the best K from costs and acceptance alone, and never changes a text."""
+
+import pytest
+import torch
+from families import make_draft, make_model, make_prompts, make_self_draft
+
+from pard_hf import with_pard
+from pard_hf.generation.decoding import PardDecoder
+from pard_hf.generation.request import DecodingRequest
+from pard_hf.generation.schedule import COUNTS, AdaptiveSchedule, ConstantSchedule, RoundCosts, check_schedule
+
+
+def simulate(cost, share, most=16, rounds=400, batch_size=1):
+    """Run a schedule on a machine where a round of K takes `cost(K)` and each position is accepted with `share`."""
+    generator = torch.Generator().manual_seed(0)
+    schedule, seconds, tokens, chosen = AdaptiveSchedule(most, RoundCosts()), 0.0, 0, []
+    for _ in range(rounds):
+        count = schedule.choose(batch_size)
+        accepted = 0
+        while accepted < count and torch.rand(1, generator=generator).item() < share:
+            accepted += 1
+        schedule.record(batch_size, count, cost(count), [accepted])
+        seconds, tokens = seconds + cost(count), tokens + accepted + 1
+        chosen.append(count)
+    return tokens / seconds, chosen
+
+
+def best_rate(cost, share, most=16):
+    return max(sum(share**i for i in range(count + 1)) / cost(count) for count in COUNTS if count <= most)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize("slope", [0.0, 0.05, 0.5])
+def test_rate_comes_close_to_the_best(slope, share):
+    def cost(count):
+        return 1.0 + (0.2 + slope * count if count else 0.0)
+
+    rate, _ = simulate(cost, share)
+
+    assert rate >= 0.88 * best_rate(cost, share)
+
+
+def test_useless_draft_is_left_alone():
+    """Nothing is ever accepted: plain decoding, but for the rounds that find this out."""
+    rate, chosen = simulate(lambda count: 1.0 + 0.25 * count, share=0.0)
+
+    assert rate > 0.9
+    assert chosen[-40:].count(0) >= 38
+
+
+def test_costs_are_those_of_the_batch_size():
+    costs = RoundCosts()
+    for batch_size, slope in ((1, 0.01), (16, 2.0)):
+        for count in (8, 0):
+            for _ in range(4):
+                costs.add_seconds(batch_size, count, 1.0 + slope * count)
+    for _ in range(50):
+        costs.add_accepted(8, 3)
+
+    assert AdaptiveSchedule(8, costs).choose(1) == 4  # All that is ever accepted, at the least cost.
+    assert AdaptiveSchedule(8, costs).choose(16) == 0
+
+
+def test_unmeasured_counts_lie_on_a_line():
+    costs = RoundCosts()
+    for count, seconds in ((0, 1.0), (8, 3.0)):
+        for _ in range(3):
+            costs.add_seconds(1, count, seconds)
+
+    assert costs.cost(1, 4) == pytest.approx(2.0)
+    assert costs.cost(1, 16) == pytest.approx(5.0)
+    assert costs.cost(2, 4) is None
+
+
+def test_acceptance_is_that_of_the_rounds():
+    costs = RoundCosts()
+    for _ in range(400):
+        costs.add_accepted(4, 2)
+
+    assert costs.tokens(4) == pytest.approx(3.0, abs=0.1)
+    assert costs.tokens(0) == 1.0
+
+
+def test_constant_stays():
+    assert {ConstantSchedule(5).choose(size) for size in (1, 4)} == {5}
+
+
+@pytest.mark.parametrize(("name", "count", "message"), [("often", 8, "one of"), ("adaptive", 5, "adaptive schedule")])
+def test_bad_schedules_are_refused(name, count, message):
+    with pytest.raises(ValueError, match=message):
+        check_schedule(name, count)
+    target, draft = make_model("llama"), make_draft(make_model("llama", seed=5))
+    with pytest.raises(ValueError, match=message):
+        with_pard(target).generate(
+            **make_prompts(1), assistant_model=draft, num_assistant_tokens=count, num_assistant_tokens_schedule=name
+        )
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("quality", ["self", "random"])
+def test_adaptive_text_is_that_of_plain_generate(batch_size, quality):
+    """Counts change from round to round and plain rounds come between; the draft catches up each time."""
+    target, prompts = make_model("llama"), make_prompts(batch_size)
+    draft = make_self_draft(target) if quality == "self" else make_draft(make_model("llama", seed=5))
+    expected = target.generate(**prompts, max_new_tokens=80, do_sample=False)
+
+    for _ in range(3):
+        output = with_pard(target).generate(
+            **prompts,
+            max_new_tokens=80,
+            do_sample=False,
+            assistant_model=draft,
+            num_assistant_tokens=12,
+            num_assistant_tokens_schedule="adaptive",
+            return_dict_in_generate=True,
+        )
+        assert torch.equal(output.sequences, expected)
+    assert output.stats.num_tokens == batch_size * 80
+
+
+def test_plain_rounds_do_not_spoil_the_draft():
+    """After rounds without the draft, a perfect one is as right as before."""
+    target, prompts = make_model("llama"), make_prompts(1)
+    draft = make_self_draft(target)
+
+    class Alternating(ConstantSchedule):
+        count = 0
+
+        def choose(self, batch_size):
+            self.count += 1
+            return 0 if self.count % 3 else 1
+
+    request = DecodingRequest(
+        input_ids=prompts["input_ids"],
+        attention_mask=prompts["attention_mask"],
+        num_assistant_tokens=1,
+        max_length=18 + 60,
+        pad_token_id=0,
+    )
+    decoder = PardDecoder(target, draft, request, schedule=Alternating(1))
+    with torch.no_grad():
+        decoder.run()
+
+    # Every round with a draft accepts its one proposal, for the draft is the target itself.
+    assert decoder.stats.num_drafted == decoder.stats.num_accepted > 10
