@@ -72,6 +72,25 @@ def test_unmeasured_counts_lie_on_a_line():
     assert costs.cost(2, 4) is None
 
 
+def test_busy_moment_is_forgotten():
+    """Rounds that were slow because of others do not keep a good count from being chosen for ever."""
+    costs = RoundCosts()
+    for count, seconds in ((8, 30.0), (0, 1.0)):
+        for _ in range(9):
+            costs.add_seconds(1, count, seconds)
+    for _ in range(50):
+        costs.add_accepted(8, 7)
+    schedule, chosen = AdaptiveSchedule(8, costs), []
+
+    for _ in range(1000):
+        count = schedule.choose(1)
+        chosen.append(count)
+        schedule.record(1, count, 1.0 + 0.1 * count, [min(count, 7)])
+
+    assert chosen[:40].count(0) >= 38
+    assert chosen[-100:].count(8) >= 90
+
+
 def test_acceptance_is_that_of_the_rounds():
     costs = RoundCosts()
     for _ in range(400):

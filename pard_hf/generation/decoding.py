@@ -133,7 +133,8 @@ class PardDecoder:
         if self.is_first or not self.steps.is_fixed:
             # The bonus token needs no proposal, so at most `most - 1` can be accepted.
             num_drafts = min(num_drafts, most - 1) if self.target_width else 0
-        is_typical = not self.is_first and self.draft_width <= num_drafts + 1
+        # A round whose draft has much to catch up on says nothing about the next.
+        is_typical = not self.is_first and (num_drafts == 0 or self.draft_width <= self.schedule.most + 1)
         start, compile_seconds, batch_size = time.perf_counter(), self.steps.compile_seconds, len(self.batch)
         self.steps.begin_round()
         draft_tokens, draft_scores = self.batch.rows.tokens.new_empty(batch_size, 0), None

@@ -7,13 +7,13 @@ on this machine at this batch size against how many of them have been accepted l
 from __future__ import annotations
 
 from collections import deque
-from statistics import median
 
 COUNTS = (0, 2, 4, 8, 12, 16)
 SCHEDULES = ("constant", "adaptive")
 # A cost is believed after this many rounds, the first of which is thrown away: it pays for new shapes.
 NUM_TRIALS = 3
-# Rounds between two looks at a count other than the best, which must promise this share of the best rate.
+# Rounds between two looks at another count that promises at least this share of the best rate. Every fourth look is
+# at whatever was not tried for longest: what it promised may date from a moment when the machine was busy.
 LOOK_EVERY, LOOK_SHARE = 48, 0.7
 # Weight of the past when one more round comes in, and of the belief that each position repeats the one before it.
 MEMORY, PRIOR = 0.98, 2.0
@@ -55,12 +55,16 @@ class RoundCosts:
     def __init__(self) -> None:
         self.seconds: dict[tuple[int, int], deque[float]] = {}
         self.num_trials: dict[tuple[int, int], int] = {}
+        self.last_tried: dict[tuple[int, int], int] = {}
+        self.num_rounds = 0
         self.tried = [0.0] * COUNTS[-1]
         self.passed = [0.0] * COUNTS[-1]
 
     def add_seconds(self, batch_size: int, num_drafts: int, seconds: float) -> None:
         key = batch_size, num_drafts
         self.num_trials[key] = self.num_trials.get(key, 0) + 1
+        self.num_rounds += 1
+        self.last_tried[key] = self.num_rounds
         if self.num_trials[key] > 1:
             self.seconds.setdefault(key, deque(maxlen=9)).append(seconds)
 
@@ -68,8 +72,11 @@ class RoundCosts:
         return self.num_trials.get((batch_size, num_drafts), 0) >= NUM_TRIALS
 
     def cost(self, batch_size: int, num_drafts: int) -> float | None:
-        """Median seconds of a round; between and beyond what was measured, on a line. `None` before there is one."""
-        known = {k: median(past) for (b, k), past in self.seconds.items() if b == batch_size}
+        """Seconds of a round: the least of late, for what else runs on the machine only adds to it.
+
+        Between and beyond what was measured, on a line; `None` before there is one.
+        """
+        known = {k: min(past) for (b, k), past in self.seconds.items() if b == batch_size}
         if num_drafts in known:
             return known[num_drafts]
         if len(known) < 2:
@@ -110,7 +117,6 @@ class AdaptiveSchedule(ConstantSchedule):
         super().__init__(num_assistant_tokens)
         self.counts = [count for count in COUNTS if count <= num_assistant_tokens]
         self.costs = costs
-        self.num_rounds = 0
 
     def rate(self, batch_size: int, num_drafts: int) -> float:
         cost = self.costs.cost(batch_size, num_drafts)
@@ -123,11 +129,12 @@ class AdaptiveSchedule(ConstantSchedule):
                 return count
         rates = {count: self.rate(batch_size, count) for count in self.counts}
         best = max(rates, key=lambda count: rates[count])
-        self.num_rounds += 1
-        if self.num_rounds % LOOK_EVERY == 0:
-            others = [c for c in self.counts if c != best and rates[c] > LOOK_SHARE * rates[best]]
+        num_looks, rest = divmod(self.costs.num_rounds, LOOK_EVERY)
+        if rest == LOOK_EVERY - 1:
+            least = LOOK_SHARE * rates[best] if num_looks % 4 else 0.0
+            others = [count for count in self.counts if count != best and rates[count] >= least]
             if others:
-                return min(others, key=lambda count: self.costs.num_trials.get((batch_size, count), 0))
+                return min(others, key=lambda count: self.costs.last_tried.get((batch_size, count), 0))
         return best
 
     def record(self, batch_size: int, num_drafts: int, seconds: float | None, num_accepted: list[int]) -> None:
