@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, DynamicCache, GenerationConfig, PreTrain
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..draft_model import PardDraftModel, check_num_assistant_tokens, num_positions
+from .attention import NAME as PACKED
 from .cache import attention_windows
 from .schedule import check_schedule
 
@@ -211,7 +212,7 @@ def why_not_slots(
     for model in (target, draft):
         if getattr(model.config, "alibi", False) or model.config.model_type in OWN_POSITIONS:
             return f"`{type(model).__name__}` makes its positions or its cache itself"
-        if model.config._attn_implementation not in ("sdpa", "eager"):
+        if model.config._attn_implementation not in ("sdpa", PACKED, "eager"):
             return f"`{model.config._attn_implementation}` takes no mask by position"
         try:
             attention_windows(model.config)

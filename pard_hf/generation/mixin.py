@@ -18,6 +18,7 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTra
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
 
 from ..draft_model import PardDraftModel, subclass_named_as
+from .attention import packed_attention
 from .candidate_generator import PardCandidateGenerator
 from .checks import check_mode, check_pair, check_prompt, full_attention_mask, why_no_draft, why_not_slots
 from .compilation import schedule_for, steps_for
@@ -162,7 +163,7 @@ class PardGenerationMixin(GenerationMixin):
         if no_draft is None and no_slots is None:
             request = self._request(input_ids, mask, max_length, **prepared, model_kwargs=model_kwargs)
             schedule = schedule_for(self, draft, generation_config)
-            with steps_for(self, draft, generation_config) as steps:
+            with packed_attention(self, draft), steps_for(self, draft, generation_config) as steps:
                 decoder = decoder_for(request)(self, draft, request, steps, schedule)
                 decoder.run()
                 return self._collect(decoder, generation_config, model_kwargs)
@@ -194,8 +195,7 @@ class PardGenerationMixin(GenerationMixin):
     ) -> DecodingRequest:
         """What `generate()` prepared, as our loop reads it."""
         ends = [c.eos_token_id.to(input_ids.device) for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
-        pad = generation_config._pad_token_tensor
-        returns_dict = generation_config.return_dict_in_generate
+        pad, returns_dict = generation_config._pad_token_tensor, generation_config.return_dict_in_generate
         return DecodingRequest(
             input_ids=input_ids,
             attention_mask=mask,
