@@ -34,8 +34,8 @@ def sdpa_packed_forward(
     """As the host's `sdpa`: `query` `[B, heads, q, dim]` over `[B, kv_heads, k, dim]`, to `[B, q, heads, dim]`."""
     batch_size, num_heads, num_queries, head_dim = query.shape
     group = num_heads // key.shape[1]
-    is_plain = attention_mask is not None and attention_mask.shape[1] == 1 and kwargs.get("position_bias") is None
-    if group == 1 or not is_plain or num_queries > MOST_QUERIES or kwargs.get("softcap") is not None:
+    is_special = kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None
+    if group == 1 or is_special or num_queries > MOST_QUERIES or attention_mask is None or attention_mask.shape[1] > 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     output = torch.nn.functional.scaled_dot_product_attention(
         query.reshape(batch_size, key.shape[1], group * num_queries, head_dim),
