@@ -57,7 +57,7 @@ def load_pair(
             f"Expected a target and its draft, got only {'a draft' if target is None else 'a target'}. Name both, or "
             "neither for the bundled pair."
         )
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     check_device(device)
     if dtype == "auto":
         dtype = fastest_dtype(device)
@@ -68,6 +68,11 @@ def load_pair(
     model = AutoModelForCausalLM.from_pretrained(paths.target, dtype=dtype, use_safetensors=True)
     drafting = PardDraftModel.from_pretrained(paths.draft, dtype=dtype)
     return Pair(with_pard(model.to(device).eval()), drafting.to(device).eval(), tokenizer)
+
+
+def default_device() -> str:
+    """The first CUDA device, or the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check_device(device: str) -> None:

@@ -1,11 +1,58 @@
-"""Prompt files, and what to say about the texts that come back."""
+"""Prompt sets by name, file or Hub data set, and what to say about the texts that come back."""
 
 from __future__ import annotations
 
 import json
+import random
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+DEMO_PROMPTS = (
+    'def is_palindrome(text: str) -> bool:\n    """Return True if text reads the same backwards."""\n',
+    'def binary_search(arr, x):\n    """Find the index of x in the sorted list arr, or return -1."""\n',
+    'def count_vowels(word):\n    """Count the vowels in a word.\n\n    >>> count_vowels("banana")\n    3\n    """\n',
+    "Tom has 3 boxes of pencils. Each box holds 12 pencils. He gives 8 pencils to his sister. How many pencils does "
+    "Tom have left?\n",
+    "A shop sells apples for $2 each and oranges for $3 each. Anna buys 5 apples and 4 oranges. How much does she pay "
+    "in total?\n",
+    "A train travels 60 miles each hour. How many miles does it travel in 4 hours?\n",
+)
+NAMED_SETS = {"demo": DEMO_PROMPTS}
+HUB_PREFIX = "hub:"
+# Where the answer of a row is, in the sets we know.
+ANSWER_FIELDS = ("reference", "solution", "response", "answer")
+
+
+def load_prompts(source: str) -> tuple[str, list[dict[str, Any]]]:
+    """Read a prompt set.
+
+    Args:
+        source (`str`):
+            A `.jsonl` file of objects with a `prompt`, a named set (`demo`), or a Hub data set as
+            `hub:org/name[:split[:field]]`, where `org/name/config` chooses among configurations.
+
+    Returns:
+        The set's name, free of folders, and its rows, each with a `prompt`.
+
+    Raises:
+        ValueError: There is no such set, it is empty, or a row has no prompt.
+    """
+    if source in NAMED_SETS:
+        return source, [{"prompt": prompt} for prompt in NAMED_SETS[source]]
+    if source.startswith(HUB_PREFIX):
+        name, rows = read_hub_prompts(source)
+    elif Path(source).is_file():
+        name, rows = Path(source).stem, read_prompts(source)
+    else:
+        raise ValueError(
+            f"Expected a prompt set, got {source!r}. Name a `.jsonl` file that exists, one of "
+            f"{', '.join(sorted(NAMED_SETS))}, or a Hub data set as `hub:org/name[:split[:field]]`."
+        )
+    if not rows:
+        raise ValueError(f"Expected at least one prompt in {source!r}, got none. Choose another set.")
+    return name, rows
 
 
 def read_prompts(path: str | Path, limit: int | None = None) -> list[dict[str, Any]]:
@@ -28,6 +75,81 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[dict[str, A
             raise ValueError(f"Expected an object with a `prompt` string in line {number} of `{path}`. Mend the line.")
         prompts.append(row)
     return prompts
+
+
+def read_hub_prompts(source: str) -> tuple[str, list[dict[str, Any]]]:
+    """Read `hub:org/name[/config][:split[:field]]`; split and field default to `test` and `prompt`."""
+    try:
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetNotFoundError
+    except ModuleNotFoundError:
+        raise ValueError(
+            f"Expected the package `datasets` for {source!r}, got none. Do `pip install 'pard-hf[bench]'`."
+        ) from None
+    path, split, field, *rest = [*source.removeprefix(HUB_PREFIX).split(":"), "", ""]
+    if not path or any(rest):
+        raise ValueError(f"Expected `hub:org/name[:split[:field]]`, got {source!r}. Drop the other parts.")
+    split, field = split or "test", field or "prompt"
+    # A folder may lie anywhere; a Hub id has one slash, and a third part is the configuration.
+    config = None
+    if not Path(path).exists() and path.count("/") == 2:
+        path, config = path.rsplit("/", 1)
+    try:
+        rows = [dict(row) for row in load_dataset(path, config, split=split)]
+    except (DatasetNotFoundError, ConnectionError) as error:
+        raise ValueError(f"Expected a data set of the Hub, got {source!r}: {error}") from error
+    if rows and not isinstance(rows[0].get(field), str):
+        raise ValueError(f"Expected a text field {field!r} in {source!r}, got {sorted(rows[0])}. Name one of these.")
+    return f"{Path(path).name}:{split}", [{**row, "prompt": row[field]} for row in rows]
+
+
+def choose_rows(rows: list[dict[str, Any]], limit: int | None, seed: int) -> list[int]:
+    """Indices of at most `limit` rows, the same for the same seed, in the order of the set."""
+    indices = list(range(len(rows)))
+    random.Random(seed).shuffle(indices)
+    return sorted(indices[:limit])
+
+
+def encode_prompt(tokenizer: Any, prompt: str, raw: bool = False) -> list[int]:
+    """Token ids of a prompt, in the tokenizer's chat template where it has one and `raw` does not forbid it."""
+    if raw or tokenizer.chat_template is None:
+        return tokenizer(prompt)["input_ids"]
+    messages = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
+def encode_answer(tokenizer: Any, row: dict[str, Any], num_tokens: int) -> list[int] | None:
+    """Token ids of a row's reference answer, cut where a model's answers are cut; `None` where the row has none."""
+    text = next((row[field] for field in ANSWER_FIELDS if isinstance(row.get(field), str)), None)
+    if text is None:
+        return None
+    text = re.sub(r"<<[^<>]*>>", "", text)  # GSM8K's calculator notes, which nobody says.
+    return tokenizer(text, add_special_tokens=False)["input_ids"][:num_tokens]
+
+
+def lengthen(ids: list[int], others: Sequence[list[int]], context: int, start: int | None) -> list[int]:
+    """Put other text before a prompt that is shorter than `context` tokens, so that it has as many.
+
+    Args:
+        ids (`list[int]`):
+            Token ids of the prompt.
+        others (`Sequence[list[int]]`):
+            Texts to put there, in order, again from the first where they do not suffice.
+        context (`int`):
+            Tokens of the result, or more where the prompt has more.
+        start (`int`, *optional*):
+            The id that every text begins with; it stays in front.
+    """
+    missing = max(context - len(ids), 0)
+    filler: list[int] = []
+    while len(filler) < missing:
+        size = len(filler)
+        for text in others:
+            filler += text[: missing - len(filler)]
+        if len(filler) == size:
+            raise ValueError("Expected text to put before a short prompt, got none. Choose a set that has some.")
+    head = ids[:1] if ids[:1] == [start] else []
+    return [*head, *filler, *ids[len(head) :]]
 
 
 def repeated_share(texts: Iterable[Sequence[int]], size: int = 4) -> float:

@@ -12,17 +12,6 @@ import torch
 from ..generation.stats import DecodingStats
 from ..pair import Pair
 
-DEMO_PROMPTS = (
-    'def is_palindrome(text: str) -> bool:\n    """Return True if text reads the same backwards."""\n',
-    'def binary_search(arr, x):\n    """Find the index of x in the sorted list arr, or return -1."""\n',
-    'def count_vowels(word):\n    """Count the vowels in a word.\n\n    >>> count_vowels("banana")\n    3\n    """\n',
-    "Tom has 3 boxes of pencils. Each box holds 12 pencils. He gives 8 pencils to his sister. How many pencils does "
-    "Tom have left?\n",
-    "A shop sells apples for $2 each and oranges for $3 each. Anna buys 5 apples and 4 oranges. How much does she pay "
-    "in total?\n",
-    "A train travels 60 miles each hour. How many miles does it travel in 4 hours?\n",
-)
-
 
 @dataclass(frozen=True)
 class RaceResult:
@@ -72,7 +61,7 @@ def race(pair: Pair, inputs: Any, num_assistant_tokens: int, max_new_tokens: int
         inputs:
             Model inputs of one prompt, `input_ids` of shape `(1, length)`.
     """
-    inputs = inputs.to(pair.target.device)
+    inputs = {name: tensor.to(pair.target.device) for name, tensor in inputs.items()}
     common = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": True}
     routes: dict[str, dict[str, Any]] = {
         "plain": {},

@@ -1,0 +1,34 @@
+"""The flags that name a pair of models, and loading it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", help="folder or Hub id of the target model (default: the bundled target)")
+    parser.add_argument("--draft", help="folder or Hub id of the draft model (default: the bundled draft)")
+    parser.add_argument("--dtype", default="auto", help="weights and compute (default: the fastest for the device)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens to generate at most (default: 128)")
+
+
+def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--num-assistant-tokens", type=int, help="K, draft tokens proposed a round (default: the draft's own)"
+    )
+
+
+def load(args: argparse.Namespace) -> Any:
+    """Load the pair that the flags name, and fill in its K where they name none."""
+    from transformers.utils import logging
+
+    from ..pair import load_pair
+
+    logging.disable_progress_bar()
+    pair = load_pair(args.target, args.draft, args.dtype, args.device)
+    if args.num_assistant_tokens is None:
+        args.num_assistant_tokens = pair.draft.num_assistant_tokens
+    return pair

@@ -1,0 +1,182 @@
+"""The ways to generate that are compared, all on one copy of each model's weights.
+
+Knows how each is asked for and when it cannot run; knows nothing of prompts and clocks.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import CompileConfig, PreTrainedModel
+
+from ..generation.compilation import why_not_compiled
+from ..generation.mixin import with_pard, without_pard
+from ..generation.schedule import COUNTS
+from ..generation.stats import DecodingStats
+from ..pair import Pair
+from .batches import pad_token_id
+
+# One compiled forward a batch size and cache length: a sweep needs more of them than torch keeps by default.
+NUM_COMPILED = 64
+
+
+@dataclass(frozen=True)
+class Route:
+    """One way to generate.
+
+    Args:
+        name (`str`):
+            Its id in JSON and flags.
+        title (`str`):
+            What a table calls it.
+        takes_batches (`bool`, *optional*, defaults to `True`):
+            Whether it takes more than one text at a time.
+        is_pard (`bool`, *optional*, defaults to `False`):
+            Whether a parallel draft proposes: such a route is to say what plain `generate` says.
+        in_our_loop (`bool`, *optional*, defaults to `False`):
+            Whether the target has the mixin.
+        baseline (`str`, *optional*):
+            The plain route that runs forwards as this one's rounds do, eagerly or compiled. Only where every round has
+            the same K, so that the mean of its parts says something.
+    """
+
+    name: str
+    title: str
+    takes_batches: bool = True
+    is_pard: bool = False
+    in_our_loop: bool = False
+    baseline: str | None = None
+
+
+# Plain `generate`, and the same compiled over a static cache. The stock assisted loop with the draft's own weights
+# proposing token by token, with prompt lookup, and with the parallel draft. Our loop as it stands, compiled, and with
+# a K that follows what is accepted.
+OURS: dict[str, Any] = {"is_pard": True, "in_our_loop": True}
+ROUTES = {
+    route.name: route
+    for route in (
+        Route("ar", "AR"),
+        Route("ar_plus", "AR+"),
+        Route("ad", "AD", takes_batches=False),
+        Route("pld", "PLD", takes_batches=False),
+        Route("tier1", "PARD tier 1", takes_batches=False, is_pard=True),
+        Route("tier2", "PARD tier 2", baseline="ar", **OURS),
+        Route("tier2_compiled", "PARD tier 2, compiled", baseline="ar_plus", **OURS),
+        Route("adaptive", "PARD tier 2, adaptive K", **OURS),
+    )
+}
+
+
+class RouteRunner:
+    """Runs any route of one pair at one K.
+
+    Between calls the target has the mixin, as in every [`Pair`].
+    """
+
+    def __init__(self, pair: Pair, num_assistant_tokens: int):
+        self.target, self.draft = pair.target, pair.draft
+        self.num_drafts = num_assistant_tokens
+        self.pad_token_id = pad_token_id(pair.target)
+        self.arguments = self.arguments_of_routes()
+
+    def arguments_of_routes(self) -> dict[str, dict[str, Any]]:
+        """What each route adds to the arguments of `generate`."""
+        ours = {"assistant_model": self.draft, "num_assistant_tokens": self.num_drafts}
+        constant = {**ours, "num_assistant_tokens_schedule": "constant"}
+        # The stock loop reads K from its assistant's own settings; ours stay as they were loaded.
+        token_by_token = sharing_weights(self.draft, type(self.draft).__bases__[-1])
+        parallel = sharing_weights(self.draft, type(self.draft))
+        for assistant in (token_by_token, parallel):
+            assistant.generation_config.num_assistant_tokens = self.num_drafts
+            assistant.generation_config.num_assistant_tokens_schedule = "constant"
+            assistant.generation_config.assistant_confidence_threshold = 0.0
+        return {
+            "ar": {},
+            "ar_plus": {"cache_implementation": "static", "compile_config": compile_anywhere()},
+            "ad": {"assistant_model": token_by_token},
+            "pld": {"prompt_lookup_num_tokens": self.num_drafts},
+            "tier1": {"assistant_model": parallel},
+            "tier2": {**constant, "disable_compile": True},
+            "tier2_compiled": {**constant, "cache_implementation": "static"},
+            "adaptive": {**ours, "num_assistant_tokens_schedule": "adaptive", "disable_compile": True},
+        }
+
+    def why_not_served(self, route: Route, batch_size: int) -> str | None:
+        """Say why a route cannot run here; `None` when it can."""
+        if batch_size > 1 and not route.takes_batches:
+            return f"the stock assisted loop takes one text at a time, not {batch_size}"
+        if route.name in ("ad", "tier1"):
+            sizes = [model.config.get_text_config().vocab_size for model in (self.target, self.draft)]
+            if sizes[0] != sizes[1]:
+                return f"the stock assisted loop wants equal vocabularies, not {sizes[0]} and {sizes[1]} rows"
+        if route.name == "ar_plus":
+            return why_not_compiled(self.target, self.target)
+        if route.name == "tier2_compiled":
+            return why_not_compiled(self.target, self.draft)
+        if route.name == "adaptive" and self.num_drafts not in COUNTS[1:]:
+            return f"the adaptive schedule chooses up to a K of {COUNTS[1:]}, not {self.num_drafts}"
+        return None
+
+    def generate(self, route: Route, inputs: dict[str, torch.Tensor], max_new_tokens: int, **kwargs: Any) -> Any:
+        """Generate greedily by `route`; `kwargs` go to `generate`."""
+        compiling: AbstractContextManager[Any] = nullcontext()
+        if route.name == "ar_plus":
+            compiling = torch._dynamo.config.patch(recompile_limit=NUM_COMPILED)
+        model = with_pard(self.target) if route.in_our_loop else without_pard(self.target)
+        try:
+            with compiling:
+                return model.generate(
+                    **inputs,
+                    **self.arguments[route.name],
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    pad_token_id=self.pad_token_id,
+                    **kwargs,
+                )
+        finally:
+            with_pard(self.target)
+
+
+def sharing_weights(model: PreTrainedModel, model_class: Any) -> Any:
+    """A second model of the given class over the same tensors, with generation settings of its own."""
+    twin = model_class.__new__(model_class)
+    twin.__dict__.update(model.__dict__)
+    twin.generation_config = copy.deepcopy(model.generation_config)
+    return twin
+
+
+def compile_anywhere() -> CompileConfig:
+    """The host's own compilation, on a CPU too, at its fastest: one graph a shape."""
+    config = CompileConfig(fullgraph=True, dynamic=False)
+    config._compile_all_devices = True
+    return config
+
+
+class RoundStreamer:
+    """Counts the rounds of the stock assisted loop, which hands over one block of tokens a round.
+
+    Args:
+        num_drafts (`int`):
+            K.
+        max_new_tokens (`int`):
+            Of the call.
+    """
+
+    def __init__(self, num_drafts: int, max_new_tokens: int):
+        self.num_drafts, self.budget = num_drafts, max_new_tokens
+        self.stats: DecodingStats | None = None
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.stats is None:  # The prompt comes first.
+            self.stats = DecodingStats()
+            return
+        num_tokens = value.numel()
+        self.stats = self.stats.record(num_tokens - 1, min(self.num_drafts, self.budget - 1))
+        self.budget -= num_tokens
+
+    def end(self) -> None:
+        """The loop says so; there is nothing to finish."""

@@ -1,0 +1,518 @@
+"""The benchmark: routes run side by side, what is counted, what an interrupted run keeps."""
+
+import json
+import sys
+
+import pytest
+import torch
+from families import make_draft, make_model, make_self_draft
+from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, LlamaConfig, LlamaForCausalLM
+
+from pard_hf import with_pard
+from pard_hf.cli import main
+from pard_hf.evaluation.batches import make_batches
+from pard_hf.evaluation.benchmark import Benchmark, BenchmarkSettings
+from pard_hf.evaluation.conditions import shown_command, shown_model
+from pard_hf.evaluation.figures import route_result
+from pard_hf.evaluation.measurement import Measurement, Parts, RouteRecord
+from pard_hf.evaluation.memory import MemoryGauge, cache_bytes, cache_layer_sizes, copy_bandwidth, weight_bytes
+from pard_hf.evaluation.partial import PartialFile
+from pard_hf.evaluation.prompts import choose_rows, encode_answer, lengthen, load_prompts
+from pard_hf.evaluation.results import CellResult
+from pard_hf.evaluation.routes import ROUTES, RoundStreamer, RouteRunner
+from pard_hf.generation.stats import DecodingStats
+from pard_hf.pair import Pair
+
+ROWS = [{"prompt": "abcab"}, {"prompt": "What?", "reference": "xyxyxyxy"}, {"prompt": "xyz" * 5}]
+EAGER = ("ar", "ad", "pld", "tier1", "tier2", "adaptive")
+
+
+@pytest.fixture
+def pair(bundled_like_tokenizer):
+    target = make_model("llama")
+    draft = make_self_draft(target)
+    return Pair(with_pard(target), draft, bundled_like_tokenizer)
+
+
+def run(pair, rows=ROWS, **settings):
+    settings = {"routes": EAGER, "repeats": 1, "max_new_tokens": 10, "num_assistant_tokens": (4,), **settings}
+    return Benchmark(pair, BenchmarkSettings(**settings)).run({"set": rows})
+
+
+def test_every_route_runs_and_agrees(pair):
+    [cell] = run(pair, repeats=2)
+
+    assert [route.route for route in cell.routes] == list(EAGER)
+    assert all(route.identical_share == 1 and route.difference is None for route in cell.routes)
+    assert all(route.num_new_tokens == 30 and len(route.seconds) == 2 for route in cell.routes)
+    assert cell.route("ar").speedup == 1
+    assert not cell.not_served
+
+
+def test_rounds_of_the_stock_loop_are_counted_as_ours_are(pair):
+    """The target's own weights draft: token by token every proposal is accepted, 10 tokens in 2 rounds of 5."""
+    [cell] = run(pair)
+
+    assert cell.route("ad").acceptance_length == 5
+    assert cell.route("ad").histogram == [0, 0, 0, 0, 6]
+    assert sum(cell.route("tier2").histogram) > 6
+    assert cell.route("tier1").histogram == cell.route("tier2").histogram[: len(cell.route("tier1").histogram)]
+    assert cell.route("tier1").acceptance_rate == pytest.approx(cell.route("tier2").acceptance_rate)
+    assert cell.route("pld").acceptance_rate is None
+
+
+def test_round_streamer_counts_the_forwards_of_the_target(pair):
+    runner = RouteRunner(pair, 3)
+    [batch] = make_batches([[5, 6, 7, 5, 6]], 1, runner.pad_token_id, "cpu")
+    calls = []
+    pair.target.register_forward_hook(lambda *_: calls.append(1))
+
+    for name in ("pld", "ad", "tier1"):
+        calls.clear()
+        streamer = RoundStreamer(3, 12)
+        output = runner.generate(ROUTES[name], batch.inputs, 12, streamer=streamer)
+
+        assert streamer.stats.num_rounds == len(calls), name
+        assert streamer.stats.num_tokens == output.shape[1] - batch.num_columns == 12
+
+
+def test_one_copy_of_the_weights_serves_all(pair):
+    runner = RouteRunner(pair, 3)
+    token_by_token, parallel = (runner.arguments[name]["assistant_model"] for name in ("ad", "tier1"))
+
+    for twin in (token_by_token, parallel):
+        assert twin.lm_head.weight is pair.draft.lm_head.weight
+        assert twin.generation_config.num_assistant_tokens == 3
+    assert type(token_by_token) is LlamaForCausalLM
+    assert pair.draft.generation_config.num_assistant_tokens == 5
+    run(pair)
+    assert with_pard(pair.target) is pair.target
+    assert "PardGenerationMixin" in [base.__name__ for base in type(pair.target).__mro__]
+
+
+def test_stock_routes_are_left_out_of_batches_and_said_so(pair):
+    [cell] = run(pair, batch_sizes=(2,))
+
+    assert [route.route for route in cell.routes] == ["ar", "tier2", "adaptive"]
+    assert set(cell.not_served) == {"ad", "pld", "tier1"}
+    assert "one text at a time" in cell.not_served["pld"]
+    assert all(route.identical_share == 1 for route in cell.routes)
+
+
+def test_routes_that_cannot_run_say_why(bundled_like_tokenizer):
+    """A target with padding rows, and a K that the adaptive schedule cannot choose."""
+    target = with_pard(make_model("llama", vocab_size=2004))
+    pair = Pair(target, make_draft(make_model("llama", vocab_size=2000), 4), bundled_like_tokenizer)
+
+    [cell] = run(pair, num_assistant_tokens=(3,))
+
+    assert "2004 and 2000" in cell.not_served["ad"]
+    assert "not 3" in cell.not_served["adaptive"]
+    assert cell.route("tier2").identical_share == 1
+
+
+def test_plain_generate_always_runs_and_every_combination_is_a_cell(pair):
+    cells = run(pair, routes=("tier2",), batch_sizes=(1, 2), num_assistant_tokens=(2, 4), limit=2)
+
+    assert [cell.key for cell in cells] == [("set", 1, 2), ("set", 1, 4), ("set", 2, 2), ("set", 2, 4)]
+    assert [route.route for route in cells[0].routes] == ["ar", "tier2"]
+    assert cells[0].num_prompts == 2
+
+
+def test_repetition_is_that_of_outputs_and_of_references(pair):
+    [cell] = run(pair, routes=("ar",), max_new_tokens=8)
+
+    assert cell.repeated_4gram_share_of_references == pytest.approx(3 / 5)  # xyxy yxyx xyxy yxyx xyxy
+    assert 0 <= cell.repeated_4gram_share < 1
+    assert run(pair, [{"prompt": "abc"}], routes=("ar",))[0].repeated_4gram_share_of_references is None
+
+
+def test_long_prompts_are_left_out_and_counted(pair):
+    [cell] = run(pair, [{"prompt": "a" * 200}, {"prompt": "ab"}], routes=("ar",))
+
+    assert (cell.num_prompts, cell.num_left_out) == (1, 1)
+    with pytest.raises(ValueError, match="118 tokens in `set`, got none"):
+        run(pair, [{"prompt": "a" * 200}])
+
+
+def test_context_makes_prompts_longer(pair):
+    [cell] = run(pair, routes=("ar",), context=40)
+
+    assert cell.mean_prompt_tokens == 40
+    with pytest.raises(ValueError, match="at most 118 tokens"):
+        run(pair, context=119)
+
+
+def test_lengthen_keeps_the_start_token_and_the_prompt():
+    assert lengthen([1, 8, 9], [[3], [4, 5]], 8, start=1) == [1, 3, 4, 5, 3, 4, 8, 9]
+    assert lengthen([8, 9], [[3]], 4, start=1) == [3, 3, 8, 9]
+    assert lengthen([8, 9], [[3]], 2, start=1) == [8, 9]
+    with pytest.raises(ValueError, match="Expected text"):
+        lengthen([8, 9], [[]], 4, start=1)
+
+
+def test_batches_are_sorted_padded_and_cut_at_the_end_token():
+    first, second = make_batches([[5], [6, 7, 8], [9, 9]], 2, 0, "cpu")
+
+    assert first.indices == (1, 2)
+    assert first.inputs["input_ids"].tolist() == [[6, 7, 8], [0, 9, 9]]
+    assert first.inputs["attention_mask"].tolist() == [[1, 1, 1], [0, 1, 1]]
+    assert second.indices == (0,)
+    texts = first.new_texts(torch.tensor([[6, 7, 8, 4, 2, 0], [0, 9, 9, 4, 4, 4]]), [2])
+    assert texts == {1: [4, 2], 2: [4, 4, 4]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"routes": ("tier3",)}, "Expected routes among ar, ar_plus"),
+        ({"batch_sizes": (0,)}, "`--batch-sizes` of at least 1, got 0"),
+        ({"repeats": 0}, "`--repeats`"),
+        ({"limit": 0}, "`--limit`"),
+        ({"num_assistant_tokens": (0,)}, "`num_assistant_tokens` to be an integer of at least 1"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_runs(pair, settings, message):
+    with pytest.raises(ValueError, match=message):
+        run(pair, **settings)
+
+
+def record(name, seconds, first_seconds, texts, **values):
+    num_steps = max(map(len, texts.values())) - 1
+    return RouteRecord(
+        ROUTES[name], texts, seconds=seconds, first_seconds=first_seconds, num_steps=num_steps, **values
+    )
+
+
+def test_figures_follow_their_formulas():
+    """One text of 11 tokens; plain steps of 0.1 s; rounds of 0.05 draft, 0.1 verify and 0.01 loop."""
+    text = {0: list(range(11))}
+    ar = record("ar", [1.5, 1.5, 3.0], [0.5, 0.5, 2.0], text)
+    parts = [Parts(prefill=0.3, draft=0.25, verify=0.5, loop=0.05, num_rounds=5)] * 3
+    stats = DecodingStats((1, 4), num_drafted=10)
+    ours = record("tier2", [1.0, 0.75, 1.0], [0.25, 0.25, 0.25], text, stats=stats, parts=parts)
+
+    result = route_result(ours, {"ar": ar, "tier2": ours}, num_batches=1, bytes_seconds=0.07)
+
+    assert result.speedup == pytest.approx(2.0)  # of 1.5, 2 and 3: repeat by repeat, then the median
+    assert result.speedup_range == pytest.approx([1.5, 3.0])
+    assert result.tokens_per_second == pytest.approx(11.0)
+    assert result.decode_tokens_per_second == pytest.approx(10 / 0.75)
+    assert result.decode_speedup == pytest.approx(4 / 3)
+    assert result.time_to_first_token == pytest.approx(0.25)
+    assert result.acceptance_length == pytest.approx(1.8)
+    assert result.acceptance_rate == pytest.approx(0.4)
+    assert result.draft_seconds == pytest.approx(0.05)
+    assert result.draft_share + result.verify_share + result.loop_share == pytest.approx(1)
+    assert result.verify_ratio == pytest.approx(1.0)
+    assert result.ideal_speedup == pytest.approx(1.8 / 1.5)
+    assert result.ideal_share == pytest.approx(2.0 / 1.2)
+    assert result.seconds_per_round == pytest.approx(0.7 / 5)
+    assert result.bandwidth_share == pytest.approx(0.5)
+    assert result.baseline == "ar"
+
+
+def test_compiled_rounds_are_compared_with_compiled_steps():
+    text = {0: list(range(11))}
+    ar = record("ar", [2.0], [1.0], text)
+    ar_plus = record("ar_plus", [1.0], [0.5], text, warm_up_seconds=9.0)
+    parts = [Parts(draft=0.25, verify=0.25, num_rounds=5)]
+    ours = record("tier2_compiled", [0.5], [0.25], text, stats=DecodingStats((0, 5)), parts=parts)
+    records = {"ar": ar, "ar_plus": ar_plus, "tier2_compiled": ours}
+
+    result = route_result(ours, records, num_batches=1, bytes_seconds=0.1)
+
+    assert (result.baseline, result.speedup, result.speedup_over_ar_plus) == ("ar_plus", 4, 2)
+    assert result.ideal_speedup == pytest.approx(2 / (1 + 0.05 / 0.05))
+    assert result.ideal_share == pytest.approx(2.0)
+    plain = route_result(ar_plus, records, num_batches=1, bytes_seconds=0.1)
+    assert plain.compile_seconds == pytest.approx(8.0)
+    assert plain.plain_step_seconds == pytest.approx(0.05)
+    del records["ar_plus"]
+    assert route_result(ours, records, num_batches=1, bytes_seconds=0.1).baseline == "ar"
+
+
+def test_texts_of_one_token_have_no_steps_and_no_rounds(pair):
+    [cell] = run(pair, routes=("tier2",), max_new_tokens=1)
+
+    assert cell.route("tier2").acceptance_length == 1
+    assert cell.route("ar").plain_step_seconds is None
+    assert cell.route("tier2").ideal_speedup is None
+    assert "ideal_speedup" not in cell.to_dict()["routes"][1]
+
+
+def test_weights_are_counted_once_and_embeddings_not():
+    tied, untied = (make_model("llama", tie_word_embeddings=tie) for tie in (True, False))
+
+    assert weight_bytes(tied) == 4 * sum(p.numel() for p in tied.parameters())
+    assert weight_bytes(untied) == 4 * (sum(p.numel() for p in untied.parameters()) - 100 * 32)
+    assert weight_bytes(untied) == weight_bytes(tied)
+
+
+def test_cache_bytes_grow_with_the_text_up_to_the_window():
+    full, sliding = cache_layer_sizes(make_model("llama")), cache_layer_sizes(make_model("mistral"))
+
+    per_token = 2 * 2 * 8 * 4  # keys and values, 2 heads of 8 in float32
+    assert [size.bytes_per_token for size in full] == [per_token] * 2
+    assert cache_bytes(full, 100.5) == 2 * per_token * 100.5
+    assert cache_bytes(sliding, 100) == 2 * per_token * 9
+    assert copy_bandwidth(torch.device("cpu")) > 1e6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets a peak")
+def test_memory_gauge_forgets_what_came_before():
+    gauge = MemoryGauge(torch.device("cpu"))
+    before = gauge.read()
+    torch.ones(2**28, dtype=torch.uint8)
+    peak = gauge.read()
+    gauge.start()
+
+    assert peak - before > 2**27
+    assert gauge.read() < peak - 2**27
+    assert gauge.kind == "ru_maxrss of the process, during the route"
+
+
+def test_prompt_sets_come_by_name_and_file(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"prompt": "a", "answer": "<<1+1=2>>2"}\n\n{"prompt": "b"}\n')
+
+    name, rows = load_prompts(str(file))
+
+    assert name == "mine"
+    assert [row["prompt"] for row in rows] == ["a", "b"]
+    assert len(load_prompts("demo")[1]) == 6
+    for source in ("nothing", str(tmp_path / "absent.jsonl")):
+        with pytest.raises(ValueError, match="one of demo, or a Hub data set"):
+            load_prompts(source)
+    file.write_text("\n")
+    with pytest.raises(ValueError, match="at least one prompt"):
+        load_prompts(str(file))
+
+
+def test_prompt_sets_come_from_the_datasets_library(tmp_path):
+    """A folder stands for the Hub, which `datasets` reads alike."""
+    pytest.importorskip("datasets")
+    folder = tmp_path / "questions"
+    folder.mkdir()
+    (folder / "test.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": "c", "answer": "d"}\n')
+
+    name, rows = load_prompts(f"hub:{folder}:test:question")
+
+    assert name == "questions:test"
+    assert rows[1] == {"question": "c", "answer": "d", "prompt": "c"}
+    with pytest.raises(ValueError, match="text field 'prompt'.*'answer', 'question'"):
+        load_prompts(f"hub:{folder}")
+
+
+def test_seed_chooses_prompts_and_answers_are_cut(bundled_like_tokenizer):
+    rows = [{"prompt": str(number)} for number in range(50)]
+
+    assert choose_rows(rows, 5, seed=1) == choose_rows(rows, 5, seed=1) != choose_rows(rows, 5, seed=2)
+    assert choose_rows(rows, 80, seed=1) == list(range(50))
+    assert len(encode_answer(bundled_like_tokenizer, {"prompt": "x", "solution": "abc<<1>>def"}, 5)) == 5
+    assert encode_answer(bundled_like_tokenizer, {"prompt": "x"}, 5) is None
+
+
+def test_commands_are_shown_without_folders(tmp_path):
+    (tmp_path / "model").mkdir()
+    words = ["bench", "--target", str(tmp_path / "model"), "--draft", "org/draft", "--prompts", "a/b.jsonl"]
+    words += [f"hub:{tmp_path}/model:test", "hub:org/set", "--output=x/y.json", "--limit", "3"]
+
+    shown = shown_command(words)
+
+    assert shown == (
+        "pard bench --target model --draft org/draft --prompts b.jsonl hub:model:test hub:org/set --output=y.json "
+        "--limit 3"
+    )
+    assert shown_model(None) == "bundled"
+
+
+def test_interrupted_run_keeps_its_cells_and_goes_on(pair, tmp_path):
+    partial = PartialFile(tmp_path / "result.json", {"seed": 0})
+    settings = BenchmarkSettings(("tier2",), num_assistant_tokens=(2, 4), repeats=1, max_new_tokens=4)
+
+    def keep_one(cell):
+        partial.append(cell)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Benchmark(pair, settings).run({"set": ROWS}, partial.begin(resume=False), keep_one)
+    with partial.path.open("a") as file:
+        file.write('{"prompts": "cut o')  # The machine went off while it wrote.
+    again = PartialFile(tmp_path / "result.json", {"seed": 0})
+    finished = again.begin(resume=True)
+    cells = Benchmark(pair, settings).run({"set": ROWS}, finished, again.append)
+
+    assert [cell.key for cell in finished] == [("set", 1, 2)]
+    assert [cell.key for cell in cells] == [("set", 1, 2), ("set", 1, 4)]
+    assert cells[0] is finished[0]
+    assert [cell.to_dict() for cell in again.begin(resume=True)] == [cell.to_dict() for cell in cells]
+    with pytest.raises(ValueError, match="Pass `--resume`"):
+        PartialFile(tmp_path / "result.json", {"seed": 0}).begin(resume=False)
+    with pytest.raises(ValueError, match="seed 1, got 0"):
+        PartialFile(tmp_path / "result.json", {"seed": 1}).begin(resume=True)
+    with pytest.raises(ValueError, match="Expected the prompts of `set`"):
+        Benchmark(pair, settings).run({"set": ROWS[:1]}, finished)
+
+
+def test_cells_survive_json(pair):
+    [cell] = run(pair)
+
+    assert CellResult.from_dict(json.loads(json.dumps(cell.to_dict()))).to_dict() == cell.to_dict()
+
+
+def compiling_runner(pair, backend):
+    """A runner whose compiled routes go through another backend than inductor, which takes half a minute."""
+    runner = RouteRunner(pair, 4)
+    runner.arguments["ar_plus"]["compile_config"].backend = backend
+    runner.arguments["ar_plus"]["compile_config"].mode = "default"
+    runner.arguments["tier2_compiled"]["compile_config"] = CompileConfig(backend=backend, mode="default")
+    return runner
+
+
+def test_compiled_routes_say_the_same(pair):
+    runner = compiling_runner(pair, "aot_eager")
+    batches = make_batches([[5, 6, 7, 5, 6], [5, 6, 7]], 1, runner.pad_token_id, "cpu")
+    measurement = Measurement(runner, batches, 10)
+
+    measurement.run(["ar", "ar_plus", "tier2", "tier2_compiled"], 1, repeats=1)
+
+    records = measurement.records
+    assert list(records) == ["ar", "ar_plus", "tier2", "tier2_compiled"]
+    assert not any(record.differing for record in records.values())
+    assert records["tier2_compiled"].compile_seconds > 0
+    assert records["tier2"].compile_seconds == 0
+    assert hasattr(pair.target, "_compiled_call")  # The host has compiled, and did not merely promise to.
+    assert records["ar_plus"].warm_up_seconds > records["ar_plus"].seconds[0]
+
+
+def test_a_compiler_that_fails_leaves_the_route_out(pair):
+    def no_compiler(graph, inputs):
+        raise RuntimeError("there is no C++ compiler here")
+
+    runner = compiling_runner(pair, no_compiler)
+    measurement = Measurement(runner, make_batches([[5, 6, 7]], 1, runner.pad_token_id, "cpu"), 10)
+
+    measurement.run(["ar", "ar_plus", "tier2_compiled", "tier2"], 1, repeats=1)
+
+    assert list(measurement.records) == ["ar", "tier2"]
+    assert set(measurement.not_served) == {"ar_plus", "tier2_compiled"}
+    assert "torch.compile failed" in measurement.not_served["ar_plus"]
+    assert not measurement.records["tier2"].differing
+
+
+class ForgetfulConfig(LlamaConfig):
+    model_type = "forgetful_llama"
+
+
+class ForgetfulLlama(LlamaForCausalLM):
+    """Says something else where it reads several tokens in the middle of a text, as only a verify does."""
+
+    config_class = ForgetfulConfig
+
+    def forward(self, input_ids=None, position_ids=None, **kwargs):
+        output = super().forward(input_ids=input_ids, position_ids=position_ids, **kwargs)
+        if input_ids.shape[1] > 1 and int(position_ids.min()) > 0:
+            output.logits = output.logits.roll(1, dims=-1)
+        return output
+
+
+@pytest.fixture
+def folders(tmp_path, bundled_like_tokenizer):
+    def save(target):
+        make_draft(make_model("llama"), 4).save_pretrained(tmp_path / "draft")
+        target.save_pretrained(tmp_path / "target")
+        for name in ("target", "draft"):
+            bundled_like_tokenizer.save_pretrained(tmp_path / name)
+        prompts = tmp_path / "few.jsonl"
+        prompts.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+        pair = ["--target", str(tmp_path / "target"), "--draft", str(tmp_path / "draft"), "--dtype", "float32"]
+        return ["bench", *pair, "--prompts", str(prompts), "--repeats", "1", "--max-new-tokens", "6"]
+
+    return save
+
+
+def test_other_texts_than_plain_ones_end_with_3(folders, capsys):
+    AutoConfig.register("forgetful_llama", ForgetfulConfig, exist_ok=True)
+    AutoModelForCausalLM.register(ForgetfulConfig, ForgetfulLlama, exist_ok=True)
+    model = make_model("llama")
+    config = ForgetfulConfig(**{k: v for k, v in model.config.to_dict().items() if k != "model_type"})
+    forgetful = ForgetfulLlama(config).eval()
+    forgetful.load_state_dict(model.state_dict())
+    forgetful.generation_config.eos_token_id = None
+    command = folders(forgetful)
+
+    assert main([*command, "--routes", "tier2"]) == 3
+
+    captured = capsys.readouterr()
+    tier2 = json.loads(captured.out.splitlines()[-1])["cells"][0]["routes"][1]
+    assert tier2["identical_share"] < 1
+    assert {"prompts", "prompt_index", "position", "expected", "got"} == set(tier2["difference"])
+    assert f"set few, prompt 0, new token {tier2['difference']['position']}" in captured.err
+    assert main([*command, "--routes", "pld", "--dtype", "bfloat16"]) == 0  # not ours, and not exact
+
+
+def test_command_goes_on_where_it_was_interrupted(folders, tmp_path, capsys):
+    command = [*folders(make_model("llama")), "--routes", "tier2", "--output", str(tmp_path / "out")]
+    assert main([*command, "--num-assistant-tokens", "2"]) == 0
+    result, file = json.loads(capsys.readouterr().out.splitlines()[-1]), tmp_path / "out" / "bench.json"
+    assert json.loads(file.read_text()) == result
+    # What the run left behind, had it been interrupted after its first cell.
+    partial = tmp_path / "out" / "bench.json.partial.jsonl"
+    assert not partial.exists()
+    settings = {name: value for name, value in result.items() if name not in ("command", "date", "cells")}
+    settings |= {"scale": None, "context": None}
+    partial.write_text(json.dumps({"settings": settings}) + "\n" + json.dumps(result["cells"][0]) + "\n")
+
+    assert main([*command, "--num-assistant-tokens", "2", "4"]) == 2
+    assert "Pass `--resume`" in capsys.readouterr().err
+    assert main([*command, "--num-assistant-tokens", "2", "4", "--resume", "--seed", "5"]) == 2
+    assert "seed 5, got 0" in capsys.readouterr().err
+    assert main([*command, "--num-assistant-tokens", "2", "4", "--resume"]) == 0
+
+    resumed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert resumed["cells"][0] == result["cells"][0]
+    assert [cell["num_assistant_tokens"] for cell in resumed["cells"]] == [2, 4]
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompts", "nothing"], "one of demo"),
+        (["--routes", "tier9"], "Expected routes among"),
+        (["--resume"], "`--output` with `--resume`"),
+        (["--plots"], "`--output` with `--plots`"),
+        (["--prompts", "demo", "demo"], "`demo` twice"),
+        (["--scale", "huge", "small"], "'small'"),
+        (["--context", "4000"], "Lower `--context`"),
+    ],
+)
+def test_bad_input_is_a_sentence(capsys, arguments, message):
+    assert main(["bench", *arguments]) == 2
+
+    assert message in capsys.readouterr().err
+
+
+def test_bundled_pair_from_the_command_line(tmp_path, capsys):
+    """The whole way, as a person would start it."""
+    command = ["bench", "--limit", "1", "--max-new-tokens", "8", "--repeats", "1", "--dtype", "float32"]
+    command += ["--routes", "ad", "pld", "tier1", "tier2", "--output", str(tmp_path / "out.json"), "--plots"]
+
+    assert main(command) == 0
+
+    captured = capsys.readouterr()
+    result = json.loads(captured.out.splitlines()[-1])
+    assert json.loads((tmp_path / "out.json").read_text()) == result
+    assert [route["route"] for route in result["cells"][0]["routes"]] == ["ar", "ad", "pld", "tier1", "tier2"]
+    assert all(route["identical_share"] == 1 for route in result["cells"][0]["routes"])
+    assert result["cells"][0]["routes"][-1]["verify_ratio"] > 0
+    assert result["command"].startswith("pard bench --limit 1")
+    assert result["command"].endswith("out.json --plots")
+    assert str(tmp_path) not in captured.out
+    assert "PARD tier 2" in captured.err
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "out.json",
+        "out_speedup.svg",
+        "out_position_acceptance.svg",
+    }
