@@ -48,7 +48,7 @@ class PartialFile:
             if settings.get(name) != self.settings.get(name):
                 raise ValueError(
                     f"Expected `{self.path}` to be of a run with {name} {self.settings.get(name)!r}, got "
-                    f"{settings.get(name)!r}. Give the same command, or remove the file to begin anew."
+                    f"{settings.get(name)!r}. Go back to that for `--resume`, or remove the file to begin anew."
                 )
 
     def append(self, cell: CellResult) -> None:
