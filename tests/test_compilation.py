@@ -5,12 +5,13 @@ through inductor itself.
 """
 
 import copy
+import json
 import logging
 import threading
 
 import pytest
 import torch
-from families import make_draft, make_model, make_prompts, make_scripted_draft, make_self_draft, texts_of
+from families import make_draft, make_model, make_prompts, make_self_draft
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, LogitsProcessorList
 
@@ -44,8 +45,6 @@ def test_compiled_is_eager(family, batch_size):
     """Windows, learned positions, ragged rows and every accepted count, compiled."""
     target, prompts = make_model(family), make_prompts(batch_size)
     expected = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
-    script = texts_of(expected, prompts["attention_mask"])
-    draft = make_scripted_draft(script, first_miss=2)
     eager = pard(target, make_self_draft(target), prompts, disable_compile=True, compile_config=None)
 
     compiled = pard(target, make_self_draft(target), prompts)
@@ -55,8 +54,6 @@ def test_compiled_is_eager(family, batch_size):
     assert compiled.stats == eager.stats
     assert compiled.compile_seconds > 0
     assert not eager.compile_seconds
-    # A draft whose forward is Python leaves the loop of its own accord.
-    assert torch.equal(pard(target, draft, prompts, disable_compile=True).sequences, expected)
 
 
 def test_inductor_is_eager():
@@ -134,7 +131,7 @@ def test_rounds_ahead_of_the_host_say_the_same():
         pad_token_id=0,
         logits_processor=LogitsProcessorList(),
     )
-    steps = CompiledSteps(workspace_of(target, draft), TRACED["compile_config"])
+    steps = CompiledSteps(workspace_of(target, draft), TRACED["compile_config"], target)
     decoder = PardDecoder(target, draft, request, steps)
     assert decoder.may_run_ahead()
     decoder.num_ahead = 1
@@ -144,6 +141,41 @@ def test_rounds_ahead_of_the_host_say_the_same():
 
     assert torch.equal(decoder.sequences(), expected)
     assert decoder.stats == pard(target, draft, prompts).stats
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_rows_leave_also_ahead_of_the_host(do_sample, monkeypatch):
+    """The host waits for what is under way, and noise is drawn afresh for the row that is left."""
+    monkeypatch.setattr("pard_hf.generation.decoding.WORTH_COMPILING", 1)
+    target, draft, prompts = make_model("llama"), make_self_draft(make_model("llama")), make_prompts(2)
+    free = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
+    request = DecodingRequest(
+        **{name: prompts[name] for name in ("input_ids", "attention_mask")},
+        num_assistant_tokens=2,
+        max_length=18 + NEW_TOKENS,
+        pad_token_id=0,
+        eos_token_id=free[:1, 24],
+        do_sample=do_sample,
+    )
+    decoder = PardDecoder(
+        target, draft, request, CompiledSteps(workspace_of(target, draft), TRACED["compile_config"], target)
+    )
+    decoder.num_ahead, sizes = 1, []
+    keep, draw = decoder.batch.keep, decoder.noise.draw
+    monkeypatch.setattr(decoder.batch, "keep", lambda kept: (sizes.append(len(kept)), keep(kept)))
+    drawn = []
+    monkeypatch.setattr(decoder.noise, "draw", lambda shape: drawn.append(draw(shape)) or drawn[-1])
+
+    with torch.no_grad():
+        decoder.run()
+
+    if do_sample:
+        rows = torch.cat([noise.flatten(0, 1) for noise in drawn])
+        assert len(rows.unique(dim=0)) == len(rows)
+    else:
+        expected = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=free[:1, 24])
+        assert torch.equal(decoder.sequences(), expected)
+        assert sizes == [1]
 
 
 def test_smaller_batch_is_used_where_it_is_made():
@@ -159,7 +191,7 @@ def test_smaller_batch_is_used_where_it_is_made():
     assert torch.equal(pard(target, draft, prompts, **ends).sequences, expected)
     assert not {dict(key[1][:4])["batch size"] for key in workspace_of(target, draft).parts} - {2}
     pard(target, draft, make_prompts(1), **ends)
-    made, smaller = graphs(), workspace_of(target, draft).buffers[1, 257]
+    made, smaller = graphs(), workspace_of(target, draft).buffers[1, 257, (torch.float32, "cpu")]
     smaller.lengths.zero_()
     assert torch.equal(pard(target, draft, prompts, **ends).sequences, expected)
     assert graphs() == made
@@ -187,10 +219,12 @@ def test_second_thread_does_not_share_buffers():
 
     one = {name: tensor[:1] for name, tensor in prompts.items()}
     alone = pard(target, draft, one).sequences
+    made = graphs()
     assert torch.equal(pard(target, draft, one, streamer=Nested()).sequences, alone)
 
     assert torch.equal(outputs[1].sequences, expected)
     assert not outputs[1].compile_seconds
+    assert graphs() == made
 
 
 def test_copies_and_checkpoints_carry_no_buffers(tmp_path):
@@ -202,7 +236,8 @@ def test_copies_and_checkpoints_carry_no_buffers(tmp_path):
 
     assert workspace_of(target, draft).parts
     assert not workspace_of(copied, draft).parts
-    assert not list(tmp_path.glob("*pard*"))
+    assert type(target).from_pretrained(tmp_path).state_dict().keys() == target.state_dict().keys()
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
 
 
 def test_what_cannot_be_compiled_is_said_once(caplog):
@@ -218,6 +253,76 @@ def test_what_cannot_be_compiled_is_said_once(caplog):
     assert graphs() == 0
 
 
+@pytest.mark.parametrize("call", ["embeds", "past", "lockstep", "adaptive", "stop"])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_every_call_is_served_compiled(call, batch_size):
+    """What only some calls need says, compiled, what plain `generate` says."""
+    target, prompts = make_model("llama"), make_prompts(batch_size)
+    draft, more = make_self_draft(target), {}
+    arguments = dict(prompts)
+    if call == "embeds":
+        arguments["inputs_embeds"] = target.get_input_embeddings()(arguments.pop("input_ids"))
+    if call == "past":
+        past = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True}
+        first = target.generate(**prompts, **past)
+        columns = torch.ones(batch_size, 4, dtype=torch.long)
+        arguments["input_ids"] = torch.cat([first.sequences[:, :18], 7 * columns], dim=1)
+        arguments["attention_mask"] = torch.cat([prompts["attention_mask"], columns], dim=1)
+    if call == "lockstep":
+        more = {"repetition_penalty": 1.3}
+    if call == "stop":
+        more = {"eos_token_id": [int(target.generate(**prompts, max_new_tokens=9, do_sample=False)[0, -1])]}
+    given = [copy.deepcopy(first.past_key_values) for _ in range(2)] if call == "past" else [None, None]
+    expected = target.generate(
+        **arguments, **more, past_key_values=given[0], max_new_tokens=NEW_TOKENS, do_sample=False
+    )
+    if call == "adaptive":
+        more = {"num_assistant_tokens": 4, "num_assistant_tokens_schedule": "adaptive"}
+
+    for _ in range(2 if call == "adaptive" else 1):
+        got = pard(target, draft, arguments, **more, past_key_values=given[1])
+        assert torch.equal(got.sequences, expected)
+
+
+def test_caches_of_the_two_grow_apart():
+    """After an earlier cache the target's grows first: neither loses what it remembers when the other moves."""
+    target = make_model("llama", max_position_embeddings=1024)
+    draft, prompts = make_self_draft(target), make_prompts(1, longest=250)
+    settings = {"do_sample": False, "return_dict_in_generate": True}
+    past = target.generate(**prompts, max_new_tokens=1, **settings).past_key_values
+    new = {"input_ids": torch.randint(3, 99, (1, 5)), "attention_mask": torch.ones(1, 255, dtype=torch.long)}
+    expected = target.generate(**new, past_key_values=copy.deepcopy(past), max_new_tokens=290, **settings).sequences
+
+    got = pard(target, draft, new, past_key_values=past, max_new_tokens=290)
+
+    assert torch.equal(got.sequences, expected)
+    assert {dict(key[1][:4])["draft cache"] for key in workspace_of(target, draft).parts} == {256, 512}
+
+
+def test_buffers_serve_any_mode_and_dtype():
+    target, draft, prompts = make_model("llama"), make_self_draft(make_model("llama")), make_prompts(2)
+    expected = target.generate(**prompts, max_new_tokens=10, do_sample=False)
+
+    with torch.inference_mode():
+        assert torch.equal(pard(target, draft, prompts, max_new_tokens=10).sequences, expected)
+    assert torch.equal(pard(target, draft, prompts, max_new_tokens=10).sequences, expected)
+    target.double(), draft.double()
+    assert torch.equal(pard(target, draft, prompts, max_new_tokens=10).sequences, expected)
+
+
+def test_graph_that_breaks_runs_as_it_stands(caplog):
+    """Dynamic rotary frequencies look at a tensor's value, which no whole graph can."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    target = make_model("llama", rope_parameters=rope)
+    draft, prompts = make_draft(make_model("llama", seed=5)), make_prompts(2)
+    expected = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
+
+    with caplog.at_level(logging.WARNING, logger="pard_hf"):
+        assert torch.equal(pard(target, draft, prompts).sequences, expected)
+
+    assert any("cannot be compiled" in message for message in caplog.messages)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_one_synchronisation_a_round():
@@ -230,7 +335,7 @@ def test_one_synchronisation_a_round():
         target,
         draft,
         DecodingRequest(**request, num_assistant_tokens=5, max_length=60, eos_token_id=None),
-        CompiledSteps(workspace_of(target, draft), CompileConfig()),
+        CompiledSteps(workspace_of(target, draft), CompileConfig(), target),
     )
     with torch.no_grad():
         for _ in range(3):

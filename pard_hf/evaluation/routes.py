@@ -67,6 +67,7 @@ ROUTES = {
         Route("tier2", "PARD tier 2", baseline="ar", **OURS),
         Route("tier2_compiled", "PARD tier 2, compiled", baseline="ar_plus", **OURS),
         Route("adaptive", "PARD tier 2, adaptive K", **OURS),
+        Route("adaptive_compiled", "PARD tier 2, adaptive K, compiled", **OURS),
     )
 }
 
@@ -86,7 +87,9 @@ class RouteRunner:
     def arguments_of_routes(self) -> dict[str, dict[str, Any]]:
         """What each route adds to the arguments of `generate`."""
         ours = {"assistant_model": self.draft, "num_assistant_tokens": self.num_drafts}
-        constant = {**ours, "num_assistant_tokens_schedule": "constant"}
+        constant, adaptive = (
+            {**ours, "num_assistant_tokens_schedule": schedule} for schedule in ("constant", "adaptive")
+        )
         # The stock loop reads K from its assistant's own settings; ours stay as they were loaded.
         token_by_token = sharing_weights(self.draft, type(self.draft).__bases__[-1])
         parallel = sharing_weights(self.draft, type(self.draft))
@@ -102,7 +105,8 @@ class RouteRunner:
             "tier1": {"assistant_model": parallel},
             "tier2": {**constant, "disable_compile": True},
             "tier2_compiled": {**constant, "cache_implementation": "static"},
-            "adaptive": {**ours, "num_assistant_tokens_schedule": "adaptive", "disable_compile": True},
+            "adaptive": {**adaptive, "disable_compile": True},
+            "adaptive_compiled": {**adaptive, "cache_implementation": "static"},
         }
 
     def why_not_served(self, route: Route, batch_size: int) -> str | None:
@@ -115,9 +119,9 @@ class RouteRunner:
                 return f"the stock assisted loop wants equal vocabularies, not {sizes[0]} and {sizes[1]} rows"
         if route.name == "ar_plus":
             return why_not_compiled(self.target, self.target)
-        if route.name == "tier2_compiled":
+        if route.name in ("tier2_compiled", "adaptive_compiled") and why_not_compiled(self.target, self.draft):
             return why_not_compiled(self.target, self.draft)
-        if route.name == "adaptive" and self.num_drafts not in COUNTS[1:]:
+        if route.name.startswith("adaptive") and self.num_drafts not in COUNTS[1:]:
             return f"the adaptive schedule chooses up to a K of {COUNTS[1:]}, not {self.num_drafts}"
         return None
 

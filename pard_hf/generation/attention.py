@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -53,14 +55,25 @@ AttentionInterface.register(NAME, sdpa_packed_forward)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
+# Calls under way on each model: the first begins to pack, the last ends it.
+num_calls: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
+lock = Lock()
+
+
 @contextmanager
 def packed_attention(*models: PreTrainedModel) -> Iterator[None]:
     """Let models that attend by `sdpa` do so packed; whatever else runs on them meanwhile gets the same results."""
     packed = [model for model in models if model.config._attn_implementation in ("sdpa", NAME)]
-    for model in packed:
-        model.config._attn_implementation = NAME
+    count(packed, 1)
     try:
         yield
     finally:
-        for model in packed:
-            model.config._attn_implementation = "sdpa"
+        count(packed, -1)
+
+
+def count(models: list[PreTrainedModel], change: int) -> None:
+    """Count a call in or out."""
+    with lock:
+        for model in models:
+            num_calls[model] = num_calls.get(model, 0) + change
+            model.config._attn_implementation = NAME if num_calls[model] else "sdpa"

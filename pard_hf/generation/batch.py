@@ -85,6 +85,8 @@ class Batch:
         """Copy some rows into buffers of the given sizes."""
         self.rows = self.steps.rows(self.rows.select(kept).grow(draft_size + 1))
         for role, name, size in ((self.draft, "draft", draft_size), (self.target, "target", target_size)):
+            if len(kept) == len(self) and size == role.cache.num_slots:
+                continue  # A compiled cache of this size is this very cache.
             cache = self.steps.cache(name, role.model, len(kept), size)
             cache.copy_rows(role.cache, list(range(len(kept))), kept)
             role.cache = cache
@@ -121,4 +123,5 @@ class Batch:
         positions = self.rows.positions(index) if role is self.target else index
         for start in range(0, width, PREFILL_CHUNK):
             end = min(start + PREFILL_CHUNK, width)
-            role.forward(positions[:, start:end], longest - width + end, 1, input_ids=ids[:, start:end])
+            num_visible = max(longest - width + end, 1)  # Nothing but padding still looks at one slot.
+            role.forward(positions[:, start:end], num_visible, 1, input_ids=ids[:, start:end])

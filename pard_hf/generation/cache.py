@@ -38,9 +38,13 @@ class SlotLayer(CacheLayerMixin):
         batch_size, num_heads, _, head_dim = states.shape
         shape = (batch_size * (self.owner.num_slots + 1), num_heads, head_dim)
         try:
-            # Zeros, not empty memory: a masked slot has weight 0, and 0 times a stray NaN would be NaN.
-            buffer = states.new_zeros(shape)
+            # Zeros, not empty memory: a masked slot has weight 0, and 0 times a stray NaN would be NaN. Ordinary
+            # tensors: one made in inference mode could not be written to by a later call outside it.
+            with torch.inference_mode(False):
+                buffer = torch.zeros(shape, dtype=states.dtype, device=states.device)
         except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                raise
             size = 2 * len(self.owner.layers) * shape[0] * num_heads * head_dim * states.element_size()
             raise torch.OutOfMemoryError(
                 f"Expected {size / 2**30:.2f} GiB for a cache of {batch_size} x {self.owner.num_slots} tokens on "
@@ -117,6 +121,11 @@ class SlotCache(Cache):
         index = torch.tensor(ours), torch.tensor(theirs)
         for layer, source in zip(self.layers, other.layers, strict=True):
             layer.copy_rows(source, *index)
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether anything was ever written."""
+        return all(layer.is_initialized for layer in self.layers)
 
     def clear(self) -> None:
         """Forget every entry, in place."""

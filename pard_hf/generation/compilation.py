@@ -17,6 +17,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 
 from .cache import SlotCache
@@ -25,12 +26,17 @@ from .schedule import AdaptiveSchedule, ConstantSchedule, RoundCosts
 
 logger = logging.getLogger(__name__)
 
+# What torch raises when it cannot compile: no compiler at hand, a break in the graph, too many variants.
+COMPILE_ERRORS = (TorchDynamoException, FailOnRecompileLimitHit)
+
 
 class EagerSteps:
     """Runs every part as it stands, on buffers made for one call."""
 
     # Whether shapes have to be the same from round to round.
     is_fixed = False
+    # What else compiled parts and their buffers belong to; costs of rounds too.
+    kind: tuple[Hashable, ...] = ()
     compile_seconds = 0.0
 
     def cache(self, name: str, model: PreTrainedModel, batch_size: int, num_slots: int) -> SlotCache:
@@ -63,7 +69,7 @@ class Workspace:
         self.parts: dict[Hashable, Callable[..., Any]] = {}
         self.caches: dict[Hashable, SlotCache] = {}
         self.buffers: dict[Hashable, Rows] = {}
-        self.costs = RoundCosts()
+        self.costs: dict[Hashable, RoundCosts] = {}
         self.lock = threading.Lock()
 
 
@@ -88,17 +94,26 @@ class CompiledSteps(EagerSteps):
             Of the target.
         config ([`CompileConfig`]):
             Backend, mode and options; shapes are fixed and graphs whole whatever it says.
+        model ([`PreTrainedModel`]):
+            The target; one moved elsewhere, or to another dtype, gets other buffers.
     """
 
     is_fixed = True
 
-    def __init__(self, workspace: Workspace, config: CompileConfig):
+    def __init__(self, workspace: Workspace, config: CompileConfig, model: PreTrainedModel):
         self.workspace, self.config = workspace, config
-        self.how = (str(config.backend), config.mode, str(config.options))
+        self.place = (model.dtype, str(model.device))
+        self.kind = (
+            *self.place,
+            str(config.backend),
+            config.mode,
+            str(config.options),
+            torch.is_inference_mode_enabled(),
+        )
         self.compile_seconds = 0.0
 
     def cache(self, name: str, model: PreTrainedModel, batch_size: int, num_slots: int) -> SlotCache:
-        key = (name, batch_size, num_slots)
+        key = (name, batch_size, num_slots, self.place)
         if key in self.workspace.caches:
             self.workspace.caches[key].clear()
         else:
@@ -106,9 +121,10 @@ class CompiledSteps(EagerSteps):
         return self.workspace.caches[key]
 
     def rows(self, rows: Rows) -> Rows:
-        key = tuple(rows.tokens.shape)
+        key = (*rows.tokens.shape, self.place)
         if key not in self.workspace.buffers:
-            kept = Rows(**{name: tensor.clone() for name, tensor in rows.tensors().items()})
+            with torch.inference_mode(False):  # Later calls outside it write to them too.
+                kept = Rows(**{name: tensor.clone() for name, tensor in rows.tensors().items()})
             for tensor in kept.tensors().values():
                 torch._dynamo.mark_static_address(tensor)
             self.workspace.buffers[key] = kept
@@ -118,10 +134,10 @@ class CompiledSteps(EagerSteps):
         return kept
 
     def is_ready(self, part: Callable[..., Any], key: Hashable) -> bool:
-        return (part.__name__, key, self.how) in self.workspace.parts
+        return (part.__name__, key, self.kind) in self.workspace.parts
 
     def run(self, part: Callable[..., Any], key: Hashable, *args: Any) -> Any:
-        key = (part.__name__, key, self.how)
+        key = (part.__name__, key, self.kind)
         compiled = self.workspace.parts.get(key)
         if compiled is not None:
             return compiled(*args)
@@ -132,6 +148,11 @@ class CompiledSteps(EagerSteps):
         compiled = self.workspace.parts[key] = compile_part(part, self.config)
         try:
             return compiled(*args)
+        except COMPILE_ERRORS as error:  # Before anything ran: the part is as good as new.
+            reason = str(error).strip().partition("\n")[0]
+            logger.warning("`%s` cannot be compiled (%s); it runs without torch.compile.", part.__name__, reason)
+            self.workspace.parts[key] = part
+            return part(*args)
         except BaseException:
             del self.workspace.parts[key]
             raise
@@ -159,10 +180,13 @@ def workspace_of(target: PreTrainedModel, draft: PreTrainedModel) -> Workspace:
     return target.__dict__.setdefault("_pard_workspaces", Workspaces()).setdefault(draft, Workspace())
 
 
-def schedule_for(target: PreTrainedModel, draft: PreTrainedModel, config: GenerationConfig) -> ConstantSchedule:
-    """The schedule that a call names, with what earlier calls of the pair taught it."""
+def schedule_for(
+    target: PreTrainedModel, draft: PreTrainedModel, config: GenerationConfig, steps: EagerSteps
+) -> ConstantSchedule:
+    """The schedule that a call names, with what earlier calls of the pair and kind taught it."""
     if config.num_assistant_tokens_schedule == "adaptive":
-        return AdaptiveSchedule(config.num_assistant_tokens, workspace_of(target, draft).costs)
+        costs = workspace_of(target, draft).costs.setdefault((target.dtype, target.device, steps.kind), RoundCosts())
+        return AdaptiveSchedule(config.num_assistant_tokens, costs)
     return ConstantSchedule(config.num_assistant_tokens)
 
 
@@ -194,7 +218,7 @@ def steps_for(target: PreTrainedModel, draft: PreTrainedModel, config: Generatio
         yield EagerSteps()
         return
     try:
-        yield CompiledSteps(workspace, config.compile_config or CompileConfig())
+        yield CompiledSteps(workspace, config.compile_config or CompileConfig(), target)
     finally:
         workspace.lock.release()
 

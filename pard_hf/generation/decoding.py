@@ -79,7 +79,7 @@ class PardDecoder:
         self.is_first = True
         self.histogram = [0] * (request.num_assistant_tokens + 1)
         self.num_drafted = 0
-        self.noise = Noise(ids.device)
+        self.noise = Noise(ids.device, is_ordered=len(ids) == 1)
         self.recording = Recording() if request.output_scores or request.output_logits else None
         # Rounds whose outcome the host has not looked at yet.
         self.pending: deque[tuple[torch.Tensor, Any, int]] = deque()
@@ -119,9 +119,10 @@ class PardDecoder:
         self.clock.start(self.batch.rows.tokens.device)
         while any(self.active):
             self.compact()
-            num_drafts = self.schedule.choose(len(self.batch))
-            self.make_room(num_drafts)
-            self.round(num_drafts)
+            if any(self.active):
+                num_drafts = self.schedule.choose(self.work)
+                self.make_room(num_drafts)
+                self.round(num_drafts)
         while self.pending:  # Every row had ended before these began.
             self.settle(*self.pending.popleft())
         self.noise.rewind()
@@ -135,9 +136,9 @@ class PardDecoder:
             num_drafts = min(num_drafts, most - 1) if self.target_width else 0
         # A round whose draft has much to catch up on says nothing about the next.
         is_typical = not self.is_first and (num_drafts == 0 or self.draft_width <= self.schedule.most + 1)
-        start, compile_seconds, batch_size = time.perf_counter(), self.steps.compile_seconds, len(self.batch)
+        start, compile_seconds, work = time.perf_counter(), self.steps.compile_seconds, self.work
         self.steps.begin_round()
-        draft_tokens, draft_scores = self.batch.rows.tokens.new_empty(batch_size, 0), None
+        draft_tokens, draft_scores = self.batch.rows.tokens.new_empty(len(self.batch), 0), None
         if num_drafts:
             draft_tokens, draft_scores = self.propose(num_drafts)
         self.clock.mark("draft")
@@ -146,7 +147,7 @@ class PardDecoder:
         accepted = self.advance(draft_tokens, draft_scores, logits)
         seconds = time.perf_counter() - start
         is_typical &= compile_seconds == self.steps.compile_seconds
-        self.schedule.record(batch_size, num_drafts, seconds if is_typical else None, accepted)
+        self.schedule.record(work, num_drafts, seconds if is_typical else None, accepted)
         self.clock.end_round(is_prefill=self.is_first)
         self.is_first = False
 
@@ -158,7 +159,8 @@ class PardDecoder:
         """Proposals `[B, num_drafts]` and the logits `[B, num_drafts, V]` they come from."""
         num_visible, width = self.longest() + num_drafts - 1, self.draft_width
         is_compiled = self.steps.is_fixed and not self.is_first
-        if width > (num_drafts + 1 if is_compiled else PREFILL_CHUNK):
+        is_first_read = is_compiled and not self.batch.draft.cache.has_memory
+        if is_first_read or width > (num_drafts + 1 if is_compiled else PREFILL_CHUNK):
             self.batch.read(self.batch.draft, width, self.longest())
             width = 1
         if is_compiled:
@@ -272,21 +274,36 @@ class PardDecoder:
 
     def compact(self) -> None:
         """Let finished rows leave, so that the last ones do not pay for everyone."""
-        size = 1 << (sum(self.active) - 1).bit_length()
-        if size >= len(self.batch) or self.pending or not self.is_worth(size):
+        if self.smaller_size() is None:
             return
-        finished_last = sorted(range(len(self.batch)), key=lambda row: not self.active[row])
-        kept = sorted(finished_last[:size])
+        while self.pending:  # Rounds begun meanwhile are of the whole batch.
+            self.settle(*self.pending.popleft())
+        if (size := self.smaller_size()) is None:
+            return
+        kept = sorted(sorted(range(len(self.batch)), key=lambda row: not self.active[row])[:size])
         self.batch.keep(kept)
-        self.host_lengths = [self.host_lengths[row] for row in kept]
-        self.host_prompt = [self.host_prompt[row] for row in kept]
+        self.host_lengths, self.host_prompt = ([r[row] for row in kept] for r in (self.host_lengths, self.host_prompt))
         self.active = [self.active[row] for row in kept]
+        # Nobody has more to read than the longest of those who stay.
+        self.draft_width = min(self.draft_width, max(self.host_lengths))
 
-    def is_worth(self, batch_size: int) -> bool:
-        """Whether a smaller batch pays: where it has to be compiled first, only with much left to say."""
+    def smaller_size(self) -> int | None:
+        """The power of two that holds the rows still going; `None` where a smaller batch does not pay.
+
+        Where its rounds would have to be compiled first, it pays only with much left to say.
+        """
+        if not any(self.active):
+            return None
+        size = 1 << (sum(self.active) - 1).bit_length()
         most = max(self.remaining(row) for row in range(len(self.batch)) if self.active[row])
-        shape = (("batch size", batch_size), *self.batch.shape(self.schedule.most)[1:])
-        return most >= WORTH_COMPILING or self.steps.is_ready(target_step, shape)
+        shape = (("batch size", size), *self.batch.shape(self.schedule.most)[1:])
+        pays = most >= WORTH_COMPILING or self.steps.is_ready(target_step, shape)
+        return size if size < len(self.batch) and pays else None
+
+    @property
+    def work(self) -> tuple[int, int]:
+        """What the cost of a round depends on besides K: rows, and the tokens they may attend to."""
+        return len(self.batch), self.batch.target.cache.num_slots
 
     def sequences(self) -> torch.Tensor:
         """Prompt columns and what followed, `[B, num_columns + num_new]`."""

@@ -162,8 +162,8 @@ class PardGenerationMixin(GenerationMixin):
         no_slots = why_not_slots(self, draft, mask, generation_config, synced_gpus, model_kwargs)
         if no_draft is None and no_slots is None:
             request = self._request(input_ids, mask, max_length, **prepared, model_kwargs=model_kwargs)
-            schedule = schedule_for(self, draft, generation_config)
             with packed_attention(self, draft), steps_for(self, draft, generation_config) as steps:
+                schedule = schedule_for(self, draft, generation_config, steps)
                 decoder = decoder_for(request)(self, draft, request, steps, schedule)
                 decoder.run()
                 return self._collect(decoder, generation_config, model_kwargs)

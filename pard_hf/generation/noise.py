@@ -17,17 +17,19 @@ class Noise:
     Args:
         device (`torch.device`):
             Where noise is drawn, from that device's default generator.
+        is_ordered (`bool`):
+            Whether the call has a single row.
     """
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, is_ordered: bool):
+        self.device, self.is_ordered = device, is_ordered
         self.generator: ModuleType = torch.cuda if device.type == "cuda" else torch
         # Each position with the generator's state before it was drawn.
         self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def draw(self, shape: torch.Size) -> torch.Tensor:
         """Noise of `shape` `[B, num_positions, V]`."""
-        if shape[0] > 1:
+        if not self.is_ordered:  # Also once all rows but one have left: rounds may be ahead of the host.
             return torch.empty(shape, device=self.device).exponential_()
         while len(self.kept) < shape[1]:
             state = self.generator.get_rng_state()

@@ -7,6 +7,7 @@ on this machine at this batch size against how many of them have been accepted l
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Hashable
 
 COUNTS = (0, 2, 4, 8, 12, 16)
 SCHEDULES = ("constant", "adaptive")
@@ -41,11 +42,11 @@ class ConstantSchedule:
     def __init__(self, num_assistant_tokens: int):
         self.most = num_assistant_tokens
 
-    def choose(self, batch_size: int) -> int:
-        """K for the next round of `batch_size` rows."""
+    def choose(self, work: Hashable) -> int:
+        """K for the next round; rounds of equal `work` cost about the same."""
         return self.most
 
-    def record(self, batch_size: int, num_drafts: int, seconds: float | None, num_accepted: list[int]) -> None:
+    def record(self, work: Hashable, num_drafts: int, seconds: float | None, num_accepted: list[int]) -> None:
         """Learn from a round: its wall time (`None` = not typical) and what unfinished rows accepted."""
 
 
@@ -53,30 +54,31 @@ class RoundCosts:
     """What is known of a pair from call to call: seconds of rounds, and acceptance by position."""
 
     def __init__(self) -> None:
-        self.seconds: dict[tuple[int, int], deque[float]] = {}
-        self.num_trials: dict[tuple[int, int], int] = {}
-        self.last_tried: dict[tuple[int, int], int] = {}
+        self.seconds: dict[tuple[Hashable, int], deque[float]] = {}
+        self.num_trials: dict[tuple[Hashable, int], int] = {}
+        self.last_tried: dict[tuple[Hashable, int], int] = {}
         self.num_rounds = 0
         self.tried = [0.0] * COUNTS[-1]
         self.passed = [0.0] * COUNTS[-1]
 
-    def add_seconds(self, batch_size: int, num_drafts: int, seconds: float) -> None:
-        key = batch_size, num_drafts
+    def add_seconds(self, work: Hashable, num_drafts: int, seconds: float) -> None:
+        key = work, num_drafts
         self.num_trials[key] = self.num_trials.get(key, 0) + 1
         self.num_rounds += 1
         self.last_tried[key] = self.num_rounds
         if self.num_trials[key] > 1:
             self.seconds.setdefault(key, deque(maxlen=9)).append(seconds)
 
-    def is_known(self, batch_size: int, num_drafts: int) -> bool:
-        return self.num_trials.get((batch_size, num_drafts), 0) >= NUM_TRIALS
+    def is_known(self, work: Hashable, num_drafts: int) -> bool:
+        return self.num_trials.get((work, num_drafts), 0) >= NUM_TRIALS
 
-    def cost(self, batch_size: int, num_drafts: int) -> float | None:
+    def cost(self, work: Hashable, num_drafts: int) -> float | None:
         """Seconds of a round: the least of late, for what else runs on the machine only adds to it.
 
         Between and beyond what was measured, on a line; `None` before there is one.
         """
-        known = {k: min(past) for (b, k), past in self.seconds.items() if b == batch_size}
+        # A copy: another thread may add to it.
+        known = {k: min(past) for (w, k), past in list(self.seconds.items()) if w == work}
         if num_drafts in known:
             return known[num_drafts]
         if len(known) < 2:
@@ -118,27 +120,27 @@ class AdaptiveSchedule(ConstantSchedule):
         self.counts = [count for count in COUNTS if count <= num_assistant_tokens]
         self.costs = costs
 
-    def rate(self, batch_size: int, num_drafts: int) -> float:
-        cost = self.costs.cost(batch_size, num_drafts)
+    def rate(self, work: Hashable, num_drafts: int) -> float:
+        cost = self.costs.cost(work, num_drafts)
         return self.costs.tokens(num_drafts) / cost if cost else 0.0
 
-    def choose(self, batch_size: int) -> int:
+    def choose(self, work: Hashable) -> int:
         # The two ends first: everything between them can then be told from a line.
         for count in (self.most, 0):
-            if not self.costs.is_known(batch_size, count):
+            if not self.costs.is_known(work, count):
                 return count
-        rates = {count: self.rate(batch_size, count) for count in self.counts}
+        rates = {count: self.rate(work, count) for count in self.counts}
         best = max(rates, key=lambda count: rates[count])
         num_looks, rest = divmod(self.costs.num_rounds, LOOK_EVERY)
         if rest == LOOK_EVERY - 1:
             least = LOOK_SHARE * rates[best] if num_looks % 4 else 0.0
             others = [count for count in self.counts if count != best and rates[count] >= least]
             if others:
-                return min(others, key=lambda count: self.costs.last_tried.get((batch_size, count), 0))
+                return min(others, key=lambda count: self.costs.last_tried.get((work, count), 0))
         return best
 
-    def record(self, batch_size: int, num_drafts: int, seconds: float | None, num_accepted: list[int]) -> None:
+    def record(self, work: Hashable, num_drafts: int, seconds: float | None, num_accepted: list[int]) -> None:
         if seconds is not None:
-            self.costs.add_seconds(batch_size, num_drafts, seconds)
+            self.costs.add_seconds(work, num_drafts, seconds)
         for count in num_accepted:
             self.costs.add_accepted(num_drafts, count)
