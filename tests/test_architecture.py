@@ -19,6 +19,7 @@ ALLOWED = {
     "generation/processors": set(),
     "generation/candidate_generator": {"draft_model", "generation/stats"},
     "generation/attention": set(),
+    "generation/linear": set(),
     "generation/checks": {"draft_model", "generation/attention", "generation/cache", "generation/schedule"},
     "generation/noise": set(),
     "generation/rows": set(),
@@ -28,7 +29,7 @@ ALLOWED = {
     "generation/steps": {"generation/role", "generation/rows", "generation/verification"},
     "generation/results": {"generation/request", "generation/role", "generation/rows"},
     "generation/batch": {"generation/cache", "generation/compilation", "generation/role", "generation/rows"},
-    "generation/compilation": {"generation/cache", "generation/rows", "generation/schedule"},
+    "generation/compilation": {"generation/cache", "generation/linear", "generation/rows", "generation/schedule"},
     "generation/role": {"draft_model", "generation/cache"},
     "generation/decoding": {
         "draft_model",

@@ -21,6 +21,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 
 from .cache import SlotCache
+from .linear import streamed_linear
 from .rows import Rows
 from .schedule import AdaptiveSchedule, ConstantSchedule, RoundCosts
 
@@ -204,23 +205,28 @@ def wants_compilation(target: PreTrainedModel, config: GenerationConfig) -> bool
 @contextmanager
 def steps_for(target: PreTrainedModel, draft: PreTrainedModel, config: GenerationConfig) -> Iterator[EagerSteps]:
     """Where the rounds of one call run: compiled where that is wanted and possible, else as they stand."""
-    if not wants_compilation(target, config):
-        yield EagerSteps()
-        return
-    reason = why_not_compiled(target, draft)
-    if reason is not None:
-        warn_once(f"{reason}; rounds run without torch.compile.")
-        yield EagerSteps()
-        return
-    workspace = workspace_of(target, draft)
-    if not workspace.lock.acquire(blocking=False):
-        logger.info("Another call uses the compiled rounds of this pair; this one runs without torch.compile.")
-        yield EagerSteps()
+    workspace = acquire_workspace(target, draft) if wants_compilation(target, config) else None
+    if workspace is None:
+        with streamed_linear(target, draft):
+            yield EagerSteps()
         return
     try:
         yield CompiledSteps(workspace, config.compile_config or CompileConfig(), target)
     finally:
         workspace.lock.release()
+
+
+def acquire_workspace(target: PreTrainedModel, draft: PreTrainedModel) -> Workspace | None:
+    """The workspace of a pair, locked; `None`, with a word in the log, where there is none to be had."""
+    reason = why_not_compiled(target, draft)
+    if reason is not None:
+        warn_once(f"{reason}; rounds run without torch.compile.")
+        return None
+    workspace = workspace_of(target, draft)
+    if workspace.lock.acquire(blocking=False):
+        return workspace
+    logger.info("Another call uses the compiled rounds of this pair; this one runs without torch.compile.")
+    return None
 
 
 @lru_cache(maxsize=64)

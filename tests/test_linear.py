@@ -1,0 +1,45 @@
+"""Linear layers with the weight on the left give the same products."""
+
+import pytest
+import torch
+from families import make_draft, make_model, make_prompts
+
+from pard_hf import with_pard
+from pard_hf.generation import linear
+from pard_hf.generation.linear import StreamedLinear, streamed_linear
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 16), (1, 9, 16), (3, 7, 16), (4, 40, 16), (5, 16)])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_products_are_the_same(shape, has_bias):
+    layer, rows = torch.nn.Linear(16, 24, bias=has_bias), torch.randn(*shape)
+    expected = layer(rows)
+
+    with StreamedLinear():
+        got = layer(rows)
+
+    torch.testing.assert_close(got, expected)
+
+
+def test_only_large_float32_models_take_part(monkeypatch):
+    model, calls = make_model("llama"), []
+    monkeypatch.setattr(torch, "mm", lambda *args, mm=torch.mm: calls.append(1) or mm(*args))
+    ids = torch.randint(3, 99, (1, 5))
+
+    for fewest, dtype in ((10**9, torch.float32), (1, torch.float64), (1, torch.float32)):
+        monkeypatch.setattr(linear, "FEWEST_PARAMETERS", fewest)
+        with torch.no_grad(), streamed_linear(model.to(dtype)):
+            model(ids)
+        assert bool(calls) == (fewest == 1 and dtype == torch.float32)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_text_is_that_of_plain_generate(family, batch_size, monkeypatch):
+    monkeypatch.setattr(linear, "FEWEST_PARAMETERS", 1)
+    target, draft, prompts = make_model(family), make_draft(make_model("llama", seed=5)), make_prompts(batch_size)
+    expected = target.generate(**prompts, max_new_tokens=30, do_sample=False)
+
+    got = with_pard(target).generate(**prompts, max_new_tokens=30, do_sample=False, assistant_model=draft)
+
+    assert torch.equal(got, expected)
