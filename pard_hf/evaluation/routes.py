@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import CompileConfig, PreTrainedModel
 
-from ..generation.compilation import why_not_compiled
+from ..generation.compilation import why_not_compiled, workspace_of
 from ..generation.mixin import with_pard, without_pard
 from ..generation.schedule import COUNTS
 from ..generation.stats import DecodingStats
@@ -124,6 +124,10 @@ class RouteRunner:
         if route.name.startswith("adaptive") and self.num_drafts not in COUNTS[1:]:
             return f"the adaptive schedule chooses up to a K of {COUNTS[1:]}, not {self.num_drafts}"
         return None
+
+    def compile_failure(self) -> str | None:
+        """Why our rounds could not be compiled, if so."""
+        return workspace_of(self.target, self.draft).failure
 
     def generate(self, route: Route, inputs: dict[str, torch.Tensor], max_new_tokens: int, **kwargs: Any) -> Any:
         """Generate greedily by `route`; `kwargs` go to `generate`."""

@@ -71,6 +71,8 @@ class Workspace:
         self.caches: dict[Hashable, SlotCache] = {}
         self.buffers: dict[Hashable, Rows] = {}
         self.costs: dict[Hashable, RoundCosts] = {}
+        # Why a part could not be compiled, the last time one could not.
+        self.failure: str | None = None
         self.lock = threading.Lock()
 
 
@@ -153,6 +155,7 @@ class CompiledSteps(EagerSteps):
             reason = str(error).strip().partition("\n")[0]
             logger.warning("`%s` cannot be compiled (%s); it runs without torch.compile.", part.__name__, reason)
             self.workspace.parts[key] = part
+            self.workspace.failure = reason
             return part(*args)
         except BaseException:
             del self.workspace.parts[key]
