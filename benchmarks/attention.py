@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from datetime import date
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from pard_hf.evaluation.conditions import commit, device_name
+from pard_hf.evaluation.conditions import commit, device_name, shown_command
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 64
 
@@ -83,7 +84,7 @@ def main() -> None:
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
     result = {
-        "command": "python benchmarks/attention.py",
+        "command": shown_command(sys.argv[1:], "python benchmarks/attention.py"),
         "date": date.today().isoformat(),
         "commit": commit(),
         "versions": {"torch": torch.__version__},

@@ -10,37 +10,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
-import re
-import subprocess
 import sys
 import time
-from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-import transformers
 
 import pard_hf
 from pard_hf import DecodingStats, load_pair, without_pard
-from pard_hf.evaluation.prompts import read_prompts, repeated_share
-from pard_hf.training.data import encode_prompt
-
-ANSWER_FIELDS = ("reference", "solution", "response")
-
-
-def encode(tokenizer: Any, prompt: str) -> list[int]:
-    return encode_prompt(tokenizer, [{"role": "user", "content": prompt}])
-
-
-def answer_ids(tokenizer: Any, row: dict[str, Any], new_tokens: int) -> list[int]:
-    """The reference answer as the model would have to say it, cut as its own answers are cut."""
-    text = next(row[field] for field in ANSWER_FIELDS if field in row)
-    text = re.sub(r"<<[^<>]*>>", "", text)  # GSM8K's calculator notes, which no model here has seen.
-    return tokenizer(text, add_special_tokens=False)["input_ids"][:new_tokens]
+from pard_hf.evaluation.conditions import conditions_of, shown_command
+from pard_hf.evaluation.prompts import encode_answer, encode_prompt, read_prompts, repeated_share
 
 
 def until(end: int, answer: list[int]) -> list[int]:
@@ -50,7 +32,7 @@ def until(end: int, answer: list[int]) -> list[int]:
 def acceptance(pair: Any, rows: list[dict[str, Any]], drafts: int, new_tokens: int, batch_size: int) -> dict[str, Any]:
     """Acceptance, repetition and identity over a whole prompt set, in batches sorted by length."""
     tokenizer, end = pair.tokenizer, pair.tokenizer.eos_token_id
-    encoded = sorted((encode(tokenizer, row["prompt"]) for row in rows), key=len)
+    encoded = sorted((encode_prompt(tokenizer, row["prompt"]) for row in rows), key=len)
     stats, texts, identical = DecodingStats(), [], 0
     for start in range(0, len(encoded), batch_size):
         batch = tokenizer.pad(
@@ -73,7 +55,7 @@ def acceptance(pair: Any, rows: list[dict[str, Any]], drafts: int, new_tokens: i
         "identical_share": identical / len(rows),
         "repeated_4gram_share": round(repeated_share(texts), 4),
         "repeated_4gram_share_of_references": round(
-            repeated_share(answer_ids(tokenizer, row, new_tokens) for row in rows), 4
+            repeated_share(encode_answer(tokenizer, row, new_tokens) for row in rows), 4
         ),
         "ended_share": round(sum(len(text) < new_tokens for text in texts) / len(texts), 4),
         "mean_new_tokens": round(sum(map(len, texts)) / len(texts), 2),
@@ -129,7 +111,7 @@ def speed(args: argparse.Namespace, pair: Any, rows: list[dict[str, Any]]) -> di
     parts = {"draft": [0.0] * args.repeats, "verify": [0.0] * args.repeats}
     tokens, rounds, identical = 0, dict.fromkeys(routes, 0), dict.fromkeys(routes, 0)
     for number, row in enumerate(rows, start=1):
-        inputs = {"input_ids": torch.tensor([encode(pair.tokenizer, row["prompt"])])}
+        inputs = {"input_ids": torch.tensor([encode_prompt(pair.tokenizer, row["prompt"])])}
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         expected = None
         for repeat in range(-1, args.repeats):
@@ -178,21 +160,9 @@ def speed(args: argparse.Namespace, pair: Any, rows: list[dict[str, Any]]) -> di
 
 
 def conditions(args: argparse.Namespace, pair: Any) -> dict[str, Any]:
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    capability = torch.backends.cpu.get_cpu_capability()
     return {
-        "command": " ".join(["python", "benchmarks/bundled_pair.py", *args.shown]),
-        "date": date.today().isoformat(),
-        "commit": commit.stdout.strip() or None,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "device": f"CPU, {torch.get_num_threads()} threads, {capability}",
-        "dtype": str(pair.target.dtype).removeprefix("torch."),
-        "decoding": "greedy",
+        "command": shown_command(sys.argv[1:], "python benchmarks/bundled_pair.py"),
+        **conditions_of(pair.target),
         "num_assistant_tokens": args.num_assistant_tokens,
         "max_new_tokens": args.max_new_tokens,
         "timing": "batch 1, eager, prefill included, routes interleaved prompt by prompt, median over repeats",
@@ -215,13 +185,11 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--output", type=Path, help="write the JSON here as well")
     args = parser.parse_args()
-    # File names only: where a user keeps the prompts is nobody's business.
-    args.shown = [Path(word).name if "/" in word and not word.startswith("-") else word for word in sys.argv[1:]]
     pair = load_pair(args.target, args.draft, args.dtype)
     result: dict[str, Any] = {**conditions(args, pair), "sets": {}}
     for path in args.prompts:
         longest = pair.target.config.max_position_embeddings - args.max_new_tokens
-        rows = [row for row in read_prompts(path) if len(encode(pair.tokenizer, row["prompt"])) <= longest]
+        rows = [row for row in read_prompts(path) if len(encode_prompt(pair.tokenizer, row["prompt"])) <= longest]
         random.Random(0).shuffle(rows)
         print(path.stem, file=sys.stderr, flush=True)
         result["sets"][path.stem] = {

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pard_hf import load_pair
-from pard_hf.evaluation.conditions import commit, device_name
+from pard_hf.evaluation.conditions import conditions_of, shown_command
 from pard_hf.evaluation.prompts import DEMO_PROMPTS
 from pard_hf.evaluation.scaling import enlarge_pair
 from pard_hf.generation.clock import measure_rounds
@@ -71,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs=2, default=[512, 8192], metavar=("SHORT", "LONG"))
     parser.add_argument("--shapes", nargs=2, default=["cpu-1.2b", "cpu-0.15b"], metavar=("TARGET", "DRAFT"))
-    parser.add_argument("--new-tokens", type=int, default=24)
+    parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
@@ -80,12 +80,8 @@ def main() -> None:
     text = words.repeat(1, max(args.lengths) // words.shape[1] + 1)
     short, long = (measure(pair, text, length, args.new_tokens) for length in args.lengths)
     result = {
-        "command": "python benchmarks/long_context.py",
-        "date": date.today().isoformat(),
-        "commit": commit(),
-        "versions": {"torch": torch.__version__},
-        "device": device_name(pair.target.device),
-        "dtype": str(pair.target.dtype).removeprefix("torch."),
+        "command": shown_command(sys.argv[1:], "python benchmarks/long_context.py"),
+        **conditions_of(pair.target),
         "shapes": args.shapes,
         "num_assistant_tokens": pair.draft.num_assistant_tokens,
         "lengths": args.lengths,

@@ -19,9 +19,9 @@ PATH_FLAGS = ("--prompts", "--output", "--file")
 DECODING_SETTINGS = ("repetition_penalty", "no_repeat_ngram_size", "min_length", "min_new_tokens")
 
 
-def shown_command(words: list[str]) -> str:
+def shown_command(words: list[str], program: str = "pard") -> str:
     """A command line with file names instead of paths; Hub ids stay as they are."""
-    shown, flag = ["pard"], ""
+    shown, flag = [program], ""
     for word in words:
         if word.startswith("-"):
             flag, equals, value = word.partition("=")

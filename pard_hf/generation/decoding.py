@@ -33,6 +33,7 @@ from .verification import verify_ratio_test
 
 # New tokens that justify compiling for fewer rows: that takes longer than a short tail does.
 WORTH_COMPILING = 1024
+EAGER = EagerSteps()
 
 
 class PardDecoder:
@@ -54,7 +55,7 @@ class PardDecoder:
         schedule: ConstantSchedule | None = None,
     ):
         self.request = request
-        self.steps = steps or EagerSteps()
+        self.steps = steps or EAGER
         self.schedule = schedule or ConstantSchedule(request.num_assistant_tokens)
         self.vocab_size = target.config.get_text_config().vocab_size
         ids, mask = request.input_ids.long(), request.attention_mask
@@ -131,7 +132,7 @@ class PardDecoder:
     def round(self, num_drafts: int) -> None:
         """Draft, verify, advance."""
         most = max(self.remaining(row) for row in range(len(self.batch)) if self.active[row])
-        if self.is_first or not self.steps.is_fixed:
+        if not self.steps_now.is_fixed:
             # The bonus token needs no proposal, so at most `most - 1` can be accepted.
             num_drafts = min(num_drafts, most - 1) if self.target_width else 0
         # A round whose draft has much to catch up on says nothing about the next.
@@ -145,11 +146,15 @@ class PardDecoder:
         logits = self.target_logits(draft_tokens)
         self.clock.mark("verify")
         accepted = self.advance(draft_tokens, draft_scores, logits)
-        seconds = time.perf_counter() - start
         is_typical &= compile_seconds == self.steps.compile_seconds
-        self.schedule.record(work, num_drafts, seconds if is_typical else None, accepted)
+        self.schedule.record(work, num_drafts, time.perf_counter() - start if is_typical else None, accepted)
         self.clock.end_round(is_prefill=self.is_first)
         self.is_first = False
+
+    @property
+    def steps_now(self) -> EagerSteps:
+        """Where this round's parts run: the first reads prompts of any length, as it stands."""
+        return EAGER if self.is_first else self.steps
 
     def longest(self) -> int:
         """An upper bound of the tokens known of any row."""
@@ -158,19 +163,16 @@ class PardDecoder:
     def propose(self, num_drafts: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Proposals `[B, num_drafts]` and the logits `[B, num_drafts, V]` they come from."""
         num_visible, width = self.longest() + num_drafts - 1, self.draft_width
-        is_compiled = self.steps.is_fixed and not self.is_first
-        is_first_read = is_compiled and not self.batch.draft.cache.has_memory
-        if is_first_read or width > (num_drafts + 1 if is_compiled else PREFILL_CHUNK):
+        steps = self.steps_now
+        is_first_read = steps.is_fixed and not self.batch.draft.cache.has_memory
+        if is_first_read or width > (num_drafts + 1 if steps.is_fixed else PREFILL_CHUNK):
             self.batch.read(self.batch.draft, width, self.longest())
             width = 1
-        if is_compiled:
+        if steps.is_fixed:
             # Entries written twice are the same twice, so one width serves every count that was accepted.
             num_visible, width = self.batch.draft.cache.num_slots, num_drafts + 1
         arguments = (self.batch.draft, self.batch.rows, width, num_drafts, num_visible, self.vocab_size)
-        if is_compiled:
-            tokens, scores = self.steps.run(draft_step, self.batch.shape(num_drafts), *arguments)
-        else:
-            tokens, scores = draft_step(*arguments)
+        tokens, scores = steps.run(draft_step, self.batch.shape(num_drafts), *arguments)
         if not self.request.ratio_test:
             return tokens, scores
         scores = process_positions(self.request.logits_processor, scores.float())
@@ -190,10 +192,11 @@ class PardDecoder:
         if width > PREFILL_CHUNK:
             self.batch.read(self.batch.target, width, self.longest() + self.host_offset)
             width = 1
-        if self.steps.is_fixed and not self.is_first:
-            arguments = (self.batch.target, self.batch.rows, draft_tokens, 1, self.batch.target.cache.num_slots)
-            return self.steps.run(target_step, self.batch.shape(num_drafts), *arguments)
-        return target_step(self.batch.target, self.batch.rows, draft_tokens, width, num_visible)
+        steps = self.steps_now
+        if steps.is_fixed:
+            num_visible = self.batch.target.cache.num_slots
+        arguments = (self.batch.target, self.batch.rows, draft_tokens, width, num_visible)
+        return steps.run(target_step, self.batch.shape(num_drafts), *arguments)
 
     def advance(
         self, draft_tokens: torch.Tensor, draft_scores: torch.Tensor | None, logits: torch.Tensor
@@ -218,12 +221,9 @@ class PardDecoder:
         if self.request.ratio_test and draft_scores is not None:
             return append_step(self.batch.rows, *verify_ratio_test(draft_tokens, draft_scores, scores), ends)
         noise = self.noise.draw(scores.shape) if self.request.do_sample else None
-        arguments = (self.batch.rows, draft_tokens, scores, ends, noise)
-        if self.is_first or not self.steps.is_fixed:
-            return accept_step(*arguments)
         shape = self.batch.shape(draft_tokens.shape[1])
         key = (*shape, ("end tokens", 0 if ends is None else len(ends)), ("samples", noise is not None))
-        return self.steps.run(accept_step, key, *arguments)
+        return self.steps_now.run(accept_step, key, self.batch.rows, draft_tokens, scores, ends, noise)
 
     def fetch(self, outcome: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """Begin to bring an outcome to the host, and what tells that it is there."""
