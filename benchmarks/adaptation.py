@@ -1,0 +1,254 @@
+"""Adapts one base model in several ways on the same rows, and says how long the blocks become.
+
+    python benchmarks/adaptation.py cod --base BASE --data answers.jsonl --prompts a.jsonl b.jsonl --output cod.json
+
+Experiments: `cod` (retention rates and K_train, seconds to the acceptance length of training without dropping),
+`objectives` (ce, kd and cat at equal steps), `first-position` (what adaptation does to the next token, and to the
+base model's own autoregressive blocks). Every run starts from the same weights, sees the same rows in the same order,
+and is measured against the real target(s) through the real decoding loop. Seconds are steps times the median seconds
+of a step, which are measured apart: one step of each run in turn, again and again, so that all meet the same machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from itertools import cycle
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from pard_hf import PardDraftModel, PardTrainer, PardTrainingArguments, bundled_pair
+from pard_hf.conditions import conditions_of, shown_command
+from pard_hf.evaluation.acceptance import AcceptanceEvaluator
+from pard_hf.evaluation.prompts import choose_rows, encode_prompt, load_prompts
+from pard_hf.evaluation.replay import autoregressive, next_token_accuracy, replay
+from pard_hf.training.data import read_rows, tokenize_rows
+from pard_hf.training.mask_token import choose_mask_token
+
+PAPER = {"num_draft_tokens": 8, "retention_rate": 0.7, "min_retention_rate": 0.2}
+EXPERIMENTS: dict[str, dict[str, dict[str, Any]]] = {
+    "cod": {
+        "no dropping": {**PAPER, "retention_rate": 1.0},
+        "paper": PAPER,
+        "r = 0.5": {**PAPER, "retention_rate": 0.5},
+        "r = 0.9": {**PAPER, "retention_rate": 0.9},
+        "r_min = 0": {**PAPER, "min_retention_rate": 0.0},
+        "r_min = 0.1": {**PAPER, "min_retention_rate": 0.1},
+        "K_train = 4": {**PAPER, "num_draft_tokens": 4},
+        "K_train = 16": {**PAPER, "num_draft_tokens": 16},
+    },
+    "objectives": {name: {**PAPER, "objective": name} for name in ("ce", "kd", "cat")},
+    "first-position": {"paper": PAPER},
+}
+REFERENCE = "no dropping"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("--base", required=True, help="the model that is adapted")
+    parser.add_argument("--target", nargs="+", help="targets to measure with; the first is the teacher (bundled)")
+    parser.add_argument("--data", type=Path, required=True, help="rows that the target answered")
+    parser.add_argument("--prompts", nargs="+", required=True, help="held-out prompt sets")
+    parser.add_argument("--whole-text", action="store_true", help="learn prompts as well, as the paper's trainer does")
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--eval-steps", type=int, default=30)
+    parser.add_argument("--limit", type=int, default=32, help="prompts of each set")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--max-length", type=int, default=320)
+    parser.add_argument("--max-new-tokens", type=int, default=100)
+    parser.add_argument("--num-assistant-tokens", type=int, default=8)
+    parser.add_argument("--timed-steps", type=int, default=5, help="rounds of step timing; 0 leaves seconds out")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    result = measure(args)
+    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({run["run"]: run["points"][-1]["acceptance_length"] for run in result["runs"]}))
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    names = args.target or ["bundled"]
+    targets = {Path(name).name: load_target(name) for name in names}
+    tokenizer = AutoTokenizer.from_pretrained(args.base)
+    evaluators = {name: evaluator(args, target, tokenizer) for name, target in targets.items()}
+    rows = tokenize_rows(tokenizer, read_rows(args.data), args.max_length, skip_bad_rows=True)
+    if args.whole_text:
+        rows = [{**row, "loss_mask": [1] * len(row["input_ids"])} for row in rows]
+    random.Random(0).shuffle(rows)
+    runs = EXPERIMENTS[args.experiment]
+    result: dict[str, Any] = {
+        "command": shown_command(sys.argv[1:], "python benchmarks/adaptation.py"),
+        **conditions_of(next(iter(targets.values()))),
+        "base": Path(args.base).name,
+        "base_parameters": AutoModelForCausalLM.from_pretrained(args.base).num_parameters(),
+        "num_rows": len(rows),
+        "steps": args.steps,
+        "batch_size": args.batch_size,
+        "learning_rate": args.learning_rate,
+        "num_assistant_tokens": args.num_assistant_tokens,
+        "unadapted": {name: unadapted(args, evaluator) for name, evaluator in evaluators.items()},
+        "runs": [],
+    }
+    for name, settings in runs.items():
+        print(name, file=sys.stderr, flush=True)
+        points = adapt(args, settings, rows, tokenizer, evaluators)
+        result["runs"].append({"run": name, **settings, "points": points})
+        args.output.with_suffix(".partial.json").write_text(json.dumps(result, indent=1))
+    if args.timed_steps:
+        time_steps(args, result["runs"], runs, rows, tokenizer, evaluators)
+    args.output.with_suffix(".partial.json").unlink(missing_ok=True)
+    return result
+
+
+def load_target(name: str) -> Any:
+    folder = bundled_pair().target if name == "bundled" else name
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def evaluator(args: argparse.Namespace, target: Any, tokenizer: Any) -> AcceptanceEvaluator:
+    sets = {}
+    for source in args.prompts:
+        name, rows = load_prompts(source)
+        sets[name] = [encode_prompt(tokenizer, rows[i]["prompt"]) for i in choose_rows(rows, args.limit, seed=0)]
+    return AcceptanceEvaluator(target, sets, args.num_assistant_tokens, args.max_new_tokens)
+
+
+def unadapted(args: argparse.Namespace, evaluator: AcceptanceEvaluator) -> dict[str, Any]:
+    """The base model as an ordinary draft, token by token: its blocks and its next-token accuracy, of each set."""
+    base = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32).eval()
+    # Any draft brings out the target's answers.
+    evaluator(PardDraftModel.from_causal_lm(AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32), 0))
+    found = {}
+    for name, prompts in evaluator.prompts.items():
+        longest_first = sorted(prompts, key=len, reverse=True)  # As the evaluator answers them.
+        answers = evaluator.texts[name]
+        stats = replay(autoregressive(base, args.num_assistant_tokens), longest_first, answers)
+        texts = [prompt + answer for prompt, answer in zip(longest_first, answers, strict=True)]
+        found[name] = {
+            **stats.to_dict(),
+            "next_token_accuracy": round(next_token_accuracy(base, texts), 4),
+            "repeated_4gram_share": round(evaluator.repeated_4gram_share(name), 4),
+        }
+    return found
+
+
+def make_trainer(
+    args: argparse.Namespace, settings: dict[str, Any], rows: Any, tokenizer: Any, evaluators: Any
+) -> Any:
+    set_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32)
+    mask_token_id, _ = choose_mask_token(tokenizer, base.config.vocab_size)
+    arguments = PardTrainingArguments(
+        tempfile.mkdtemp(),
+        **settings,
+        max_steps=args.steps,
+        per_device_train_batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=min(20, args.steps // 4),
+        eval_strategy="steps",
+        eval_steps=args.eval_steps,
+        logging_steps=args.eval_steps,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    targets = [evaluator.target for evaluator in evaluators.values()]
+    return PardTrainer(
+        PardDraftModel.from_causal_lm(base, mask_token_id, args.num_assistant_tokens),
+        arguments,
+        target=targets[0] if settings.get("objective", "ce") != "ce" else None,
+        evaluator=Points(evaluators),
+        train_dataset=rows,
+    )
+
+
+class Points:
+    """An evaluator for all targets, which keeps what it measured."""
+
+    def __init__(self, evaluators: dict[str, AcceptanceEvaluator]):
+        self.evaluators, self.found = evaluators, []
+
+    def __call__(self, draft: Any, part: tuple[int, int] = (0, 1)) -> dict[str, Any]:
+        stats = {f"{target}_{name}": value for target, evaluator in self.evaluators.items()
+                 for name, value in evaluator(draft, part).items()}  # fmt: skip
+        accuracy = {}
+        for target, evaluator in self.evaluators.items():
+            for name, prompts in evaluator.prompts.items():
+                longest_first = sorted(prompts, key=len, reverse=True)
+                texts = [p + a for p, a in zip(longest_first, evaluator.texts[name], strict=True)]
+                accuracy[f"{target}_{name}"] = round(next_token_accuracy(draft.eval(), texts), 4)
+        draft.train()
+        self.found.append(
+            {
+                "acceptance_length": {name: round(value.acceptance_length, 4) for name, value in stats.items()},
+                "position_acceptance": {
+                    name: [round(a, 4) for a in value.position_acceptance] for name, value in stats.items()
+                },
+                "next_token_accuracy": accuracy,
+            }
+        )
+        return stats
+
+
+def adapt(args: argparse.Namespace, settings: dict[str, Any], rows: Any, tokenizer: Any, evaluators: Any) -> list[Any]:
+    """One run; what was measured on the way, with the steps, tokens and kept rows that it took."""
+    trainer = make_trainer(args, settings, rows, tokenizer, evaluators)
+    trainer.train()
+    history = [entry for entry in trainer.state.log_history if "eval_acceptance_length" in entry]
+    counts = ({name: entry[name] for name in ("step", "num_tokens", "num_rows")} for entry in history)
+    return [{**count, **point} for count, point in zip(counts, trainer.evaluator.found, strict=True)]
+
+
+def time_steps(args: argparse.Namespace, found: Any, runs: Any, rows: Any, tokenizer: Any, evaluators: Any) -> None:
+    """Median seconds of a step of each run, interleaved; then each point's seconds, and those to the reference's τ."""
+    trainers = {name: make_trainer(args, settings, rows, tokenizer, evaluators) for name, settings in runs.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    batches = cycle(
+        [rows[i : i + args.batch_size] for i in range(0, args.batch_size * args.timed_steps, args.batch_size)]
+    )
+    for _ in range(args.timed_steps + 1):
+        batch = next(batches)
+        for name, trainer in trainers.items():
+            trainer.create_optimizer()
+            start = time.perf_counter()
+            trainer.training_step(trainer.model, trainer.data_collator(batch))
+            trainer.optimizer.step()
+            trainer.optimizer.zero_grad()
+            seconds[name].append(time.perf_counter() - start)
+    for run in found:
+        run["step_seconds"] = [round(s, 4) for s in seconds[run["run"]][1:]]  # The first warms up.
+        for point in run["points"]:
+            point["seconds"] = round(point["step"] * median(run["step_seconds"]), 2)
+    reference = next((run for run in found if run["run"] == REFERENCE), None)
+    for run in found if reference else ():
+        run["seconds_to_reference"] = {
+            name: {"reference": reference["points"][-1]["seconds"], "seconds": reaching(run["points"], name, length)}
+            for name, length in reference["points"][-1]["acceptance_length"].items()
+        }
+
+
+def reaching(points: list[dict[str, Any]], name: str, length: float) -> float | None:
+    """Seconds at which a run first has blocks of `length`, between two points as a straight line; `None` = not yet."""
+    before = (0.0, 1.0)
+    for point in points:
+        now = (point["seconds"], point["acceptance_length"][name])
+        if now[1] >= length:
+            share = (length - before[1]) / (now[1] - before[1])
+            return round(before[0] + share * (now[0] - before[0]), 2)
+        before = now
+    return None
+
+
+if __name__ == "__main__":
+    main()
