@@ -1,0 +1,111 @@
+"""Prompts in, answers written by the target out: the text a draft learns from, for it is what it is to propose.
+
+With a draft, our own loop writes them: the draft of today makes the training rows of tomorrow's, and greedy answers do
+not depend on it. Answers are written a batch at a time; what is on disk is never written again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..draft_model import PardDraftModel
+from ..generation.stats import DecodingStats
+from .answer_file import AnswerFile, Counts
+from .answerer import Answerer, AnswerSettings, model_name
+from .conversations import conversation_of, distinct
+from .data import Row
+
+
+def write_answers(
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[dict[str, Any]],
+    out: str | Path,
+    draft: PardDraftModel | None = None,
+    batch_size: int = 32,
+    num_assistant_tokens: int | None = None,
+    restart: bool = False,
+    sources: Sequence[dict[str, Any]] = (),
+    conditions: dict[str, Any] | None = None,
+    report: Callable[[Counts, DecodingStats], None] | None = None,
+    **settings: Any,
+) -> Counts:
+    """Let the target answer prompts, and append the answers to `out`; what is answered there is left alone.
+
+    A row asks by its `prompt`, its `turns` (texts of a user) or its `messages`; every turn of the user is answered in
+    order, in sight of the target's own earlier answers, and answers that the row brings are replaced. What comes out
+    is `{"id", "sample", "prompt", "response", "response_ids"}`, or `{"id", "sample", "messages", "response_ids"}`
+    with one list of ids for each answer: the very tokens, up to and with the end token where there is one.
+
+    An interrupted call is continued by the same call. `out` with `.manifest.json` behind it says how the answers were
+    made. Answers to prompts without room for `max_new_tokens` before the last position (of the target, or the draft)
+    are left out and counted; so are later turns of a conversation that outgrows it.
+
+    Greedy answers depend on the prompt alone. The noise of sampling depends on `seed` and on the prompts of the batch,
+    so an interrupted run ends with other samples than an uninterrupted one, of the same distribution.
+
+    Args:
+        target ([`PreTrainedModel`]):
+            The model that answers; with a `draft`, [`with_pard`] is applied to it.
+        draft ([`PardDraftModel`], *optional*):
+            Makes it faster.
+        batch_size (`int`, *optional*, defaults to 32):
+            Prompts at a time; also what an interruption can cost.
+        num_assistant_tokens (`int`, *optional*):
+            K, proposals a round; defaults to the draft's own.
+        restart (`bool`, *optional*, defaults to `False`):
+            Move an `out` that exists aside, with its manifest, and begin anew.
+        sources (`Sequence[dict]`, *optional*) and conditions (`dict`, *optional*):
+            What the manifest is to say of where the rows are from, and of the machine and versions of this run.
+        report (`Callable`, *optional*):
+            Called after each batch with the counts and the decoding statistics so far.
+        settings:
+            Anything [`AnswerSettings`] takes.
+
+    Returns:
+        [`Counts`] of the file and of this call.
+
+    Raises:
+        ValueError: A row is broken, or `out` holds answers of another target or other settings; nothing was written.
+    """
+    if batch_size < 1:
+        raise ValueError(f"Expected `batch_size` of at least 1, got {batch_size}.")
+    writer = Answerer(target, tokenizer, AnswerSettings(**settings), draft, num_assistant_tokens)
+    asked = [conversation_of(row, place_of(row, number)) for number, row in enumerate(rows, start=1)]
+    conversations = distinct(asked)
+    file = AnswerFile(Path(out), writer.identity(), writer.end_token_ids, restart)
+    counts = file.counts
+    counts.prompts, counts.duplicates = len(conversations), len(asked) - len(conversations)
+    waiting = []
+    for dialogue in writer.dialogues(conversations, file.done):
+        if writer.has_room(dialogue.past):
+            waiting.append(dialogue)
+        else:
+            counts.left_out += 1
+    counts.waiting = len(waiting)
+    run: dict[str, Any] = {"date": date.today().isoformat(), "draft": draft and model_name(draft)}
+    run |= {"batch_size": batch_size}
+    run |= conditions or {}
+    start = time.perf_counter()
+    file.write_manifest(run, sources)
+    for first in range(0, len(waiting), batch_size):
+        batch = waiting[first : first + batch_size]
+        writer.answer(batch)
+        file.append([dialogue.to_row() for dialogue in batch])
+        counts.shortened += sum(len(d.answers) < len(d.conversation.turns) for d in batch)
+        run |= {"new_rows": counts.new_rows, "seconds": round(time.perf_counter() - start, 2)}
+        run |= writer.stats.to_dict() if draft is not None else {}
+        file.write_manifest(run, sources)
+        if report is not None:
+            report(counts, writer.stats)
+    return counts
+
+
+def place_of(row: dict[str, Any], number: int) -> str:
+    return row.place if isinstance(row, Row) else f"row {number}"
