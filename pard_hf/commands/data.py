@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     pair = load_perhaps_without_draft(args)
     conditions = conditions_of(pair.target)
     del conditions["decoding"]  # Of benchmarks, which are greedy; the settings say it here.
+    progress = Progress()
     counts = write_answers(
         pair.target,
         pair.tokenizer,
@@ -74,21 +75,28 @@ def run(args: argparse.Namespace) -> int:
         restart=args.restart,
         sources=sources,
         conditions=conditions,
-        report=Progress(),
+        report=progress,
+        skip_bad_rows=args.skip_bad_rows,
         temperature=args.temperature,
         top_p=args.top_p,
         max_new_tokens=args.max_new_tokens,
         num_samples=args.num_samples,
         seed=args.seed,
     )
-    bad_rows = sum(len(source["skipped"]) for source in sources)
-    print(json.dumps({"output": args.output.name, "bad_rows": bad_rows, **counts.to_dict()}))
+    if counts.left_out or counts.shortened:
+        print(
+            f"{counts.left_out} rows had no room for an answer, {counts.shortened} for every turn: lower "
+            "`--max-new-tokens` to have them.",
+            file=sys.stderr,
+        )
+    print(json.dumps({"output": args.output.name, **counts.to_dict(), **progress.ratios()}))
     return 0
 
 
 def read_all(prompts: list[str], skip_bad_rows: bool, sources: list[dict[str, Any]]) -> Iterator[Any]:
     """The rows of files and data sets in order; `sources` is given an entry for each, with a digest."""
     from ..evaluation.prompts import HUB_PREFIX
+    from ..training.answer_file import sha256_of
     from ..training.conversations import PROMPTS
     from ..training.data import read_rows
 
@@ -98,7 +106,7 @@ def read_all(prompts: list[str], skip_bad_rows: bool, sources: list[dict[str, An
             shown, rows, contents = read_hub(name, skip_bad_rows, skipped)
         else:
             shown, rows = Path(name).name, read_rows(name, skip_bad_rows, PROMPTS, skipped)
-            contents = digest_of_file(Path(name))
+            contents = sha256_of(Path(name)).hexdigest()
         sources.append({"name": shown, "sha256": contents, "skipped": skipped})
         yield from rows
 
@@ -134,28 +142,27 @@ def as_prompt(row: dict[str, Any], field: str) -> dict[str, Any]:
     return {kind: value, **({"id": row["id"]} if isinstance(row.get("id"), str | int) else {})}
 
 
-def digest_of_file(path: Path) -> str:
-    sha256 = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            sha256.update(chunk)
-    return sha256.hexdigest()
-
-
 class Progress:
     """Prints a line to standard error every few seconds."""
 
     def __init__(self) -> None:
         self.start = self.last = time.perf_counter()
+        self.speed, self.acceptance_length = 0.0, 0.0
 
     def __call__(self, counts: Any, stats: Any) -> None:
         now = time.perf_counter()
+        self.speed, self.acceptance_length = counts.new_tokens / (now - self.start), stats.acceptance_length
         if now - self.last < SECONDS_BETWEEN_REPORTS and counts.waiting:
             return
         self.last = now
-        speed = counts.new_tokens / (now - self.start)
+        acceptance = f" · τ {self.acceptance_length:.2f}" if stats.num_rounds else ""
         print(
-            f"{counts.new_rows}/{counts.new_rows + counts.waiting} rows · {speed:.1f} tokens/s"
-            + (f" · τ {stats.acceptance_length:.2f}" if stats.num_rounds else ""),
+            f"{counts.new_rows}/{counts.new_rows + counts.waiting} rows · {self.speed:.1f} tokens/s{acceptance}",
             file=sys.stderr,
+            flush=True,
         )
+
+    def ratios(self) -> dict[str, float]:
+        """Tokens a second and, with a draft, the acceptance length of what this run wrote."""
+        ratios = {"tokens_per_second": round(self.speed, 2)}
+        return ratios | ({"acceptance_length": round(self.acceptance_length, 4)} if self.acceptance_length else {})

@@ -1,7 +1,7 @@
 """A file of answers that only grows by whole rows, and the manifest beside it that says how they were made.
 
-Knows files and rows; knows nothing of models. What is on disk is always a whole number of rows but for a last one
-that a killed process tore, and that is cut off before the file grows again.
+Knows files, rows and counts; knows nothing of models. What is on disk is always a whole number of rows, but for a last
+one that a killed process tore, and that is cut off before the file grows again.
 """
 
 from __future__ import annotations
@@ -14,10 +14,16 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from ..generation.stats import DecodingStats
 from .conversations import digest_of
 from .data import answer_ids, read_rows
+
+try:
+    import fcntl
+except ImportError:  # Windows.
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +35,8 @@ class Counts:
     Args:
         prompts: Different prompts that were asked for.
         duplicates: Rows left out because they ask the same as an earlier one.
-        left_out: Prompts without an answer, for want of room before the last position.
+        bad_rows: Broken rows that were skipped.
+        left_out: Rows not written, for want of room before the last position.
         shortened: Rows whose later turns were left out for want of room.
         waiting: Rows that are still to be written.
         new_rows: Rows that this run wrote.
@@ -43,6 +50,7 @@ class Counts:
 
     prompts: int = 0
     duplicates: int = 0
+    bad_rows: int = 0
     left_out: int = 0
     shortened: int = 0
     waiting: int = 0
@@ -69,7 +77,7 @@ class Counts:
 
 
 class AnswerFile:
-    """The rows written so far, and room for more.
+    """The rows written so far, and room for more; a context, for one process at a time writes to a file.
 
     Args:
         path (`Path`):
@@ -78,26 +86,38 @@ class AnswerFile:
             The target and the settings that the answers come from; a file holds answers of one identity.
         end_token_ids (`Sequence[int]`):
             Tokens that end an answer.
-        restart (`bool`):
+        restart (`bool`, *optional*, defaults to `False`):
             Move what is there aside, as `name.1.jsonl`, and begin anew.
 
     Raises:
-        ValueError: The file holds answers of another identity, or nothing says of which.
+        ValueError: On entering: the file holds answers of another identity, nothing says of which, or another process
+            is writing to it.
     """
 
     def __init__(self, path: Path, identity: dict[str, Any], end_token_ids: Sequence[int], restart: bool = False):
         if path.suffix != ".jsonl":
             raise ValueError(f"Expected an output file that ends in `.jsonl`, got `{path.name}`. Choose another name.")
-        self.path, self.identity, self.end_token_ids = path, identity, end_token_ids
-        if restart:
-            move_aside(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.identity, self.end_token_ids, self.restart = path, identity, end_token_ids, restart
         self.runs: list[dict[str, Any]] = []
         self.counts, self.done = Counts(), set[tuple[str, int]]()
         self.sha256 = hashlib.sha256()
-        if path.exists() and path.stat().st_size:
-            self.go_on()
-        path.touch()
+
+    def __enter__(self) -> AnswerFile:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open_alone(self.path)
+        try:
+            if self.restart and move_aside(self.path):
+                self.file.close()
+                self.file = open_alone(self.path)
+            if self.path.stat().st_size:
+                self.go_on()
+        except BaseException:
+            self.file.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
 
     def go_on(self) -> None:
         """Take over the rows that are there."""
@@ -105,7 +125,7 @@ class AnswerFile:
         check_identity(self.path, manifest, self.identity)
         self.runs = manifest["runs"]
         mend(self.path)
-        self.sha256.update(self.path.read_bytes())
+        self.sha256 = sha256_of(self.path)
         for row in read_rows(self.path):
             self.done.add((digest_of(row["id"]), row["sample"]))
             self.counts.add_row(row, self.end_token_ids)
@@ -113,10 +133,9 @@ class AnswerFile:
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         """Write rows; they are on the disk when this returns."""
         data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-        with self.path.open("ab") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        self.file.write(data)
+        self.file.flush()
+        os.fsync(self.file.fileno())
         self.sha256.update(data)
         tokens_before = self.counts.tokens
         for row in rows:
@@ -128,13 +147,16 @@ class AnswerFile:
 
     def write_manifest(self, run: dict[str, Any], sources: Sequence[dict[str, Any]]) -> None:
         """Write the manifest as it stands after `run`, the last of the runs; a reader sees the old one or the new."""
+        runs = [*self.runs, *([run] if self.counts.new_rows else [])]
+        stats = sum((DecodingStats(tuple(r["histogram"])) for r in runs if "histogram" in r), DecodingStats())
         manifest = {
             "output": {"name": self.path.name, "sha256": self.sha256.hexdigest()},
             "is_complete": self.counts.waiting == 0,
             **self.identity,
             "counts": self.counts.to_dict(),
             "sources": list(sources),
-            "runs": [*self.runs, run],
+            "acceptance_length": round(stats.acceptance_length, 4) if stats.num_rounds else None,
+            "runs": runs,
         }
         path = manifest_path(self.path)
         temporary = path.with_name(path.name + ".part")
@@ -183,22 +205,54 @@ def flat(identity: dict[str, Any]) -> dict[str, Any]:
     return {**{name: value for name, value in identity.items() if name != "settings"}, **identity["settings"]}
 
 
+def open_alone(path: Path) -> BinaryIO:
+    """Open a file to append to it, or raise a `ValueError` where another process has done so."""
+    file = path.open("ab")
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(
+            f"Expected to write to `{path}` alone, but another process does so too. Wait for it, or choose another "
+            "output."
+        ) from None
+    except OSError as error:  # A file system without locks.
+        logger.info("%s cannot be locked: %s", path.name, error)
+    return file
+
+
+def sha256_of(path: Path) -> Any:
+    """The SHA-256 of a file, ready for more."""
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            sha256.update(chunk)
+    return sha256
+
+
 def mend(path: Path) -> None:
     """Cut off a last line that was not written to its end."""
+    whole = 0
     with path.open("rb+") as file:
-        data = file.read()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
+        for line in file:
+            whole += len(line) if line.endswith(b"\n") else 0
+        if whole < path.stat().st_size:
             logger.warning("%s: the last row was torn and is cut off; it is written again.", path.name)
             file.truncate(whole)
 
 
-def move_aside(path: Path) -> None:
-    """Rename a file of answers and its manifest to the first free `name.1.jsonl`, `name.2.jsonl`, …"""
-    if not path.exists() and not manifest_path(path).exists():
-        return
+def move_aside(path: Path) -> bool:
+    """Rename a file of answers that holds any, and its manifest, to a free one of `name.1.jsonl`, `name.2.jsonl`, …
+
+    Returns:
+        Whether there was something to move.
+    """
+    if not path.stat().st_size:
+        return False
     names = (path.with_name(f"{path.stem}.{n}{path.suffix}") for n in itertools.count(1))
     free = next(name for name in names if not name.exists() and not manifest_path(name).exists())
     for old, new in ((path, free), (manifest_path(path), manifest_path(free))):
         if old.exists():
             old.rename(new)
+    return True

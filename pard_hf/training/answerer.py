@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,6 +25,10 @@ from ..pair import bundled_pair
 from .conversations import Conversation, Message
 from .data import encode_prompt, next_prompt
 
+logger = logging.getLogger(__name__)
+
+# Stands for an answer that is not written yet.
+PLACEHOLDER = {"role": "assistant", "content": "…"}
 # Settings of a checkpoint that change its answers.
 OWN_SETTINGS = (
     "bad_words_ids",
@@ -162,6 +168,27 @@ class Answerer:
                 "weights_sha256": weights_digest(self.target),
             },
         }
+
+    def check(self, conversations: Iterable[Conversation], skip_bad_rows: bool = False) -> Iterator[Conversation]:
+        """The conversations that the chat template can write.
+
+        Raises:
+            ValueError: It refuses one (turns of a system, say); its place is named. With `skip_bad_rows` such
+                conversations are logged and left out.
+        """
+        for conversation in conversations:
+            messages = [message for turn in conversation.turns for message in (*turn, PLACEHOLDER)]
+            try:
+                encode_prompt(self.tokenizer, messages[:-1])
+            except TemplateError as error:
+                if not skip_bad_rows:
+                    raise ValueError(
+                        f"Expected a conversation that the target's chat template can write in {conversation.place}, "
+                        f"but: {error}. Mend it, or pass `--skip-bad-rows` to go on without it."
+                    ) from error
+                logger.warning("%s skipped: %s", conversation.place, error)
+            else:
+                yield conversation
 
     def dialogues(self, conversations: Iterable[Conversation], done: set[tuple[str, int]]) -> list[Dialogue]:
         """What is still to be answered, conversations of as many turns and like length together, longest first."""

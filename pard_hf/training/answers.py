@@ -1,7 +1,7 @@
 """Prompts in, answers written by the target out: the text a draft learns from, for it is what it is to propose.
 
 With a draft, our own loop writes them: the draft of today makes the training rows of tomorrow's, and greedy answers do
-not depend on it. Answers are written a batch at a time; what is on disk is never written again.
+not depend on it, up to floating point. Answers are written a batch at a time; what is on disk is never written again.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ def write_answers(
     draft: PardDraftModel | None = None,
     batch_size: int = 32,
     num_assistant_tokens: int | None = None,
+    skip_bad_rows: bool = False,
     restart: bool = False,
     sources: Sequence[dict[str, Any]] = (),
     conditions: dict[str, Any] | None = None,
@@ -47,8 +48,9 @@ def write_answers(
     made. Answers to prompts without room for `max_new_tokens` before the last position (of the target, or the draft)
     are left out and counted; so are later turns of a conversation that outgrows it.
 
-    Greedy answers depend on the prompt alone. The noise of sampling depends on `seed` and on the prompts of the batch,
-    so an interrupted run ends with other samples than an uninterrupted one, of the same distribution.
+    Greedy answers depend on the prompt alone, up to floating point. The noise of sampling depends on `seed` and on who
+    else is in the batch: other rows, another `batch_size` or a batch half on disk when the process died change
+    which samples come, and not their distribution.
 
     Args:
         target ([`PreTrainedModel`]):
@@ -59,6 +61,8 @@ def write_answers(
             Prompts at a time; also what an interruption can cost.
         num_assistant_tokens (`int`, *optional*):
             K, proposals a round; defaults to the draft's own.
+        skip_bad_rows (`bool`, *optional*, defaults to `False`):
+            Log conversations that the chat template refuses, and leave them out.
         restart (`bool`, *optional*, defaults to `False`):
             Move an `out` that exists aside, with its manifest, and begin anew.
         sources (`Sequence[dict]`, *optional*) and conditions (`dict`, *optional*):
@@ -76,34 +80,31 @@ def write_answers(
     """
     if batch_size < 1:
         raise ValueError(f"Expected `batch_size` of at least 1, got {batch_size}.")
-    writer = Answerer(target, tokenizer, AnswerSettings(**settings), draft, num_assistant_tokens)
+    answerer = Answerer(target, tokenizer, AnswerSettings(**settings), draft, num_assistant_tokens)
     asked = [conversation_of(row, place_of(row, number)) for number, row in enumerate(rows, start=1)]
     conversations = distinct(asked)
-    file = AnswerFile(Path(out), writer.identity(), writer.end_token_ids, restart)
-    counts = file.counts
-    counts.prompts, counts.duplicates = len(conversations), len(asked) - len(conversations)
-    waiting = []
-    for dialogue in writer.dialogues(conversations, file.done):
-        if writer.has_room(dialogue.past):
-            waiting.append(dialogue)
-        else:
-            counts.left_out += 1
-    counts.waiting = len(waiting)
-    run: dict[str, Any] = {"date": date.today().isoformat(), "draft": draft and model_name(draft)}
-    run |= {"batch_size": batch_size}
-    run |= conditions or {}
-    start = time.perf_counter()
-    file.write_manifest(run, sources)
-    for first in range(0, len(waiting), batch_size):
-        batch = waiting[first : first + batch_size]
-        writer.answer(batch)
-        file.append([dialogue.to_row() for dialogue in batch])
-        counts.shortened += sum(len(d.answers) < len(d.conversation.turns) for d in batch)
-        run |= {"new_rows": counts.new_rows, "seconds": round(time.perf_counter() - start, 2)}
-        run |= writer.stats.to_dict() if draft is not None else {}
+    good = list(answerer.check(conversations, skip_bad_rows))
+    with AnswerFile(Path(out), answerer.identity(), answerer.end_token_ids, restart) as file:
+        dialogues = answerer.dialogues(good, file.done)
+        waiting = [dialogue for dialogue in dialogues if answerer.has_room(dialogue.past)]
+        counts = file.counts
+        counts.prompts, counts.duplicates = len(conversations), len(asked) - len(conversations)
+        counts.bad_rows = len(conversations) - len(good) + sum(len(source.get("skipped", ())) for source in sources)
+        counts.waiting, counts.left_out = len(waiting), len(dialogues) - len(waiting)
+        run: dict[str, Any] = {"date": date.today().isoformat(), "draft": draft and model_name(draft)}
+        run |= {"batch_size": batch_size, **(conditions or {})}
         file.write_manifest(run, sources)
-        if report is not None:
-            report(counts, writer.stats)
+        start = time.perf_counter()
+        for first in range(0, len(waiting), batch_size):
+            batch = waiting[first : first + batch_size]
+            answerer.answer(batch)
+            counts.shortened += sum(not dialogue.is_finished for dialogue in batch)
+            file.append([dialogue.to_row() for dialogue in batch])
+            run |= {"new_rows": counts.new_rows, "seconds": round(time.perf_counter() - start, 2)}
+            run |= answerer.stats.to_dict() if draft is not None else {}
+            file.write_manifest(run, sources)
+            if report is not None:
+                report(counts, answerer.stats)
     return counts
 
 

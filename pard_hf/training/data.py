@@ -171,20 +171,28 @@ def next_prompt(
         messages (`list[dict[str, str]]`):
             The conversation, the last answer and what was asked after it included.
         past (`list[int]`):
-            Everything before the last answer.
+            Everything before the last answer, the ids of earlier answers as they are.
         answer (`list[int]`):
-            The last answer, with its end token where it has one.
+            The last answer, with its end token where it has one; empty where there was none yet.
 
     Returns:
         Ids that begin with `past + answer`; or, where the template rewrites earlier turns, ids that do not.
     """
-    prompt = encode_prompt(tokenizer, messages)
-    said, end = past + answer, tokenizer.eos_token_id
-    if prompt[: len(said)] == said or prompt[: len(past)] != past or end not in prompt[len(past) :]:
+    prompt, end = encode_prompt(tokenizer, messages), tokenizer.eos_token_id
+    if not answer:
+        return prompt
+    last = max(turn for turn, message in enumerate(messages) if message["role"] == "assistant")
+    before = encode_prompt(tokenizer, messages[:last])
+    rest = prompt[len(before) :]
+    if prompt[: len(before)] != before:
+        return prompt
+    if rest[: len(answer)] == answer:
+        return past + rest
+    if end not in rest:
         return prompt
     # Text that is encoded again may cut words elsewhere; what follows the answer begins with the end token.
-    rest = prompt[prompt.index(end, len(past)) :]
-    return said + (rest[1:] if answer[-1:] == [end] else rest)
+    rest = rest[rest.index(end) :]
+    return past + answer + (rest[1:] if answer[-1] == end else rest)
 
 
 def encode_row(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> dict[str, list[int]]:
