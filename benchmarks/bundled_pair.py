@@ -21,7 +21,7 @@ import torch
 
 import pard_hf
 from pard_hf import DecodingStats, load_pair, without_pard
-from pard_hf.evaluation.conditions import conditions_of, shown_command
+from pard_hf.conditions import conditions_of, shown_command
 from pard_hf.evaluation.prompts import encode_answer, encode_prompt, read_prompts, repeated_share
 
 

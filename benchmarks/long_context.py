@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from pard_hf import load_pair
-from pard_hf.evaluation.conditions import conditions_of, shown_command
+from pard_hf.conditions import conditions_of, shown_command
 from pard_hf.evaluation.prompts import DEMO_PROMPTS
 from pard_hf.evaluation.scaling import enlarge_pair
 from pard_hf.generation.clock import measure_rounds

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -252,8 +252,22 @@ class PardDraftModel(PreTrainedModel):
 
 @cache
 def draft_class(base: type[PreTrainedModel]) -> type[PardDraftModel]:
-    """The subclass of `base` that drafts; named as `base`, so that a saved config names a known architecture."""
-    return subclass_named_as(base, PardDraftModel, draft_class)
+    """The subclass of `base` that drafts; named as `base`, so that a saved config names a known architecture.
+
+    Its `forward(objective=…)` returns what the objective makes of the model and the other arguments. Training needs
+    its loss computed inside `forward`, which is all that wrappers like DDP and FSDP see; without an objective the
+    forward is the base model's.
+    """
+
+    @wraps(base.forward)
+    def forward(self: Any, *args: Any, objective: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
+        if objective is None:
+            return base.forward(self, *args, **kwargs)
+        return objective(self, *args, **kwargs)
+
+    made = subclass_named_as(base, PardDraftModel, draft_class)
+    made.forward = forward
+    return made
 
 
 def subclass_named_as(base: Any, mixin: type, maker: Callable[[Any], type]) -> Any:

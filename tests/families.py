@@ -6,12 +6,16 @@ import copy
 
 import torch
 from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -61,6 +65,8 @@ FAMILIES = {
     "mistral": (MistralForCausalLM, MistralConfig, {**COMMON, **WINDOW}),
     "gemma2": (Gemma2ForCausalLM, Gemma2Config, {**COMMON, **MIXED, "query_pre_attn_scalar": 8}),
     "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, {**COMMON, **MIXED, "query_pre_attn_scalar": 8}),
+    "cohere": (CohereForCausalLM, CohereConfig, COMMON),
+    "granite": (GraniteForCausalLM, GraniteConfig, {**COMMON, "logits_scaling": 3.0}),
     "gpt2": (GPT2LMHeadModel, GPT2Config, {**GPT2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}),
     "qwen3_moe": (
         Qwen3MoeForCausalLM,

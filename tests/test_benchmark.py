@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, LlamaC
 
 from pard_hf import with_pard
 from pard_hf.cli import main
+from pard_hf.conditions import shown_command, shown_model
 from pard_hf.evaluation.batches import make_batches
 from pard_hf.evaluation.benchmark import Benchmark, BenchmarkSettings
-from pard_hf.evaluation.conditions import shown_command, shown_model
 from pard_hf.evaluation.figures import route_result
 from pard_hf.evaluation.measurement import Measurement, Parts, RouteRecord
 from pard_hf.evaluation.memory import MemoryGauge, cache_bytes, cache_layer_sizes, copy_bandwidth, weight_bytes

@@ -5,6 +5,7 @@ import torch
 
 from pard_hf.training.cod import attention_mask, build_rows, keep_rows
 from pard_hf.training.data_collator import DataCollatorForPard
+from pard_hf.training.packing import pack_rows
 
 MASK = 99
 
@@ -82,15 +83,36 @@ def test_collated_batch_in_full():
     assert batch["input_ids"].tolist() == [[5, 6, 7, MASK], [8, 9, 0, 0]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 1], [0, 1, 0, 0]]
     assert batch["labels"].tolist() == [[6, 7, -100, 7], [9, -100, -100, -100]]
-    assert torch.equal(batch["labels"], batch["shift_labels"])
-    assert batch["attention_mask"].shape == (2, 1, 4, 4)
-    assert batch["attention_mask"].any(-1).all()  # no row attends to nothing: that would be NaN
+    assert batch["anchors"].tolist() == [[0, 1, 2, 0], [0, 1, -1, -1]]
+    assert batch["depths"].tolist() == [[0, 0, 0, 1], [0, 0, 0, 0]]
+    mask = attention_mask(batch["anchors"], batch["depths"], batch["starts"])
+    assert mask.any(-1).all()  # no row attends to nothing: that would be NaN
 
 
 def test_end_token_is_learned_even_where_it_pads():
     batch = DataCollatorForPard(MASK, num_draft_tokens=1)([{"input_ids": [5, 2]}, {"input_ids": [5, 6, 7, 2]}])
 
     assert batch["labels"].tolist() == [[2, -100, -100, -100], [6, 7, 2, -100]]
+
+
+def test_each_pass_drops_other_rows():
+    collator = DataCollatorForPard(MASK)
+    first = collator([{"input_ids": list(range(50))}])
+    collator.epoch = 1
+
+    assert not torch.equal(first["anchors"], collator([{"input_ids": list(range(50))}])["anchors"])
+
+
+def test_what_a_text_keeps_is_its_own():
+    """Whatever the batch: on more devices, or packed, a text keeps the same rows."""
+    collator = DataCollatorForPard(MASK, num_draft_tokens=4)
+    one, two = {"input_ids": list(range(20))}, {"input_ids": list(range(40, 71))}
+
+    alone, both = collator([two]), collator([one, two])
+
+    length = alone["anchors"].shape[1]
+    assert torch.equal(alone["anchors"][0], both["anchors"][1, :length])
+    assert (both["anchors"][1, length:] == -1).all()
 
 
 def test_same_batch_drops_the_same_rows():
@@ -114,8 +136,6 @@ def test_unusable_example_is_refused(example):
 def test_packed_forward_is_the_inference_forward(tiny_draft):
     """At every kept row the packed training forward gives the logits that drafting gives there."""
     ids = torch.randint(3, 90, (1, 9))
-    collator = DataCollatorForPard(tiny_draft.mask_token_id, num_draft_tokens=5)
-    batch = collator([{"input_ids": ids[0].tolist()}, {"input_ids": list(range(3, 18))}])
     anchors, depths = keep_rows(torch.tensor([0] + [1] * 8, dtype=torch.bool), 5, 1.0, 1.0)
     rows = build_rows(ids[0], torch.ones(9, dtype=torch.bool), anchors, depths, tiny_draft.mask_token_id)
 
@@ -130,16 +150,42 @@ def test_packed_forward_is_the_inference_forward(tiny_draft):
         drafted = tiny_draft.draft(ids[:, : anchor + 1], num_assistant_tokens=depth + 1)[0, depth]
         expected = tiny_draft.proposal_scores(packed[row])
         torch.testing.assert_close(drafted, expected, atol=1e-5, rtol=1e-5)
-    assert batch["attention_mask"].dtype == torch.bool
 
 
-def test_loss_is_the_mean_over_kept_labels(tiny_draft):
-    """The host's loss on collated rows equals cross-entropy computed by hand."""
-    batch = DataCollatorForPard(tiny_draft.mask_token_id)(
-        [{"input_ids": list(range(3, 30))}, {"input_ids": [4, 5, 6]}]
-    )
+@pytest.mark.parametrize("lengths", [(5, 2, 9), (1 + 6, 13), (3, 3, 3, 3)])
+def test_packed_texts_do_not_see_each_other(lengths):
+    """Oracle from the definition: a row of one text sees what it sees when the text stands alone, and nothing else."""
+    collator = DataCollatorForPard(MASK, num_draft_tokens=4)
+    texts = [torch.randint(3, 90, (length,)).tolist() for length in lengths]
+    packed = collator([pack_rows([{"input_ids": t, "loss_mask": [1] * len(t)} for t in texts], sum(lengths))[0]])
+    anchors, depths, starts = (packed[name][0].tolist() for name in ("anchors", "depths", "starts"))
 
-    output = tiny_draft(**batch)
+    mask = attention_mask(packed["anchors"], packed["depths"], packed["starts"])[0]
 
-    by_hand = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), batch["labels"].flatten())
-    torch.testing.assert_close(output.loss, by_hand)
+    rows = list(zip(anchors, depths, starts, strict=True))
+    expected = [[s == t and ((e == 0 and b <= a) or (b == a and e <= d)) for b, e, t in rows] for a, d, s in rows]
+    assert torch.equal(mask, torch.tensor(expected))
+    assert packed["position_ids"][0].tolist() == [a + d - s for a, d, s in rows]
+
+
+def test_a_row_hears_only_what_it_may_see(tiny_draft):
+    """Information flow: changing a token changes exactly the rows that may see it."""
+    ids = torch.randint(3, 90, (13,)).tolist()
+    collator = DataCollatorForPard(tiny_draft.mask_token_id, num_draft_tokens=4)
+    lengths = [6, 7]
+    example = {"input_ids": ids, "text_lengths": lengths}
+    batch = collator([example])
+    mask = attention_mask(batch["anchors"], batch["depths"], batch["starts"])
+
+    def hidden(input_ids):
+        return tiny_draft.base_model(
+            input_ids=input_ids, position_ids=batch["position_ids"], attention_mask=mask.unsqueeze(1)
+        ).last_hidden_state[0]
+
+    with torch.no_grad():
+        before = hidden(batch["input_ids"])
+        for place in range(13):
+            changed = batch["input_ids"].clone()
+            changed[0, place] = 95
+            moved = (hidden(changed) - before).abs().amax(-1) > 1e-6
+            assert torch.equal(moved, mask[0, :, place]), place

@@ -1,5 +1,6 @@
 """Training works, resumes as the same run, and refuses what it cannot train."""
 
+import csv
 import json
 
 import pytest
@@ -8,12 +9,13 @@ from families import make_model
 from transformers import TrainerCallback
 
 from pard_hf import PardDraftModel, PardTrainer, PardTrainingArguments
-from pard_hf.training.run import check_mask_token, train_draft
+from pard_hf.evaluation.acceptance import AcceptanceEvaluator
+from pard_hf.training.packing import pack_rows
 
 ROWS = [{"input_ids": [1, *[(5 * start + 7 * i) % 80 + 3 for i in range(14)], 2]} for start in range(8)]
 
 
-def make_trainer(folder, max_steps, **arguments):
+def make_trainer(folder, max_steps, rows=ROWS, trainer=None, **arguments):
     torch.manual_seed(0)
     draft = PardDraftModel.from_causal_lm(make_model("llama", initializer_range=0.05), 99, 5)
     settings = {
@@ -28,7 +30,11 @@ def make_trainer(folder, max_steps, **arguments):
         "save_strategy": "no",
         **arguments,
     }
-    return PardTrainer(draft, PardTrainingArguments(str(folder), **settings), train_dataset=ROWS)
+    return PardTrainer(draft, PardTrainingArguments(str(folder), **settings), train_dataset=rows, **(trainer or {}))
+
+
+def losses_of(trainer):
+    return torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
 
 
 def accepted(draft):
@@ -55,21 +61,48 @@ def test_training_teaches_all_depths(tmp_path):
 
 def test_accumulation_is_a_larger_batch(tmp_path):
     """Loss is a mean over labels, so 4 rows at once are 2 + 2 accumulated: same trajectory."""
-    one = make_trainer(tmp_path, max_steps=6, logging_steps=1, retention_rate=1.0)
+    one = make_trainer(tmp_path, max_steps=6, logging_steps=1)
     two = make_trainer(
-        tmp_path,
-        max_steps=6,
-        logging_steps=1,
-        retention_rate=1.0,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
+        tmp_path, max_steps=6, logging_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2
     )
-    losses = []
-    for trainer in (one, two):
-        trainer.train()
-        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    one.train()
+    two.train()
 
-    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(losses_of(one), losses_of(two), atol=2e-3, rtol=2e-3)
+
+
+def test_checkpointing_recomputes_the_same(tmp_path):
+    plain, checkpointed = (
+        make_trainer(tmp_path, max_steps=3, logging_steps=1, gradient_checkpointing=on) for on in (False, True)
+    )
+    plain.train()
+    checkpointed.train()
+
+    torch.testing.assert_close(losses_of(plain), losses_of(checkpointed), atol=1e-4, rtol=1e-4)
+
+
+def test_packed_rows_train(tmp_path):
+    rows = pack_rows([{**row, "loss_mask": [1] * len(row["input_ids"])} for row in ROWS], 40)
+    trainer = make_trainer(tmp_path, max_steps=150, rows=rows, per_device_train_batch_size=2)
+
+    trainer.train()
+
+    assert accepted(trainer.model.eval()) > 4
+
+
+@pytest.mark.parametrize("objective", ["kd", "cat"])
+def test_a_teacher_is_followed(tmp_path, objective):
+    """On text that says nothing, the draft learns what the target would say; the target stays as it is."""
+    target = make_model("llama", seed=5, initializer_range=0.3)
+    before = {name: weight.clone() for name, weight in target.state_dict().items()}
+    trainer = make_trainer(tmp_path, 150, objective=objective, logging_steps=1, trainer={"target": target})
+
+    trainer.train()
+
+    losses = losses_of(trainer)
+    assert losses[-5:].mean() < 0.6 * losses[:5].mean()
+    for name, weight in target.state_dict().items():
+        assert torch.equal(weight, before[name]), name
 
 
 class Interrupt(TrainerCallback):
@@ -102,9 +135,9 @@ def test_eager_attention_trains_alike(tmp_path):
         trainer = make_trainer(tmp_path, max_steps=3, logging_steps=1)
         trainer.model.set_attn_implementation(attention)
         trainer.train()
-        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        losses.append(losses_of(trainer))
 
-    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(*losses, atol=1e-3, rtol=1e-3)
 
 
 def test_untrainable_models_are_refused(tmp_path):
@@ -121,31 +154,80 @@ def test_untrainable_models_are_refused(tmp_path):
         )
 
 
-def test_base_and_rows_become_a_draft(tmp_path, bundled_like_tokenizer):
-    base, data, out = tmp_path / "base", tmp_path / "rows.jsonl", tmp_path / "draft"
-    make_model("llama", vocab_size=104).save_pretrained(base)
-    bundled_like_tokenizer.save_pretrained(base)
-    data.write_text("\n".join(json.dumps({"prompt": "ab", "response": "cdefgh"}) for _ in range(8)))
-    arguments = {"max_steps": 4, "save_steps": 2, "use_cpu": True, "per_device_train_batch_size": 2}
+def test_evaluation_is_the_decoding_loop(tmp_path):
+    """The draft learns what its target says; blocks grow, the best checkpoint is kept, table and plot are written."""
+    target = make_model("llama", seed=5, initializer_range=0.3)
+    prompts = {"early": [row["input_ids"][:4] for row in ROWS[:4]], "late": [row["input_ids"][:7] for row in ROWS[4:]]}
+    answers = target.generate(torch.tensor(prompts["early"]), max_new_tokens=20, do_sample=False)
+    evaluator = AcceptanceEvaluator(target, prompts, num_assistant_tokens=4, max_new_tokens=20, batch_size=3)
+    trainer = make_trainer(
+        tmp_path,
+        90,
+        rows=[{"input_ids": row} for row in answers.tolist()],
+        eval_strategy="steps",
+        eval_steps=30,
+        save_strategy="steps",
+        save_steps=30,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        logging_steps=10,
+        trainer={"evaluator": evaluator},
+    )
 
-    train_draft(str(base), [data], out, 102, max_length=64, disable_tqdm=True, **arguments)
+    trainer.train()
 
-    draft = PardDraftModel.from_pretrained(out)
-    assert draft.mask_token_id == 102
-    assert (out / "tokenizer.json").exists()
-    with pytest.raises(ValueError, match="within the 128 positions"):
-        train_draft(str(base), [data], out, 102, max_length=129, **arguments)
-    train_draft(str(base), [data], out, 102, max_length=64, disable_tqdm=True, restart=True, **arguments)
-    assert (out / "checkpoints.1" / "checkpoint-4").is_dir()  # moved aside, not gone on from
-    with pytest.raises(ValueError, match="never produces"):
-        train_draft(str(base), [data], out, 50, **arguments)
+    table = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    lengths = [float(line["eval_early_acceptance_length"]) for line in table if line["eval_early_acceptance_length"]]
+    means = [float(line["eval_acceptance_length"]) for line in table if line["eval_acceptance_length"]]
+    assert len(lengths) == 3
+    assert lengths[-1] > 3 > lengths[0] or lengths[0] > 3
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    best = [30, 60, 90][max(range(3), key=lambda i: (means[i], -i))]
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
+    assert (tmp_path / f"checkpoint-{best}" / "trainer_state.json").exists()
+    kept = PardDraftModel.from_pretrained(tmp_path / f"checkpoint-{best}")
+    assert evaluator(kept)["early"] == evaluator(trainer.model)["early"]
+    assert len(list(tmp_path.glob("checkpoint-*"))) <= 2
+    assert sum(stats.num_tokens for stats in evaluator(kept).values()) == 8 * 20
 
 
-def test_reserved_tokens_may_be_masks(bundled_like_tokenizer):
-    """Llama-3 has no free id; AMD takes one of its reserved special tokens."""
-    bundled_like_tokenizer.add_special_tokens({"additional_special_tokens": ["<|reserved_0|>"]})
+def test_loss_that_is_not_finite_names_its_rows(tmp_path):
+    rows = [{**row, "place": f"rows.jsonl line {number}"} for number, row in enumerate(ROWS, start=1)]
+    trainer = make_trainer(tmp_path, 4, rows=rows, save_strategy="steps", save_steps=1)
 
-    check_mask_token(bundled_like_tokenizer, bundled_like_tokenizer.convert_tokens_to_ids("<|reserved_0|>"))
-    for used in ("</s>", "<pad>", "A"):
-        with pytest.raises(ValueError, match="never produces"):
-            check_mask_token(bundled_like_tokenizer, bundled_like_tokenizer.convert_tokens_to_ids(used))
+    class Spoil(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:
+                model.model.embed_tokens.weight.data.fill_(float("nan"))
+
+    trainer.add_callback(Spoil())
+
+    with pytest.raises(FloatingPointError, match="step 3, got nan"):
+        trainer.train()
+
+    report = json.loads((tmp_path / "not_finite.0.json").read_text())
+    assert report["step"] == 3
+    assert len(report["rows"]) == 4
+    assert all(place.startswith("rows.jsonl line ") for place in report["rows"])
+
+
+def test_full_disk_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
+    """Whatever file it is that no longer fits, no half checkpoint gets a name, and the run resumes."""
+    trainer = make_trainer(tmp_path, 6, save_strategy="steps", save_steps=2, save_total_limit=1)
+    write = type(trainer.state).save_to_json
+
+    def fail_late(state, path):
+        if "checkpoint-4" in path:
+            raise OSError(28, "No space left on device")
+        write(state, path)
+
+    monkeypatch.setattr(type(trainer.state), "save_to_json", fail_late)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.train()
+    monkeypatch.undo()
+
+    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    resumed = make_trainer(tmp_path, 6, save_strategy="steps", save_steps=2, save_total_limit=1)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6
+    assert [folder.name for folder in tmp_path.glob("*") if folder.is_dir()] == ["checkpoint-6"]

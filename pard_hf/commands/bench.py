@@ -153,7 +153,7 @@ def load_for_benchmark(args: argparse.Namespace) -> Any:
 
 def conditions_for(args: argparse.Namespace, pair: Any) -> dict[str, Any]:
     """What the result says of itself; file names only, never folders."""
-    from ..evaluation.conditions import conditions_of, shown_command, shown_model
+    from ..conditions import conditions_of, shown_command, shown_model
 
     conditions = {
         "command": shown_command(args.words),

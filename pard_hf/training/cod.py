@@ -77,18 +77,35 @@ def build_rows(
     }
 
 
-def attention_mask(anchors: torch.Tensor, depths: torch.Tensor) -> torch.Tensor:
-    """Who attends to whom: real tokens up to the own anchor, and the own chain up to the own depth.
+def attention_mask(anchors: torch.Tensor, depths: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
+    """Who attends to whom: real tokens of the own text up to the own anchor, and the own chain up to the own depth.
 
     Args:
         anchors, depths (`torch.LongTensor` of shape `(..., num_rows)`):
             A padding row has anchor -1; it attends to padding only, and nothing else attends to it.
+        starts (`torch.LongTensor` of shape `(..., num_rows)`, *optional*):
+            Anchor of the first token of each row's text, where several texts are packed into one sequence; 0
+            everywhere by default.
 
     Returns:
         `torch.BoolTensor` of shape `(..., num_rows, num_rows)`, True = the row attends to the column.
     """
-    row_anchor, row_depth = anchors.unsqueeze(-1), depths.unsqueeze(-1)
-    anchor, depth = anchors.unsqueeze(-2), depths.unsqueeze(-2)
-    reads_text = (depth == 0) & (anchor <= row_anchor)
+    starts = torch.zeros_like(anchors) if starts is None else starts
+    row_anchor, row_depth, row_start = (t.unsqueeze(-1) for t in (anchors, depths, starts))
+    return attends(row_anchor, row_depth, row_start, anchors.unsqueeze(-2), depths.unsqueeze(-2))
+
+
+def attends(
+    row_anchor: torch.Tensor,
+    row_depth: torch.Tensor,
+    row_start: torch.Tensor,
+    anchor: torch.Tensor,
+    depth: torch.Tensor,
+) -> torch.Tensor:
+    """The rule itself, for any shapes that broadcast: may a row see the row `(anchor, depth)`?
+
+    Anchors count through a packed sequence, so one text's real tokens lie between its start and the row's anchor.
+    """
+    reads_text = (depth == 0) & (anchor <= row_anchor) & (anchor >= row_start)
     reads_chain = (anchor == row_anchor) & (depth <= row_depth)
     return (reads_text | reads_chain) & ((anchor < 0) == (row_anchor < 0))

@@ -223,26 +223,47 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> dict[
 
 
 def tokenize_rows(
-    tokenizer: PreTrainedTokenizerBase, rows: Iterable[dict[str, Any]], max_length: int, skip_bad_rows: bool = False
-) -> list[dict[str, list[int]]]:
-    """Encode rows for training, cut at `max_length` tokens.
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[dict[str, Any]],
+    max_length: int,
+    skip_bad_rows: bool = False,
+    overlong: str = "truncate",
+) -> list[dict[str, Any]]:
+    """Encode rows for training; each example says in `place` which row it is.
+
+    Args:
+        max_length (`int`):
+            Tokens of the longest example.
+        overlong (`str`, *optional*, defaults to `"truncate"`):
+            What happens to longer rows: `"truncate"` cuts them, `"drop"` leaves them out. They are counted in the log.
 
     Raises:
         ValueError: A row has fewer than 2 tokens or nothing to learn within `max_length`; its file and line, or its
             number, are named. With `skip_bad_rows` such rows are logged and left out.
     """
-    examples = []
+    if overlong not in ("truncate", "drop"):
+        raise ValueError(f"Expected `overlong` to be 'truncate' or 'drop', got {overlong!r}.")
+    examples: list[dict[str, Any]] = []
+    num_overlong = number = 0
     for number, row in enumerate(rows, start=1):
         place = row.place if isinstance(row, Row) else f"row {number}"
-        example = {name: values[:max_length] for name, values in encode_row(tokenizer, row).items()}
+        encoded = encode_row(tokenizer, row)
+        num_tokens = len(encoded["input_ids"])
+        num_overlong += num_tokens > max_length
+        if num_tokens > max_length and overlong == "drop":
+            continue
+        example = {name: values[:max_length] for name, values in encoded.items()}
         if len(example["input_ids"]) >= 2 and any(example["loss_mask"][1:]):
-            examples.append(example)
+            examples.append({**example, "place": place})
         elif skip_bad_rows:
-            logger.warning("%s skipped: %d tokens, none to learn", place, len(example["input_ids"]))
+            logger.warning("%s skipped: %d tokens, none to learn", place, num_tokens)
         else:
             raise ValueError(
                 f"Expected at least 2 tokens with something to learn among the first {max_length}, got "
-                f"{len(example['input_ids'])} tokens in {place}. Raise `--max-length`, drop the row, or pass "
-                "`--skip-bad-rows` to go on without it."
+                f"{num_tokens} tokens in {place}. Raise `--max-length`, drop the row, or pass `--skip-bad-rows` to go "
+                "on without it."
             )
+    if num_overlong:
+        done = "cut there" if overlong == "truncate" else "left out"
+        logger.warning("%d of %d rows are longer than %d tokens and were %s.", num_overlong, number, max_length, done)
     return examples

@@ -1,14 +1,19 @@
-"""From token sequences to batches of kept rows."""
+"""From tokenized rows to a batch of kept (anchor, depth) rows."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 from zlib import crc32
 
 import torch
 
-from .cod import attention_mask, build_rows, keep_rows
+from .cod import build_rows, keep_rows
+
+# What stands in a row that only pads its example to the length of the longest: no label, and no real row sees it.
+PADDING = {"input_ids": 0, "position_ids": 0, "labels": -100, "anchors": -1, "depths": 0, "starts": 0}
 
 
 @dataclass
@@ -23,7 +28,8 @@ class DataCollatorForPard:
         retention_rate (`float`, *optional*, defaults to 0.7) and min_retention_rate (`float`, defaults to 0.2):
             Depth `d` keeps `max(r ** d, r_min)` of its rows.
         seed (`int`, *optional*, defaults to 0):
-            Which rows are dropped follows from the seed and the batch, so a resumed run drops the same ones.
+            Which rows are dropped follows from the seed, the epoch and the text, whatever the batch it stands in: a
+            resumed run drops the same ones, and so does one on more devices.
     """
 
     mask_token_id: int
@@ -33,55 +39,65 @@ class DataCollatorForPard:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self.epoch = 0
         if self.num_draft_tokens < 1:
             raise ValueError(f"Expected `num_draft_tokens` of at least 1, got {self.num_draft_tokens}.")
         for name in ("retention_rate", "min_retention_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"Expected `{name}` in [0, 1], got {getattr(self, name)}.")
 
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Collate examples with `input_ids` and, optionally, `loss_mask` (1 = learn this token; all by default).
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Collate examples as `tokenize_rows` or `pack_rows` makes them.
+
+        Each has `input_ids` and, optionally, `loss_mask` (1 = learn this token; all by default) and `text_lengths`,
+        where several texts stand in one example (one text by default).
 
         Returns:
-            `input_ids`, `position_ids`, `labels` and `shift_labels` of shape `(batch_size, num_rows)`, and the boolean
-            `attention_mask` of shape `(batch_size, 1, num_rows, num_rows)`. Labels are already shifted, hence the
-            second name, by which the host's loss knows them.
+            `input_ids`, `position_ids`, `labels`, `anchors`, `depths` and `starts` of shape `(batch_size, num_rows)`;
+            `attention_mask(anchors, depths, starts)` says who sees whom. Labels are already shifted: one stands at
+            the row that predicts it. `places` lists where the examples came from, if they say.
 
         Raises:
             ValueError: An example is shorter than 2 tokens or its loss mask is of another length.
         """
-        checksum = crc32(str(self.seed).encode())
-        for example in examples:
-            checksum = crc32(torch.tensor(example["input_ids"], dtype=torch.long).numpy().tobytes(), checksum)
-        generator = torch.Generator().manual_seed(checksum)
-        rows = [self.rows_of(example, generator) for example in examples]
+        rows = [self.rows_of(example) for example in examples]
         longest = max(len(row["anchors"]) for row in rows)
-        # Padding rows carry anchor -1: no label, and no real row sees them.
-        fill = {"input_ids": 0, "position_ids": 0, "labels": -100, "anchors": -1, "depths": 0}
-        batch = {
+        batch: dict[str, Any] = {
             name: torch.stack(
                 [torch.nn.functional.pad(row[name], (0, longest - len(row[name])), value=value) for row in rows]
             )
-            for name, value in fill.items()
+            for name, value in PADDING.items()
         }
-        mask = attention_mask(batch.pop("anchors"), batch.pop("depths"))
-        return {**batch, "shift_labels": batch["labels"], "attention_mask": mask.unsqueeze(1)}
+        return {**batch, "places": [example.get("place") for example in examples]}
 
-    def rows_of(self, example: dict[str, Any], generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """The kept rows of one example, with their anchors and depths."""
-        ids = torch.tensor(example["input_ids"], dtype=torch.long)
-        is_label = torch.tensor(example.get("loss_mask", [1] * len(ids)), dtype=torch.bool)
-        if len(ids) < 2 or len(is_label) != len(ids):
+    def rows_of(self, example: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """The kept rows of one example: the real tokens of all its texts in order, then their mask rows."""
+        lengths = example.get("text_lengths") or [len(example["input_ids"])]
+        is_label = example.get("loss_mask") or [1] * len(example["input_ids"])
+        if min(lengths) < 2 or len(is_label) != len(example["input_ids"]):
             raise ValueError(
-                f"Expected a training row of at least 2 tokens and a loss mask of its length, got {len(ids)} tokens "
-                f"and a mask of {len(is_label)}. Drop such rows (`pard train` reports their lines)."
+                f"Expected training texts of at least 2 tokens and a loss mask of their length, got {min(lengths)} "
+                f"tokens at the least and a mask of {len(is_label)} for {len(example['input_ids'])}. Drop such rows "
+                "(`pard train` reports their lines)."
             )
-        is_label[0] = False
-        anchors, depths = keep_rows(
-            is_label, self.num_draft_tokens, self.retention_rate, self.min_retention_rate, generator
+        starts = [0, *accumulate(lengths[:-1])]
+        texts = [
+            self.rows_of_text(example["input_ids"][start : start + length], is_label[start : start + length], start)
+            for start, length in zip(starts, lengths, strict=True)
+        ]
+        joined = {name: torch.cat([text[name] for text in texts]) for name in PADDING}
+        # Stable, so real tokens stay in order and stand first, where a teacher reads them.
+        order = (joined["depths"] > 0).long().argsort(stable=True)
+        return {name: values[order] for name, values in joined.items()}
+
+    def rows_of_text(self, token_ids: list[int], is_label: list[int], start: int) -> dict[str, torch.Tensor]:
+        """The kept rows of one text, whose first token has the anchor `start` in its example."""
+        ids, labels = torch.tensor(token_ids, dtype=torch.long), torch.tensor(is_label, dtype=torch.bool)
+        labels[0] = False
+        generator = torch.Generator().manual_seed(
+            crc32(ids.numpy().tobytes(), crc32(f"{self.seed} {self.epoch}".encode()))
         )
-        return {
-            **build_rows(ids, is_label, anchors, depths, self.mask_token_id),
-            "anchors": anchors,
-            "depths": depths,
-        }
+        settings = (self.num_draft_tokens, self.retention_rate, self.min_retention_rate)
+        anchors, depths = keep_rows(labels, *settings, generator)
+        rows = build_rows(ids, labels, anchors, depths, self.mask_token_id)
+        return {**rows, "anchors": anchors + start, "depths": depths, "starts": torch.full_like(anchors, start)}

@@ -4,83 +4,195 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..draft_model import PardDraftModel, num_positions
+from ..conditions import conditions_of, shown_model
+from ..draft_model import PardDraftModel
+from .checks import check_base, check_lengths, check_same_tokenizer, check_template
 from .data import read_rows, tokenize_rows
-from .trainer import PardTrainer, PardTrainingArguments
+from .mask_token import check_mask_token, choose_mask_token
+from .packing import pack_rows
+from .provenance import Provenance
+from .trainer import Evaluator, PardTrainer, PardTrainingArguments
 
 logger = logging.getLogger(__name__)
 
 
-def train_draft(
-    base: str,
-    data: Sequence[Path],
-    output: Path,
-    mask_token_id: int,
-    max_length: int = 512,
-    dtype: str = "float32",
-    skip_bad_rows: bool = False,
-    restart: bool = False,
-    **arguments: Any,
-) -> Path:
-    """Adapt `base` on the rows of `data`; the finished draft and its tokenizer are written to `output`.
-
-    Checkpoints lie in `output/checkpoints`; a run that finds one goes on from it. With `restart` they are moved aside.
+@dataclass
+class TrainingSpec:
+    """What one run adapts, on what, into where.
 
     Args:
+        base (`str`):
+            Folder or Hub id of a small causal LM of the target's family.
+        data (`Sequence[Path]`):
+            Files of rows, `.jsonl` or `.jsonl.gz`.
+        output (`Path`):
+            Folder of the finished draft; checkpoints lie in its `checkpoints`.
+        mask_token_id (`int`, *optional*):
+            Chosen by `choose_mask_token` by default, and why is said in the log.
+        max_length (`int`, *optional*, defaults to 512):
+            Tokens of the longest row; `overlong` says whether longer ones are cut (`"truncate"`) or left out
+            (`"drop"`).
+        pack (`bool`, *optional*, defaults to `False`):
+            Fill sequences of `max_length` tokens with rows that do not see each other.
+        target (`str`, *optional*):
+            Folder or Hub id of the target: the teacher of `"kd"` and `"cat"`, and what evaluations decode with.
+        chat_template (`Path`, *optional*):
+            A file with the chat template to train with, instead of the base model's own.
+        early_stopping_patience (`int`, *optional*):
+            Evaluations in a row without a better acceptance length after which the run ends.
+        command (`str`, *optional*):
+            The command line, kept in the provenance.
+    """
+
+    base: str
+    data: Sequence[Path]
+    output: Path
+    mask_token_id: int | None = None
+    max_length: int = 512
+    overlong: str = "truncate"
+    pack: bool = False
+    target: str | None = None
+    dtype: str = "float32"
+    attention: str = "sdpa"
+    chat_template: Path | None = None
+    early_stopping_patience: int | None = None
+    skip_bad_rows: bool = False
+    restart: bool = False
+    command: str | None = None
+
+
+def train_draft(
+    spec: TrainingSpec,
+    make_evaluator: Callable[[Any, Any], Evaluator] | None = None,
+    **arguments: Any,
+) -> Path:
+    """Adapt a base model into a draft; the finished draft and its tokenizer are written to `spec.output`.
+
+    Everything that can be wrong with names, ids, lengths, templates and rows is checked before weights are loaded. A
+    run that finds a checkpoint goes on from it; with `spec.restart` checkpoints are moved aside.
+
+    Args:
+        make_evaluator (`Callable`, *optional*):
+            From the target and the tokenizer to what [`PardTrainer`] evaluates with; without it nothing is evaluated.
         arguments:
             Anything [`PardTrainingArguments`] takes.
 
     Raises:
-        ValueError: A row is broken (its file and line are named), or the mask token is one the tokenizer produces.
+        ValueError: A row is broken (its file and line are named), the mask token is one the tokenizer produces, the
+            target has another tokenizer, or a setting does not fit the base model.
     """
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    check_mask_token(tokenizer, mask_token_id)
+    tokenizer = AutoTokenizer.from_pretrained(spec.base)
+    if spec.chat_template is not None:
+        tokenizer.chat_template = spec.chat_template.read_text(encoding="utf-8")
+    args = training_arguments(spec, make_evaluator is not None, arguments)
+    mask_token_id = check_before_loading(spec, tokenizer, args)
     rows = tokenize_rows(
-        tokenizer, (row for file in data for row in read_rows(file, skip_bad_rows)), max_length, skip_bad_rows
+        tokenizer,
+        (row for file in spec.data for row in read_rows(file, spec.skip_bad_rows)),
+        spec.max_length,
+        spec.skip_bad_rows,
+        spec.overlong,
     )
     if not rows:
-        raise ValueError(f"Expected training rows in {', '.join(map(str, data))}, got none.")
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True)
-    if max_length > num_positions(model.config):
-        raise ValueError(
-            f"Expected `--max-length` within the {num_positions(model.config)} positions of the base model, got "
-            f"{max_length}."
-        )
-    draft = PardDraftModel.from_causal_lm(model, mask_token_id)
-    checkpoints = output / "checkpoints"
+        raise ValueError(f"Expected training rows in {', '.join(map(str, spec.data))}, got none.")
+    counts = {"num_rows": len(rows), "num_tokens": sum(len(row["input_ids"]) for row in rows)}
+    if spec.pack:
+        rows = pack_rows(rows, spec.max_length)
+        logger.warning("Packed %d rows into %d sequences.", counts["num_rows"], len(rows))
+    base = load(spec.base, spec.dtype, attn_implementation=spec.attention)
+    target = load(spec.target, spec.dtype) if spec.target and (make_evaluator or args.objective != "ce") else None
     trainer = PardTrainer(
-        draft, PardTrainingArguments(str(checkpoints), report_to="none", **arguments), train_dataset=rows
+        PardDraftModel.from_causal_lm(base, mask_token_id),
+        args,
+        target=target,
+        evaluator=make_evaluator(target, tokenizer) if make_evaluator else None,
+        train_dataset=rows,
+        processing_class=tokenizer,
     )
-    if restart and checkpoints.is_dir():
+    trainer.provenance = provenance_of(spec, trainer, counts)
+    if spec.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(spec.early_stopping_patience))
+    return run(spec, trainer)
+
+
+def training_arguments(spec: TrainingSpec, is_evaluated: bool, arguments: dict[str, Any]) -> PardTrainingArguments:
+    """The host's arguments; with an evaluator, the checkpoint of the longest blocks is the one that is kept."""
+    known = {field.name for field in fields(PardTrainingArguments) if field.init}
+    unknown = sorted(set(arguments) - known)
+    if unknown:
+        raise ValueError(f"Expected training arguments of `PardTrainingArguments`, got {', '.join(unknown)}.")
+    defaults: dict[str, Any] = {"report_to": "none", "save_total_limit": 2}
+    if is_evaluated:
+        save_steps = arguments.get("save_steps", 200)
+        defaults |= {"eval_strategy": "steps", "eval_steps": save_steps, "load_best_model_at_end": True}
+    elif spec.early_stopping_patience is not None:
+        raise ValueError("Expected evaluations for early stopping, got none. Give a target and evaluation prompts.")
+    return PardTrainingArguments(str(spec.output / "checkpoints"), **{**defaults, **arguments})
+
+
+def check_before_loading(spec: TrainingSpec, tokenizer: Any, args: PardTrainingArguments) -> int:
+    """Everything that can be known from configs and tokenizers; returns the mask token's id."""
+    vocab_size = check_base(spec.base, tokenizer, spec.max_length)
+    check_lengths(args.num_draft_tokens, spec.max_length)
+    check_template(tokenizer)
+    if spec.target is not None:
+        check_same_tokenizer(tokenizer, AutoTokenizer.from_pretrained(spec.target), spec.target)
+    elif args.objective != "ce":
+        raise ValueError(f"Expected a target for the objective {args.objective!r}, got none. Name it with `--target`.")
+    if spec.mask_token_id is None:
+        mask_token_id, why = choose_mask_token(tokenizer, vocab_size)
+        logger.warning("Mask token %d: %s.", mask_token_id, why)
+        return mask_token_id
+    check_mask_token(tokenizer, spec.mask_token_id)
+    return spec.mask_token_id
+
+
+def load(name: str, dtype: str, **kwargs: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **kwargs)
+
+
+def provenance_of(spec: TrainingSpec, trainer: PardTrainer, counts: dict[str, int]) -> Provenance:
+    """What is written beside every checkpoint of a run."""
+    args = trainer.args
+    settings = {
+        "mask_token_id": trainer.model.mask_token_id,
+        "max_length": spec.max_length,
+        "overlong": spec.overlong,
+        "pack": spec.pack,
+        **{
+            name: getattr(args, name)
+            for name in (
+                "num_draft_tokens", "retention_rate", "min_retention_rate", "objective", "cross_entropy_weight",
+                "divergence_weight", "distillation_temperature", "learning_rate", "lr_scheduler_type", "max_steps",
+                "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "seed",
+            )
+        },
+    }  # fmt: skip
+    conditions = {"command": spec.command, **conditions_of(trainer.model)}
+    models = {"base": shown_model(spec.base), "target": shown_model(spec.target) if spec.target else None}
+    return Provenance(conditions, models, spec.data, settings, counts)
+
+
+def run(spec: TrainingSpec, trainer: PardTrainer) -> Path:
+    """Train, from the last checkpoint where there is one, and write the draft."""
+    checkpoints = spec.output / "checkpoints"
+    if spec.restart and checkpoints.is_dir() and trainer.is_world_process_zero():
         checkpoints.rename(free_name(checkpoints))  # Nothing is lost, and nothing of it is gone on from.
+    trainer.accelerator.wait_for_everyone()
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     if last is not None:
         logger.warning("Going on from %s; pass --restart to begin anew.", last)
     trainer.train(resume_from_checkpoint=last)
-    trainer.save_model(str(output))
-    if trainer.is_world_process_zero():
-        tokenizer.save_pretrained(output)
-    return output
-
-
-def check_mask_token(tokenizer: Any, mask_token_id: int) -> None:
-    """Raise a `ValueError` for an id that text or the template may contain; reserved special tokens are fine."""
-    used = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
-    added = tokenizer.added_tokens_decoder.get(mask_token_id)
-    is_reserved = added is not None and added.special and mask_token_id not in used
-    if mask_token_id in tokenizer.get_vocab().values() and not is_reserved:
-        raise ValueError(
-            f"Expected a mask token the tokenizer never produces, got {mask_token_id}, which is "
-            f"{tokenizer.convert_ids_to_tokens(mask_token_id)!r}. Take a reserved special token, or an id from "
-            f"{len(tokenizer)} on where the model's vocabulary is larger."
-        )
+    trainer.save_model(str(spec.output))
+    return spec.output
 
 
 def free_name(folder: Path) -> Path:

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
 
 from ..draft_model import PardDraftModel
-from ..generation.cache import attention_windows
+from ..generation.stats import DecodingStats
 from .data_collator import DataCollatorForPard
+from .objective import Objective, check_head
+from .progress import MetricsFile, TrainingClock
+from .row_attention import check_attention
+
+logger = logging.getLogger(__name__)
+
+# From a draft (and the part `(i, n)` of the prompts that this of n processes takes) to statistics of each prompt set.
+Evaluator = Callable[..., dict[str, DecodingStats]]
 
 
 @dataclass
@@ -24,45 +39,77 @@ class PardTrainingArguments(TrainingArguments):
         default=0.7, metadata={"help": "Depth d keeps max(r**d, r_min) of its rows; 1 drops nothing."}
     )
     min_retention_rate: float = field(default=0.2, metadata={"help": "r_min, the least share any depth keeps."})
+    objective: str = field(
+        default="ce",
+        metadata={"help": "ce (cross-entropy), kd (and the target's distribution), cat (kd, weighted by confidence)."},
+    )
+    cross_entropy_weight: float | None = field(default=None, metadata={"help": "Defaults to 1 for ce, else 0.1."})
+    divergence_weight: float | None = field(default=None, metadata={"help": "Defaults to 0 for ce, else 1."})
+    distillation_temperature: float = field(default=1.0, metadata={"help": "Of both distributions in kd and cat."})
     # The collator reads columns that no model's forward names.
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Keep False: rows are built from all columns."}
     )
 
+    def __post_init__(self) -> None:
+        if self.metric_for_best_model is None:
+            self.metric_for_best_model: str | None = "acceptance_length"
+            self.greater_is_better = True
+        super().__post_init__()
+        if self.n_gpu > 1:
+            logger.warning("One of %d GPUs is used; for all, `accelerate launch -m pard_hf.cli train …`.", self.n_gpu)
+            self._n_gpu = 1
+
 
 class PardTrainer(Trainer):
-    """Adapts a [`PardDraftModel`] with cross-entropy over the kept (anchor, depth) rows.
+    """Adapts a [`PardDraftModel`] on the kept (anchor, depth) rows.
 
-    Everything else (schedules, mixed precision, distributed training, checkpoints, resuming) is the host's.
+    Everything else (schedules, mixed precision, distributed training, resuming) is the host's. A checkpoint appears
+    whole or not at all, `metrics.csv` and `curves.png` beside the checkpoints follow the run, and a loss that is not
+    finite ends it with the names of the rows of the batch in `not_finite.json`.
 
     Args:
         model ([`PardDraftModel`]):
             The draft; `PardDraftModel.from_causal_lm` makes one of any small causal LM.
         args ([`PardTrainingArguments`]):
             Training arguments.
+        target ([`PreTrainedModel`], *optional*):
+            The teacher, for the objectives `"kd"` and `"cat"`.
+        evaluator (`Callable`, *optional*):
+            [`AcceptanceEvaluator`] or the like: what `evaluate` measures. `eval_acceptance_length` is the mean over
+            its prompt sets; each set has its own beside it, and the acceptance of each position.
+        provenance (`Callable[[Path, int, dict], None]`, *optional*):
+            [`Provenance`] or the like: writes into a checkpoint's folder where it comes from, given the step and the
+            last evaluation's metrics.
         train_dataset:
-            Rows with `input_ids` and, optionally, `loss_mask`, as `tokenize_rows` makes them.
+            Rows with `input_ids` and, optionally, `loss_mask`, as `tokenize_rows` and `pack_rows` make them.
 
     >>> draft = PardDraftModel.from_causal_lm(model, mask_token_id=151665)
     >>> PardTrainer(draft, PardTrainingArguments("out"), train_dataset=rows).train()
     """
 
-    def __init__(self, model: PardDraftModel, args: PardTrainingArguments, **kwargs: Any):
+    # The objective divides by the labels of the whole step.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PardDraftModel,
+        args: PardTrainingArguments,
+        target: PreTrainedModel | None = None,
+        evaluator: Evaluator | None = None,
+        provenance: Callable[[Path, int, dict[str, Any]], None] | None = None,
+        **kwargs: Any,
+    ):
         if not isinstance(model, PardDraftModel):
             raise ValueError(
                 f"Expected a `PardDraftModel`, got `{type(model).__name__}`. Make one with "
                 "`PardDraftModel.from_causal_lm(model, mask_token_id=…)`."
             )
-        if model.config._attn_implementation not in ("sdpa", "eager"):
-            raise ValueError(
-                f"Expected attention that takes a mask of kept rows, got `{model.config._attn_implementation}`. Load "
-                "the model with `attn_implementation='sdpa'`."
-            )
-        if any(window is not None for window in attention_windows(model.config)):
-            raise ValueError(
-                f"Expected a draft with full attention, got sliding-window layers in `{type(model).__name__}`: what a "
-                "kept row may see would depend on the window. Train a base model without one."
-            )
+        if args.eval_strategy != "no" and evaluator is None:
+            raise ValueError("Expected an `evaluator` with an `eval_strategy`, got none. Pass one, or take 'no'.")
+        self.objective = Objective(
+            args.objective, args.cross_entropy_weight, args.divergence_weight, args.distillation_temperature, target
+        )
         kwargs.setdefault(
             "data_collator",
             DataCollatorForPard(
@@ -73,12 +120,148 @@ class PardTrainer(Trainer):
                 seed=args.data_seed if args.data_seed is not None else args.seed,
             ),
         )
-        super().__init__(model, args, **kwargs)
+        is_packed = any("text_lengths" in row for row in kwargs.get("train_dataset") or ())
+        check_attention(model, is_packed)
+        check_head(model)
+        if target is not None and args.objective != "ce":
+            check_attention(target.eval().requires_grad_(False), is_packed, is_teacher=True)
+            check_head(target)
+        # The host wants a data set wherever it evaluates; ours lies in the evaluator.
+        super().__init__(model, args, eval_dataset=() if evaluator else None, **kwargs)
+        self.model_accepts_loss_kwargs = True  # Labels are counted over the step, and handed to `compute_loss`.
+        self._loss_shifts_labels = False
+        self.evaluator, self.provenance = evaluator, provenance
+        if target is not None and self.place_model_on_device and getattr(target, "hf_device_map", None) is None:
+            target.to(args.device)
+        self.clock = TrainingClock()
+        for callback in (EpochOfCollator(self.data_collator), self.clock, MetricsFile()):
+            self.add_callback(callback)
 
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        inputs = super()._prepare_inputs(inputs)
-        if self.model.config._attn_implementation == "eager":
-            mask = inputs["attention_mask"]
-            blocked = torch.finfo(self.model.dtype).min
-            inputs["attention_mask"] = torch.zeros_like(mask, dtype=self.model.dtype).masked_fill(~mask, blocked)
-        return inputs
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        places = inputs.pop("places", None)
+        loss = model(objective=self.objective, batch=inputs, num_items=num_items_in_batch)
+        if not torch.isfinite(loss):
+            self.stop_at(loss, places)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # Labels were counted over all; gradients are averaged.
+        if model.training:
+            self.clock.count(inputs["anchors"], inputs["depths"])
+        return (loss, {}) if return_outputs else loss
+
+    def stop_at(self, loss: torch.Tensor, places: Any) -> None:
+        """End the run at a loss that is not finite, with the rows it came from saved."""
+        file = Path(self.args.output_dir) / f"not_finite.{self.args.process_index}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"step": self.state.global_step + 1, "loss": str(loss.item()), "rows": places}))
+        raise FloatingPointError(
+            f"Expected a finite loss in step {self.state.global_step + 1}, got {loss.item()}. Rows of the batch are "
+            f"in `{file}`. Lower the learning rate, or look at these rows; checkpoints before this step are whole."
+        )
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        super().log({**logs, **self.clock.figures()}, *args, **kwargs)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Acceptance against the real target, by the real decoding loop.
+
+        Returns:
+            `eval_acceptance_length` (the mean over prompt sets), and of each set `eval_{set}_acceptance_length` and
+            `eval_{set}_position_acceptance_{i}`.
+        """
+        if self.evaluator is None:
+            raise ValueError("Expected an `evaluator`, got none. Pass one to `PardTrainer`.")
+        draft = self.accelerator.unwrap_model(self.model)
+        with whole_weights(self.model_wrapped):
+            share = self.evaluator(draft, (self.args.process_index, self.args.world_size))
+        metrics = metrics_of({name: self.sum_over_processes(stats) for name, stats in share.items()})
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def sum_over_processes(self, stats: DecodingStats) -> DecodingStats:
+        """The statistics of all processes' prompts."""
+        if self.args.world_size == 1:
+            return stats
+        counts = torch.zeros(256, dtype=torch.long, device=self.args.device)  # K is far below.
+        counts[0] = stats.num_drafted
+        counts[1 : 1 + len(stats.histogram)] = torch.tensor(stats.histogram, dtype=torch.long)
+        num_drafted, *histogram = self.accelerator.reduce(counts, "sum").tolist()
+        while histogram and not histogram[-1]:
+            histogram.pop()
+        return DecodingStats(tuple(histogram), num_drafted)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.provenance is not None and self.args.should_save:
+            history = [entry for entry in self.state.log_history if "eval_acceptance_length" in entry]
+            self.provenance(Path(output_dir or self.args.output_dir), self.state.global_step, (history or [{}])[-1])
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / self.unfinished) if self.unfinished else folder
+
+    unfinished = ""  # The folder, inside the run's, that a checkpoint is written into.
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint beside the others and rename it when it is whole: a full disk or a kill leaves none half.
+
+        The host writes into the run's folder, finds the best checkpoint there and deletes old ones from it; all three
+        are done here once the new one has its name.
+        """
+        run_dir, limit = Path(super()._get_output_dir(trial)), self.args.save_total_limit
+        if self.args.should_save:
+            shutil.rmtree(run_dir / "unfinished", ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.unfinished, self.args.save_total_limit = "unfinished", None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.unfinished, self.args.save_total_limit = "", limit
+        self.accelerator.wait_for_everyone()
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(run_dir / f"checkpoint-{self.state.best_global_step}")
+        if self.args.should_save:
+            name = f"checkpoint-{self.state.global_step}"
+            self.state.save_to_json(str(run_dir / "unfinished" / name / "trainer_state.json"))
+            shutil.rmtree(run_dir / name, ignore_errors=True)
+            (run_dir / "unfinished" / name).rename(run_dir / name)
+            (run_dir / "unfinished").rmdir()
+            rotate_checkpoints(str(run_dir), limit, self.state.best_model_checkpoint, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+
+
+class EpochOfCollator(TrainerCallback):
+    """Tells the collator which pass over the rows it is in, so that each drops others."""
+
+    def __init__(self, collator: Any):
+        self.collator = collator
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if hasattr(self.collator, "epoch"):
+            self.collator.epoch = int(state.epoch or 0)
+
+
+@contextmanager
+def whole_weights(wrapped: Any) -> Any:
+    """Weights gathered from all devices, where FSDP shards them, for forwards outside of the wrapper."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if isinstance(wrapped, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(wrapped, writeback=False):
+            yield
+    else:
+        yield
+
+
+def metrics_of(sets: dict[str, DecodingStats]) -> dict[str, float]:
+    """Statistics as flat metrics, as loggers want them; sets are averaged, their rounds never pooled."""
+    metrics = {"acceptance_length": sum(stats.acceptance_length for stats in sets.values()) / max(len(sets), 1)}
+    for name, stats in sets.items():
+        metrics[f"{name}_acceptance_length"] = stats.acceptance_length
+        metrics |= {f"{name}_position_acceptance_{i}": a for i, a in enumerate(stats.position_acceptance, start=1)}
+    return {name: round(value, 4) for name, value in metrics.items()}

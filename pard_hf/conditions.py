@@ -14,7 +14,7 @@ import transformers
 from transformers import GenerationConfig
 
 # Flags whose values are files or folders, also where those do not exist yet.
-PATH_FLAGS = ("--prompts", "--output", "--file")
+PATH_FLAGS = ("--prompts", "--eval-prompts", "--data", "--output", "--file", "--chat-template")
 # Settings of a checkpoint that change greedy texts.
 DECODING_SETTINGS = ("repetition_penalty", "no_repeat_ngram_size", "min_length", "min_new_tokens")
 
@@ -44,7 +44,7 @@ def shown_model(name: str | None) -> str:
 
 def commit() -> str | None:
     """The commit of the checkout that runs, with a `+` where files differ from it; `None` outside a checkout."""
-    folder = Path(__file__).resolve().parents[2]
+    folder = Path(__file__).resolve().parents[1]
     if not (folder / "pard_hf").is_dir() or not (folder / ".git").exists():
         return None  # Installed; a repository further up is somebody else's.
     try:

@@ -1,0 +1,77 @@
+"""How long a draft's blocks are, by the real decoding loop on whole prompt sets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..generation.mixin import PardGenerationMixin, with_pard, without_pard
+from ..generation.stats import DecodingStats
+from .batches import end_token_ids, make_batches, pad_token_id
+from .prompts import repeated_share
+
+
+@dataclass
+class AcceptanceEvaluator:
+    """Measures acceptance of a draft against one target, greedily, on named prompt sets.
+
+    Args:
+        target ([`PreTrainedModel`]):
+            The target; it stays as it is.
+        prompts (`Mapping[str, Sequence[list[int]]]`):
+            Token ids of the prompts of each set. Sets are never pooled.
+        num_assistant_tokens (`int`, *optional*):
+            K; defaults to the draft's own.
+        max_new_tokens (`int`, *optional*, defaults to 100) and batch_size (`int`, *optional*, defaults to 16):
+            Length of an answer and texts at a time.
+    """
+
+    target: Any
+    prompts: Mapping[str, Sequence[list[int]]]
+    num_assistant_tokens: int | None = None
+    max_new_tokens: int = 100
+    batch_size: int = 16
+    texts: dict[str, list[list[int]]] = field(default_factory=dict, init=False)
+
+    def __call__(self, draft: Any, part: tuple[int, int] = (0, 1)) -> dict[str, DecodingStats]:
+        """Statistics of each set; with `part` `(i, n)`, over every n-th prompt from the i-th, one of n devices' share.
+
+        The answers themselves stay in `texts`. They are the target's: no draft changes them.
+        """
+        was_plain = not isinstance(self.target, PardGenerationMixin)
+        target = with_pard(self.target)
+        was_training = draft.training
+        draft.eval()
+        try:
+            return {name: self.measure(target, draft, name, prompts[part[0] :: part[1]])
+                    for name, prompts in self.prompts.items()}  # fmt: skip
+        finally:
+            draft.train(was_training)
+            if was_plain:
+                without_pard(target)
+
+    @torch.no_grad()
+    def measure(self, target: Any, draft: Any, name: str, prompts: Sequence[list[int]]) -> DecodingStats:
+        stats, ends = DecodingStats(), end_token_ids(target)
+        self.texts[name] = []
+        kwargs = {} if self.num_assistant_tokens is None else {"num_assistant_tokens": self.num_assistant_tokens}
+        for batch in make_batches(list(prompts), self.batch_size, pad_token_id(target), target.device):
+            output = target.generate(
+                **batch.inputs,
+                assistant_model=draft,
+                do_sample=False,
+                max_new_tokens=self.max_new_tokens,
+                return_dict_in_generate=True,
+                disable_compile=True,  # Weights change between two measurements; compiling would outlast this one.
+                **kwargs,
+            )
+            stats += output.stats
+            self.texts[name] += batch.new_texts(output.sequences, ends).values()
+        return stats
+
+    def repeated_4gram_share(self, name: str) -> float:
+        """Share of repeated 4-grams in the answers of a set: loops look like high acceptance."""
+        return repeated_share(self.texts[name])

@@ -1,0 +1,157 @@
+"""The loss of a batch of kept rows: one forward of the draft, one of the target where it is asked.
+
+Knows models and batches; the formulas are those of `losses.py`, and the steps the trainer's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .losses import Head, confidence_weights, gold_logprobs, row_losses
+from .row_attention import row_mask, text_mask
+
+OBJECTIVES = ("ce", "kd", "cat")
+
+
+@dataclass
+class Objective:
+    """What is minimised over kept rows.
+
+    Args:
+        name (`str`, *optional*, defaults to `"ce"`):
+            `"ce"`: cross-entropy (PARD); `"kd"`: with the target's distribution as a teacher; `"cat"`: as `"kd"`, each
+            row weighted by the chance that a block gets that far (PARD-2, target-independent).
+        cross_entropy_weight (`float`, *optional*) and divergence_weight (`float`, *optional*):
+            The mix; by default 1 and 0 for `"ce"`, else PARD-2's 0.1 and 1.
+        temperature (`float`, *optional*, defaults to 1):
+            Of both distributions in the divergence.
+        target ([`PreTrainedModel`], *optional*):
+            The teacher, of the draft's tokenizer; run beside the draft, never trained.
+
+    Raises:
+        ValueError: The name is unknown, a target is missing, a weight is negative or the temperature not positive.
+    """
+
+    name: str = "ce"
+    cross_entropy_weight: float | None = None
+    divergence_weight: float | None = None
+    temperature: float = 1.0
+    target: PreTrainedModel | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in OBJECTIVES:
+            raise ValueError(f"Expected the objective to be one of {', '.join(OBJECTIVES)}, got {self.name!r}.")
+        if self.name != "ce" and self.target is None:
+            raise ValueError(f"Expected a target for the objective {self.name!r}, got none. Name the target model.")
+        if self.temperature <= 0:
+            raise ValueError(f"Expected a temperature above 0, got {self.temperature}.")
+        defaults = (1.0, 0.0) if self.name == "ce" else (0.1, 1.0)
+        given = (self.cross_entropy_weight, self.divergence_weight)
+        self.weights = tuple(d if g is None else float(g) for d, g in zip(defaults, given, strict=True))
+        if min(self.weights) < 0 or max(self.weights) == 0:
+            raise ValueError(f"Expected weights of at least 0, one of them positive, got {self.weights}.")
+        if self.name == "ce" and self.weights[1]:
+            raise ValueError("Expected no divergence weight for the objective 'ce', which has no teacher. Take 'kd'.")
+
+    def __call__(
+        self, draft: PreTrainedModel, batch: dict[str, Any], num_items: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """The loss of a collated batch: a weighted sum over labels, divided by their number.
+
+        The number, not the weights' sum: so batches that are accumulated, or spread over devices, add up to what one
+        large batch gives.
+
+        Args:
+            num_items (`int` or `torch.Tensor`, *optional*):
+                Labels of the whole step, where a step is several batches; those of this batch by default.
+        """
+        is_label = batch["labels"] != -100
+        hidden = draft.base_model(
+            input_ids=batch["input_ids"],
+            attention_mask=row_mask(draft, batch["anchors"], batch["depths"], batch["starts"]),
+            position_ids=batch["position_ids"],
+            use_cache=False,
+        ).last_hidden_state
+        teacher = self.teacher(batch, is_label) if self.target is not None and self.name != "ce" else {}
+        sizes = [model.config.get_text_config().vocab_size for model in (draft, self.target) if model is not None]
+        losses = row_losses(
+            head_of(draft), hidden[is_label], batch["labels"][is_label], max(sizes), temperature=self.temperature,
+            **teacher,
+        )  # fmt: skip
+        total = self.weights[0] * losses.cross_entropy + self.weights[1] * losses.divergence
+        return total / (is_label.sum().clamp(min=1) if num_items is None else num_items)
+
+    @torch.no_grad()
+    def teacher(self, batch: dict[str, Any], is_label: torch.Tensor) -> dict[str, Any]:
+        """What the target says of each labelled row, and for `"cat"` how much the row counts."""
+        assert self.target is not None
+        hidden, ids = self.target_hidden(batch)
+        batch_size, longest = ids.shape
+        places = (batch["anchors"] + batch["depths"]).clamp(min=0, max=longest - 1)
+        places = places + torch.arange(batch_size, device=places.device).unsqueeze(1) * longest
+        device, head = hidden.device, head_of(self.target)
+        found = {
+            "target_head": head,
+            "target_hidden": hidden.flatten(0, 1),
+            "target_places": places[is_label].to(device),
+        }
+        if self.name == "kd":
+            return found
+        vocab_size = self.target.config.get_text_config().vocab_size
+        said = gold_logprobs(head, hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), vocab_size)
+        logprobs = torch.nn.functional.pad(said.view(batch_size, longest - 1), (1, 0)).to(is_label.device)
+        return {**found, "weights": confidence_weights(logprobs, batch["anchors"], batch["depths"])[is_label]}
+
+    def target_hidden(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The target's last hidden states over the real tokens of a batch, `[B, longest, H]`, and the tokens' ids."""
+        assert self.target is not None
+        is_text = (batch["depths"] == 0) & (batch["anchors"] >= 0)
+        longest = int(is_text.sum(-1).max())  # Real tokens stand first, in order.
+        is_text, anchors, starts, positions, ids = (
+            values[:, :longest].to(self.target.device)
+            for values in (is_text, batch["anchors"], batch["starts"], batch["position_ids"], batch["input_ids"])
+        )
+        ids = ids.masked_fill(~is_text, 0)
+        hidden = self.target.base_model(
+            input_ids=ids,
+            attention_mask=text_mask(self.target, anchors, starts),
+            position_ids=positions,
+            use_cache=False,
+        ).last_hidden_state
+        return hidden, ids
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """From last hidden states to logits, as the model's own forward does it: its head, then what some families add.
+
+    Gemma caps logits, Cohere multiplies and Granite divides them; `check_head` finds the family that does otherwise.
+    """
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+
+    def logits_of(hidden: torch.Tensor) -> torch.Tensor:
+        logits = head(hidden) if scale == 1.0 else head(hidden) * scale
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    return logits_of
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """Raise a `ValueError` where a model's logits are something else than its head's output as `head_of` knows it."""
+    was_training = model.training
+    ids = torch.tensor([[1, 2]], device=model.device)
+    expected = model.eval()(input_ids=ids, use_cache=False).logits.float()
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    got = head_of(model)(hidden).float()
+    model.train(was_training)
+    if not torch.allclose(got, expected, atol=1e-2, rtol=1e-2):
+        raise ValueError(
+            f"Expected the logits of `{type(model).__name__}` to be its head's output, got others (largest difference "
+            f"{(got - expected).abs().max():.3g}): the loss in chunks does not know this family. Train another base."
+        )

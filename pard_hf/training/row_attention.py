@@ -1,0 +1,82 @@
+"""The mask of kept rows in the form that a model's attention takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..generation.cache import attention_windows
+from .cod import attends, attention_mask
+
+ATTENTIONS = ("sdpa", "eager", "flex_attention")
+
+
+def row_mask(model: PreTrainedModel, anchors: torch.Tensor, depths: torch.Tensor, starts: torch.Tensor) -> Any:
+    """Who sees whom, for `model` to take as its `attention_mask`.
+
+    One additive mask in the model's dtype, made once and shared by all layers: a boolean one would be converted, and
+    kept for the backward pass, in every layer. FlexAttention takes blocks instead, and no mask is ever written out.
+
+    Args:
+        anchors, depths, starts (`torch.LongTensor` of shape `(batch_size, num_rows)`):
+            As the collator makes them.
+
+    Returns:
+        `torch.FloatTensor` of shape `(batch_size, 1, num_rows, num_rows)`, or a `BlockMask`.
+    """
+    if model.config._attn_implementation == "flex_attention":
+        return block_mask(anchors, depths, starts)
+    return additive(attention_mask(anchors, depths, starts).unsqueeze(1), model.dtype)
+
+
+def text_mask(model: PreTrainedModel, anchors: torch.Tensor, starts: torch.Tensor) -> torch.Tensor | None:
+    """The mask of real tokens for a teacher; `None` where every example is one text, which causal attention serves.
+
+    Padding stands on the right, where causal attention keeps it out of sight.
+
+    Args:
+        anchors, starts (`torch.LongTensor` of shape `(batch_size, longest)`):
+            Of the real tokens.
+    """
+    if not bool(starts.any()):
+        return None
+    return additive(attention_mask(anchors, torch.zeros_like(anchors), starts).unsqueeze(1), model.dtype)
+
+
+def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """0 where a row sees, the lowest number where it does not."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+def block_mask(anchors: torch.Tensor, depths: torch.Tensor, starts: torch.Tensor) -> Any:
+    """The same rule for FlexAttention, which leaves out blocks that nobody sees."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def rule(batch: Any, head: Any, row: Any, column: Any) -> Any:
+        a, d = anchors[batch], depths[batch]
+        return attends(a[row], d[row], starts[batch][row], a[column], d[column])
+
+    batch_size, num_rows = anchors.shape
+    return create_block_mask(rule, batch_size, None, num_rows, num_rows, device=anchors.device)
+
+
+def check_attention(model: PreTrainedModel, is_packed: bool = False, is_teacher: bool = False) -> None:
+    """Raise a `ValueError` where a model's attention cannot be given a mask of rows, or would see past it."""
+    name, attention = type(model).__name__, model.config._attn_implementation
+    if is_teacher and not is_packed:
+        return
+    taken = ("sdpa", "eager") if is_teacher else ATTENTIONS
+    if attention not in taken:
+        raise ValueError(
+            f"Expected attention that takes a mask of rows ({', '.join(taken)}), got `{attention}` in `{name}`. Load "
+            "it with `attn_implementation='sdpa'`."
+        )
+    if attention == "flex_attention" and model.device.type == "cpu" and not is_teacher:
+        raise ValueError("Expected a device whose FlexAttention has a backward pass, got a CPU. Take `sdpa`.")
+    if any(window is not None for window in attention_windows(model.config)):
+        raise ValueError(
+            f"Expected full attention, got sliding-window layers in `{name}`: what a row may see would depend on the "
+            + ("window. Train without packing." if is_teacher else "window. Train a base model without one.")
+        )

@@ -1,0 +1,154 @@
+"""Losses in chunks are the losses of the whole, and each is what its definition says."""
+
+import pytest
+import torch
+from families import make_model
+
+from pard_hf import PardDraftModel
+from pard_hf.training import losses
+from pard_hf.training.data_collator import DataCollatorForPard
+from pard_hf.training.losses import confidence_weights, divergence, row_losses
+from pard_hf.training.objective import Objective, check_head
+
+EXAMPLES = [{"input_ids": list(range(3, 20)), "loss_mask": [0] * 5 + [1] * 12}, {"input_ids": [40, 7, 9, 33, 2]}]
+
+
+@pytest.fixture
+def pair():
+    draft = PardDraftModel.from_causal_lm(make_model("llama", initializer_range=0.2), 99, 5)
+    return draft, make_model("llama", seed=3, hidden_size=48, initializer_range=0.2)
+
+
+def test_weights_are_products_of_gold_probabilities():
+    """By hand: row (a, d) is reached when tokens a+1 … a+d are all said."""
+    probabilities = torch.tensor([0.9, 0.5, 0.25, 0.8, 0.1])
+    anchors, depths = torch.tensor([0, 0, 1, 2, -1]), torch.tensor([0, 2, 3, 1, 0])
+
+    weights = confidence_weights(probabilities.log(), anchors, depths)
+
+    torch.testing.assert_close(weights, torch.tensor([1.0, 0.5 * 0.25, 0.25 * 0.8 * 0.1, 0.8, 1.0]))
+
+
+def test_weights_keep_small_differences_of_long_texts():
+    logprobs = torch.full((8192,), -9.0)
+    logprobs[-3:] = -0.001
+
+    weights = confidence_weights(logprobs, torch.tensor([8188]), torch.tensor([3]))
+
+    torch.testing.assert_close(weights, torch.tensor([0.997004]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_divergence_is_the_definition(temperature):
+    draft, target = torch.randn(7, 11), torch.randn(7, 13)
+
+    p, q = (x[:, :11].div(temperature).softmax(-1) for x in (target, draft))
+    by_hand = (p * (p / q).log()).sum(-1) * temperature**2
+
+    torch.testing.assert_close(divergence(draft, target, temperature), by_hand)
+    assert (divergence(draft, draft) < 1e-6).all()
+
+
+@pytest.mark.parametrize("chunk_size", [1, 300, 10**6])
+def test_chunks_are_the_whole(monkeypatch, chunk_size):
+    """Values and gradients, for chunks of one row, of some, and one of all."""
+    head, target_head = torch.nn.Linear(8, 50, bias=False), torch.nn.Linear(6, 50, bias=False)
+    hidden, target_hidden = torch.randn(23, 8, requires_grad=True), torch.randn(9, 6)
+    labels, places, weights = torch.randint(0, 50, (23,)), torch.randint(0, 9, (23,)), torch.rand(23)
+    logits = head(hidden)
+    cross_entropy = (torch.nn.functional.cross_entropy(logits, labels, reduction="none") * weights).sum()
+    kl = (divergence(logits, target_head(target_hidden)[places]) * weights).sum()
+    expected = torch.autograd.grad(cross_entropy + kl, [hidden, head.weight])
+
+    monkeypatch.setattr(losses, "CHUNK_SIZE", chunk_size)
+    sums = row_losses(head, hidden, labels, 50, weights, target_head, target_hidden, places)
+    got = torch.autograd.grad(sums.cross_entropy + sums.divergence, [hidden, head.weight])
+
+    torch.testing.assert_close(sums, losses.Losses(cross_entropy, kl))
+    torch.testing.assert_close(got, expected)
+
+
+def test_logits_of_all_rows_never_exist(monkeypatch, pair):
+    draft, target = pair
+    monkeypatch.setattr(losses, "CHUNK_SIZE", 400)
+    sizes = []
+    for model in pair:
+        model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.numel()))
+
+    Objective("cat", target=target)(draft, DataCollatorForPard(99)(EXAMPLES)).backward()
+
+    assert max(sizes) <= 400 < sum(sizes)
+
+
+@pytest.mark.parametrize("name", ["ce", "kd", "cat"])
+def test_objective_is_its_formula(pair, name):
+    """One row at a time, by the models' own forwards: no packing, no chunks, no shared teacher."""
+    draft, target = pair
+    collator = DataCollatorForPard(99, num_draft_tokens=4)
+    loss = draft(objective=Objective(name, target=target), batch=collator(EXAMPLES))
+
+    total, num_labels = 0.0, 0
+    for example in EXAMPLES:
+        rows = collator([example])
+        ids = torch.tensor([example["input_ids"]])
+        p = target(ids).logits[0].log_softmax(-1)
+        for anchor, depth, label in zip(*(rows[n][0].tolist() for n in ("anchors", "depths", "labels")), strict=True):
+            if label == -100:
+                continue
+            num_labels += 1
+            read = torch.cat([ids[:, : anchor + 1], torch.full((1, depth), 99)], dim=1)
+            q = draft(read).logits[0, -1].log_softmax(-1)
+            ce, kl = -q[label], (p[anchor + depth].exp() * (p[anchor + depth] - q)).sum()
+            said = [p[i - 1, ids[0, i]] for i in range(anchor + 1, anchor + depth + 1)]
+            weight = torch.stack(said).sum().exp() if said and name == "cat" else 1.0
+            total = total + (ce if name == "ce" else weight * (0.1 * ce + kl))
+
+    torch.testing.assert_close(loss, total / num_labels, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ce", "kd", "cat"])
+def test_batches_of_a_step_add_up(pair, name):
+    draft, target = pair
+    objective, collator = Objective(name, target=target), DataCollatorForPard(99)
+    whole = collator(EXAMPLES)
+    num_items = (whole["labels"] != -100).sum()
+
+    parts = sum(draft(objective=objective, batch=collator([example]), num_items=num_items) for example in EXAMPLES)
+
+    torch.testing.assert_close(draft(objective=objective, batch=whole), parts)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "granite", "qwen2"])
+def test_heads_of_families_are_known(family):
+    check_head(make_model(family))
+
+
+def test_unknown_head_is_refused():
+    model = make_model("llama")
+    model.lm_head.register_forward_hook(lambda module, args, output: output)
+    whole = type(model).forward
+
+    class Doubled(type(model)):
+        def forward(self, *args, **kwargs):
+            output = whole(self, *args, **kwargs)
+            output.logits = output.logits * 2
+            return output
+
+    model.__class__ = Doubled
+    with pytest.raises(ValueError, match="its head's output"):
+        check_head(model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"name": "mse"}, "one of ce, kd, cat"),
+        ({"name": "kd"}, "Expected a target"),
+        ({"temperature": 0.0}, "above 0"),
+        ({"cross_entropy_weight": 0.0}, "one of them positive"),
+        ({"divergence_weight": 1.0}, "no teacher"),
+    ],
+)
+def test_impossible_objectives_are_refused(settings, problem):
+    with pytest.raises(ValueError, match=problem):
+        Objective(**settings)

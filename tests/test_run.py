@@ -1,0 +1,219 @@
+"""`pard train` from files to a draft: checked before, killed in between, spread over processes."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from families import make_model
+from safetensors.torch import load_file
+
+from pard_hf import PardDraftModel
+from pard_hf.training.run import TrainingSpec, train_draft
+
+FLAGS = ["--mask-token-id", "102", "--max-length", "64", "--device", "cpu", "--learning-rate", "0.01"]
+
+
+@pytest.fixture
+def base(tmp_path, bundled_like_tokenizer):
+    make_model("llama", vocab_size=104, initializer_range=0.05).save_pretrained(tmp_path / "base")
+    bundled_like_tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def data(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    rows = [
+        {"prompt": chr(97 + n) * 2, "response": "".join(chr(97 + (n + i) % 26) for i in range(8))} for n in range(16)
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+def train(base, data, out, max_steps=4, make_evaluator=None, spec=None, **arguments):
+    settings = {"use_cpu": True, "per_device_train_batch_size": 2, "disable_tqdm": True, "save_steps": 2}
+    spec = TrainingSpec(str(base), [data], out, **{"mask_token_id": 102, "max_length": 64, **(spec or {})})
+    return train_draft(spec, make_evaluator, max_steps=max_steps, **{**settings, **arguments})
+
+
+def command(base, data, out, *flags):
+    return [
+        *(sys.executable, "-m", "pard_hf.cli", "train", "--base", str(base), "--data", str(data)),
+        *("--output", str(out), *FLAGS, *flags),
+    ]
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def test_base_and_rows_become_a_draft(base, data, tmp_path):
+    out = tmp_path / "draft"
+
+    train(base, data, out, spec={"command": "pard train"})
+
+    draft = PardDraftModel.from_pretrained(out)
+    assert draft.mask_token_id == 102
+    assert (out / "tokenizer.json").exists()
+    train(base, data, out, spec={"restart": True})
+    assert (out / "checkpoints.1" / "checkpoint-4").is_dir()  # moved aside, not gone on from
+
+
+def test_checkpoints_say_where_they_come_from(base, data, tmp_path):
+    (tmp_path / "rows.jsonl.manifest.json").write_text('{"target": "somebody/target"}')
+
+    train(base, data, tmp_path / "draft", spec={"command": "pard train --base base"})
+
+    for folder in (tmp_path / "draft", tmp_path / "draft/checkpoints/checkpoint-2"):
+        provenance = json.loads((folder / "provenance.json").read_text())
+        assert provenance["command"] == "pard train --base base"
+        assert provenance["base"] == "base"
+        assert provenance["counts"] == {"num_rows": 16, "num_tokens": 16 * 11}
+        assert provenance["settings"]["mask_token_id"] == 102
+        [file] = provenance["data"]
+        assert file["file"] == "rows.jsonl"
+        assert file["manifest"] == {"target": "somebody/target"}
+        assert len(file["sha256"]) == 64
+        assert str(tmp_path) not in (folder / "provenance.json").read_text()
+        card = (folder / "README.md").read_text()
+        assert "| K_train, r, r_min | 8, 0.7, 0.2 |" in card
+        assert str(tmp_path) not in card
+
+
+def test_bad_settings_end_before_weights_are_loaded(base, data, tmp_path, monkeypatch, bundled_like_tokenizer):
+    """The base's weights are gone: only what is checked before can be what is complained about."""
+    (base / "model.safetensors").unlink()
+    other = tmp_path / "other"
+    bundled_like_tokenizer.add_tokens(["zz"])
+    make_model("llama", vocab_size=104).save_pretrained(other)
+    bundled_like_tokenizer.save_pretrained(other)
+    template, broken, empty = tmp_path / "template", tmp_path / "broken.jsonl", tmp_path / "empty.jsonl"
+    template.write_text(
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}?{% endif %}"
+    )
+    broken.write_text('{"text": "abc"}\n{oops\n')
+    empty.write_text("\n")
+    out = tmp_path / "draft"
+
+    for problem, arguments in {
+        "within the 128 positions": {"spec": {"max_length": 129}},
+        "never produces": {"spec": {"mask_token_id": 50}},
+        "below `--max-length`": {"num_draft_tokens": 64},
+        "Expected a target for the objective": {"objective": "kd"},
+        "1 tokens with other ids .'zz' is None and 100": {"spec": {"target": str(other)}},
+        "where the answer begins cannot be told": {"spec": {"chat_template": template}},
+        "line 2 of": {"data": broken},
+        "got none": {"data": empty},
+        "Expected evaluations for early stopping": {"spec": {"early_stopping_patience": 2}},
+        "of `PardTrainingArguments`, got learning_rat": {"learning_rat": 1.0},
+        "'truncate' or 'drop'": {"spec": {"overlong": "wrap"}},
+    }.items():
+        with pytest.raises(ValueError, match=problem):
+            train(base, arguments.pop("data", data), out, **arguments)
+
+
+def test_tokenizer_of_another_model_is_refused(base, data, tmp_path):
+    make_model("llama", vocab_size=90).save_pretrained(base)
+
+    with pytest.raises(ValueError, match="ids up to 99 for 90 rows"):
+        train(base, data, tmp_path / "draft")
+
+
+def test_overlong_rows_are_counted(base, data, tmp_path, caplog):
+    data.write_text(data.read_text() + "\n" + json.dumps({"text": "a" * 100}))
+
+    train(base, data, tmp_path / "cut", max_steps=1)
+    assert "1 of 17 rows are longer than 64 tokens and were cut there" in caplog.text
+    train(base, data, tmp_path / "dropped", max_steps=1, spec={"overlong": "drop"})
+    assert "1 of 17 rows are longer than 64 tokens and were left out" in caplog.text
+
+
+def last_checkpoint(folder):
+    found = [int(path.name.split("-")[1]) for path in folder.glob("checkpoints/checkpoint-*")]
+    return max(found, default=0)
+
+
+@pytest.mark.slow
+def test_killed_run_resumes_to_the_same_draft(base, data, tmp_path):
+    """SIGKILL, whenever it comes, twice; the same command goes on, and ends in the weights of a run left alone."""
+    flags = ("--max-steps", "40", "--save-steps", "3", "--batch-size", "2")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command(base, data, tmp_path / "whole", *flags), check=True, capture_output=True, env=environment)
+    for until in (3, 12):
+        run = subprocess.Popen(
+            command(base, data, tmp_path / "killed", *flags),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+        )
+        deadline = time.monotonic() + 120
+        while last_checkpoint(tmp_path / "killed") < until and run.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert run.poll() is None, "the run ended before it was killed"
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        assert until <= last_checkpoint(tmp_path / "killed") < 40
+    subprocess.run(command(base, data, tmp_path / "killed", *flags), check=True, capture_output=True, env=environment)
+
+    whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    for name, weight in whole.items():
+        assert torch.equal(killed[name], weight), name
+    assert not list((tmp_path / "killed/checkpoints").glob("unfinished"))
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def history(folder, step):
+    state = json.loads((folder / f"checkpoints/checkpoint-{step}/trainer_state.json").read_text())
+    return torch.tensor([entry["loss"] for entry in state["log_history"] if "loss" in entry])
+
+
+def launch(base, data, out, *flags):
+    # What `accelerate launch` starts on GPUs; on CPUs it would ask for MPI.
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    words = [sys.executable, *launcher, *command(base, data, out, *flags, "ddp_backend=gloo")[1:]]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_doubled_accumulation(base, data, tmp_path):
+    """The same losses and weights, and a checkpoint of the one is gone on from by the other."""
+    flags = ("--save-steps", "3", "--batch-size", "2", "--training-arguments", "logging_steps=1")
+    launch(base, data, tmp_path / "two", "--max-steps", "6", *flags)
+    accumulated = ("--gradient-accumulation-steps", "2", *flags)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        command(base, data, tmp_path / "one", "--max-steps", "6", *accumulated),
+        check=True,
+        capture_output=True,
+        env=environment,
+    )
+
+    torch.testing.assert_close(history(tmp_path / "two", 6), history(tmp_path / "one", 6), atol=1e-4, rtol=1e-4)
+    for name, weight in weights(tmp_path / "one").items():
+        torch.testing.assert_close(weights(tmp_path / "two")[name], weight, atol=1e-5, rtol=1e-4, msg=name)
+
+    # Half of the way by two processes, the rest by one.
+    (tmp_path / "two/checkpoints").rename(tmp_path / "all")
+    (tmp_path / "two/checkpoints").mkdir()
+    (tmp_path / "all/checkpoint-3").rename(tmp_path / "two/checkpoints/checkpoint-3")
+    subprocess.run(
+        command(base, data, tmp_path / "two", "--max-steps", "6", *accumulated),
+        check=True,
+        capture_output=True,
+        env=environment,
+    )
+    for name, weight in weights(tmp_path / "one").items():
+        torch.testing.assert_close(weights(tmp_path / "two")[name], weight, atol=1e-5, rtol=1e-4, msg=name)
