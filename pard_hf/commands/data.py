@@ -51,7 +51,6 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..evaluation.conditions import conditions_of
     from ..training.answers import write_answers
 
     if args.limit is not None and args.limit < 1:
@@ -61,8 +60,6 @@ def run(args: argparse.Namespace) -> int:
     if not rows:
         raise ValueError(f"Expected at least one prompt in {', '.join(args.prompts)}, got none. Name another file.")
     pair = load_perhaps_without_draft(args)
-    conditions = conditions_of(pair.target)
-    del conditions["decoding"]  # Of benchmarks, which are greedy; the settings say it here.
     progress = Progress()
     counts = write_answers(
         pair.target,
@@ -74,7 +71,6 @@ def run(args: argparse.Namespace) -> int:
         num_assistant_tokens=args.num_assistant_tokens,
         restart=args.restart,
         sources=sources,
-        conditions=conditions,
         report=progress,
         skip_bad_rows=args.skip_bad_rows,
         temperature=args.temperature,

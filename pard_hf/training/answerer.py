@@ -18,6 +18,7 @@ from jinja2 import TemplateError
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..conditions import shown_model
 from ..draft_model import PardDraftModel, num_positions
 from ..generation.mixin import with_pard
 from ..generation.stats import DecodingStats
@@ -246,7 +247,7 @@ def model_name(model: PreTrainedModel) -> str:
     name = model.config.name_or_path
     if name in bundled_pair():
         return f"bundled {Path(name).name}"
-    return (Path(name).resolve().name if Path(name).exists() else name) if name else type(model).__name__
+    return shown_model(name) if name else type(model).__name__
 
 
 def weights_digest(model: PreTrainedModel) -> str:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..conditions import conditions_of
 from ..draft_model import PardDraftModel
 from ..generation.stats import DecodingStats
 from .answer_file import AnswerFile, Counts
@@ -33,7 +33,6 @@ def write_answers(
     skip_bad_rows: bool = False,
     restart: bool = False,
     sources: Sequence[dict[str, Any]] = (),
-    conditions: dict[str, Any] | None = None,
     report: Callable[[Counts, DecodingStats], None] | None = None,
     **settings: Any,
 ) -> Counts:
@@ -65,8 +64,8 @@ def write_answers(
             Log conversations that the chat template refuses, and leave them out.
         restart (`bool`, *optional*, defaults to `False`):
             Move an `out` that exists aside, with its manifest, and begin anew.
-        sources (`Sequence[dict]`, *optional*) and conditions (`dict`, *optional*):
-            What the manifest is to say of where the rows are from, and of the machine and versions of this run.
+        sources (`Sequence[dict]`, *optional*):
+            What the manifest is to say of where the rows are from.
         report (`Callable`, *optional*):
             Called after each batch with the counts and the decoding statistics so far.
         settings:
@@ -91,8 +90,8 @@ def write_answers(
         counts.prompts, counts.duplicates = len(conversations), len(asked) - len(conversations)
         counts.bad_rows = len(conversations) - len(good) + sum(len(source.get("skipped", ())) for source in sources)
         counts.waiting, counts.left_out = len(waiting), len(dialogues) - len(waiting)
-        run: dict[str, Any] = {"date": date.today().isoformat(), "draft": draft and model_name(draft)}
-        run |= {"batch_size": batch_size, **(conditions or {})}
+        run = conditions_of(target) | {"draft": draft and model_name(draft), "batch_size": batch_size}
+        del run["decoding"]  # Of benchmarks, which are greedy; the settings say it here.
         file.write_manifest(run, sources)
         start = time.perf_counter()
         for first in range(0, len(waiting), batch_size):
