@@ -20,10 +20,10 @@ class PairPaths(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A loaded target (with the mixin), its draft and their tokenizer."""
+    """A loaded target (with the mixin), its draft (or `None`) and their tokenizer."""
 
     target: Any
-    draft: PardDraftModel
+    draft: Any
     tokenizer: Any
 
 
@@ -57,17 +57,24 @@ def load_pair(
             f"Expected a target and its draft, got only {'a draft' if target is None else 'a target'}. Name both, or "
             "neither for the bundled pair."
         )
+    paths = bundled_pair() if target is None or draft is None else PairPaths(target, draft)
+    device = device or default_device()
+    model, tokenizer = load_target(paths.target, dtype, device)
+    drafting = PardDraftModel.from_pretrained(paths.draft, dtype=model.dtype)
+    return Pair(model, drafting.to(device).eval(), tokenizer)
+
+
+def load_target(target: str, dtype: str | torch.dtype = "auto", device: str | None = None) -> tuple[Any, Any]:
+    """Load a target (with the mixin) and its tokenizer; dtype and device as for [`load_pair`]."""
     device = device or default_device()
     check_device(device)
     if dtype == "auto":
         dtype = fastest_dtype(device)
     elif isinstance(dtype, str):
         dtype = named_dtype(dtype)
-    paths = bundled_pair() if target is None or draft is None else PairPaths(target, draft)
-    tokenizer = AutoTokenizer.from_pretrained(paths.target)
-    model = AutoModelForCausalLM.from_pretrained(paths.target, dtype=dtype, use_safetensors=True)
-    drafting = PardDraftModel.from_pretrained(paths.draft, dtype=dtype)
-    return Pair(with_pard(model.to(device).eval()), drafting.to(device).eval(), tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype, use_safetensors=True)
+    return with_pard(model.to(device).eval()), tokenizer
 
 
 def default_device() -> str:

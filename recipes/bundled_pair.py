@@ -30,7 +30,8 @@ from transformers import (
 )
 
 from pard_hf import PardDraftModel, PardTrainer, PardTrainingArguments
-from pard_hf.training.data import encode_row, read_rows, tokenize_rows, write_answers
+from pard_hf.training.answers import write_answers
+from pard_hf.training.data import encode_row, read_rows, tokenize_rows
 
 # Rows of the padded vocabulary above the tokenizer's last id; the first of them is the draft's mask token.
 VOCAB_SIZE, TOKENIZER_SIZE = 2048, 2040
@@ -283,7 +284,8 @@ def answer_training_prompts(data: Path, target_dir: Path, out: Path) -> None:
         prompts = [row["prompt"] for row in read_rows(data / f"{name}.jsonl.gz")]
         prompts = [prompt for prompt in prompts if len(tokenizer(prompt)["input_ids"]) <= LONGEST_PROMPT]
         chosen += random.Random(0).sample(prompts, min(len(prompts), round(NUM_ANSWERS * share)))
-    write_answers(target, tokenizer, chosen, out, batch_size=96, max_new_tokens=128, do_sample=False)
+    rows = [{"prompt": prompt} for prompt in chosen]
+    write_answers(target, tokenizer, rows, out, batch_size=96, max_new_tokens=128)
 
 
 def adapt_draft(answers: Path, start: Path, out: Path, steps: int) -> None:

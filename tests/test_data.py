@@ -4,9 +4,8 @@ import gzip
 import json
 
 import pytest
-from families import make_model
 
-from pard_hf.training.data import encode_row, read_rows, tokenize_rows, write_answers
+from pard_hf.training.data import encode_row, read_rows, tokenize_rows
 
 TEMPLATE = (
     "{% for message in messages %}[{{ message['role'][0] }}]{{ message['content'] }}"
@@ -98,7 +97,7 @@ def test_short_row_is_named_by_file_and_line(tokenizer, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "abc"}\n\n{"text": ""}\n')
 
-    with pytest.raises(ValueError, match="rows.jsonl` line 3"):
+    with pytest.raises(ValueError, match="line 3 of .*rows.jsonl"):
         tokenize_rows(tokenizer, read_rows(path), max_length=6)
 
 
@@ -111,37 +110,9 @@ def test_turns_without_a_template_are_all_learned(tokenizer):
     assert learned(tokenizer, example) == "cd</s>gh</s>"
 
 
-def test_answers_end_at_any_end_token(tokenizer, tmp_path):
-    """Padding after a row's end is nobody's answer."""
-    target = make_model("llama")
-    target.generation_config.eos_token_id = list(range(3, 60))
-
-    write_answers(target, tokenizer, ["ab", "cdef", "g"], tmp_path / "a.jsonl", max_new_tokens=9, do_sample=False)
-
-    for row in read_rows(tmp_path / "a.jsonl"):
-        assert 0 not in row["response_ids"]
-        assert not any(3 <= token < 60 for token in row["response_ids"][:-1])
-
-
 def test_short_row_is_named(tokenizer):
     rows = [{"text": "abc"}, {"text": ""}, {"prompt": "abcdef", "response": "g"}]
 
     with pytest.raises(ValueError, match="1 tokens in row 2"):
         tokenize_rows(tokenizer, rows, max_length=6)
     assert len(tokenize_rows(tokenizer, rows, max_length=6, skip_bad_rows=True)) == 1
-
-
-def test_answers_go_on_where_they_stopped(tokenizer, tmp_path):
-    """Nothing twice, nothing lost, and each answer is the target's own."""
-    target, out = make_model("llama"), tmp_path / "answers.jsonl"
-    prompts = ["ab", "cdef", "ab", "g"]
-
-    assert write_answers(target, tokenizer, prompts[:1], out, max_new_tokens=5, do_sample=False) == 1
-    assert write_answers(target, tokenizer, prompts, out, batch_size=2, max_new_tokens=5, do_sample=False) == 2
-
-    rows = {row["prompt"]: row for row in read_rows(out)}
-    assert len(out.read_text().splitlines()) == 3
-    for prompt, row in rows.items():
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        alone = target.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :].tolist()
-        assert row["response_ids"] == alone

@@ -32,3 +32,16 @@ def load(args: argparse.Namespace) -> Any:
     if args.num_assistant_tokens is None:
         args.num_assistant_tokens = pair.draft.num_assistant_tokens
     return pair
+
+
+def load_perhaps_without_draft(args: argparse.Namespace) -> Any:
+    """Load the pair that the flags name; a target that is named alone comes without a draft (`None`)."""
+    from transformers.utils import logging
+
+    from ..pair import Pair, load_pair, load_target
+
+    logging.disable_progress_bar()
+    if args.target is not None and args.draft is None:
+        target, tokenizer = load_target(args.target, args.dtype, args.device)
+        return Pair(target, None, tokenizer)
+    return load_pair(args.target, args.draft, args.dtype, args.device)

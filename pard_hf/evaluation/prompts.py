@@ -79,6 +79,19 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[dict[str, A
 
 def read_hub_prompts(source: str) -> tuple[str, list[dict[str, Any]]]:
     """Read `hub:org/name[/config][:split[:field]]`; split and field default to `test` and `prompt`."""
+    name, field, rows = read_hub_rows(source, "test")
+    field = field or "prompt"
+    if rows and not isinstance(rows[0].get(field), str):
+        raise ValueError(f"Expected a text field {field!r} in {source!r}, got {sorted(rows[0])}. Name one of these.")
+    return name, [{**row, "prompt": row[field]} for row in rows]
+
+
+def read_hub_rows(source: str, default_split: str) -> tuple[str, str, list[dict[str, Any]]]:
+    """Read the rows of `hub:org/name[/config][:split[:field]]`.
+
+    Returns:
+        The name of the set and its split, the field where one is named (or nothing), and the rows as they are.
+    """
     try:
         from datasets import load_dataset
         from datasets.exceptions import DatasetNotFoundError
@@ -89,7 +102,7 @@ def read_hub_prompts(source: str) -> tuple[str, list[dict[str, Any]]]:
     path, split, field, *rest = [*source.removeprefix(HUB_PREFIX).split(":"), "", ""]
     if not path or any(rest):
         raise ValueError(f"Expected `hub:org/name[:split[:field]]`, got {source!r}. Drop the other parts.")
-    split, field = split or "test", field or "prompt"
+    split = split or default_split
     # A folder may lie anywhere; a Hub id has one slash, and a third part is the configuration.
     config = None
     if not Path(path).exists() and path.count("/") == 2:
@@ -98,9 +111,7 @@ def read_hub_prompts(source: str) -> tuple[str, list[dict[str, Any]]]:
         rows = [dict(row) for row in load_dataset(path, config, split=split)]
     except (DatasetNotFoundError, ConnectionError) as error:
         raise ValueError(f"Expected a data set of the Hub, got {source!r}: {error}") from error
-    if rows and not isinstance(rows[0].get(field), str):
-        raise ValueError(f"Expected a text field {field!r} in {source!r}, got {sorted(rows[0])}. Name one of these.")
-    return f"{Path(path).name}:{split}", [{**row, "prompt": row[field]} for row in rows]
+    return f"{Path(path).name}:{split}", field, rows
 
 
 def choose_rows(rows: list[dict[str, Any]], limit: int | None, seed: int) -> list[int]:

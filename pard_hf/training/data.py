@@ -1,4 +1,4 @@
-"""Text in, token rows with loss masks out; prompts in, target-written answers out.
+"""Text in, token rows with loss masks out.
 
 A row is one JSON object: `{"text": …}`, `{"prompt": …, "response": …}` or `{"messages": [{"role", "content"}, …]}`.
 Loss falls on text, on responses and on assistant turns, and on the end token that closes them.
@@ -10,12 +10,11 @@ import gzip
 import json
 import logging
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -26,26 +25,96 @@ class Row(dict[str, Any]):
     place: str
 
 
-def read_rows(path: str | Path, skip_bad_rows: bool = False) -> Iterator[Row]:
+class RowKind(NamedTuple):
+    """What rows of a file are for: the fields they may have, in words, and what is wrong with one that has others."""
+
+    fields: str
+    problem_of: Callable[[Any], str | None]
+
+
+def what_is_wrong(row: Any) -> str | None:
+    """Say what keeps a parsed line from being a training row; `None` when nothing does."""
+    if not isinstance(row, dict):
+        return f"it is a JSON {type(row).__name__}"
+    if isinstance(row.get("text"), str):
+        num_answers = 1
+    elif isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
+        num_answers = 1
+    elif are_messages(row.get("messages")):
+        num_answers = sum(message["role"] == "assistant" for message in row["messages"])
+    else:
+        return f"it has {sorted(row)}"
+    if "response_ids" not in row:
+        return None
+    answers = answer_ids(row)
+    if not isinstance(answers, list) or not all(are_token_ids(answer) for answer in answers):
+        return "its `response_ids` are no list of token ids, nor one list for each answer"
+    if len(answers) != num_answers:
+        return f"its `response_ids` are of {len(answers)} answers, and it has {num_answers}"
+    return None
+
+
+def are_messages(messages: Any) -> bool:
+    """Say whether a parsed value is a list of messages, each with the text of a role."""
+    return isinstance(messages, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+    )
+
+
+def are_token_ids(ids: Any) -> bool:
+    return isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids)
+
+
+def answer_ids(row: dict[str, Any]) -> Any:
+    """The token ids of each answer of a row that has them: one list of ids stands for one answer."""
+    ids = row["response_ids"]
+    return [ids] if are_token_ids(ids) else ids
+
+
+TRAINING = RowKind("`text`, `prompt` and `response`, or `messages`", what_is_wrong)
+
+
+def read_rows(
+    path: str | Path, skip_bad_rows: bool = False, kind: RowKind = TRAINING, skipped: list[int] | None = None
+) -> Iterator[Row]:
     """Read the rows of a `.jsonl` or `.jsonl.gz` file.
 
+    Args:
+        path (`str` or `Path`):
+            The file.
+        skip_bad_rows (`bool`, *optional*, defaults to `False`):
+            Log broken lines and leave them out.
+        kind (`RowKind`, *optional*, defaults to training rows):
+            What the rows are for.
+        skipped (`list[int]`, *optional*):
+            Is given the numbers of the lines left out.
+
     Raises:
-        ValueError: A line is no JSON object with one of the known shapes; the message names the line. With
-            `skip_bad_rows` such lines are logged and left out.
+        ValueError: A line is no JSON object with one of the known shapes; the message names the line.
     """
-    for number, line in numbered_lines(Path(path)):
-        if not line.strip():
-            continue
-        row, problem = parse(line)
+    lines = ((number, line) for number, line in numbered_lines(Path(path)) if line.strip())
+    return check_rows(lines, f"line {{}} of `{path}`", kind, skip_bad_rows, skipped)
+
+
+def check_rows(
+    numbered: Iterable[tuple[int, Any]], place: str, kind: RowKind, skip_bad_rows: bool, skipped: list[int] | None
+) -> Iterator[Row]:
+    """The rows among numbered lines, or numbered objects, that are of one kind; errors as for [`read_rows`]."""
+    for number, value in numbered:
+        row, problem = parse(value) if isinstance(value, bytes) else (value, None)
+        problem = problem or kind.problem_of(row)
         if problem is None:
-            row.place = f"`{path}` line {number}"
+            row = Row(row)
+            row.place = place.format(number)
             yield row
         elif skip_bad_rows:
-            logger.warning("%s line %d skipped: %s", path, number, problem)
+            logger.warning("%s skipped: %s", place.format(number), problem)
+            if skipped is not None:
+                skipped.append(number)
         else:
             raise ValueError(
-                f"Expected a JSON object with `text`, `prompt` and `response`, or `messages` in line {number} of "
-                f"`{path}`, but {problem}. Mend the line, or pass `--skip-bad-rows` to go on without it."
+                f"Expected a JSON object with {kind.fields} in {place.format(number)}, but {problem}. Mend it, or "
+                "pass `--skip-bad-rows` to go on without it."
             )
 
 
@@ -58,35 +127,14 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             raise ValueError(f"Expected `{path}` to be a whole gzip file, but: {error}. Fetch it again.") from error
 
 
-def parse(line: bytes) -> tuple[Row, str | None]:
-    """Parse one line; returns the row and what is wrong with it, if anything."""
+def parse(line: bytes) -> tuple[Any, str | None]:
+    """Parse one line; returns the value and why there is none, if so."""
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        return json.loads(line.decode("utf-8-sig")), None
     except UnicodeDecodeError as error:
-        return Row(), f"byte {error.start} is no UTF-8"
+        return None, f"byte {error.start} is no UTF-8"
     except json.JSONDecodeError as error:
-        return Row(), f"it is no JSON ({error.msg} at column {error.colno})"
-    problem = what_is_wrong(row)
-    return (Row(row), None) if problem is None else (Row(), problem)
-
-
-def what_is_wrong(row: Any) -> str | None:
-    """Say what keeps a parsed line from being a row; `None` when nothing does."""
-    if not isinstance(row, dict):
-        return f"it is a JSON {type(row).__name__}"
-    ids = row.get("response_ids", [])
-    if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
-        return "its `response_ids` are no list of token ids"
-    if isinstance(row.get("text"), str):
-        return None
-    if isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
-        return None
-    messages = row.get("messages")
-    if isinstance(messages, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    ):
-        return None
-    return f"it has {sorted(row)}"
+        return None, f"it is no JSON ({error.msg} at column {error.colno})"
 
 
 def messages_of(row: dict[str, Any]) -> list[dict[str, str]] | None:
@@ -114,31 +162,64 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, s
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
+def next_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], past: list[int], answer: list[int]
+) -> list[int]:
+    """Token ids of a conversation up to where its next answer begins, the ids of the last answer kept as they are.
+
+    Args:
+        messages (`list[dict[str, str]]`):
+            The conversation, the last answer and what was asked after it included.
+        past (`list[int]`):
+            Everything before the last answer, the ids of earlier answers as they are.
+        answer (`list[int]`):
+            The last answer, with its end token where it has one; empty where there was none yet.
+
+    Returns:
+        Ids that begin with `past + answer`; or, where the template rewrites earlier turns, ids that do not.
+    """
+    prompt, end = encode_prompt(tokenizer, messages), tokenizer.eos_token_id
+    if not answer:
+        return prompt
+    last = max(turn for turn, message in enumerate(messages) if message["role"] == "assistant")
+    before = encode_prompt(tokenizer, messages[:last])
+    rest = prompt[len(before) :]
+    if prompt[: len(before)] != before:
+        return prompt
+    if rest[: len(answer)] == answer:
+        return past + rest
+    if end not in rest:
+        return prompt
+    # Text that is encoded again may cut words elsewhere; what follows the answer begins with the end token.
+    rest = rest[rest.index(end) :]
+    return past + answer + (rest[1:] if answer[-1] == end else rest)
+
+
 def encode_row(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> dict[str, list[int]]:
     """Token ids and loss mask of one row; every assistant turn ends in the end token, which is learned.
 
-    A row of `write_answers` carries the target's own `response_ids`; they are taken as they are, for decoding and
-    encoding again may cut words elsewhere, and an answer that was cut short teaches no end.
+    A row of `write_answers` carries the target's own `response_ids`, one list for each answer (or one list of ids for
+    the only answer); they are taken as they are, for decoding and encoding again may cut words elsewhere, and an
+    answer that was cut short teaches no end.
     """
     messages = messages_of(row)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if messages is None:
         text = tokenizer(row["text"])["input_ids"] + end
         return {"input_ids": text, "loss_mask": [1] * len(text)}
-    ids: list[int] = []
+    given_answers = iter(answer_ids(row) if row.get("response_ids") else list[list[int]]())
+    past, answer = list[int](), list[int]()
     loss_mask: list[int] = []
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        # The template writes everything before the answer; only what is new since the last answer is added.
-        prompt = encode_prompt(tokenizer, messages[:turn])
-        answer = row.get("response_ids") or tokenizer(message["content"], add_special_tokens=False)["input_ids"] + end
-        given = prompt[len(ids) :] if prompt[: len(ids)] == ids else prompt
-        if given is prompt:
-            ids, loss_mask = [], []  # The template rewrites earlier turns (drops their thinking, say): start over.
-        ids = ids + given + answer
-        loss_mask = loss_mask + [0] * len(given) + [1] * len(answer)
-    return {"input_ids": ids, "loss_mask": loss_mask}
+        said = past + answer
+        past = next_prompt(tokenizer, messages[:turn], past, answer)
+        answer = next(given_answers, []) or tokenizer(message["content"], add_special_tokens=False)["input_ids"] + end
+        # A template that rewrites earlier turns (drops their thinking, say) leaves nothing of them to learn.
+        kept = loss_mask if past[: len(said)] == said else []
+        loss_mask = kept + [0] * (len(past) - len(kept)) + [1] * len(answer)
+    return {"input_ids": past + answer, "loss_mask": loss_mask}
 
 
 def tokenize_rows(
@@ -186,46 +267,3 @@ def tokenize_rows(
         done = "cut there" if overlong == "truncate" else "left out"
         logger.warning("%d of %d rows are longer than %d tokens and were %s.", num_overlong, number, max_length, done)
     return examples
-
-
-def write_answers(
-    target: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
-    out: str | Path,
-    batch_size: int = 32,
-    **generate_kwargs: Any,
-) -> int:
-    """Let the target answer prompts: the text a draft should be trained on, for it is what it will have to propose.
-
-    Appends `{"prompt", "response"}` rows to `out`, a batch at a time; prompts already answered there are left alone,
-    so an interrupted run goes on. Prompts are batched by length. The answer's very tokens are kept as `response_ids`,
-    up to and with the end token where there is one.
-
-    Returns:
-        The number of rows written by this call.
-    """
-    out = Path(out)
-    ends = target.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends, tokenizer.eos_token_id])
-    answered = {row["prompt"] for row in read_rows(out)} if out.exists() else set()
-    encoded = [
-        (encode_prompt(tokenizer, [{"role": "user", "content": prompt}]), prompt)
-        for prompt in dict.fromkeys(prompts)
-        if prompt not in answered
-    ]
-    encoded.sort(key=lambda item: len(item[0]))
-    for start in range(0, len(encoded), batch_size):
-        batch = encoded[start : start + batch_size]
-        padded = tokenizer.pad({"input_ids": [ids for ids, _ in batch]}, padding_side="left", return_tensors="pt")
-        with torch.no_grad():
-            sequences = target.generate(**padded.to(target.device), **generate_kwargs)
-        answers = sequences[:, padded["input_ids"].shape[1] :].tolist()
-        with out.open("a", encoding="utf-8") as file:
-            for (_, prompt), answer in zip(batch, answers, strict=True):
-                end = next((place for place, token in enumerate(answer) if token in ends), len(answer))
-                answer = answer[: end + 1]
-                text = tokenizer.decode(answer, skip_special_tokens=True)
-                row = {"prompt": prompt, "response": text, "response_ids": answer}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    return len(encoded)
