@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, P
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from .subclass import subclass_named_as
+
 DEFAULT_NUM_ASSISTANT_TOKENS = 12
 # Keys under which other tools look for a mask token, some before `pard_token`: a checkpoint holds none of them.
 OTHER_MASK_KEYS = ("mask_token_id", "ptd_token_id", "dspark_noise_token_id", "dflash_config")
@@ -268,32 +270,6 @@ def draft_class(base: type[PreTrainedModel]) -> type[PardDraftModel]:
     made = subclass_named_as(base, PardDraftModel, draft_class)
     made.forward = forward
     return made
-
-
-def subclass_named_as(base: Any, mixin: type, maker: Callable[[Any], type]) -> Any:
-    """A subclass of `base` with `mixin` in front, under the name of `base`; `maker(base)` gives it again.
-
-    A saved config names the class, so the name stays. Pickle would look the class up by that name and find `base`, so
-    instances say how to make it instead.
-    """
-
-    def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        return make_empty, (maker, base), object.__reduce_ex__(self, protocol)[2]
-
-    names = {
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": mixin.__doc__,
-        "__reduce_ex__": __reduce_ex__,
-        "config_class": base.config_class,
-    }
-    return type(base.__name__, (mixin, base), names)
-
-
-def make_empty(maker: Callable[[Any], type], base: type) -> Any:
-    """An instance without state, for pickle to fill."""
-    made: Any = maker(base)
-    return made.__new__(made)
 
 
 def croppable_cache(config: PreTrainedConfig) -> DynamicCache:

@@ -17,7 +17,8 @@ import torch
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
 
-from ..draft_model import PardDraftModel, subclass_named_as
+from ..draft_model import PardDraftModel
+from ..subclass import subclass_named_as
 from .attention import packed_attention
 from .candidate_generator import PardCandidateGenerator
 from .checks import check_mode, check_pair, check_prompt, full_attention_mask, why_no_draft, why_not_slots
@@ -296,8 +297,7 @@ def with_pard(target: PreTrainedModel) -> PreTrainedModel:
             f"Expected a transformers model that can generate, got `{type(target).__name__}`. Wrapped models (PEFT, "
             "torch.compile) are to be unwrapped first, for example with `.get_base_model()`."
         )
-    base: Any = type(target)
-    target.__class__ = pard_class(base)
+    target.__class__ = pard_class(type(target))
     return target
 
 

@@ -8,9 +8,10 @@ import torch
 from transformers import PreTrainedModel
 
 from ..generation.cache import attention_windows
-from .cod import attends, attention_mask
+from .cod import attends
 
 ATTENTIONS = ("sdpa", "eager", "flex_attention")
+ROWS_AT_A_TIME = 1024
 
 
 def row_mask(model: PreTrainedModel, anchors: torch.Tensor, depths: torch.Tensor, starts: torch.Tensor) -> Any:
@@ -28,7 +29,7 @@ def row_mask(model: PreTrainedModel, anchors: torch.Tensor, depths: torch.Tensor
     """
     if model.config._attn_implementation == "flex_attention":
         return block_mask(anchors, depths, starts)
-    return additive(attention_mask(anchors, depths, starts).unsqueeze(1), model.dtype)
+    return additive_mask(anchors, depths, starts, model.dtype)
 
 
 def text_mask(model: PreTrainedModel, anchors: torch.Tensor, starts: torch.Tensor) -> torch.Tensor | None:
@@ -42,12 +43,21 @@ def text_mask(model: PreTrainedModel, anchors: torch.Tensor, starts: torch.Tenso
     """
     if not bool(starts.any()):
         return None
-    return additive(attention_mask(anchors, torch.zeros_like(anchors), starts).unsqueeze(1), model.dtype)
+    return additive_mask(anchors, torch.zeros_like(anchors), starts, model.dtype)
 
 
-def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """0 where a row sees, the lowest number where it does not."""
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+def additive_mask(
+    anchors: torch.Tensor, depths: torch.Tensor, starts: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """0 where a row sees, the lowest number where it does not; written some rows at a time, for it is large."""
+    batch_size, num_rows = anchors.shape
+    mask = torch.full((batch_size, 1, num_rows, num_rows), torch.finfo(dtype).min, dtype=dtype, device=anchors.device)
+    for first in range(0, num_rows, ROWS_AT_A_TIME):
+        rows = slice(first, first + ROWS_AT_A_TIME)
+        anchor, depth, start = (values[:, rows].unsqueeze(-1) for values in (anchors, depths, starts))
+        is_seen = attends(anchor, depth, start, anchors.unsqueeze(-2), depths.unsqueeze(-2))
+        mask[:, 0, rows].masked_fill_(is_seen, 0)
+    return mask
 
 
 def block_mask(anchors: torch.Tensor, depths: torch.Tensor, starts: torch.Tensor) -> Any:

@@ -1,0 +1,111 @@
+"""Peak memory of one training step over the length of its text: kept rows, no dropping, and the dense mask.
+
+    python benchmarks/training_memory.py --output training_memory.json
+
+`kept rows` is what `pard train` does. `no dropping` is the same with a retention rate of 1. `dense mask` is what the
+reference trainer does: the whole float32 mask of K·L x K·L entries first, then its kept rows and columns, and logits
+of all rows at once. Every step runs in a process of its own; its peak is above what the process held before the step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pard_hf import PardDraftModel, bundled_pair
+from pard_hf.conditions import conditions_of, shown_command
+from pard_hf.training.cod import attends
+from pard_hf.training.data_collator import DataCollatorForPard
+from pard_hf.training.objective import Objective
+
+ROUTES = {"kept rows": 0.7, "no dropping": 1.0, "dense mask": 0.7}
+NUM_DRAFT_TOKENS = 8
+
+
+def dense_loss(draft: PardDraftModel, batch: dict[str, Any], length: int) -> torch.Tensor:
+    """The reference trainer's way: blocks of all depths, one dense mask, one matrix of logits."""
+    anchors = torch.arange(length).repeat(NUM_DRAFT_TOKENS)
+    depths = torch.arange(NUM_DRAFT_TOKENS).repeat_interleave(length)
+    own = (values.unsqueeze(-1) for values in (anchors, depths, torch.zeros_like(anchors)))
+    mask = torch.zeros(len(anchors), len(anchors))
+    mask.masked_fill_(~attends(*own, anchors.unsqueeze(-2), depths.unsqueeze(-2)), torch.finfo(torch.float32).min)
+    kept = batch["depths"][0] * length + batch["anchors"][0]
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+    logits = draft(**inputs, attention_mask=mask[kept][:, kept][None, None], use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits[0].float(), batch["labels"][0])
+
+
+def step(route: str, length: int) -> dict[str, Any]:
+    """One forward and backward pass, in this process."""
+    torch.manual_seed(0)
+    draft = PardDraftModel.from_pretrained(bundled_pair().draft, dtype=torch.float32)
+    collator = DataCollatorForPard(draft.mask_token_id, NUM_DRAFT_TOKENS, ROUTES[route])
+    batch = collator([{"input_ids": torch.randint(3, 2000, (length,)).tolist()}])
+    batch.pop("places")
+    # A first short step loads what every step needs.
+    Objective()(draft, {name: values[:, :32] for name, values in batch.items()}).backward()
+    before, start = peak(), time.perf_counter()
+    loss = dense_loss(draft, batch, length) if route == "dense mask" else Objective()(draft, batch)
+    loss.backward()
+    seconds = time.perf_counter() - start
+    return {
+        "route": route,
+        "length": length,
+        "num_rows": batch["anchors"].shape[1],
+        "peak_bytes": peak() - before,
+        "seconds": round(seconds, 3),
+        "loss": round(loss.item(), 4),
+    }
+
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
+    parser.add_argument("--longest-other", type=int, default=2048, help="longest text of the two other routes")
+    parser.add_argument("--one", nargs=2, metavar=("ROUTE", "LENGTH"), help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(step(args.one[0], int(args.one[1]))))
+        return
+    steps = []
+    for length in args.lengths:
+        for route in ROUTES:
+            if route == "kept rows" or length <= args.longest_other:
+                words = [sys.executable, __file__, "--one", route, str(length)]
+                done = subprocess.run(words, capture_output=True, text=True, check=True)
+                steps.append(json.loads(done.stdout.splitlines()[-1]))
+                print(steps[-1], file=sys.stderr, flush=True)
+    draft = PardDraftModel.from_pretrained(bundled_pair().draft, dtype=torch.float32)
+    result = {
+        "command": shown_command(sys.argv[1:], "python benchmarks/training_memory.py"),
+        **conditions_of(draft),
+        "draft": "bundled",
+        "num_parameters": draft.num_parameters(),
+        "num_draft_tokens": NUM_DRAFT_TOKENS,
+        "retention_rate": 0.7,
+        "min_retention_rate": 0.2,
+        "batch_size": 1,
+        "measured": "ru_maxrss of the process after the step, above what it was before",
+        "steps": steps,
+    }
+    text = json.dumps(result, indent=1)
+    if args.output is not None:
+        args.output.write_text(text + "\n")
+    print(json.dumps({f"{s['route']}, {s['length']}": s["peak_bytes"] for s in steps}))
+
+
+if __name__ == "__main__":
+    main()
