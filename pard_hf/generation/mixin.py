@@ -1,7 +1,6 @@
 """Where we meet transformers: `generate(assistant_model=draft)` on a target that knows about PARD.
 
-Translates one `generate()` call into a `DecodingRequest`, and the result back. The only file that touches the host's
-private methods.
+Translates one `generate()` call into a `DecodingRequest`, and back. Only here are the host's private methods touched.
 """
 
 from __future__ import annotations
@@ -297,7 +296,8 @@ def with_pard(target: PreTrainedModel) -> PreTrainedModel:
             f"Expected a transformers model that can generate, got `{type(target).__name__}`. Wrapped models (PEFT, "
             "torch.compile) are to be unwrapped first, for example with `.get_base_model()`."
         )
-    target.__class__ = pard_class(type(target))
+    base: Any = type(target)
+    target.__class__ = pard_class(base)
     return target
 
 
