@@ -116,3 +116,20 @@ def test_short_row_is_named(tokenizer):
     with pytest.raises(ValueError, match="1 tokens in row 2"):
         tokenize_rows(tokenizer, rows, max_length=6)
     assert len(tokenize_rows(tokenizer, rows, max_length=6, skip_bad_rows=True)) == 1
+
+
+@pytest.mark.parametrize("end", ["</s>{% endgeneration %}", "{% endgeneration %}</s>"])
+def test_marked_templates_need_no_prefix(tokenizer, end):
+    """A template whose text up to an answer is another one without the answer: its marks say where answers are."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}"
+        + end
+        + "{% else %}"
+        "[{{ loop.length }}]{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    turns = [("user", "ab"), ("assistant", "cd"), ("user", "ef"), ("assistant", "gh")]
+
+    example = encode_row(tokenizer, {"messages": [{"role": role, "content": text} for role, text in turns]})
+
+    assert decode(tokenizer, example["input_ids"]) == "[4]abcd</s>[4]efgh</s>"
+    assert learned(tokenizer, example) == "cd</s>gh</s>"

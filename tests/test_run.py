@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -178,20 +179,22 @@ def history(folder, step):
     return torch.tensor([entry["loss"] for entry in state["log_history"] if "loss" in entry])
 
 
-def launch(base, data, out, *flags):
-    # What `accelerate launch` starts on GPUs; on CPUs it would ask for MPI.
+def launch(*words):
+    """Two processes; what `accelerate launch` starts on GPUs, and on CPUs would ask MPI for."""
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    words = [sys.executable, *launcher, *command(base, data, out, *flags, "ddp_backend=gloo")[1:]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(
+        [sys.executable, *launcher, *map(str, words)], capture_output=True, text=True, env=environment, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 @pytest.mark.slow
 def test_two_processes_are_one_with_doubled_accumulation(base, data, tmp_path):
     """The same losses and weights, and a checkpoint of the one is gone on from by the other."""
     flags = ("--save-steps", "3", "--batch-size", "2", "--training-arguments", "logging_steps=1")
-    launch(base, data, tmp_path / "two", "--max-steps", "6", *flags)
+    launch(*command(base, data, tmp_path / "two", "--max-steps", "6", *flags, "ddp_backend=gloo")[1:])
     accumulated = ("--gradient-accumulation-steps", "2", *flags)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(
@@ -217,3 +220,12 @@ def test_two_processes_are_one_with_doubled_accumulation(base, data, tmp_path):
     )
     for name, weight in weights(tmp_path / "one").items():
         torch.testing.assert_close(weights(tmp_path / "two")[name], weight, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", [1, 2])
+def test_sharded_weights_have_the_same_gradients(version):
+    """FSDP sees a forward that returns a loss, whatever it reads on the way: backbone, head in chunks, teacher."""
+    found = json.loads(launch(Path(__file__).parent / "programs/sharded_loss.py", version).splitlines()[-1])
+
+    assert found["norm"] == pytest.approx(found["expected"], rel=1e-5)

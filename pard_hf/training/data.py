@@ -18,6 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
+# How a chat template says where answers are, https://huggingface.co/docs/transformers/chat_templating_writing.
+ANSWER_MARK = "{% generation"
+
 
 class Row(dict[str, Any]):
     """A row that knows the file and line it came from."""
@@ -207,6 +210,8 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> dict[
     if messages is None:
         text = tokenizer(row["text"])["input_ids"] + end
         return {"input_ids": text, "loss_mask": [1] * len(text)}
+    if ANSWER_MARK in str(tokenizer.chat_template) and not row.get("response_ids"):
+        return encode_marked(tokenizer, messages)
     given_answers = iter(answer_ids(row) if row.get("response_ids") else list[list[int]]())
     past, answer = list[int](), list[int]()
     loss_mask: list[int] = []
@@ -220,6 +225,17 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> dict[
         kept = loss_mask if past[: len(said)] == said else []
         loss_mask = kept + [0] * (len(past) - len(kept)) + [1] * len(answer)
     return {"input_ids": past + answer, "loss_mask": loss_mask}
+
+
+def encode_marked(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> dict[str, list[int]]:
+    """Token ids and loss mask of a conversation, by a chat template that marks answers with `{% generation %}`."""
+    encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    ids, loss_mask = list(encoded["input_ids"]), list(encoded["assistant_masks"])
+    for place in range(1, len(ids)):
+        # Many a template marks the words alone, and the end token after them is what stops a text.
+        if ids[place] == tokenizer.eos_token_id and loss_mask[place - 1]:
+            loss_mask[place] = 1
+    return {"input_ids": ids, "loss_mask": loss_mask}
 
 
 def tokenize_rows(
