@@ -8,7 +8,8 @@ from families import make_model
 from transformers import TrainerCallback
 
 from pard_hf import PardDraftModel, PardTrainer, PardTrainingArguments
-from pard_hf.training.run import check_mask_token, train_draft
+from pard_hf.training.mask_token import check_mask_token
+from pard_hf.training.run import train_draft
 
 ROWS = [{"input_ids": [1, *[(5 * start + 7 * i) % 80 + 3 for i in range(14)], 2]} for start in range(8)]
 

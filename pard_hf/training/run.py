@@ -13,6 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..draft_model import PardDraftModel, num_positions
 from .data import read_rows, tokenize_rows
+from .mask_token import check_mask_token
 from .trainer import PardTrainer, PardTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -68,19 +69,6 @@ def train_draft(
     if trainer.is_world_process_zero():
         tokenizer.save_pretrained(output)
     return output
-
-
-def check_mask_token(tokenizer: Any, mask_token_id: int) -> None:
-    """Raise a `ValueError` for an id that text or the template may contain; reserved special tokens are fine."""
-    used = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
-    added = tokenizer.added_tokens_decoder.get(mask_token_id)
-    is_reserved = added is not None and added.special and mask_token_id not in used
-    if mask_token_id in tokenizer.get_vocab().values() and not is_reserved:
-        raise ValueError(
-            f"Expected a mask token the tokenizer never produces, got {mask_token_id}, which is "
-            f"{tokenizer.convert_ids_to_tokens(mask_token_id)!r}. Take a reserved special token, or an id from "
-            f"{len(tokenizer)} on where the model's vocabulary is larger."
-        )
 
 
 def free_name(folder: Path) -> Path:
