@@ -47,6 +47,10 @@ ALLOWED = {
         "generation/verification",
     },
     "training/data_collator": {"training/cod"},
+    "training/mask_token": set(),
+    "hub/checkpoint": set(),
+    "hub/engines": {"draft_model", "hub/checkpoint", "training/mask_token"},
+    "hub/export": {"draft_model", "hub/checkpoint", "hub/engines"},
 }
 
 
