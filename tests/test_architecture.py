@@ -53,6 +53,10 @@ ALLOWED = {
     "training/mask_token": set(),
     "training/row_attention": {"generation/cache", "training/cod"},
     "training/objective": {"training/losses", "training/row_attention"},
+    "hub/model_card": set(),
+    "hub/checkpoint": {"draft_model"},
+    "hub/engines": {"draft_model", "hub/checkpoint", "training/mask_token"},
+    "hub/export": {"draft_model", "hub/checkpoint", "hub/engines"},
 }
 
 
@@ -70,8 +74,6 @@ def test_imports_go_one_way():
         assert set(imports_of(PACKAGE / f"{name}.py")) <= allowed, name
     for path in (PACKAGE / "training").glob("*.py"):
         assert not any(name.startswith("evaluation") for name in imports_of(path)), path
-    for path in (PACKAGE / "hub").glob("*.py"):
-        assert set(imports_of(path)) <= {"draft_model", "hub/model_card", "hub/engines", "training/mask_token"}, path
     for path in (PACKAGE / "evaluation").glob("*.py"):
         assert not any(name.startswith("training") for name in imports_of(path)), path
 

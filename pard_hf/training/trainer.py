@@ -17,6 +17,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from ..draft_model import PardDraftModel
 from ..generation.stats import DecodingStats
+from ..hub.checkpoint import mend_config
 from .data_collator import DataCollatorForPard
 from .objective import Objective, check_head
 from .progress import MetricsFile, TrainingClock
@@ -197,7 +198,10 @@ class PardTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.provenance is not None and self.args.should_save:
+        if not self.args.should_save:
+            return
+        mend_config(Path(output_dir or self.args.output_dir))  # Engines read every checkpoint, not only exported ones.
+        if self.provenance is not None:
             history = [entry for entry in self.state.log_history if "eval_acceptance_length" in entry]
             self.provenance(Path(output_dir or self.args.output_dir), self.state.global_step, (history or [{}])[-1])
 

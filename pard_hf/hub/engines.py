@@ -1,0 +1,298 @@
+"""Whether vLLM and TensorRT-LLM would load a checkpoint as a parallel draft, and what is wrong if not.
+
+Knows what the two engines read of a draft; runs neither. Sources: vLLM `v1/spec_decode/llm_base_proposer.py` (mask
+token) and `config/speculative.py` (vocabulary), 0.16 to 0.33; TensorRT-LLM `_torch/models/modeling_speculative.py`
+(PARDForCausalLM). Whether an engine implements the draft's architecture is in its own list, which is not read here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..draft_model import OTHER_MASK_KEYS
+from ..training.mask_token import check_mask_token
+from .checkpoint import (
+    DRAFT_FILES,
+    TARGET_FILES,
+    is_known_model,
+    legacy_rope,
+    load_tokenizer,
+    local_folder,
+    read_json,
+    tensor_shapes,
+    text_config,
+    tokenizer_files,
+    vocab_size,
+    vocabulary_tensors,
+    weight_files,
+)
+
+Engine = Literal["vLLM", "TensorRT-LLM"]
+# In the words of a reader, with the releases meant.
+ENGINES: dict[Engine, str] = {"vLLM": "vLLM >= 0.16", "TensorRT-LLM": "TensorRT-LLM"}
+# What config classes of transformers 4 take where a config does not say it on the top level.
+DEFAULT_ROPE_THETA = 10000.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing about a checkpoint that an engine's user should know.
+
+    Args:
+        engine (`str`):
+            `"vLLM"`, `"TensorRT-LLM"` or `"both"`.
+        is_blocking (`bool`):
+            Whether the engine refuses the checkpoint or drafts wrongly from it, at least in some of its releases.
+        message (`str`):
+            What is wrong and what to do, without the names of folders.
+    """
+
+    engine: Engine | Literal["both"]
+    is_blocking: bool
+    message: str
+
+
+def check_draft(draft: str | Path, target: str | Path | None = None) -> list[Finding]:
+    """Say whether the engines would load a checkpoint as a parallel draft. Weights are not loaded, only their headers.
+
+    Of the tensors, the embedding and the head are compared with the config; [`export_draft`] compares them all.
+
+    Args:
+        draft (`str`):
+            Folder or Hub id of the draft; one on the Hub is downloaded.
+        target (`str`, *optional*):
+            Folder or Hub id of the target it is to serve with; only its config and tokenizer are read.
+
+    Returns:
+        A list of [`Finding`]; empty where there is nothing to say.
+
+    Raises:
+        OSError: There is no such draft or target.
+        ValueError: The target's config cannot be read.
+
+    >>> would_load(check_draft("my-draft", target="Qwen/Qwen2.5-7B-Instruct"), "vLLM")
+    """
+    folder = local_folder(draft, DRAFT_FILES)
+    target_folder = None if target is None else local_folder(target, TARGET_FILES)
+    target_config = None if target_folder is None else read_json(target_folder, "config.json")
+    try:
+        config = read_json(folder, "config.json")
+    except ValueError as error:
+        return [Finding("both", True, str(error))]
+    findings = [*mask_findings(config), *config_findings(config), *weight_findings(folder, config)]
+    if target_config is not None:
+        findings += target_findings(config, target_config)
+    findings += [*generation_findings(folder), *tokenizer_findings(folder, config, target_folder)]
+    return sorted(findings, key=lambda finding: not finding.is_blocking)
+
+
+def would_load(findings: list[Finding], engine: Engine) -> bool:
+    """Whether no finding keeps the engine from drafting with the checkpoint."""
+    return not any(finding.is_blocking and finding.engine in (engine, "both") for finding in findings)
+
+
+def mask_findings(config: dict[str, Any]) -> Iterator[Finding]:
+    """The mask token: one integer, `pard_token`, on the top level, and no key that is read before it."""
+    mask_token_id = config.get("pard_token")
+    if mask_token_id is None:
+        where = next((key for key, part in config.items() if isinstance(part, dict) and "pard_token" in part), None)
+        yield Finding(
+            "both",
+            True,
+            f"`pard_token` stands in `{where}`, and engines read the top level of config.json: move it there."
+            if where
+            else "config.json has no `pard_token`, the mask token's id: train a draft with `pard train`, or add it.",
+        )
+        return
+    if type(mask_token_id) is not int:
+        yield Finding("both", True, f"`pard_token` should be an integer, got {mask_token_id!r}: put the mask's id.")
+    for key in OTHER_MASK_KEYS:
+        if config.get(key) is not None or (key == "dspark_noise_token_id" and key in config):  # null is read, too
+            yield stray_key_finding(key, config[key], mask_token_id)
+
+
+def stray_key_finding(key: str, value: Any, mask_token_id: Any) -> Finding:
+    """What another mask key does: only `ptd_token_id` is read after `pard_token`."""
+    if key == "ptd_token_id":
+        return Finding(
+            "vLLM", False, "config.json holds `ptd_token_id`, which vLLM reads after `pard_token`: remove it."
+        )
+    if key == "dflash_config":
+        value = value.get("mask_token_id", mask_token_id) if isinstance(value, dict) else None
+    since = "releases after 0.16" if key == "dflash_config" else "later releases, 0.33 among them,"
+    return Finding(
+        "vLLM",
+        value != mask_token_id,
+        f"config.json holds `{key}`, which vLLM reads before `pard_token` ({since} do): run `pard export`, or remove "
+        "it.",
+    )
+
+
+def config_findings(config: dict[str, Any]) -> Iterator[Finding]:
+    """The rest of config.json: architecture, vocabulary, rope and the kind of draft."""
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        yield Finding(
+            "both", True, "config.json names no architecture: put the base model's class in `architectures`."
+        )
+    elif not str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel")):
+        yield Finding(
+            "both",
+            True,
+            f"The architecture should be a causal LM (…ForCausalLM), got {architectures[0]!r}: put the base model's "
+            "class in `architectures`.",
+        )
+    try:
+        size, mask_token_id = vocab_size(config), config.get("pard_token")
+        if type(mask_token_id) is int and not 0 <= mask_token_id < size:
+            yield Finding(
+                "both",
+                True,
+                f"`pard_token` should be an id in [0, {size}), got {mask_token_id}: put the id the draft was trained "
+                "with.",
+            )
+    except ValueError as error:
+        yield Finding("both", True, str(error))
+    yield from rope_findings(text_config(config))
+    if config.get("spd_type") != "pard":
+        yield Finding(
+            "both", False, f"`spd_type` should be 'pard', got {config.get('spd_type')!r}: engines do not ask for it."
+        )
+
+
+def rope_findings(config: dict[str, Any]) -> Iterator[Finding]:
+    """Engines on transformers 4 do not read `rope_parameters` (https://github.com/vllm-project/vllm/pull/44158)."""
+    unsaid = {key: value for key, value in legacy_rope(config).items() if key not in config}
+    if unsaid and unsaid != {"rope_theta": DEFAULT_ROPE_THETA}:
+        yield Finding(
+            "both",
+            True,
+            f"config.json says {', '.join(f'`{key}`' for key in unsaid)} in `rope_parameters` only, and engines that "
+            f"run on transformers 4 silently take their defaults (theta {DEFAULT_ROPE_THETA:.0f}): run `pard export`, "
+            "which writes both.",
+        )
+
+
+def weight_findings(folder: Path, config: dict[str, Any]) -> Iterator[Finding]:
+    """Weights: whole safetensors files, with as many vocabulary rows as the config says."""
+    try:
+        if not weight_files(folder):
+            yield no_safetensors_finding(folder)
+            return
+        shapes = tensor_shapes(folder)
+    except ValueError as error:
+        yield Finding("both", True, str(error))
+        return
+    try:
+        size, names = vocab_size(config), vocabulary_tensors(folder)
+    except ValueError as error:
+        if "vocab_size" not in str(error):  # that one is the config's finding
+            # The engines may know a model this transformers does not; a known one they read as it does.
+            yield Finding("both", is_known_model(config), str(error))
+        return
+    for name in names:
+        # Checkpoints of the model without its head, and of one inside another, have other prefixes.
+        found = next((key for key in shapes if f".{key}".endswith(f".{name}") or name.endswith(f".{key}")), None)
+        if found is None:
+            yield Finding("both", True, f"The weights hold no {name}: save the checkpoint again.")
+        elif (num_rows := (shapes[found] or [0])[0]) != size:
+            yield Finding(
+                "both",
+                True,
+                f"{found} has {num_rows} rows, and config.json says `vocab_size` {size}: correct the latter.",
+            )
+            return
+
+
+def no_safetensors_finding(folder: Path) -> Finding:
+    if not [*folder.glob("*.bin"), *folder.glob("*.pt")]:
+        return Finding("both", True, "The checkpoint has no weights: expected model.safetensors. Save it again.")
+    return Finding(
+        "both",
+        False,
+        "The weights are pickled only, and pickle can run code. If you trust them, write safetensors with "
+        "`PardDraftModel.from_pretrained(…, use_safetensors=False).save_pretrained(…)`.",
+    )
+
+
+def target_findings(config: dict[str, Any], target_config: dict[str, Any]) -> Iterator[Finding]:
+    """Draft and target beside each other: the same number of vocabulary rows, positions enough."""
+    ours, theirs = text_config(config), text_config(target_config)
+    num_rows = vocab_size(target_config)
+    if ours.get("vocab_size") != num_rows:
+        yield Finding(
+            "vLLM",
+            True,
+            f"vLLM wants the draft's `vocab_size` to equal the target's {num_rows}, got {ours.get('vocab_size')}: run "
+            "`pard export --target …`.",
+        )
+    reach, needed = ours.get("max_position_embeddings"), theirs.get("max_position_embeddings")
+    if isinstance(reach, int) and isinstance(needed, int) and reach < needed:
+        yield Finding(
+            "both",
+            False,
+            f"The draft was made for {reach} positions and the target for {needed}: serve texts up to {reach} only "
+            "(`max_model_len` in vLLM, `max_seq_len` in TensorRT-LLM).",
+        )
+
+
+def generation_findings(folder: Path) -> Iterator[Finding]:
+    """K is a flag of the engines; the draft says which one it was made for."""
+    try:
+        num_drafts = read_json(folder, "generation_config.json").get("num_assistant_tokens")
+    except ValueError:
+        num_drafts = None
+    if num_drafts is None:
+        yield Finding(
+            "both",
+            False,
+            "generation_config.json names no `num_assistant_tokens`: choose K yourself (`num_speculative_tokens` in "
+            "vLLM, `max_draft_len` in TensorRT-LLM), 8 to 12 for most drafts.",
+        )
+
+
+def tokenizer_findings(folder: Path, config: dict[str, Any], target_folder: Path | None) -> Iterator[Finding]:
+    """One tokenizer for both, and a mask token it never produces. Engines load the target's."""
+    try:
+        tokenizer = load_tokenizer(folder)
+    except ValueError as error:
+        yield Finding("both", False, f"{error} Engines take the target's, but nobody can compare the two.")
+        return
+    if type(config.get("pard_token")) is int:
+        try:
+            check_mask_token(tokenizer, config["pard_token"])
+        except ValueError as error:
+            yield Finding("both", True, str(error))
+    if target_folder is None:
+        return
+    if not tokenizer_files(target_folder):
+        yield Finding("both", False, "The target has no tokenizer to compare the draft's with: check it yourself.")
+        return
+    yield from vocabulary_findings(tokenizer, load_tokenizer(target_folder))
+
+
+def vocabulary_findings(tokenizer: Any, target_tokenizer: Any) -> Iterator[Finding]:
+    """Ids mean the same tokens for both; tokens only one of them has are never proposed, or never accepted."""
+    ours, theirs = (
+        {index: token for token, index in side.get_vocab().items()} for side in (tokenizer, target_tokenizer)
+    )
+    differing = sorted(index for index in ours.keys() & theirs.keys() if ours[index] != theirs[index])
+    if differing:
+        index = differing[0]
+        yield Finding(
+            "both",
+            True,
+            f"Draft and target must share a tokenizer: id {index} is {ours[index]!r} for the draft and "
+            f"{theirs[index]!r} for the target. Take a draft of the target's family.",
+        )
+    elif ours.keys() != theirs.keys():
+        number = len(ours.keys() ^ theirs.keys())
+        yield Finding(
+            "both",
+            False,
+            f"{number} token{'s' * (number > 1)} of one tokenizer, draft's or target's, unknown to the other: drafts "
+            "stop there.",
+        )
