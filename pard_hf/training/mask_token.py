@@ -58,15 +58,11 @@ def check_mask_token(tokenizer: Any, mask_token_id: int) -> None:
 
 def why_not_mask(tokenizer: Any, mask_token_id: int) -> str | None:
     """Say what an id is used for; `None` where it is free."""
-    token = tokenizer.convert_ids_to_tokens(mask_token_id) if mask_token_id < len(tokenizer) else None
-    if token is None or mask_token_id not in tokenizer.get_vocab().values():
+    token = next((token for token, index in tokenizer.get_vocab().items() if index == mask_token_id), None)
+    if token is None:
         return None
-    if mask_token_id in (
-        tokenizer.bos_token_id,
-        tokenizer.eos_token_id,
-        tokenizer.pad_token_id,
-        tokenizer.unk_token_id,
-    ):
+    roles = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
+    if mask_token_id in roles:
         return f"the tokenizer's own {token!r}"
     added = tokenizer.added_tokens_decoder.get(mask_token_id)
     if added is None or not added.special:
