@@ -4,9 +4,11 @@
 
 Experiments: `cod` (retention rates and K_train, seconds to the acceptance length of training without dropping),
 `objectives` (ce, kd and cat at equal steps), `first-position` (what adaptation does to the next token, and to the
-base model's own autoregressive blocks). Every run starts from the same weights, sees the same rows in the same order,
-and is measured against the real target(s) through the real decoding loop. Seconds are steps times the median seconds
-of a step, which are measured apart: one step of each run in turn, again and again, so that all meet the same machine.
+base model's own autoregressive blocks), `targets` (one run on each file of `--data`, measured with every target: what a
+draft is worth to a target whose text it never saw). Every run starts from the same weights, sees its rows in the same
+order, and is measured against the real targets through the real decoding loop. Seconds are steps times the median
+seconds of a step, which are measured apart: one step of each run in turn, again and again, so that all runs meet the
+same machine.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ EXPERIMENTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "objectives": {name: {**PAPER, "objective": name} for name in ("ce", "kd", "cat")},
     "first-position": {"paper": PAPER},
+    "targets": {},
 }
 REFERENCE = "no dropping"
 
@@ -56,7 +59,7 @@ def main() -> None:
     parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("--base", required=True, help="the model that is adapted")
     parser.add_argument("--target", nargs="+", help="targets to measure with; the first is the teacher (bundled)")
-    parser.add_argument("--data", type=Path, required=True, help="rows that the target answered")
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="rows that the targets answered")
     parser.add_argument("--prompts", nargs="+", required=True, help="held-out prompt sets")
     parser.add_argument("--whole-text", action="store_true", help="learn prompts as well, as the paper's trainer does")
     parser.add_argument("--steps", type=int, default=120)
@@ -80,17 +83,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     targets = {Path(name).name: load_target(name) for name in names}
     tokenizer = AutoTokenizer.from_pretrained(args.base)
     evaluators = {name: evaluator(args, target, tokenizer) for name, target in targets.items()}
-    rows = tokenize_rows(tokenizer, read_rows(args.data), args.max_length, skip_bad_rows=True)
-    if args.whole_text:
-        rows = [{**row, "loss_mask": [1] * len(row["input_ids"])} for row in rows]
-    random.Random(0).shuffle(rows)
-    runs = EXPERIMENTS[args.experiment]
+    files = {file.stem: rows_of(args, file, tokenizer) for file in args.data}
+    runs = EXPERIMENTS[args.experiment] or {name: {**PAPER, "data": name} for name in files}
     result: dict[str, Any] = {
         "command": shown_command(sys.argv[1:], "python benchmarks/adaptation.py"),
         **conditions_of(next(iter(targets.values()))),
         "base": Path(args.base).name,
         "base_parameters": AutoModelForCausalLM.from_pretrained(args.base).num_parameters(),
-        "num_rows": len(rows),
+        "num_rows": {name: len(rows) for name, rows in files.items()},
         "steps": args.steps,
         "batch_size": args.batch_size,
         "learning_rate": args.learning_rate,
@@ -100,13 +100,22 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
     for name, settings in runs.items():
         print(name, file=sys.stderr, flush=True)
-        points = adapt(args, settings, rows, tokenizer, evaluators)
+        points = adapt(args, settings, files, tokenizer, evaluators)
         result["runs"].append({"run": name, **settings, "points": points})
         args.output.with_suffix(".partial.json").write_text(json.dumps(result, indent=1))
     if args.timed_steps:
-        time_steps(args, result["runs"], runs, rows, tokenizer, evaluators)
+        time_steps(args, result["runs"], runs, files, tokenizer, evaluators)
     args.output.with_suffix(".partial.json").unlink(missing_ok=True)
     return result
+
+
+def rows_of(args: argparse.Namespace, file: Path, tokenizer: Any) -> list[dict[str, Any]]:
+    """Rows to train on, in one order for all runs."""
+    rows = tokenize_rows(tokenizer, read_rows(file), args.max_length, skip_bad_rows=True)
+    if args.whole_text:
+        rows = [{**row, "loss_mask": [1] * len(row["input_ids"])} for row in rows]
+    random.Random(0).shuffle(rows)
+    return rows
 
 
 def load_target(name: str) -> Any:
@@ -142,9 +151,11 @@ def unadapted(args: argparse.Namespace, evaluator: AcceptanceEvaluator) -> dict[
 
 
 def make_trainer(
-    args: argparse.Namespace, settings: dict[str, Any], rows: Any, tokenizer: Any, evaluators: Any
+    args: argparse.Namespace, settings: dict[str, Any], files: Any, tokenizer: Any, evaluators: Any
 ) -> Any:
     set_seed(0)
+    settings = dict(settings)
+    rows = files[settings.pop("data", next(iter(files)))]
     base = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32)
     mask_token_id, _ = choose_mask_token(tokenizer, base.config.vocab_size)
     arguments = PardTrainingArguments(
@@ -201,19 +212,22 @@ class Points:
         return stats
 
 
-def adapt(args: argparse.Namespace, settings: dict[str, Any], rows: Any, tokenizer: Any, evaluators: Any) -> list[Any]:
+def adapt(
+    args: argparse.Namespace, settings: dict[str, Any], files: Any, tokenizer: Any, evaluators: Any
+) -> list[Any]:
     """One run; what was measured on the way, with the steps, tokens and kept rows that it took."""
-    trainer = make_trainer(args, settings, rows, tokenizer, evaluators)
+    trainer = make_trainer(args, settings, files, tokenizer, evaluators)
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "eval_acceptance_length" in entry]
     counts = ({name: entry[name] for name in ("step", "num_tokens", "num_rows")} for entry in history)
     return [{**count, **point} for count, point in zip(counts, trainer.evaluator.found, strict=True)]
 
 
-def time_steps(args: argparse.Namespace, found: Any, runs: Any, rows: Any, tokenizer: Any, evaluators: Any) -> None:
+def time_steps(args: argparse.Namespace, found: Any, runs: Any, files: Any, tokenizer: Any, evaluators: Any) -> None:
     """Median seconds of a step of each run, interleaved; then each point's seconds, and those to the reference's τ."""
-    trainers = {name: make_trainer(args, settings, rows, tokenizer, evaluators) for name, settings in runs.items()}
+    trainers = {name: make_trainer(args, settings, files, tokenizer, evaluators) for name, settings in runs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    rows = next(iter(files.values()))
     batches = cycle(
         [rows[i : i + args.batch_size] for i in range(0, args.batch_size * args.timed_steps, args.batch_size)]
     )
