@@ -1,11 +1,11 @@
-"""Make the bundled pair from permissively licensed text: tokenizer, target, its answers, draft.
+"""Make the bundled pair from permissively licensed text: tokenizer, targets, their answers, draft.
 
     make bundled-pair DATA=../shared/data/train
 
 Each stage writes into `--work` and is skipped when its result is there; interrupted training goes on from its last
 checkpoint, and writing answers after the last one written. A target this small is undertrained by any measure:
 it exists so that acceptance, cost and the whole path from training to `generate()` are real on a machine with no
-network and no GPU.
+network and no GPU. A second target, of another depth and width, stays in `--work`: one draft serves both.
 
 Rows are `<|begin|>prompt\\nresponse<|end|>` or `<|begin|>text<|end|>`: one template, an end token on every row that is
 whole, so that stopping is learned.
@@ -37,10 +37,14 @@ from pard_hf.training.data import encode_row, read_rows, tokenize_rows
 VOCAB_SIZE, TOKENIZER_SIZE = 2048, 2040
 MAX_ROW_TOKENS = 448
 TARGET = {"hidden_size": 160, "intermediate_size": 416, "num_hidden_layers": 12, "num_attention_heads": 5}
+WIDE_TARGET = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 6, "num_attention_heads": 8}
 DRAFT = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 3}
 NUM_ASSISTANT_TOKENS = 8
-# Training prompts that the target answers: their number, their longest (in tokens) and the share of code.
-NUM_ANSWERS, LONGEST_PROMPT, CODE_SHARE = 3_000, 400, 0.6
+# Training prompts that a target answers: their longest (in tokens), and how many of each file, where targets are
+# settled and where the draft is adapted.
+LONGEST_PROMPT = 320
+SETTLING_PROMPTS = {"code_functions": 1_800, "math_gsm8k": 1_200}
+ADAPTING_PROMPTS = {"code_functions": 8_000, "math_gsm8k": 8_000, "code_leetcode": 1_500, "code_instruct": 1_500}
 # How often a file's rows are seen for each pass over the mix.
 MIX = {"math_gsm8k": 3, "code_functions": 2, "code_leetcode": 1, "code_instruct": 1}
 TRAINER = {
@@ -275,15 +279,16 @@ def settle_target(answers: Path, start: Path, out: Path, steps: int) -> None:
     fit(model, tokenizer, rows, out, steps, lr=5e-3, adam_lr=1e-3)
 
 
-def answer_training_prompts(data: Path, target_dir: Path, out: Path) -> None:
+def answer_training_prompts(data: Path, target_dir: Path, out: Path, numbers: dict[str, int]) -> None:
     """The target's own greedy answers to training prompts."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(target_dir)
     target = LlamaForCausalLM.from_pretrained(target_dir, dtype=torch.float32).eval()
-    chosen = []
-    for name, share in (("code_functions", CODE_SHARE), ("math_gsm8k", 1 - CODE_SHARE)):
-        prompts = [row["prompt"] for row in read_rows(data / f"{name}.jsonl.gz")]
+    chosen: list[str] = []
+    for name, number in numbers.items():
+        prompts = [row["prompt"] for row in read_rows(data / f"{name}.jsonl.gz") if "prompt" in row]
         prompts = [prompt for prompt in prompts if len(tokenizer(prompt)["input_ids"]) <= LONGEST_PROMPT]
-        chosen += random.Random(0).sample(prompts, min(len(prompts), round(NUM_ANSWERS * share)))
+        random.Random(0).shuffle(prompts)
+        chosen += prompts[:number]
     rows = [{"prompt": prompt} for prompt in chosen]
     write_answers(target, tokenizer, rows, out, batch_size=96, max_new_tokens=128)
 
@@ -331,7 +336,7 @@ def main() -> None:
     parser.add_argument("--target-steps", type=int, default=2400, help="optimizer steps of language modeling")
     parser.add_argument("--settle-steps", type=int, default=180, help="optimizer steps against repetition, a turn")
     parser.add_argument("--draft-base-steps", type=int, default=700, help="language modeling of the draft's base")
-    parser.add_argument("--draft-steps", type=int, default=3000, help="adaptation of the draft")
+    parser.add_argument("--draft-steps", type=int, default=6000, help="adaptation of the draft")
     args = parser.parse_args()
     tokenizer_dir, target_dir = args.work / "tokenizer", args.work / "target"
     if not (tokenizer_dir / "tokenizer.json").exists():
@@ -343,15 +348,25 @@ def main() -> None:
         looping, start_dir = args.work / f"looping-answers-{turn}.jsonl", settled_dir
         settled_dir = args.work / f"target-settled-{turn}"
         if not (settled_dir / "model.safetensors").exists():
-            answer_training_prompts(args.data, start_dir, looping)
+            answer_training_prompts(args.data, start_dir, looping, SETTLING_PROMPTS)
             settle_target(looping, start_dir, settled_dir, args.settle_steps)
     base_dir, answers, draft_dir = args.work / "draft-base", args.work / "answers.jsonl", args.work / "draft"
     if not (base_dir / "model.safetensors").exists():
         pretrain(args.data, tokenizer_dir, base_dir, DRAFT, args.draft_base_steps)
-    answer_training_prompts(args.data, settled_dir, answers)
+    answer_training_prompts(args.data, settled_dir, answers, ADAPTING_PROMPTS)
     if not (draft_dir / "model.safetensors").exists():
         adapt_draft(answers, base_dir, draft_dir, args.draft_steps)
     package(settled_dir, draft_dir, args.out)
+    make_wide_target(args)
+
+
+def make_wide_target(args: argparse.Namespace) -> None:
+    """A second target for the same draft, settled on the first one's answers, as real families share their tuning."""
+    start_dir, out = args.work / "target-wide-start", args.work / "target-wide"
+    if not (start_dir / "model.safetensors").exists():
+        pretrain(args.data, args.work / "tokenizer", start_dir, WIDE_TARGET, args.target_steps)
+    if not (out / "model.safetensors").exists():
+        settle_target(args.work / "looping-answers-0.jsonl", start_dir, out, args.settle_steps)
 
 
 if __name__ == "__main__":
