@@ -14,7 +14,7 @@ import torch
 from families import make_model
 from safetensors.torch import load_file
 
-from pard_hf import PardDraftModel
+from pard_hf import DecodingStats, PardDraftModel
 from pard_hf.training.run import TrainingSpec, train_draft
 
 FLAGS = ["--mask-token-id", "102", "--max-length", "64", "--device", "cpu", "--learning-rate", "0.01"]
@@ -135,6 +135,17 @@ def test_overlong_rows_are_counted(base, data, tmp_path, caplog):
     assert "1 of 17 rows are longer than 64 tokens and were left out" in caplog.text
 
 
+def test_run_stops_when_blocks_grow_no_more(base, data, tmp_path):
+    def make_evaluator(target, tokenizer):
+        assert target.config.vocab_size == 104
+        return lambda draft, part: {"some": DecodingStats((3, 1), 8)}
+
+    spec = {"target": str(base), "early_stopping_patience": 2}
+    train(base, data, tmp_path / "draft", 40, make_evaluator, spec)
+
+    assert last_checkpoint(tmp_path / "draft") == 6  # The first evaluation is the best, two more are not better.
+
+
 def last_checkpoint(folder):
     found = [int(path.name.split("-")[1]) for path in folder.glob("checkpoints/checkpoint-*")]
     return max(found, default=0)
@@ -174,9 +185,9 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def history(folder, step):
+def history(folder, step, metric):
     state = json.loads((folder / f"checkpoints/checkpoint-{step}/trainer_state.json").read_text())
-    return torch.tensor([entry["loss"] for entry in state["log_history"] if "loss" in entry])
+    return torch.tensor([entry[metric] for entry in state["log_history"] if metric in entry])
 
 
 def launch(*words):
@@ -194,8 +205,9 @@ def launch(*words):
 def test_two_processes_are_one_with_doubled_accumulation(base, data, tmp_path):
     """The same losses and weights, and a checkpoint of the one is gone on from by the other."""
     flags = ("--save-steps", "3", "--batch-size", "2", "--training-arguments", "logging_steps=1")
-    launch(*command(base, data, tmp_path / "two", "--max-steps", "6", *flags, "ddp_backend=gloo")[1:])
-    accumulated = ("--gradient-accumulation-steps", "2", *flags)
+    evaluated = ("--target", str(base), "--eval-prompts", str(data), "--eval-limit", "5", "--eval-max-new-tokens", "9")
+    launch(*command(base, data, tmp_path / "two", "--max-steps", "6", *evaluated, *flags, "ddp_backend=gloo")[1:])
+    accumulated = ("--gradient-accumulation-steps", "2", *evaluated, *flags)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(
         command(base, data, tmp_path / "one", "--max-steps", "6", *accumulated),
@@ -204,9 +216,12 @@ def test_two_processes_are_one_with_doubled_accumulation(base, data, tmp_path):
         env=environment,
     )
 
-    torch.testing.assert_close(history(tmp_path / "two", 6), history(tmp_path / "one", 6), atol=1e-4, rtol=1e-4)
-    for name, weight in weights(tmp_path / "one").items():
-        torch.testing.assert_close(weights(tmp_path / "two")[name], weight, atol=1e-5, rtol=1e-4, msg=name)
+    for metric in ("loss", "eval_acceptance_length"):
+        two, one = (history(tmp_path / run, 6, metric) for run in ("two", "one"))
+        torch.testing.assert_close(two, one, atol=1e-4, rtol=1e-4)
+    one, last = weights(tmp_path / "one/checkpoints/checkpoint-6"), "two/checkpoints/checkpoint-6"
+    for name, weight in one.items():
+        torch.testing.assert_close(weights(tmp_path / last)[name], weight, atol=1e-5, rtol=1e-4, msg=name)
 
     # Half of the way by two processes, the rest by one.
     (tmp_path / "two/checkpoints").rename(tmp_path / "all")
@@ -218,8 +233,8 @@ def test_two_processes_are_one_with_doubled_accumulation(base, data, tmp_path):
         capture_output=True,
         env=environment,
     )
-    for name, weight in weights(tmp_path / "one").items():
-        torch.testing.assert_close(weights(tmp_path / "two")[name], weight, atol=1e-5, rtol=1e-4, msg=name)
+    for name, weight in one.items():
+        torch.testing.assert_close(weights(tmp_path / last)[name], weight, atol=1e-5, rtol=1e-4, msg=name)
 
 
 @pytest.mark.slow
