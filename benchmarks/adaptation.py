@@ -75,6 +75,7 @@ def main() -> None:
     args = parser.parse_args()
     result = measure(args)
     args.output.write_text(json.dumps(result, indent=1) + "\n")
+    plot(result, args.output.with_suffix(".png"))
     print(json.dumps({run["run"]: run["points"][-1]["acceptance_length"] for run in result["runs"]}))
 
 
@@ -258,10 +259,28 @@ def reaching(points: list[dict[str, Any]], name: str, length: float) -> float | 
     for point in points:
         now = (point["seconds"], point["acceptance_length"][name])
         if now[1] >= length:
-            share = (length - before[1]) / (now[1] - before[1])
+            share = (length - before[1]) / (now[1] - before[1]) if now[1] > before[1] else 0.0
             return round(before[0] + share * (now[0] - before[0]), 2)
         before = now
     return None
+
+
+def plot(result: dict[str, Any], file: Path) -> None:
+    """Acceptance length of each run over seconds (over steps where none were measured), one panel a prompt set."""
+    from matplotlib.figure import Figure
+
+    names = list(result["runs"][0]["points"][0]["acceptance_length"])
+    figure = Figure(figsize=(4.5 * len(names), 3.5), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for run in result["runs"]:
+            unit = "seconds" if "seconds" in run["points"][0] else "step"
+            points = [(point[unit], point["acceptance_length"][name]) for point in run["points"]]
+            axis.plot(*zip(*points, strict=True), marker=".", label=run["run"])
+            axis.set_xlabel(unit)
+        axis.set_title(name, fontsize=9)
+        axis.set_ylabel("acceptance length")
+    axis.legend(fontsize=7)
+    figure.savefig(file, dpi=110)
 
 
 if __name__ == "__main__":
