@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_mask
 
+from pard_hf.training import row_attention
 from pard_hf.training.cod import attention_mask, build_rows, keep_rows
 from pard_hf.training.data_collator import DataCollatorForPard
 from pard_hf.training.packing import pack_rows
@@ -189,3 +191,23 @@ def test_a_row_hears_only_what_it_may_see(tiny_draft):
             changed[0, place] = 95
             moved = (hidden(changed) - before).abs().amax(-1) > 1e-6
             assert torch.equal(moved, mask[0, :, place]), place
+
+
+@pytest.mark.parametrize("length", [3, 9, 40])
+def test_masks_for_kernels_are_the_rule(tiny_draft, length):
+    """The additive mask, written in parts, and FlexAttention's rule say what `attention_mask` says."""
+    texts = [{"input_ids": list(range(3, 3 + length)), "loss_mask": [1] * length} for _ in range(3)]
+    collator = DataCollatorForPard(MASK, num_draft_tokens=4)
+    batch = collator([pack_rows(texts, 3 * length)[0], {"input_ids": [5, 6, 7]}])
+    rows = (batch["anchors"], batch["depths"], batch["starts"])
+    expected = attention_mask(*rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_attention, "ROWS_AT_A_TIME", 7)
+        additive = row_attention.row_mask(tiny_draft, *rows)
+    blocks = row_attention.block_mask(*rows)
+
+    assert torch.equal(additive[:, 0] == 0, expected)
+    assert (additive[:, 0][~expected] == torch.finfo(torch.float32).min).all()
+    shape = expected.shape
+    assert torch.equal(create_mask(blocks.mask_mod, shape[0], 1, *shape[1:], device="cpu")[:, 0], expected)

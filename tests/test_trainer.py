@@ -81,6 +81,18 @@ def test_checkpointing_recomputes_the_same(tmp_path):
     torch.testing.assert_close(losses_of(plain), losses_of(checkpointed), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("objective", ["ce", "cat"])
+def test_bfloat16_trains_alike(tmp_path, objective):
+    target = make_model("llama", seed=5, initializer_range=0.3)
+    settings = {"logging_steps": 1, "objective": objective, "trainer": {"target": target}}
+    full, half = (make_trainer(tmp_path, max_steps=3, bf16=bf16, **settings) for bf16 in (False, True))
+    full.train()
+    half.train()
+
+    torch.testing.assert_close(losses_of(full), losses_of(half), atol=0.05, rtol=0.05)
+    assert half.model.dtype == torch.float32  # bf16 is for computing; weights keep their precision
+
+
 def test_packed_rows_train(tmp_path):
     rows = pack_rows([{**row, "loss_mask": [1] * len(row["input_ids"])} for row in ROWS], 40)
     trainer = make_trainer(tmp_path, max_steps=150, rows=rows, per_device_train_batch_size=2)
