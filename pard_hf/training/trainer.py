@@ -6,7 +6,6 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from .data_collator import DataCollatorForPard
 from .objective import Objective, check_head
 from .progress import MetricsFile, TrainingClock
 from .row_attention import check_attention
+from .sharding import whole_draft
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ class PardTrainer(Trainer):
                 seed=args.data_seed if args.data_seed is not None else args.seed,
             ),
         )
-        is_packed = any("text_lengths" in row for row in kwargs.get("train_dataset") or ())
+        is_packed = "text_lengths" in next(iter(kwargs.get("train_dataset") or ()), {})
         check_attention(model, is_packed)
         check_head(model)
         if target is not None and args.objective != "ce":
@@ -175,9 +175,8 @@ class PardTrainer(Trainer):
         """
         if self.evaluator is None:
             raise ValueError("Expected an `evaluator`, got none. Pass one to `PardTrainer`.")
-        draft = self.accelerator.unwrap_model(self.model)
-        with whole_weights(self.model_wrapped):
-            share = self.evaluator(draft, (self.args.process_index, self.args.world_size))
+        draft = whole_draft(self.accelerator.unwrap_model(self.model), self.model_wrapped)
+        share = self.evaluator(draft, (self.args.process_index, self.args.world_size))
         metrics = metrics_of({name: self.sum_over_processes(stats) for name, stats in share.items()})
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
@@ -248,18 +247,6 @@ class EpochOfCollator(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if hasattr(self.collator, "epoch"):
             self.collator.epoch = int(state.epoch or 0)
-
-
-@contextmanager
-def whole_weights(wrapped: Any) -> Any:
-    """Weights gathered from all devices, where FSDP shards them, for forwards outside of the wrapper."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    if isinstance(wrapped, FullyShardedDataParallel):
-        with FullyShardedDataParallel.summon_full_params(wrapped, writeback=False):
-            yield
-    else:
-        yield
 
 
 def metrics_of(sets: dict[str, DecodingStats]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Started by `test_run.py` in two processes: the loss and gradient norm of a sharded draft, and of a whole one."""
+"""Started by `test_run.py` in two processes: a sharded draft has a whole one's gradients, and can be drafted with."""
 
 import json
 import sys
@@ -18,6 +18,7 @@ from families import make_model
 from pard_hf import PardDraftModel
 from pard_hf.training.data_collator import DataCollatorForPard
 from pard_hf.training.objective import Objective
+from pard_hf.training.sharding import whole_draft
 
 EXAMPLES = [{"input_ids": list(range(3, 20))}, {"input_ids": [40, 7, 9, 33, 2]}]
 
@@ -53,6 +54,11 @@ def main(version):
         norm = torch.nn.utils.clip_grad_norm_(sharded.parameters(), 1e9).full_tensor()
     whole(objective=objective, batch=everything).backward()
     expected = torch.nn.utils.clip_grad_norm_(whole.parameters(), 1e9)
+    copy = whole_draft(sharded.module if version == 1 else sharded, sharded)
+    # One process drafts more often than the other.
+    prompts = torch.randint(3, 90, (1 + 3 * get_rank(), 6))
+    for prompt in prompts:
+        assert torch.equal(copy.draft(prompt[None]), whole.draft(prompt[None]))
     if get_rank() == 0:
         print(json.dumps({"norm": norm.item(), "expected": expected.item()}))
     destroy_process_group()
