@@ -23,7 +23,8 @@ def whole_draft(draft: PardDraftModel, wrapped: Any) -> PardDraftModel:
         wrapped (`torch.nn.Module`):
             What is trained: the draft, or the wrapper around it.
     """
-    if not isinstance(wrapped, FSDPModule | FullyShardedDataParallel):
+    is_sharded = isinstance(wrapped, FSDPModule | FullyShardedDataParallel)
+    if not is_sharded:
         return draft
     weights: dict[str, Any] = get_model_state_dict(wrapped, options=StateDictOptions(full_state_dict=True))
     copy = AutoModelForCausalLM.from_config(draft.config, dtype=draft.dtype)
