@@ -48,7 +48,7 @@ EXPERIMENTS: dict[str, dict[str, dict[str, Any]]] = {
         "K_train = 16": {**PAPER, "num_draft_tokens": 16},
     },
     "objectives": {name: {**PAPER, "objective": name} for name in ("ce", "kd", "cat")},
-    "first-position": {"paper": PAPER},
+    "first-position": {"loss on answers": PAPER, "loss on all tokens": {**PAPER, "whole_text": True}},
     "targets": {},
 }
 REFERENCE = "no dropping"
@@ -113,8 +113,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def rows_of(args: argparse.Namespace, file: Path, tokenizer: Any) -> list[dict[str, Any]]:
     """Rows to train on, in one order for all runs."""
     rows = tokenize_rows(tokenizer, read_rows(file), args.max_length, skip_bad_rows=True)
-    if args.whole_text:
-        rows = [{**row, "loss_mask": [1] * len(row["input_ids"])} for row in rows]
     random.Random(0).shuffle(rows)
     return rows
 
@@ -142,10 +140,9 @@ def unadapted(args: argparse.Namespace, evaluator: AcceptanceEvaluator) -> dict[
         longest_first = sorted(prompts, key=len, reverse=True)  # As the evaluator answers them.
         answers = evaluator.texts[name]
         stats = replay(autoregressive(base, args.num_assistant_tokens), longest_first, answers)
-        texts = [prompt + answer for prompt, answer in zip(longest_first, answers, strict=True)]
         found[name] = {
             **stats.to_dict(),
-            "next_token_accuracy": round(next_token_accuracy(base, texts), 4),
+            **accuracies(base, longest_first, answers),
             "repeated_4gram_share": round(evaluator.repeated_4gram_share(name), 4),
         }
     return found
@@ -157,6 +154,8 @@ def make_trainer(
     set_seed(0)
     settings = dict(settings)
     rows = files[settings.pop("data", next(iter(files)))]
+    if settings.pop("whole_text", args.whole_text):
+        rows = [{**row, "loss_mask": [1] * len(row["input_ids"])} for row in rows]
     base = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32)
     mask_token_id, _ = choose_mask_token(tokenizer, base.config.vocab_size)
     arguments = PardTrainingArguments(
@@ -185,6 +184,12 @@ def make_trainer(
     )
 
 
+def accuracies(model: Any, prompts: list[list[int]], answers: list[list[int]]) -> dict[str, float]:
+    """A model's next-token accuracy on held-out prompts and on the target's answers to them."""
+    of_prompts, of_answers = next_token_accuracy(model, prompts, answers)
+    return {"prompt_accuracy": round(of_prompts, 4), "answer_accuracy": round(of_answers, 4)}
+
+
 class Points:
     """An evaluator for all targets, which keeps what it measured."""
 
@@ -198,8 +203,7 @@ class Points:
         for target, evaluator in self.evaluators.items():
             for name, prompts in evaluator.prompts.items():
                 longest_first = sorted(prompts, key=len, reverse=True)
-                texts = [p + a for p, a in zip(longest_first, evaluator.texts[name], strict=True)]
-                accuracy[f"{target}_{name}"] = round(next_token_accuracy(draft.eval(), texts), 4)
+                accuracy[f"{target}_{name}"] = accuracies(draft.eval(), longest_first, evaluator.texts[name])
         draft.train()
         self.found.append(
             {

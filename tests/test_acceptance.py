@@ -52,14 +52,21 @@ def test_a_model_that_is_the_target_is_always_right(pair):
 
 def test_next_token_accuracy_is_counted_by_hand(pair):
     target, _ = pair
-    texts = [[1, 5, 9, 30], [1, 7, 7, 7, 8, 9, 10]]
-    right = sum(
-        int(target(torch.tensor([text[:end]])).logits[0, -1].argmax()) == text[end]
-        for text in texts
-        for end in range(1, len(text))
-    )
+    prompts, answers = [[1, 5, 9], [1, 7], [1, 8, 8, 8]], [[30], [7, 7, 7, 8, 9, 10], []]
 
-    assert next_token_accuracy(target, texts) == pytest.approx(right / 9)
+    def right(text, end):
+        return int(target(torch.tensor([text[:end]])).logits[0, -1].argmax()) == text[end]
+
+    of_prompts = [right(prompt, end) for prompt in prompts for end in range(1, len(prompt))]
+    of_answers = [
+        right(prompt + answer, len(prompt) + place)
+        for prompt, answer in zip(prompts, answers, strict=True)
+        for place in range(len(answer))
+    ]
+
+    found = next_token_accuracy(target, prompts, answers)
+
+    assert found == pytest.approx((sum(of_prompts) / len(of_prompts), sum(of_answers) / len(of_answers)))
 
 
 def test_shares_of_processes_are_all_prompts(pair):

@@ -60,16 +60,30 @@ def autoregressive(model: Any, num_assistant_tokens: int) -> Propose:
     return propose
 
 
-def next_token_accuracy(model: Any, texts: Sequence[list[int]], batch_size: int = 16) -> float:
-    """Share of tokens of texts that a model's first guess is, each from all the tokens before it."""
-    right = total = 0
-    for start in range(0, len(texts), batch_size):
-        batch = pad_left([list(text) for text in texts[start : start + batch_size]], 0)
-        ids, mask = (tensor.to(model.device) for tensor in batch.values())
+def next_token_accuracy(
+    model: Any, prompts: Sequence[list[int]], answers: Sequence[list[int]], batch_size: int = 16
+) -> tuple[float, float]:
+    """Share of tokens that a model's first guess is, each from all the tokens before it.
+
+    Args:
+        prompts, answers (`Sequence[list[int]]`):
+            Token ids of each prompt and of the answer to it.
+
+    Returns:
+        The share of prompt tokens (the first of each has nothing before it and is left out), and of answer tokens.
+    """
+    right, total = [0, 0], [0, 0]
+    for start in range(0, len(prompts), batch_size):
+        parts = list(zip(prompts[start : start + batch_size], answers[start : start + batch_size], strict=True))
+        ids, mask = (t.to(model.device) for t in pad_left([prompt + answer for prompt, answer in parts], 0).values())
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         with torch.no_grad():
             guesses = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, :-1].argmax(-1)
-        known = (mask[:, :-1] == 1) & (mask[:, 1:] == 1)
-        right += int(((guesses == ids[:, 1:]) & known).sum())
-        total += int(known.sum())
-    return right / total if total else 0.0
+        is_right = (guesses == ids[:, 1:]).tolist()
+        for row, (prompt, answer) in zip(is_right, parts, strict=True):
+            for part, guessed in enumerate((row[len(row) + 1 - len(prompt) - len(answer) : -len(answer) or None],
+                                            row[len(row) - len(answer) :])):  # fmt: skip
+                right[part] += sum(guessed)
+                total[part] += len(guessed)
+    of_prompts, of_answers = (r / t if t else 0.0 for r, t in zip(right, total, strict=True))
+    return of_prompts, of_answers
