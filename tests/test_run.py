@@ -146,6 +146,24 @@ def test_run_stops_when_blocks_grow_no_more(base, data, tmp_path):
     assert last_checkpoint(tmp_path / "draft") == 6  # The first evaluation is the best, two more are not better.
 
 
+def test_card_speaks_of_the_checkpoint_that_is_kept(base, data, tmp_path):
+    """The blocks of the first evaluation are the longest: its weights are the draft, and its figures on the card."""
+    found = iter([(0, 4), (3, 1), (3, 1)])
+    spec = {"target": str(base), "command": "pard train"}
+    train(
+        base, data, tmp_path / "draft", 6, lambda *_: lambda *_: {"some": DecodingStats(next(found), 8)}, spec,
+        save_total_limit=5,
+    )  # fmt: skip
+
+    provenance = json.loads((tmp_path / "draft/provenance.json").read_text())
+    assert provenance["step"] == 2
+    assert provenance["metrics"]["eval_some_acceptance_length"] == 2.0
+    assert "| `some` | 2.00 | 1.00 |" in (tmp_path / "draft/README.md").read_text()
+    for name, weight in weights(tmp_path / "draft/checkpoints/checkpoint-2").items():
+        assert torch.equal(weights(tmp_path / "draft")[name], weight), name
+    assert (tmp_path / "draft/model.safetensors").stat().st_mode & 0o044
+
+
 def last_checkpoint(folder):
     found = [int(path.name.split("-")[1]) for path in folder.glob("checkpoints/checkpoint-*")]
     return max(found, default=0)

@@ -148,11 +148,11 @@ def run(args: argparse.Namespace) -> int:
         "learning_rate": args.learning_rate,
         "save_steps": args.save_steps,
         "bf16": args.bf16,
-        "gradient_checkpointing": args.gradient_checkpointing,
         "report_to": args.report_to,
         "seed": args.seed,
         "use_cpu": args.device == "cpu",
         **({"eval_steps": args.eval_steps} if args.eval_steps else {}),
+        **({"gradient_checkpointing": True} if args.gradient_checkpointing else {}),
         **other_arguments(args.training_arguments),
     }
     draft_dir = train_draft(spec, evaluator_of(args) if args.eval_prompts else None, **arguments)

@@ -175,12 +175,24 @@ def vocabulary_tensors(folder: Path) -> list[str]:
     return [f"{names[id(module)]}.weight" for module in modules if module is not None]
 
 
+def mend_checkpoint(folder: Path) -> None:
+    """Leave a folder that was just written as engines read it: one mask key, every word for the rope, open files."""
+    mend_config(folder)
+    share_weights(folder)
+
+
 def mend_config(folder: Path) -> None:
     """Leave one mask key in config.json, and say the rope as readers on transformers 4 expect it as well."""
     config = without_keys(read_json(folder, "config.json"), OTHER_MASK_KEYS)
     config |= legacy_rope(config)
     content = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(content, encoding="utf-8")
+
+
+def share_weights(folder: Path) -> None:
+    """Let whoever may read the config read the weights: safetensors writes files for their owner only."""
+    for path in folder.glob("*.safetensors"):
+        path.chmod((folder / "config.json").stat().st_mode)
 
 
 def without_keys(value: Any, keys: tuple[str, ...]) -> Any:

@@ -20,7 +20,7 @@ from .checkpoint import (
     first_line,
     load_tokenizer,
     local_folder,
-    mend_config,
+    mend_checkpoint,
     read_json,
     tokenizer_files,
     vocab_size,
@@ -73,8 +73,7 @@ def export_draft(
     with TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as beside:
         written = Path(beside) / "draft"
         model.save_pretrained(written)
-        mend_config(written)
-        share_weights(written)
+        mend_checkpoint(written)
         copy_files(tokenizer_files(tokenizer_folder), tokenizer_folder, written)
         refuse(check_draft(written, target_folder))
         if output.is_dir():
@@ -164,12 +163,6 @@ def pad_vocabulary(model: PardDraftModel, num_rows: int) -> None:
         if rows is not None:
             others = rows[:size].sum(0, dtype=torch.float64) - rows[model.mask_token_id].double()
             rows[size:] = (others / (size - 1)).to(rows.dtype)
-
-
-def share_weights(folder: Path) -> None:
-    """Let whoever may read the config read the weights: safetensors writes files for their owner only."""
-    for path in folder.glob("*.safetensors"):
-        path.chmod((folder / "config.json").stat().st_mode)
 
 
 def copy_files(paths: list[Path], source: Path, destination: Path) -> None:

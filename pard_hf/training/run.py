@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -129,7 +130,8 @@ def training_arguments(spec: TrainingSpec, is_evaluated: bool, arguments: dict[s
     unknown = sorted(set(arguments) - known)
     if unknown:
         raise ValueError(f"Expected training arguments of `PardTrainingArguments`, got {', '.join(unknown)}.")
-    defaults: dict[str, Any] = {"report_to": "none", "save_total_limit": 2}
+    has_gpu = torch.cuda.is_available() and not arguments.get("use_cpu")
+    defaults: dict[str, Any] = {"report_to": "none", "save_total_limit": 2, "dataloader_pin_memory": has_gpu}
     if is_evaluated:
         save_steps = arguments.get("save_steps", 200)
         defaults |= {"eval_strategy": "steps", "eval_steps": save_steps, "load_best_model_at_end": True}

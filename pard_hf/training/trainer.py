@@ -16,7 +16,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from ..draft_model import PardDraftModel
 from ..generation.stats import DecodingStats
-from ..hub.checkpoint import mend_config
+from ..hub.checkpoint import mend_checkpoint
 from .data_collator import DataCollatorForPard
 from .objective import Objective, check_head
 from .progress import MetricsFile, TrainingClock
@@ -199,10 +199,18 @@ class PardTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
-        mend_config(Path(output_dir or self.args.output_dir))  # Engines read every checkpoint, not only exported ones.
+        folder = Path(output_dir or self.args.output_dir)
+        mend_checkpoint(folder)  # Engines read every checkpoint, not only exported ones.
         if self.provenance is not None:
-            history = [entry for entry in self.state.log_history if "eval_acceptance_length" in entry]
-            self.provenance(Path(output_dir or self.args.output_dir), self.state.global_step, (history or [{}])[-1])
+            step = self.state.global_step if self.loaded_step is None else self.loaded_step
+            history = [e for e in self.state.log_history if "eval_acceptance_length" in e and e["step"] <= step]
+            self.provenance(folder, step, (history or [{}])[-1])
+
+    loaded_step: int | None = None  # Of the best checkpoint, once its weights are the draft's.
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self.loaded_step = self.state.best_global_step
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
