@@ -50,15 +50,19 @@ def test_little_room_is_left():
     assert sum(len(row["input_ids"]) for row in rows) > 0.97 * 512 * (len(packed) - 1)
 
 
+@pytest.mark.parametrize("length", [24, 64])
 @pytest.mark.parametrize("name", ["ce", "kd", "cat"])
-def test_packed_loss_is_the_unpacked_loss(name):
+def test_packed_loss_is_the_unpacked_loss(name, length):
+    """Also where the sequences of a batch hold different numbers of tokens."""
     draft = PardDraftModel.from_causal_lm(make_model("llama", initializer_range=0.2), 99, 5)
     target = make_model("llama", seed=3, hidden_size=48)
     objective = Objective(name, target=target)
     collator = DataCollatorForPard(99, num_draft_tokens=4)
-    rows = rows_of_lengths([9, 5, 14, 2])
+    rows = rows_of_lengths([9, 5, 14, 2, 8, 7])
+    packed = pack_rows(rows, length)
+    assert len({len(sequence["input_ids"]) for sequence in packed}) == len(packed)
     losses, gradients = [], []
-    for examples in (rows, pack_rows(rows, 64)):
+    for examples in (rows, packed):
         draft.zero_grad()
         loss = draft(objective=objective, batch=collator(examples))
         loss.backward()

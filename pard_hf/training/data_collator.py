@@ -39,12 +39,22 @@ class DataCollatorForPard:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self.epoch = 0
+        # Workers that outlive an epoch must see the next one begin.
+        self.shared_epoch = torch.zeros((), dtype=torch.long).share_memory_()
         if self.num_draft_tokens < 1:
             raise ValueError(f"Expected `num_draft_tokens` of at least 1, got {self.num_draft_tokens}.")
         for name in ("retention_rate", "min_retention_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"Expected `{name}` in [0, 1], got {getattr(self, name)}.")
+
+    @property
+    def epoch(self) -> int:
+        """The pass over the rows; each drops others."""
+        return int(self.shared_epoch)
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self.shared_epoch.fill_(epoch)
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Collate examples as `tokenize_rows` or `pack_rows` makes them.

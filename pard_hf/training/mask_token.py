@@ -46,7 +46,7 @@ def choose_mask_token(tokenizer: Any, vocab_size: int) -> tuple[int, str]:
 
 
 def check_mask_token(tokenizer: Any, mask_token_id: int) -> None:
-    """Raise a `ValueError` for an id that text or the chat template may contain; reserved special tokens are fine."""
+    """Raise a `ValueError` for an id that text or the chat template may contain; tokens named as reserved are fine."""
     problem = why_not_mask(tokenizer, mask_token_id)
     if problem is not None:
         raise ValueError(
@@ -61,12 +61,11 @@ def why_not_mask(tokenizer: Any, mask_token_id: int) -> str | None:
     token = next((token for token, index in tokenizer.get_vocab().items() if index == mask_token_id), None)
     if token is None:
         return None
-    roles = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
-    if mask_token_id in roles:
-        return f"the tokenizer's own {token!r}"
     added = tokenizer.added_tokens_decoder.get(mask_token_id)
     if added is None or not added.special:
         return f"{token!r}"
+    if not RESERVED.search(token):
+        return f"the special token {token!r}"  # Named for a use, whoever writes it.
     if added.content in str(tokenizer.chat_template or ""):
         return f"{token!r}, which the chat template writes"
     return None

@@ -115,7 +115,8 @@ class Objective:
             values[:, :longest].to(self.target.device)
             for values in (is_text, batch["anchors"], batch["starts"], batch["position_ids"], batch["input_ids"])
         )
-        ids = ids.masked_fill(~is_text, 0)
+        # Where texts are fewer, mask rows stand in these columns: padding, out of everyone's sight.
+        ids, anchors = ids.masked_fill(~is_text, 0), anchors.masked_fill(~is_text, -1)
         hidden = self.target.base_model(
             input_ids=ids,
             attention_mask=text_mask(self.target, anchors, starts),

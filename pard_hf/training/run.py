@@ -186,7 +186,8 @@ def provenance_of(spec: TrainingSpec, trainer: PardTrainer, counts: dict[str, in
 def run(spec: TrainingSpec, trainer: PardTrainer) -> Path:
     """Train, from the last checkpoint where there is one, and write the draft."""
     checkpoints = spec.output / "checkpoints"
-    if spec.restart and checkpoints.is_dir() and trainer.is_world_process_zero():
+    has_old = checkpoints.is_dir() and any(checkpoints.iterdir())
+    if spec.restart and has_old and trainer.is_world_process_zero():
         checkpoints.rename(free_name(checkpoints))  # Nothing is lost, and nothing of it is gone on from.
     trainer.accelerator.wait_for_everyone()
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None

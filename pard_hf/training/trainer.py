@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..draft_model import PardDraftModel
@@ -52,7 +54,13 @@ class PardTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Keep False: rows are built from all columns."}
     )
 
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "A resumed run goes on with its clock, and with early stopping's patience."}
+    )
+
     def __post_init__(self) -> None:
+        if self.label_smoothing_factor:
+            raise ValueError("Expected no `label_smoothing_factor`, which these objectives do not have. Leave it out.")
         if self.metric_for_best_model is None:
             self.metric_for_best_model: str | None = "acceptance_length"
             self.greater_is_better = True
@@ -134,9 +142,14 @@ class PardTrainer(Trainer):
         self.evaluator, self.provenance = evaluator, provenance
         if target is not None and self.place_model_on_device and getattr(target, "hf_device_map", None) is None:
             target.to(args.device)
-        self.clock = TrainingClock()
-        for callback in (EpochOfCollator(self.data_collator), self.clock, MetricsFile()):
+        # The clock comes last: it starts again when tables and plots are written.
+        for callback in (EpochOfCollator(self.data_collator), MetricsFile(), TrainingClock()):
             self.add_callback(callback)
+
+    @property
+    def clock(self) -> TrainingClock:
+        """The host replaces it by the checkpoint's when a run is resumed."""
+        return next(one for one in self.callback_handler.callbacks if isinstance(one, TrainingClock))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -195,11 +208,18 @@ class PardTrainer(Trainer):
             histogram.pop()
         return DecodingStats(tuple(histogram), num_drafted)
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        is_best = super()._determine_best_metric(metrics=metrics, trial=trial)
+        if is_best and self.args.load_best_model_at_end:
+            self.control.should_save = True  # Between two saves it would be lost.
+        return is_best
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # A pickle that names folders; nothing reads it.
         mend_checkpoint(folder)  # Engines read every checkpoint, not only exported ones.
         if self.provenance is not None:
             step = self.state.global_step if self.loaded_step is None else self.loaded_step
@@ -231,13 +251,18 @@ class PardTrainer(Trainer):
         self.unfinished, self.args.save_total_limit = "unfinished", None
         try:
             super()._save_checkpoint(model, trial)
+        except (RuntimeError, SafetensorError) as error:  # How torch and safetensors report a disk that is full.
+            raise OSError(
+                f"Expected room for a checkpoint in `{run_dir}`, got: {error}. Make room; the same command "
+                "goes on from the checkpoint before."
+            ) from error
         finally:
             self.unfinished, self.args.save_total_limit = "", limit
         self.accelerator.wait_for_everyone()
-        if self.state.best_global_step:
-            self.state.best_model_checkpoint = str(run_dir / f"checkpoint-{self.state.best_global_step}")
+        name, best = f"checkpoint-{self.state.global_step}", f"checkpoint-{self.state.best_global_step}"
+        if best == name or (run_dir / best).is_dir():
+            self.state.best_model_checkpoint = str(run_dir / best)
         if self.args.should_save:
-            name = f"checkpoint-{self.state.global_step}"
             self.state.save_to_json(str(run_dir / "unfinished" / name / "trainer_state.json"))
             shutil.rmtree(run_dir / name, ignore_errors=True)
             (run_dir / "unfinished" / name).rename(run_dir / name)
