@@ -15,6 +15,7 @@ from families import make_model
 from safetensors.torch import load_file
 
 from pard_hf import DecodingStats, PardDraftModel
+from pard_hf.cli import main
 from pard_hf.training.run import TrainingSpec, train_draft
 
 FLAGS = ["--mask-token-id", "102", "--max-length", "64", "--device", "cpu", "--learning-rate", "0.01"]
@@ -37,10 +38,10 @@ def data(tmp_path):
     return file
 
 
-def train(base, data, out, max_steps=4, make_evaluator=None, spec=None, **arguments):
+def train(base, data, out, max_steps=4, evaluation=None, spec=None, **arguments):
     settings = {"use_cpu": True, "per_device_train_batch_size": 2, "disable_tqdm": True, "save_steps": 2}
     spec = TrainingSpec(str(base), [data], out, **{"mask_token_id": 102, "max_length": 64, **(spec or {})})
-    return train_draft(spec, make_evaluator, max_steps=max_steps, **{**settings, **arguments})
+    return train_draft(spec, evaluation, max_steps=max_steps, **{**settings, **arguments})
 
 
 def command(base, data, out, *flags):
@@ -111,7 +112,14 @@ def test_bad_settings_end_before_weights_are_loaded(base, data, tmp_path, monkey
         "where the answer begins cannot be told": {"spec": {"chat_template": template}},
         "line 2 of": {"data": broken},
         "got none": {"data": empty},
-        "Expected evaluations for early stopping": {"spec": {"early_stopping_patience": 2}},
+        "Expected something to evaluate": {"spec": {"early_stopping_patience": 2}},
+        "something to evaluate, got none": {"eval_steps": 2},
+        "an id in .0, 104.": {"spec": {"mask_token_id": 104}},
+        "no teacher": {"divergence_weight": 1.0},
+        "`retention_rate` in": {"retention_rate": 2.0},
+        "a dtype such as": {"spec": {"dtype": "float23"}},
+        "got output_dir": {"output_dir": "elsewhere"},
+        "label_smoothing_factor": {"label_smoothing_factor": 0.1},
         "of `PardTrainingArguments`, got learning_rat": {"learning_rat": 1.0},
         "'truncate' or 'drop'": {"spec": {"overlong": "wrap"}},
     }.items():
@@ -126,6 +134,53 @@ def test_tokenizer_of_another_model_is_refused(base, data, tmp_path):
         train(base, data, tmp_path / "draft")
 
 
+def test_bad_evaluations_end_before_weights_are_loaded(base, data, tmp_path, capsys):
+    (base / "model.safetensors").unlink()
+    same = tmp_path / "again"
+    same.mkdir()
+    (same / "rows.jsonl").write_text(data.read_text())
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text(json.dumps({"prompt": " "}))
+
+    for problem, flags in {
+        "within the 128 positions of both models": ("--eval-prompts", data, "--eval-max-new-tokens", "127"),
+        "'rows' twice": ("--eval-prompts", data, same / "rows.jsonl"),
+        "with words to evaluate on": ("--eval-prompts", empty),
+        "`--eval-batch-size` of at least 1": ("--eval-prompts", data, "--eval-batch-size", "0"),
+    }.items():
+        words = command(base, data, tmp_path / "draft", "--target", str(base), *map(str, flags))[3:]
+        assert main(words) == 2
+        assert problem in capsys.readouterr().err
+
+
+def test_run_does_not_go_on_under_other_settings(base, data, tmp_path):
+    train(base, data, tmp_path / "draft")
+
+    with pytest.raises(ValueError, match=r"num_draft_tokens was 8 and is 3; retention_rate was 0.7 and is 1.0"):
+        train(base, data, tmp_path / "draft", 8, num_draft_tokens=3, retention_rate=1.0)
+    data.write_text(data.read_text() + "\n")
+    with pytest.raises(ValueError, match="data was"):
+        train(base, data, tmp_path / "draft", 8)
+    train(base, data, tmp_path / "draft", 8, spec={"restart": True})
+    assert last_checkpoint(tmp_path / "draft") == 8
+
+
+def test_template_of_the_target_is_taken(base, data, tmp_path, caplog, bundled_like_tokenizer):
+    """A base model without one would be trained on other text than its target is asked with."""
+    target = tmp_path / "target"
+    make_model("llama", vocab_size=104).save_pretrained(target)
+    bundled_like_tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m['role'][0] }}]{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}[a]{% endif %}"
+    )
+    bundled_like_tokenizer.save_pretrained(target)
+
+    train(base, data, tmp_path / "draft", 1, spec={"target": str(target)})
+
+    assert "the target's is taken" in caplog.text
+    assert "[a]" in (tmp_path / "draft/chat_template.jinja").read_text()
+
+
 def test_overlong_rows_are_counted(base, data, tmp_path, caplog):
     data.write_text(data.read_text() + "\n" + json.dumps({"text": "a" * 100}))
 
@@ -135,23 +190,33 @@ def test_overlong_rows_are_counted(base, data, tmp_path, caplog):
     assert "1 of 17 rows are longer than 64 tokens and were left out" in caplog.text
 
 
-def test_run_stops_when_blocks_grow_no_more(base, data, tmp_path):
-    def make_evaluator(target, tokenizer):
-        assert target.config.vocab_size == 104
-        return lambda draft, part: {"some": DecodingStats((3, 1), 8)}
+class Scripted:
+    """Evaluations with given outcomes, the last again and again."""
 
+    def __init__(self, *histograms):
+        self.histograms = list(histograms)
+
+    def prepare(self, tokenizer, longest):
+        assert longest == 128
+        return lambda target: self.measure
+
+    def measure(self, draft, part):
+        histogram = self.histograms.pop(0) if len(self.histograms) > 1 else self.histograms[0]
+        return {"some": DecodingStats(histogram, 8)}
+
+
+def test_run_stops_when_blocks_grow_no_more(base, data, tmp_path):
     spec = {"target": str(base), "early_stopping_patience": 2}
-    train(base, data, tmp_path / "draft", 40, make_evaluator, spec)
+    train(base, data, tmp_path / "draft", 40, Scripted((3, 1)), spec)
 
     assert last_checkpoint(tmp_path / "draft") == 6  # The first evaluation is the best, two more are not better.
 
 
 def test_card_speaks_of_the_checkpoint_that_is_kept(base, data, tmp_path):
     """The blocks of the first evaluation are the longest: its weights are the draft, and its figures on the card."""
-    found = iter([(0, 4), (3, 1), (3, 1)])
     spec = {"target": str(base), "command": "pard train"}
     train(
-        base, data, tmp_path / "draft", 6, lambda *_: lambda *_: {"some": DecodingStats(next(found), 8)}, spec,
+        base, data, tmp_path / "draft", 6, Scripted((0, 4), (3, 1)), spec,
         save_total_limit=5,
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ import torch
 from families import make_model
 from transformers import TrainerCallback
 
-from pard_hf import PardDraftModel, PardTrainer, PardTrainingArguments
+from pard_hf import DecodingStats, PardDraftModel, PardTrainer, PardTrainingArguments
 from pard_hf.evaluation.acceptance import AcceptanceEvaluator
 from pard_hf.training.packing import pack_rows
 
@@ -139,6 +139,39 @@ def test_interrupted_run_resumes_as_the_same_run(tmp_path):
     for name, weight in whole.model.state_dict().items():
         torch.testing.assert_close(resumed.model.state_dict()[name], weight, msg=name)
     assert PardDraftModel.from_pretrained(tmp_path / "stopped" / "checkpoint-10").mask_token_id == 99
+    assert resumed.clock.figures()["num_rows"] == whole.clock.figures()["num_rows"]
+
+
+def test_best_draft_between_two_saves_is_kept(tmp_path):
+    found = iter([(0, 0, 9), (0, 9), (9, 1), (9, 1)])
+    trainer = make_trainer(
+        tmp_path,
+        8,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=4,
+        load_best_model_at_end=True,
+        trainer={"evaluator": lambda draft, part: {"some": DecodingStats(next(found), 18)}},
+    )
+
+    trainer.train()
+
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    kept = PardDraftModel.from_pretrained(tmp_path / "checkpoint-2").state_dict()
+    for name, weight in trainer.model.state_dict().items():
+        assert torch.equal(weight, kept[name]), name
+
+
+@pytest.mark.slow
+def test_workers_drop_the_same_rows(tmp_path):
+    """Also those that live on from one epoch to the next."""
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    one, two = (make_trainer(tmp_path, 6, logging_steps=1, **settings) for settings in ({}, workers))
+    one.train()
+    two.train()
+
+    torch.testing.assert_close(losses_of(one), losses_of(two))
 
 
 def test_eager_attention_trains_alike(tmp_path):

@@ -151,36 +151,47 @@ def run(args: argparse.Namespace) -> int:
         "report_to": args.report_to,
         "seed": args.seed,
         "use_cpu": args.device == "cpu",
-        **({"eval_steps": args.eval_steps} if args.eval_steps else {}),
+        **({} if args.eval_steps is None else {"eval_steps": args.eval_steps}),
         **({"gradient_checkpointing": True} if args.gradient_checkpointing else {}),
         **other_arguments(args.training_arguments),
     }
-    draft_dir = train_draft(spec, evaluator_of(args) if args.eval_prompts else None, **arguments)
+    draft_dir = train_draft(spec, EvaluationPrompts(args) if args.eval_prompts else None, **arguments)
     print(json.dumps({"draft": str(draft_dir)}))
     return 0
 
 
-def evaluator_of(args: argparse.Namespace) -> Any:
-    """How to make the evaluator once target and tokenizer are there; prompts are read now, before any weight."""
-    from ..evaluation.prompts import choose_rows, encode_prompt, load_prompts
+class EvaluationPrompts:
+    """The prompt sets of a command line: read at once, measured when a target is there."""
 
-    sets = {}
-    for source in args.eval_prompts:
-        name, rows = load_prompts(source)
-        sets[name] = [rows[index]["prompt"] for index in choose_rows(rows, args.eval_limit, args.seed)]
-        if not sets[name]:
-            raise ValueError(f"Expected prompts to evaluate on in {source!r}, got none.")
+    def __init__(self, args: argparse.Namespace):
+        from ..evaluation.prompts import choose_rows, load_prompts
 
-    def make_evaluator(target: Any, tokenizer: Any) -> Any:
+        for name in ("eval_limit", "eval_batch_size", "eval_max_new_tokens"):
+            if getattr(args, name) < 1:
+                raise ValueError(f"Expected `--{name.replace('_', '-')}` of at least 1, got {getattr(args, name)}.")
+        self.args, self.sets = args, dict[str, list[str]]()
+        for source in args.eval_prompts:
+            name, rows = load_prompts(source)
+            if name in self.sets:
+                raise ValueError(f"Expected prompt sets of different names, got {name!r} twice. Rename a file.")
+            self.sets[name] = [rows[index]["prompt"] for index in choose_rows(rows, args.eval_limit, args.seed)]
+            if not all(prompt.strip() for prompt in self.sets[name]) or not self.sets[name]:
+                raise ValueError(f"Expected prompts with words to evaluate on in {source!r}, got an empty one.")
+
+    def prepare(self, tokenizer: Any, longest: int) -> Any:
+        """Encode the prompts; returns how to make the evaluator of a target."""
         from ..evaluation.acceptance import AcceptanceEvaluator
+        from ..evaluation.prompts import encode_prompt
 
-        prompts = {name: [encode_prompt(tokenizer, prompt) for prompt in rows] for name, rows in sets.items()}
-        return AcceptanceEvaluator(
-            target,
-            prompts,
-            args.num_assistant_tokens or args.num_draft_tokens,
-            args.eval_max_new_tokens,
-            args.eval_batch_size,
+        args, num_drafts = self.args, self.args.num_assistant_tokens
+        prompts = {name: [encode_prompt(tokenizer, prompt) for prompt in rows] for name, rows in self.sets.items()}
+        most = max(len(ids) for rows in prompts.values() for ids in rows)
+        if most + args.eval_max_new_tokens > longest:
+            raise ValueError(
+                f"Expected evaluation prompts and answers within the {longest} positions of both models, got a prompt "
+                f"of {most} tokens and `--eval-max-new-tokens {args.eval_max_new_tokens}`. Shorten either."
+            )
+        num_drafts = args.num_draft_tokens if num_drafts is None else num_drafts
+        return lambda target: AcceptanceEvaluator(
+            target, prompts, num_drafts, args.eval_max_new_tokens, args.eval_batch_size
         )
-
-    return make_evaluator

@@ -7,19 +7,22 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..conditions import conditions_of, shown_model
-from ..draft_model import PardDraftModel
+from ..draft_model import PardDraftModel, num_positions
+from ..pair import named_dtype
 from .checks import check_base, check_lengths, check_same_tokenizer, check_template
 from .data import read_rows, tokenize_rows
+from .data_collator import DataCollatorForPard
 from .mask_token import check_mask_token, choose_mask_token
+from .objective import Objective
 from .packing import pack_rows
-from .provenance import Provenance
+from .provenance import Provenance, check_same_run
 from .trainer import Evaluator, PardTrainer, PardTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -70,9 +73,17 @@ class TrainingSpec:
     command: str | None = None
 
 
+class Evaluation(Protocol):
+    """What a run measures on the way, known before weights are."""
+
+    def prepare(self, tokenizer: Any, longest: int) -> Callable[[Any], Evaluator]:
+        """Check prompts against texts of `longest` tokens, and return how to measure with a loaded target."""
+        ...
+
+
 def train_draft(
     spec: TrainingSpec,
-    make_evaluator: Callable[[Any, Any], Evaluator] | None = None,
+    evaluation: Evaluation | None = None,
     **arguments: Any,
 ) -> Path:
     """Adapt a base model into a draft; the finished draft and its tokenizer are written to `spec.output`.
@@ -81,8 +92,8 @@ def train_draft(
     run that finds a checkpoint goes on from it; with `spec.restart` checkpoints are moved aside.
 
     Args:
-        make_evaluator (`Callable`, *optional*):
-            From the target and the tokenizer to what [`PardTrainer`] evaluates with; without it nothing is evaluated.
+        evaluation ([`Evaluation`], *optional*):
+            What is measured on the way; without it nothing is.
         arguments:
             Anything [`PardTrainingArguments`] takes.
 
@@ -93,8 +104,9 @@ def train_draft(
     tokenizer = AutoTokenizer.from_pretrained(spec.base)
     if spec.chat_template is not None:
         tokenizer.chat_template = spec.chat_template.read_text(encoding="utf-8")
-    args = training_arguments(spec, make_evaluator is not None, arguments)
+    args = training_arguments(spec, evaluation is not None, arguments)
     mask_token_id = check_before_loading(spec, tokenizer, args)
+    make_evaluator = evaluation.prepare(tokenizer, longest_text(spec)) if evaluation else None
     rows = tokenize_rows(
         tokenizer,
         (row for file in spec.data for row in read_rows(file, spec.skip_bad_rows)),
@@ -114,19 +126,19 @@ def train_draft(
         PardDraftModel.from_causal_lm(base, mask_token_id),
         args,
         target=target,
-        evaluator=make_evaluator(target, tokenizer) if make_evaluator else None,
+        evaluator=make_evaluator(target) if make_evaluator else None,
         train_dataset=rows,
         processing_class=tokenizer,
     )
-    trainer.provenance = provenance_of(spec, trainer, counts)
+    provenance = trainer.provenance = provenance_of(spec, trainer, counts)
     if spec.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(spec.early_stopping_patience))
-    return run(spec, trainer)
+    return run(spec, trainer, provenance)
 
 
 def training_arguments(spec: TrainingSpec, is_evaluated: bool, arguments: dict[str, Any]) -> PardTrainingArguments:
     """The host's arguments; with an evaluator, the checkpoint of the longest blocks is the one that is kept."""
-    known = {field.name for field in fields(PardTrainingArguments) if field.init}
+    known = {field.name for field in fields(PardTrainingArguments) if field.init} - {"output_dir"}
     unknown = sorted(set(arguments) - known)
     if unknown:
         raise ValueError(f"Expected training arguments of `PardTrainingArguments`, got {', '.join(unknown)}.")
@@ -135,8 +147,8 @@ def training_arguments(spec: TrainingSpec, is_evaluated: bool, arguments: dict[s
     if is_evaluated:
         save_steps = arguments.get("save_steps", 200)
         defaults |= {"eval_strategy": "steps", "eval_steps": save_steps, "load_best_model_at_end": True}
-    elif spec.early_stopping_patience is not None:
-        raise ValueError("Expected evaluations for early stopping, got none. Give a target and evaluation prompts.")
+    elif spec.early_stopping_patience is not None or "eval_steps" in arguments:
+        raise ValueError("Expected something to evaluate, got none. Give a target and evaluation prompts.")
     return PardTrainingArguments(str(spec.output / "checkpoints"), **{**defaults, **arguments})
 
 
@@ -144,17 +156,40 @@ def check_before_loading(spec: TrainingSpec, tokenizer: Any, args: PardTrainingA
     """Everything that can be known from configs and tokenizers; returns the mask token's id."""
     vocab_size = check_base(spec.base, tokenizer, spec.max_length)
     check_lengths(args.num_draft_tokens, spec.max_length)
-    check_template(tokenizer)
+    named_dtype(spec.dtype)
     if spec.target is not None:
-        check_same_tokenizer(tokenizer, AutoTokenizer.from_pretrained(spec.target), spec.target)
-    elif args.objective != "ce":
-        raise ValueError(f"Expected a target for the objective {args.objective!r}, got none. Name it with `--target`.")
+        target_tokenizer = AutoTokenizer.from_pretrained(spec.target)
+        check_same_tokenizer(tokenizer, target_tokenizer, spec.target)
+        if tokenizer.chat_template is None and target_tokenizer.chat_template is not None:
+            logger.warning("The base model has no chat template: the target's is taken.")
+            tokenizer.chat_template = target_tokenizer.chat_template
+    check_template(tokenizer)
+    # What these refuse is refused now.
+    Objective(
+        args.objective,
+        args.cross_entropy_weight,
+        args.divergence_weight,
+        args.distillation_temperature,
+        target=spec.target,  # Its name will do.
+    )
+    DataCollatorForPard(0, args.num_draft_tokens, args.retention_rate, args.min_retention_rate)
     if spec.mask_token_id is None:
         mask_token_id, why = choose_mask_token(tokenizer, vocab_size)
         logger.warning("Mask token %d: %s.", mask_token_id, why)
         return mask_token_id
+    if not 0 <= spec.mask_token_id < vocab_size:
+        raise ValueError(
+            f"Expected `--mask-token-id` to be an id in [0, {vocab_size}), got {spec.mask_token_id}. `auto` "
+            "chooses one."
+        )
     check_mask_token(tokenizer, spec.mask_token_id)
     return spec.mask_token_id
+
+
+def longest_text(spec: TrainingSpec) -> int:
+    """Positions that both the base model and the target have."""
+    names = [spec.base, *([spec.target] if spec.target else [])]
+    return min(num_positions(AutoConfig.from_pretrained(name)) for name in names)
 
 
 def load(name: str, dtype: str, **kwargs: Any) -> Any:
@@ -183,7 +218,7 @@ def provenance_of(spec: TrainingSpec, trainer: PardTrainer, counts: dict[str, in
     return Provenance(conditions, models, spec.data, settings, counts)
 
 
-def run(spec: TrainingSpec, trainer: PardTrainer) -> Path:
+def run(spec: TrainingSpec, trainer: PardTrainer, provenance: Provenance) -> Path:
     """Train, from the last checkpoint where there is one, and write the draft."""
     checkpoints = spec.output / "checkpoints"
     has_old = checkpoints.is_dir() and any(checkpoints.iterdir())
@@ -192,6 +227,7 @@ def run(spec: TrainingSpec, trainer: PardTrainer) -> Path:
     trainer.accelerator.wait_for_everyone()
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     if last is not None:
+        check_same_run(Path(last), provenance)
         logger.warning("Going on from %s; pass --restart to begin anew.", last)
     trainer.train(resume_from_checkpoint=last)
     trainer.save_model(str(spec.output))
