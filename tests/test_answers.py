@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from families import make_draft, make_model
+from transformers import AutoTokenizer
 
 import pard_hf
+from pard_hf import bundled_pair
 from pard_hf.cli import main
 from pard_hf.training.answer_file import AnswerFile
 from pard_hf.training.answers import write_answers
-from pard_hf.training.data import encode_prompt, encode_row, next_prompt, read_rows, tokenize_rows
+from pard_hf.training.chat import encode_prompt, next_prompt
+from pard_hf.training.data import encode_row, read_rows, tokenize_rows
 
 TEMPLATE = (
     "{% for message in messages %}[{{ message['role'][0] }}]{{ message['content'] }}"
@@ -208,17 +211,25 @@ def test_every_turn_is_answered_in_sight_of_the_targets_own_answers(target, toke
         assert sum(learned) == sum(map(len, answers))
 
 
-def test_an_answers_own_tokens_stay_where_encoding_again_differs(tokenizer):
-    """Here the answer's text is encoded as other tokens than the target said; what comes after it stays the same."""
-    tokenizer.chat_template = TEMPLATE
+def test_an_answers_own_tokens_stay_where_encoding_again_differs():
+    """The target spelled a word that the tokenizer writes as one token; what comes after it stays the same."""
+    tokenizer = AutoTokenizer.from_pretrained(bundled_pair().target)
+    tokenizer.chat_template = TEMPLATE.replace("</s>", tokenizer.eos_token)
     asked = [{"role": "user", "content": "ab"}]
+    later = [*asked, {"role": "assistant", "content": "return"}, {"role": "user", "content": "c"}]
     past, end = encode_prompt(tokenizer, asked), tokenizer.eos_token_id
-    later = [*asked, {"role": "assistant", "content": "xy"}, {"role": "user", "content": "c"}]
-    tail = encode_prompt(tokenizer, later)[len(past) + 2 :]
+    [word] = tokenizer("return", add_special_tokens=False)["input_ids"]
+    spelled = [tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in "return"]
+    tail = encode_prompt(tokenizer, later)[len(past) + 1 :]
 
+    assert encode_prompt(tokenizer, later) == [*past, word, *tail]
     assert tail[0] == end
-    assert next_prompt(tokenizer, later, past, [50, end]) == [*past, 50, *tail]
-    assert next_prompt(tokenizer, later, past, [50]) == [*past, 50, *tail]  # Cut short: the template closes it.
+    assert next_prompt(tokenizer, later, past, [*spelled, end]) == [*past, *spelled, *tail]
+    assert next_prompt(tokenizer, later, past, spelled) == [
+        *past,
+        *spelled,
+        *tail,
+    ]  # Cut short: the template closes it.
 
 
 @pytest.mark.parametrize(

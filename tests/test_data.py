@@ -66,7 +66,7 @@ def test_the_targets_own_tokens_are_taken_as_they_are(tokenizer):
         ('{"text": "x", "response_ids": ["a"]}', "response_ids"),
         ("[1]", "a JSON list"),
         ('{"prompt": "x"}', r"it has \['prompt'\]"),
-        ('{"messages": [1]}', "it has"),
+        ('{"messages": [1]}', "no list of objects"),
     ],
 )
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
@@ -133,3 +133,78 @@ def test_marked_templates_need_no_prefix(tokenizer, end):
 
     assert decode(tokenizer, example["input_ids"]) == "[4]abcd</s>[4]efgh</s>"
     assert learned(tokenizer, example) == "cd</s>gh</s>"
+
+
+TURNS = (("user", "hi"), ("assistant", "ab"), ("user", "yo"), ("assistant", "cd"))
+CHAT = {"messages": [{"role": role, "content": content} for role, content in TURNS]}
+
+
+def set_template(tokenizer, answer, prompt="[a]", given="[{{ m['role'][0] }}]{{ m['content'] }}"):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}" + answer + "{% else %}" + given + "{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}" + prompt + "{% endif %}"
+    )
+
+
+def test_a_turn_ends_as_the_template_ends_it(tokenizer):
+    """The end token of many a base model is not what its chat template writes after an answer."""
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<E>"]})
+    set_template(tokenizer, "[a]{{ m['content'] }}<E>!")
+
+    assert learned(tokenizer, encode_row(tokenizer, CHAT)) == "ab<E>cd<E>"
+
+
+def test_what_the_template_adds_to_an_answer_is_learned(tokenizer):
+    """An empty block of thinking, or the header where no generation prompt writes it."""
+    set_template(tokenizer, "[a](){{ m['content'] }}</s>")
+    assert learned(tokenizer, encode_row(tokenizer, CHAT)) == "()ab</s>()cd</s>"
+
+    set_template(tokenizer, "[a]{{ m['content'] }}</s>", prompt="")
+    assert learned(tokenizer, encode_row(tokenizer, CHAT)) == "[a]ab</s>[a]cd</s>"
+
+
+def test_later_turns_are_asked_as_the_template_asks_them(tokenizer):
+    """It drops the thinking of an earlier answer, or trims it: then so does the text that is trained on."""
+    words = "{{ m['content'] if loop.last else m['content'].split(')')[-1] }}"
+    set_template(tokenizer, "[a]" + words + "</s>")
+    chat = {"messages": [dict(m) for m in CHAT["messages"]], "response_ids": [[], []]}
+    chat["messages"][1]["content"] = "(x)ab"
+    chat["response_ids"] = [
+        [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for text in ("(x)ab", "cd")
+    ]
+
+    example = encode_row(tokenizer, chat)
+
+    assert decode(tokenizer, example["input_ids"]) == "[u]hi[a]ab</s>[u]yo[a]cd</s>"
+    assert learned(tokenizer, example) == "cd</s>"
+
+
+def test_questions_stay_where_the_template_ends_them_too(tokenizer):
+    set_template(tokenizer, "[a]{{ m['content'] }}", given="[u]{{ m['content'] }}</s>")
+    chat = {**CHAT, "response_ids": [[9, 8], [7, 6]]}
+
+    assert "[u]yo</s>" in decode(tokenizer, encode_row(tokenizer, chat)["input_ids"])
+
+
+@pytest.mark.parametrize("mark", ["{%- generation -%}", "{%generation%}"])
+def test_marks_may_be_written_as_the_host_allows(tokenizer, mark):
+    set_template(tokenizer, "[a]" + mark + "{{ m['content'] }}</s>{% endgeneration %}")
+
+    assert learned(tokenizer, encode_row(tokenizer, CHAT)) == "ab</s>cd</s>"
+
+
+def test_fields_that_say_nothing_do_not_count(tokenizer):
+    """Columns of a data set that are null in some rows."""
+    row = {"prompt": "ab", "response": "cd", "messages": None}
+    assert learned(tokenizer, encode_row(tokenizer, row)) == "cd</s>"
+    assert learned(tokenizer, encode_row(tokenizer, {"text": "ab", "prompt": "x"})) == "ab</s>"
+
+
+def test_templates_that_fail_name_the_row(tokenizer, tmp_path):
+    tokenizer.chat_template = "{{ raise_exception('no system turns') }}"
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(CHAT) + "\n")
+
+    with pytest.raises(ValueError, match="rows.jsonl`, but it fails: no system turns"):
+        tokenize_rows(tokenizer, read_rows(path), 64)
+    assert tokenize_rows(tokenizer, read_rows(path), 64, skip_bad_rows=True) == []

@@ -23,8 +23,8 @@ from ..draft_model import PardDraftModel, num_positions
 from ..generation.mixin import with_pard
 from ..generation.stats import DecodingStats
 from ..pair import bundled_pair
+from .chat import encode_prompt, next_prompt
 from .conversations import Conversation, Message
-from .data import encode_prompt, next_prompt
 
 logger = logging.getLogger(__name__)
 

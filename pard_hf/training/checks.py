@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from ..draft_model import num_positions
-from .data import ANSWER_MARK
+from .chat import has_marks
 
 PROBE = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
 
@@ -61,7 +61,7 @@ def check_template(tokenizer: Any) -> None:
     It does with `{% generation %}` marks around answers; without them, what it writes up to an answer must be the
     beginning of what it writes with it.
     """
-    if tokenizer.chat_template is None or ANSWER_MARK in str(tokenizer.chat_template):
+    if tokenizer.chat_template is None or has_marks(tokenizer):
         return
     way_out = (
         "Mark answers with `{% generation %}…{% endgeneration %}` in a copy of the template and pass it with "

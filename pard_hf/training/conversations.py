@@ -49,12 +49,12 @@ def why_no_conversation(row: Any) -> str | None:
         return f"it is a JSON {type(row).__name__}"
     if not isinstance(row.get("id", ""), str | int):
         return "its `id` is neither text nor a number"
-    if "messages" in row and not are_messages(row["messages"]):
+    if row.get("messages") is not None and not are_messages(row["messages"]):
         return "its `messages` are no list of objects with `role` and `content`"
-    turns = row.get("turns", [])
+    turns = row.get("turns") or []
     if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
         return "its `turns` are no list of texts"
-    if not {"messages", "turns"} & row.keys() and not isinstance(row.get("prompt"), str):
+    if row.get("messages") is None and not turns and not isinstance(row.get("prompt"), str):
         return f"it has {sorted(row)}"
     messages = given_messages(row)
     unknown = sorted({message["role"] for message in messages} - {"system", "developer", "user", "assistant"})
@@ -70,7 +70,7 @@ PROMPTS = RowKind("`prompt`, `messages` or `turns`", why_no_conversation)
 
 def given_messages(row: dict[str, Any]) -> list[Message]:
     """The messages of a row of prompts, answers that it may bring included."""
-    if "messages" in row:
+    if row.get("messages") is not None:
         return [{"role": message["role"], "content": message["content"]} for message in row["messages"]]
     return [{"role": "user", "content": text} for text in row.get("turns") or [row["prompt"]]]
 

@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-logger = logging.getLogger(__name__)
+from .chat import encode_marked, has_marks, next_prompt, written_answer
 
-# How a chat template says where answers are, https://huggingface.co/docs/transformers/chat_templating_writing.
-ANSWER_MARK = "{% generation"
+logger = logging.getLogger(__name__)
 
 
 class Row(dict[str, Any]):
@@ -45,6 +44,8 @@ def what_is_wrong(row: Any) -> str | None:
         num_answers = 1
     elif are_messages(row.get("messages")):
         num_answers = sum(message["role"] == "assistant" for message in row["messages"])
+    elif row.get("messages") is not None:
+        return "its `messages` are no list of objects with the texts `role` and `content`"
     else:
         return f"it has {sorted(row)}"
     if "response_ids" not in row:
@@ -142,60 +143,11 @@ def parse(line: bytes) -> tuple[Any, str | None]:
 
 def messages_of(row: dict[str, Any]) -> list[dict[str, str]] | None:
     """The conversation a row stands for; `None` for plain text."""
-    if "messages" in row:
-        return row["messages"]
-    if "prompt" in row:
+    if isinstance(row.get("text"), str):
+        return None
+    if isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
         return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
-    return None
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
-    """Token ids of a conversation up to the point where an answer begins.
-
-    By the tokenizer's chat template, or, without one, the contents in order behind the tokenizer's own start token,
-    with an end token after each answer.
-    """
-    if tokenizer.chat_template is None:
-        ids = tokenizer("")["input_ids"]
-        for message in messages:
-            ids = ids + tokenizer(message["content"], add_special_tokens=False)["input_ids"]
-            if message["role"] == "assistant" and tokenizer.eos_token_id is not None:
-                ids = [*ids, tokenizer.eos_token_id]
-        return ids
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-
-
-def next_prompt(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], past: list[int], answer: list[int]
-) -> list[int]:
-    """Token ids of a conversation up to where its next answer begins, the ids of the last answer kept as they are.
-
-    Args:
-        messages (`list[dict[str, str]]`):
-            The conversation, the last answer and what was asked after it included.
-        past (`list[int]`):
-            Everything before the last answer, the ids of earlier answers as they are.
-        answer (`list[int]`):
-            The last answer, with its end token where it has one; empty where there was none yet.
-
-    Returns:
-        Ids that begin with `past + answer`; or, where the template rewrites earlier turns, ids that do not.
-    """
-    prompt, end = encode_prompt(tokenizer, messages), tokenizer.eos_token_id
-    if not answer:
-        return prompt
-    last = max(turn for turn, message in enumerate(messages) if message["role"] == "assistant")
-    before = encode_prompt(tokenizer, messages[:last])
-    rest = prompt[len(before) :]
-    if prompt[: len(before)] != before:
-        return prompt
-    if rest[: len(answer)] == answer:
-        return past + rest
-    if end not in rest:
-        return prompt
-    # Text that is encoded again may cut words elsewhere; what follows the answer begins with the end token.
-    rest = rest[rest.index(end) :]
-    return past + answer + (rest[1:] if answer[-1] == end else rest)
+    return row["messages"]
 
 
 def encode_row(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> dict[str, list[int]]:
@@ -210,7 +162,7 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> dict[
     if messages is None:
         text = tokenizer(row["text"])["input_ids"] + end
         return {"input_ids": text, "loss_mask": [1] * len(text)}
-    if ANSWER_MARK in str(tokenizer.chat_template) and not row.get("response_ids"):
+    if has_marks(tokenizer) and not row.get("response_ids"):
         return encode_marked(tokenizer, messages)
     given_answers = iter(answer_ids(row) if row.get("response_ids") else list[list[int]]())
     past, answer = list[int](), list[int]()
@@ -220,22 +172,11 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> dict[
             continue
         said = past + answer
         past = next_prompt(tokenizer, messages[:turn], past, answer)
-        answer = next(given_answers, []) or tokenizer(message["content"], add_special_tokens=False)["input_ids"] + end
+        answer = next(given_answers, []) or written_answer(tokenizer, messages[: turn + 1])
         # A template that rewrites earlier turns (drops their thinking, say) leaves nothing of them to learn.
         kept = loss_mask if past[: len(said)] == said else []
         loss_mask = kept + [0] * (len(past) - len(kept)) + [1] * len(answer)
     return {"input_ids": past + answer, "loss_mask": loss_mask}
-
-
-def encode_marked(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> dict[str, list[int]]:
-    """Token ids and loss mask of a conversation, by a chat template that marks answers with `{% generation %}`."""
-    encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    ids, loss_mask = list(encoded["input_ids"]), list(encoded["assistant_masks"])
-    for place in range(1, len(ids)):
-        # Many a template marks the words alone, and the end token after them is what stops a text.
-        if ids[place] == tokenizer.eos_token_id and loss_mask[place - 1]:
-            loss_mask[place] = 1
-    return {"input_ids": ids, "loss_mask": loss_mask}
 
 
 def tokenize_rows(
@@ -263,7 +204,16 @@ def tokenize_rows(
     num_overlong = number = 0
     for number, row in enumerate(rows, start=1):
         place = row.place if isinstance(row, Row) else f"row {number}"
-        encoded = encode_row(tokenizer, row)
+        try:
+            encoded = encode_row(tokenizer, row)
+        except Exception as error:  # Templates raise what they like at turns they do not know.
+            if not skip_bad_rows:
+                raise ValueError(
+                    f"Expected a row that the chat template can write in {place}, but it fails: {error}. Mend the "
+                    "row, or pass `--skip-bad-rows` to go on without it."
+                ) from error
+            logger.warning("%s skipped: %s", place, error)
+            continue
         num_tokens = len(encoded["input_ids"])
         num_overlong += num_tokens > max_length
         if num_tokens > max_length and overlong == "drop":
