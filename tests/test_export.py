@@ -249,6 +249,14 @@ def test_output_in_use_is_refused(draft_folder, tmp_path):
     assert (tmp_path / "empty" / "model.safetensors").stat() == before
 
 
+def test_current_folder_is_no_output(draft_folder, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    with pytest.raises(ValueError, match="other than the current one"):
+        export_draft(draft_folder, ".")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

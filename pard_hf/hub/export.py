@@ -56,7 +56,11 @@ def export_draft(
         ValueError: The output is in use, rows in use would have to be cut, or something is wrong that no export can
             mend, such as a mask token the tokenizer produces.
     """
-    output = Path(output)
+    output = Path(output).absolute()
+    if output == Path.cwd():
+        raise ValueError(
+            "Expected an output folder other than the current one, which cannot be renamed. Name a new one."
+        )
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"Expected an output folder that is not there yet or empty, got {str(output)!r}.")
     if target is not None and pad_vocab_to is not None:
