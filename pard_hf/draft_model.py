@@ -134,6 +134,12 @@ class PardDraftModel(PreTrainedModel):
             model.__class__ = draft_class(base)
         return model
 
+    def push_to_hub(self, repo_id: str, tokenizer: Any = None, **kwargs: Any) -> Any:
+        """Upload the draft as engines load it, with tokenizer and card; see [`~pard_hf.hub.upload.push_draft`]."""
+        from .hub.upload import push_draft
+
+        return push_draft(self, repo_id, tokenizer, **kwargs)
+
     @property
     def mask_token_id(self) -> int:
         """The id fed at positions whose token is not known yet (`pard_token` on disk)."""

@@ -15,7 +15,7 @@ ALLOWED = {
     "generation/stats": set(),
     "training/cod": set(),
     "subclass": set(),
-    "draft_model": {"subclass", "hub/errors", "hub/known_drafts"},
+    "draft_model": {"subclass", "hub/errors", "hub/known_drafts", "hub/upload"},
     "generation/cache": set(),
     "generation/processors": set(),
     "generation/candidate_generator": {"draft_model", "generation/stats"},
@@ -62,6 +62,14 @@ ALLOWED = {
     "hub/checkpoint": {"draft_model", "hub/errors"},
     "hub/known_drafts": {"hub/checkpoint"},
     "hub/card_sources": {"hub/checkpoint", "hub/known_drafts", "hub/model_card", "pair"},
+    "hub/upload": {
+        "draft_model",
+        "hub/checkpoint",
+        "hub/engines",
+        "hub/errors",
+        "hub/export",
+        "hub/model_card",
+    },
     "hub/engines": {"draft_model", "hub/checkpoint", "training/mask_token"},
     "hub/export": {"draft_model", "hub/checkpoint", "hub/engines"},
 }
