@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DATA ?= ../shared/data/train
 
-.PHONY: demo test quality style bundled-pair clean
+.PHONY: demo test quality style bundled-pair cards clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,9 @@ style: $(VENV)/installed
 
 bundled-pair: $(VENV)/installed
 	$(BIN)/python recipes/bundled_pair.py --data $(DATA)
+
+cards: $(VENV)/installed
+	$(BIN)/pard card --all --results benchmarks/results --output model_cards
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from .commands import bench, check, data, demo, export, generate, train
+from .commands import bench, card, check, data, demo, export, generate, train
 from .commands.streamer import TintedStreamer
 
 __all__ = ["TintedStreamer", "build_parser", "main"]
@@ -14,7 +14,7 @@ __all__ = ["TintedStreamer", "build_parser", "main"]
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pard", description="Parallel draft models for transformers.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (generate, demo, bench, data, train, check, export):
+    for command in (generate, demo, bench, data, train, card, check, export):
         command.add(commands)
     return parser
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, P
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from .hub.errors import hub_errors
 from .subclass import subclass_named_as
 
 DEFAULT_NUM_ASSISTANT_TOKENS = 12
@@ -58,16 +59,13 @@ class PardDraftModel(PreTrainedModel):
                 `use_safetensors=False` says otherwise: pickled weights can run code.
 
         Raises:
+            OSError: There is no such checkpoint, the Hub keeps it closed, or it cannot be reached.
             ValueError: The checkpoint has no mask token, or one outside its vocabulary.
         """
         kwargs.setdefault("use_safetensors", True)
         loading_info = kwargs.get("output_loading_info", False)
-        try:
+        with hub_errors(pretrained_model_name_or_path, kwargs.get("revision"), kwargs["use_safetensors"]):
             loaded = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        except OSError as error:
-            if kwargs["use_safetensors"] and "safetensors" in str(error):
-                raise OSError(f"{error} Pass `use_safetensors=False` to load pickled weights you trust.") from error
-            raise
         model, *info = loaded if loading_info else (loaded,)
         if mask_token_id is None:
             mask_token_id = getattr(model.config, "pard_token", None)
@@ -80,6 +78,16 @@ class PardDraftModel(PreTrainedModel):
             num_assistant_tokens = model.generation_config.num_assistant_tokens or DEFAULT_NUM_ASSISTANT_TOKENS
         draft = cls.from_causal_lm(model, mask_token_id, num_assistant_tokens)
         return (draft, *info) if loading_info else draft  # type: ignore[return-value]
+
+    @classmethod
+    def for_target(cls, target: PreTrainedModel | str, **kwargs: Any) -> PardDraftModel:
+        """Load the published draft of a target: a live model, a folder or a Hub id.
+
+        `kwargs` go to `from_pretrained`. A `ValueError` says where none is known, and how to train one.
+        """
+        from .hub.known_drafts import known_draft_for
+
+        return cls.from_pretrained(known_draft_for(target, **kwargs).name, **kwargs)
 
     @classmethod
     def from_causal_lm(
@@ -125,6 +133,12 @@ class PardDraftModel(PreTrainedModel):
             base: Any = type(model)
             model.__class__ = draft_class(base)
         return model
+
+    def push_to_hub(self, repo_id: str, tokenizer: Any = None, **kwargs: Any) -> Any:
+        """Upload the draft as engines load it, with tokenizer and card; see [`~pard_hf.hub.upload.push_draft`]."""
+        from .hub.upload import push_draft
+
+        return push_draft(self, repo_id, tokenizer, **kwargs)
 
     @property
     def mask_token_id(self) -> int:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .draft_model import PardDraftModel
 from .generation.mixin import with_pard
+from .hub.errors import hub_errors
 
 
 class PairPaths(NamedTuple):
@@ -50,6 +51,7 @@ def load_pair(
             Defaults to the first CUDA device, or the CPU.
 
     Raises:
+        OSError: There is no such model, the Hub keeps it closed, or it cannot be reached.
         ValueError: Only one of the two was named, or the dtype is unknown.
     """
     if (target is None) != (draft is None):
@@ -72,8 +74,9 @@ def load_target(target: str, dtype: str | torch.dtype = "auto", device: str | No
         dtype = fastest_dtype(device)
     elif isinstance(dtype, str):
         dtype = named_dtype(dtype)
-    tokenizer = AutoTokenizer.from_pretrained(target)
-    model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype, use_safetensors=True)
+    with hub_errors(target):
+        tokenizer = AutoTokenizer.from_pretrained(target)
+        model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype, use_safetensors=True)
     return with_pard(model.to(device).eval()), tokenizer
 
 

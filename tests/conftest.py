@@ -57,3 +57,13 @@ def bundled_like_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
     )
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character, with the ids from 97 on left to padding: a mask token has a row no text contains."""
+    alphabet = ["<pad>", "<s>", "</s>", *(chr(ord("!") + i) for i in range(94))]
+    tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(alphabet)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..draft_model import OTHER_MASK_KEYS
+from .errors import hub_errors
 
 INDEX_FILE = "model.safetensors.index.json"
 # A vocabulary lies in one of these; the other files of a tokenizer only say how it is used.
@@ -33,8 +34,10 @@ TARGET_FILES = ("config.json", *TOKENIZER_FILES)
 DRAFT_FILES = (*TARGET_FILES, "generation_config.json", "*.safetensors", INDEX_FILE)
 
 
-def local_folder(name: str | Path, patterns: tuple[str, ...]) -> Path:
+def local_folder(name: str | Path, patterns: tuple[str, ...], **kwargs: Any) -> Path:
     """The folder of a checkpoint; one on the Hub is downloaded, as far as `patterns` name its files.
+
+    `kwargs` are those of `snapshot_download`, such as `token` and `revision`.
 
     Raises:
         OSError: There is neither such a folder nor such a repository, or the Hub cannot be reached.
@@ -44,7 +47,8 @@ def local_folder(name: str | Path, patterns: tuple[str, ...]) -> Path:
     is_hub_id = len(Path(name).parts) <= 2 and str(name) == Path(name).as_posix() and str(name)[0] not in "./~"
     if not is_hub_id:
         raise FileNotFoundError(f"Expected a folder or a Hub id such as `amd/PARD-Qwen2.5-0.5B`, got {str(name)!r}.")
-    return Path(snapshot_download(str(name), allow_patterns=list(patterns)))
+    with hub_errors(name, kwargs.get("revision")):
+        return Path(snapshot_download(str(name), allow_patterns=list(patterns), **kwargs))
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:

@@ -1,88 +1,125 @@
-"""Model cards, rendered from what a run wrote down; no figure in them is typed by hand."""
+"""Model cards, rendered from what files say: config, provenance, results. No figure in them is typed by hand.
+
+What nobody measured or said is said to be missing. Metadata goes through `huggingface_hub`'s own classes.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- pard
-- speculative-decoding
-- parallel-draft
-{base_model}---
+from huggingface_hub import ModelCard, ModelCardData
 
-# {title}
+from .card_sections import body_of_draft, body_of_target
+from .measurements import evaluation_results
 
-A parallel draft model: `{base}` adapted by conditional drop-token training to propose several tokens in one forward
-pass ([PARD](https://huggingface.co/papers/2504.18583)). It changes how soon a target of its family says something,
-never what it says.
+if TYPE_CHECKING:
+    from .known_drafts import KnownDraft
 
-```python
-from pard_hf import PardDraftModel, with_pard
+TAGS = ("pard", "speculative-decoding", "parallel-drafting")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
-draft = PardDraftModel.from_pretrained("FOLDER-OR-HUB-ID", dtype="auto")
-with_pard(target).generate(**inputs, assistant_model=draft)
-```
 
-## How it was made
+@dataclass(frozen=True)
+class CardSource:
+    """What a card is rendered from.
 
-| | |
-|---|---|
-{rows}
+    Args:
+        name (`str`):
+            Hub id, or the name of a folder.
+        config (`dict`):
+            Content of config.json; empty where the checkpoint was not read.
+        num_assistant_tokens (`int`, *optional*):
+            K of its generation_config.json.
+        num_parameters (`int`, *optional*):
+            Counted in the headers of its weights.
+        provenance (`dict`):
+            Content of provenance.json, which training writes.
+        results (`tuple` of `dict`):
+            Contents of result files, each with its name under `file`.
+        known ([`KnownDraft`], *optional*):
+            Row of a draft that others have published.
+        metadata (`dict`):
+            `license`, `license_name`, `license_link`, `language`, `datasets`, `base_model`, as a person said them;
+            they win over what files say.
+        tags (`tuple[str, ...]`):
+            Beside those that every card has.
+        target (`str`, *optional*):
+            A target it serves; by default the one it was trained for.
+        is_target (`bool`):
+            Whether this is the card of a target.
+        is_bundled (`bool`):
+            Whether it ships inside the package.
+    """
 
-## Acceptance
+    name: str
+    config: dict[str, Any] = field(default_factory=dict)
+    num_assistant_tokens: int | None = None
+    num_parameters: int | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    results: tuple[dict[str, Any], ...] = ()
+    known: KnownDraft | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    tags: tuple[str, ...] = ()
+    target: str | None = None
+    is_target: bool = False
+    is_bundled: bool = False
 
-{acceptance}
 
-*A draft of a card, written beside the checkpoint. Licence, intended use and limits: whoever publishes it.*
-"""
+def model_card(source: CardSource) -> ModelCard:
+    """Render a card.
+
+    Raises:
+        ValueError: A result is of no known form, or the metadata is not what the Hub takes.
+    """
+    body = body_of_target(source) if source.is_target else body_of_draft(source)
+    return ModelCard(f"---\n{card_data(source).to_yaml()}\n---\n\n{body.strip()}\n")
 
 
 def draft_card(provenance: dict[str, Any]) -> str:
-    """The card of a checkpoint from its `provenance.json`."""
-    base = provenance.get("base", "a small causal LM")
-    settings, counts = provenance.get("settings", {}), provenance.get("counts", {})
-    facts = {
-        "base model": base,
-        "target": provenance.get("target"),
-        "mask token id": settings.get("mask_token_id"),
-        "K_train, r, r_min": ", ".join(
-            str(settings.get(name)) for name in ("num_draft_tokens", "retention_rate", "min_retention_rate")
-        ),
-        "objective": settings.get("objective"),
-        "step": provenance.get("step"),
-        "rows, tokens": ", ".join(f"{counts[name]:,}" for name in ("num_rows", "num_tokens") if name in counts),
-        "data": ", ".join(file["file"] for file in provenance.get("data", [])),
-        "command": f"`{provenance['command']}`" if provenance.get("command") else None,
-        "commit": provenance.get("commit"),
-        "versions": ", ".join(f"{name} {version}" for name, version in provenance.get("versions", {}).items()),
-        "device": provenance.get("device"),
-        "date": provenance.get("date"),
-    }
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items() if value not in (None, ""))
-    return CARD.format(
-        base=base,
-        base_model=f"base_model: {base}\n" if "/" in base else "",
-        title=f"PARD draft of {base}",
-        rows=rows,
-        acceptance=acceptance_table(provenance.get("metrics", {})),
+    """The card of a training checkpoint from its `provenance.json`, before anybody has given it a name."""
+    return str(model_card(CardSource(name="FOLDER-OR-HUB-ID", provenance=provenance)))
+
+
+def card_data(source: CardSource) -> ModelCardData:
+    """The metadata: what the Hub filters and links by."""
+    said = source.metadata
+    base_model = base_model_of(source)
+    license = said.get("license") or (source.known.license if source.known else None) or "unknown"
+    kind = "target-model" if source.is_target else "draft-model"
+    # What a pair reaches is the draft's figure; a target's own would be of another kind.
+    results = None if source.is_target else evaluation_results(source.results) or None
+    relation: dict[str, Any] = {"base_model_relation": "finetune"} if base_model else {}
+    return ModelCardData(
+        language=said.get("language"),
+        license=license,
+        license_name=said.get("license_name"),
+        license_link=said.get("license_link"),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=base_model,
+        datasets=said.get("datasets") or sorted(set(datasets_of(source.provenance))) or None,
+        tags=[*TAGS, kind, *source.tags],
+        eval_results=results,
+        model_name=source.name.split("/")[-1] if results else None,
+        **relation,
     )
 
 
-def acceptance_table(metrics: dict[str, float]) -> str:
-    """Acceptance length and position acceptance of each prompt set, of the last evaluation."""
-    ending = "_acceptance_length"
-    names = [name.removeprefix("eval_").removesuffix(ending) for name in metrics if name.endswith(ending)]
-    names = [name for name in names if name]
-    names = [name for name in names if f"eval_{name}_position_acceptance_1" in metrics]
-    if not names:
-        return "Not measured during training."
-    lines = ["| prompts | acceptance length τ | acceptance of positions 1, 2, … |", "|---|---|---|"]
-    for name in names:
-        positions: list[str] = []
-        while (key := f"eval_{name}_position_acceptance_{len(positions) + 1}") in metrics:
-            positions.append(f"{metrics[key]:.2f}")
-        lines.append(f"| `{name}` | {metrics[f'eval_{name}{ending}']:.2f} | {' '.join(positions)} |")
-    return "\n".join(lines)
+def base_model_of(source: CardSource) -> str | None:
+    """Hub id of the model it was made from, where there is one."""
+    known = source.known.base_model if source.known else None
+    base = source.metadata.get("base_model") or known or source.provenance.get("base")
+    return base if isinstance(base, str) and HUB_ID.fullmatch(base) else None
+
+
+def datasets_of(provenance: dict[str, Any]) -> Iterator[str]:
+    """Hub ids of the data sets that manifests name, as `hub:org/name:split:field` or by themselves."""
+    for file in provenance.get("data") or ():
+        manifest = file.get("manifest") if isinstance(file, dict) else None
+        for entry in (manifest or {}).get("sources") or ():
+            for value in entry.values() if isinstance(entry, dict) else ():
+                if isinstance(value, str) and value.startswith("hub:") and HUB_ID.fullmatch(value[4:].split(":")[0]):
+                    yield value[4:].split(":")[0]
