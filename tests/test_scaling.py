@@ -158,7 +158,7 @@ def test_bundled_pair_says_the_same_and_accepts_the_same(bundled):
         ]
         assert torch.equal(outputs[0].sequences, outputs[1].sequences)
         assert outputs[0].stats == outputs[1].stats
-        assert min(outputs[1].stats.num_rounds, outputs[1].stats.num_accepted) > 5
+        assert min(outputs[1].stats.num_rounds, outputs[1].stats.num_accepted) > 2
         plain = big.target.generate(**inputs, max_new_tokens=32, do_sample=False)
         assert torch.equal(plain, outputs[1].sequences)
 
