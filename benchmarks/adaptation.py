@@ -137,12 +137,11 @@ def unadapted(args: argparse.Namespace, evaluator: AcceptanceEvaluator) -> dict[
     evaluator(PardDraftModel.from_causal_lm(AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32), 0))
     found = {}
     for name, prompts in evaluator.prompts.items():
-        longest_first = sorted(prompts, key=len, reverse=True)  # As the evaluator answers them.
         answers = evaluator.texts[name]
-        stats = replay(autoregressive(base, args.num_assistant_tokens), longest_first, answers)
+        stats = replay(autoregressive(base, args.num_assistant_tokens), prompts, answers)
         found[name] = {
             **stats.to_dict(),
-            **accuracies(base, longest_first, answers),
+            **accuracies(base, prompts, answers),
             "repeated_4gram_share": round(evaluator.repeated_4gram_share(name), 4),
         }
     return found
@@ -202,8 +201,7 @@ class Points:
         accuracy = {}
         for target, evaluator in self.evaluators.items():
             for name, prompts in evaluator.prompts.items():
-                longest_first = sorted(prompts, key=len, reverse=True)
-                accuracy[f"{target}_{name}"] = accuracies(draft.eval(), longest_first, evaluator.texts[name])
+                accuracy[f"{target}_{name}"] = accuracies(draft.eval(), prompts, evaluator.texts[name])
         draft.train()
         self.found.append(
             {

@@ -1,11 +1,19 @@
 """Tiny models made on the spot: no downloads, float32, seeded."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
-from pard_hf import PardDraftModel
+from pard_hf import PardDraftModel, bundled_pair
 
 TINY = {
     "vocab_size": 100,
@@ -59,6 +67,11 @@ def bundled_like_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+@pytest.fixture
+def tokenizer(bundled_like_tokenizer) -> PreTrainedTokenizerFast:
+    return bundled_like_tokenizer
+
+
 @pytest.fixture(scope="session")
 def small_tokenizer() -> PreTrainedTokenizerFast:
     """One token a character, with the ids from 97 on left to padding: a mask token has a row no text contains."""
@@ -67,3 +80,22 @@ def small_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """Hub ids are answered with the bundled pair; everything else is a document's own code."""
+    pair = bundled_pair()
+    for kind, path in (
+        (AutoModelForCausalLM, pair.target),
+        (AutoTokenizer, pair.target),
+        (PardDraftModel, pair.draft),
+    ):
+        original = kind.from_pretrained
+        monkeypatch.setattr(
+            kind,
+            "from_pretrained",
+            lambda name, original=original, path=path, **kwargs: original(
+                name if Path(name).exists() else path, **{k: v for k, v in kwargs.items() if k != "device_map"}
+            ),
+        )

@@ -47,6 +47,12 @@ COMMON = {
     # Large weights, or every model of this size says the same token for ever.
     "initializer_range": 0.25,
 }
+# A chat template for tokenizers with one token a character: turns behind a letter, answers with their end.
+TEMPLATE = (
+    "{% for message in messages %}[{{ message['role'][0] }}]{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[a]{% endif %}"
+)
 # The window is shorter than every text of the tests.
 WINDOW = {"sliding_window": 9}
 MIXED = {**WINDOW, "layer_types": ["sliding_attention", "full_attention"]}

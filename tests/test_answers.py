@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import make_draft, make_model
+from families import TEMPLATE, make_draft, make_model
 from transformers import AutoTokenizer
 
 import pard_hf
@@ -21,17 +21,6 @@ from pard_hf.training.answer_file import AnswerFile
 from pard_hf.training.answers import write_answers
 from pard_hf.training.chat import encode_prompt, next_prompt
 from pard_hf.training.data import encode_row, read_rows, tokenize_rows
-
-TEMPLATE = (
-    "{% for message in messages %}[{{ message['role'][0] }}]{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}[a]{% endif %}"
-)
-
-
-@pytest.fixture
-def tokenizer(bundled_like_tokenizer):
-    return bundled_like_tokenizer
 
 
 @pytest.fixture

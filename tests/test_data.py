@@ -4,19 +4,9 @@ import gzip
 import json
 
 import pytest
+from families import TEMPLATE
 
 from pard_hf.training.data import encode_row, read_rows, tokenize_rows
-
-TEMPLATE = (
-    "{% for message in messages %}[{{ message['role'][0] }}]{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}[a]{% endif %}"
-)
-
-
-@pytest.fixture
-def tokenizer(bundled_like_tokenizer):
-    return bundled_like_tokenizer
 
 
 def decode(tokenizer, ids):

@@ -8,10 +8,8 @@ import pytest
 import yaml
 from families import MASK_TOKEN_ID, make_draft, make_model
 from huggingface_hub import ModelCard
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pard_hf
-from pard_hf import PardDraftModel, bundled_pair
 from pard_hf.cli import main
 from pard_hf.hub.card_sources import all_names, card_source
 from pard_hf.hub.known_drafts import KNOWN_DRAFTS
@@ -113,25 +111,6 @@ def test_no_card_names_a_folder_of_this_machine(name):
 
 def blocks(text, language):
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
-
-
-@pytest.fixture
-def stand_ins(monkeypatch):
-    """Hub ids are answered with the bundled pair; everything else is the cards' own code."""
-    pair = bundled_pair()
-    for kind, path in (
-        (AutoModelForCausalLM, pair.target),
-        (AutoTokenizer, pair.target),
-        (PardDraftModel, pair.draft),
-    ):
-        original = kind.from_pretrained
-        monkeypatch.setattr(
-            kind,
-            "from_pretrained",
-            lambda name, original=original, path=path, **kwargs: original(
-                name if Path(name).exists() else path, **{k: v for k, v in kwargs.items() if k != "device_map"}
-            ),
-        )
 
 
 def test_transformers_snippets_run(name, stand_ins, capsys):

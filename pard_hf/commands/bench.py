@@ -79,10 +79,11 @@ def run(args: argparse.Namespace) -> int:
 def measure(args: argparse.Namespace, prompt_sets: dict[str, Any], console: Any) -> int:
     """Measure, show and write everything; returns the exit code."""
     from ..evaluation.benchmark import Benchmark, differences, is_exact
-    from ..evaluation.partial import PartialFile, replace_text
+    from ..evaluation.partial import PartialFile
     from ..evaluation.plots import write_plots
     from ..evaluation.report import difference_sentence, progress_bar, show_cell
     from ..evaluation.results import BenchmarkResult, CellResult
+    from ..files import write_whole
 
     settings = settings_of(args)
     pair = load_for_benchmark(args)
@@ -100,7 +101,7 @@ def measure(args: argparse.Namespace, prompt_sets: dict[str, Any], console: Any)
     with progress_bar(console) as advance:
         result = BenchmarkResult(conditions, Benchmark(pair, settings, advance).run(prompt_sets, finished, keep))
     if partial is not None:
-        replace_text(args.output, json.dumps(result.to_dict(), ensure_ascii=False, indent=1) + "\n")
+        write_whole(args.output, json.dumps(result.to_dict(), ensure_ascii=False, indent=1) + "\n")
         partial.remove()
     if args.plots:
         write_plots(result, args.output)

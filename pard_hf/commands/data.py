@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 def read_all(prompts: list[str], skip_bad_rows: bool, sources: list[dict[str, Any]]) -> Iterator[Any]:
     """The rows of files and data sets in order; `sources` is given an entry for each, with a digest."""
     from ..evaluation.prompts import HUB_PREFIX
-    from ..training.answer_file import sha256_of
+    from ..files import sha256_of
     from ..training.conversations import PROMPTS
     from ..training.data import read_rows
 

@@ -39,7 +39,8 @@ class AcceptanceEvaluator:
     def __call__(self, draft: Any, part: tuple[int, int] = (0, 1)) -> dict[str, DecodingStats]:
         """Statistics of each set; with `part` `(i, n)`, over every n-th prompt from the i-th, one of n devices' share.
 
-        The answers themselves stay in `texts`. They are the target's: no draft changes them.
+        The answers themselves stay in `texts`, in the order of the prompts. They are the target's: no draft changes
+        them.
         """
         was_plain = not isinstance(self.target, PardGenerationMixin)
         target = with_pard(self.target)
@@ -56,7 +57,7 @@ class AcceptanceEvaluator:
     @torch.no_grad()
     def measure(self, target: Any, draft: Any, name: str, prompts: Sequence[list[int]]) -> DecodingStats:
         stats, ends = DecodingStats(), end_token_ids(target)
-        self.texts[name] = []
+        texts = dict[int, list[int]]()
         kwargs = {} if self.num_assistant_tokens is None else {"num_assistant_tokens": self.num_assistant_tokens}
         for batch in make_batches(list(prompts), self.batch_size, pad_token_id(target), target.device):
             output = target.generate(
@@ -69,7 +70,8 @@ class AcceptanceEvaluator:
                 **kwargs,
             )
             stats += output.stats
-            self.texts[name] += batch.new_texts(output.sequences, ends).values()
+            texts |= batch.new_texts(output.sequences, ends)
+        self.texts[name] = [texts[index] for index in range(len(prompts))]
         return stats
 
     def repeated_4gram_share(self, name: str) -> float:

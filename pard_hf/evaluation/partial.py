@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..files import write_whole
 from .results import CellResult
 
 
@@ -39,7 +40,7 @@ class PartialFile:
             return []
         self.check(rows[0])
         # Its last line may have been cut off: what is added now begins a line of its own.
-        replace_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         return [CellResult.from_dict(row) for row in rows[1:]]
 
     def check(self, header: dict[str, Any]) -> None:
@@ -71,10 +72,3 @@ def read_whole_lines(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines[:-1]]
     except json.JSONDecodeError as error:
         raise ValueError(f"Expected JSON lines in `{path}`, got: {error}. Remove the file to begin anew.") from None
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that it is there in whole or not at all."""
-    written = path.with_name(f"{path.name}.tmp")
-    written.write_text(text, encoding="utf-8")
-    written.replace(path)

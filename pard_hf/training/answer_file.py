@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..files import sha256_of, whole_file
 from ..generation.stats import DecodingStats
 from .conversations import digest_of
 from .data import answer_ids, read_rows
@@ -158,13 +159,10 @@ class AnswerFile:
             "acceptance_length": round(stats.acceptance_length, 4) if stats.num_rounds else None,
             "runs": runs,
         }
-        path = manifest_path(self.path)
-        temporary = path.with_name(path.name + ".part")
-        with temporary.open("w", encoding="utf-8") as file:
+        with whole_file(manifest_path(self.path)) as written, written.open("w", encoding="utf-8") as file:
             file.write(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
 
 
 def manifest_path(path: Path) -> Path:
@@ -220,15 +218,6 @@ def open_alone(path: Path) -> BinaryIO:
     except OSError as error:  # A file system without locks.
         logger.info("%s cannot be locked: %s", path.name, error)
     return file
-
-
-def sha256_of(path: Path) -> Any:
-    """The SHA-256 of a file, ready for more."""
-    sha256 = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            sha256.update(chunk)
-    return sha256
 
 
 def mend(path: Path) -> None:

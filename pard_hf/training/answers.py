@@ -19,7 +19,7 @@ from ..generation.stats import DecodingStats
 from .answer_file import AnswerFile, Counts
 from .answerer import Answerer, AnswerSettings, model_name
 from .conversations import conversation_of, distinct
-from .data import Row
+from .data import place_of
 
 
 def write_answers(
@@ -105,7 +105,3 @@ def write_answers(
             if report is not None:
                 report(counts, answerer.stats)
     return counts
-
-
-def place_of(row: dict[str, Any], number: int) -> str:
-    return row.place if isinstance(row, Row) else f"row {number}"

@@ -77,7 +77,12 @@ def build_rows(
     }
 
 
-def attention_mask(anchors: torch.Tensor, depths: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
+def attention_mask(
+    anchors: torch.Tensor,
+    depths: torch.Tensor,
+    starts: torch.Tensor | None = None,
+    rows: slice = slice(None),
+) -> torch.Tensor:
     """Who attends to whom: real tokens of the own text up to the own anchor, and the own chain up to the own depth.
 
     Args:
@@ -86,12 +91,14 @@ def attention_mask(anchors: torch.Tensor, depths: torch.Tensor, starts: torch.Te
         starts (`torch.LongTensor` of shape `(..., num_rows)`, *optional*):
             Anchor of the first token of each row's text, where several texts are packed into one sequence; 0
             everywhere by default.
+        rows (`slice`, *optional*):
+            Some of the rows, where the whole mask is too large to be there at once.
 
     Returns:
         `torch.BoolTensor` of shape `(..., num_rows, num_rows)`, True = the row attends to the column.
     """
     starts = torch.zeros_like(anchors) if starts is None else starts
-    row_anchor, row_depth, row_start = (t.unsqueeze(-1) for t in (anchors, depths, starts))
+    row_anchor, row_depth, row_start = (t[..., rows].unsqueeze(-1) for t in (anchors, depths, starts))
     return attends(row_anchor, row_depth, row_start, anchors.unsqueeze(-2), depths.unsqueeze(-2))
 
 

@@ -27,6 +27,11 @@ class Row(dict[str, Any]):
     place: str
 
 
+def place_of(row: dict[str, Any], number: int) -> str:
+    """Where a row came from, or which of all it is."""
+    return row.place if isinstance(row, Row) else f"row {number}"
+
+
 class RowKind(NamedTuple):
     """What rows of a file are for: the fields they may have, in words, and what is wrong with one that has others."""
 
@@ -203,7 +208,7 @@ def tokenize_rows(
     examples: list[dict[str, Any]] = []
     num_overlong = number = 0
     for number, row in enumerate(rows, start=1):
-        place = row.place if isinstance(row, Row) else f"row {number}"
+        place = place_of(row, number)
         try:
             encoded = encode_row(tokenizer, row)
         except Exception as error:  # Templates raise what they like at turns they do not know.

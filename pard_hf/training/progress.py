@@ -12,6 +12,8 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from ..files import whole_file
+
 logger = logging.getLogger(__name__)
 
 
@@ -63,8 +65,13 @@ class MetricsFile(TrainerCallback):
     Both are written from the run's whole history, which checkpoints carry: a resumed run has one table.
     """
 
+    def __init__(self) -> None:
+        self.num_written = 0
+
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero and state.log_history:
+        # A step that is evaluated is often saved as well, and says nothing new then.
+        if state.is_world_process_zero and len(state.log_history) != self.num_written:
+            self.num_written = len(state.log_history)
             write_table(state.log_history, Path(args.output_dir) / "metrics.csv")
             plot_curves(state.log_history, Path(args.output_dir) / "curves.png")
 
@@ -75,12 +82,10 @@ def write_table(history: list[dict[str, Any]], file: Path) -> None:
     """One line for each logging event, one column for each metric; empty where it was not logged."""
     columns = list(dict.fromkeys(["step", "epoch", *(name for entry in history for name in entry)]))
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    with partial.open("w", newline="", encoding="utf-8") as out:
+    with whole_file(file) as written, written.open("w", newline="", encoding="utf-8") as out:
         writer = csv.DictWriter(out, columns, restval="")
         writer.writeheader()
         writer.writerows(history)
-    partial.replace(file)
 
 
 def plot_curves(history: list[dict[str, Any]], file: Path) -> None:
@@ -105,6 +110,5 @@ def plot_curves(history: list[dict[str, Any]], file: Path) -> None:
         axis.set_ylabel(label)
         if axis.lines:
             axis.legend()
-    partial = file.with_suffix(".partial")
-    figure.savefig(partial, dpi=120, format="png")
-    partial.replace(file)
+    with whole_file(file) as written:
+        figure.savefig(written, dpi=120, format="png")

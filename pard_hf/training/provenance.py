@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..files import sha256_of, write_whole
 from ..hub.model_card import draft_card
+from .answer_file import manifest_path
 
 SETTINGS_OF_A_RUN = (
     "mask_token_id", "max_length", "overlong", "pack", "num_draft_tokens", "retention_rate", "min_retention_rate",
@@ -89,22 +90,9 @@ def check_same_run(checkpoint: Path, provenance: Provenance) -> None:
 
 def describe(file: Path) -> dict[str, Any]:
     """Name and digest of a file of rows, and the manifest that `pard data` left beside it."""
-    with file.open("rb") as content:
-        digest = (
-            hashlib.file_digest(content, "sha256")
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(content.read())
-        )
-    manifest = file.with_name(file.name + ".manifest.json")
+    manifest = manifest_path(file)
     return {
         "file": file.name,
-        "sha256": digest.hexdigest(),
+        "sha256": sha256_of(file).hexdigest(),
         "manifest": json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else None,
     }
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a text file, then give it its name."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..generation.cache import attention_windows
-from .cod import attends
+from .cod import attends, attention_mask
 
 ATTENTIONS = ("sdpa", "eager", "flex_attention")
 ROWS_AT_A_TIME = 1024
@@ -54,9 +54,7 @@ def additive_mask(
     mask = torch.full((batch_size, 1, num_rows, num_rows), torch.finfo(dtype).min, dtype=dtype, device=anchors.device)
     for first in range(0, num_rows, ROWS_AT_A_TIME):
         rows = slice(first, first + ROWS_AT_A_TIME)
-        anchor, depth, start = (values[:, rows].unsqueeze(-1) for values in (anchors, depths, starts))
-        is_seen = attends(anchor, depth, start, anchors.unsqueeze(-2), depths.unsqueeze(-2))
-        mask[:, 0, rows].masked_fill_(is_seen, 0)
+        mask[:, 0, rows].masked_fill_(attention_mask(anchors, depths, starts, rows), 0)
     return mask
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -99,6 +100,8 @@ class PardTrainer(Trainer):
 
     # The objective divides by the labels of the whole step.
     loss_is_scaled_for_ga = True
+    loaded_step: int | None = None  # Of the best checkpoint, once its weights are the draft's.
+    unfinished = ""  # The folder, inside the run's, that a checkpoint is written into.
 
     def __init__(
         self,
@@ -198,15 +201,7 @@ class PardTrainer(Trainer):
 
     def sum_over_processes(self, stats: DecodingStats) -> DecodingStats:
         """The statistics of all processes' prompts."""
-        if self.args.world_size == 1:
-            return stats
-        counts = torch.zeros(256, dtype=torch.long, device=self.args.device)  # K is far below.
-        counts[0] = stats.num_drafted
-        counts[1 : 1 + len(stats.histogram)] = torch.tensor(stats.histogram, dtype=torch.long)
-        num_drafted, *histogram = self.accelerator.reduce(counts, "sum").tolist()
-        while histogram and not histogram[-1]:
-            histogram.pop()
-        return DecodingStats(tuple(histogram), num_drafted)
+        return sum(gather_object([stats]), DecodingStats())
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         is_best = super()._determine_best_metric(metrics=metrics, trial=trial)
@@ -226,8 +221,6 @@ class PardTrainer(Trainer):
             history = [e for e in self.state.log_history if "eval_acceptance_length" in e and e["step"] <= step]
             self.provenance(folder, step, (history or [{}])[-1])
 
-    loaded_step: int | None = None  # Of the best checkpoint, once its weights are the draft's.
-
     def _load_best_model(self) -> None:
         super()._load_best_model()
         self.loaded_step = self.state.best_global_step
@@ -235,8 +228,6 @@ class PardTrainer(Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
         return str(Path(folder) / self.unfinished) if self.unfinished else folder
-
-    unfinished = ""  # The folder, inside the run's, that a checkpoint is written into.
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint beside the others and rename it when it is whole: a full disk or a kill leaves none half.
