@@ -4,15 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 DATA ?= ../shared/data/train
 
-.PHONY: demo test quality style bundled-pair cards clean
+.PHONY: demo app test quality style bundled-pair cards clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench,train]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[app,bench,dev,train]'
 	touch $@
 
 demo: $(VENV)/installed
 	$(BIN)/pard demo
+
+app: $(VENV)/installed
+	$(BIN)/python app.py
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -q

@@ -13,6 +13,19 @@ from typing import Any
 from .results import CellResult, Difference, RouteResult
 from .routes import ROUTES
 
+SPEED_HEADINGS = (
+    "tokens/s",
+    "after first",
+    "TTFT ms",
+    "speedup",
+    "÷ AR+",
+    "τ",
+    "α",
+    "identical",
+    "compile s",
+    "peak MiB",
+)
+
 
 def make_console() -> Any:
     """A rich console on standard error.
@@ -64,19 +77,7 @@ def show_cell(console: Any, cell: CellResult) -> None:
 
 def speed_table(cell: CellResult) -> Any:
     """What each route reaches."""
-    headings = (
-        "tokens/s",
-        "after first",
-        "TTFT ms",
-        "speedup",
-        "÷ AR+",
-        "τ",
-        "α",
-        "identical",
-        "compile s",
-        "peak MiB",
-    )
-    return table(headings, {ROUTES[route.route].title: speed_row(route) for route in cell.routes})
+    return table(SPEED_HEADINGS, {ROUTES[route.route].title: speed_row(route) for route in cell.routes})
 
 
 def speed_row(route: RouteResult) -> list[str]:

@@ -1,0 +1,207 @@
+"""The web demo: `make app`. Layout and wiring only; what it shows is made in `pard_hf/web/`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import threading
+from pathlib import Path
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import gradio as gr
+
+import pard_hf
+from pard_hf.evaluation.routes import ROUTES
+from pard_hf.web.bench import FIRST_ROUTES, MOST_PROMPTS, prompt_sets
+from pard_hf.web.pairs import BUNDLED, KINDS, PairName, PairShelf
+from pard_hf.web.settings import MOST_DRAFT_TOKENS, MOST_NEW_TOKENS
+from pard_hf.web.visits import NO_ROUNDS, Visits
+
+STYLE = Path(pard_hf.__file__).parent / "web" / "page.css"
+EXAMPLES = {
+    "Code": 'def is_palindrome(text: str) -> bool:\n    """Return True if text reads the same backwards."""\n',
+    "Arithmetic": "Tom has 3 boxes of pencils. Each box holds 12 pencils. He gives 8 pencils to his sister. How many "
+    "pencils does Tom have left?\n",
+    "Story": "Once upon a time there was a small fox who wanted to see the sea.\n",
+}
+INTRODUCTION = """# pard-hf
+
+A small draft model proposes several tokens in **one** forward pass, the target model checks them in one more. The text
+stays what plain `generate` says; it is only there sooner. The bundled models are a stand-in to see how it works: they
+know a little Python and school arithmetic.
+"""
+RACE_NOTE = """Plain `generate` and the draft take turns of a tenth of a second, so neither slows the other. Each has a
+clock of its own, which runs only while it is its turn, reading the prompt included."""
+LEGEND = """<p class="pard-legend"><span class="pard-accepted pard-0">accepted draft tokens</span>
+<span class="pard-accepted pard-1">of the next round</span> <span class="pard-bonus">the target's own token</span>
+– hover to see the round</p>"""
+
+
+def build_demo(folder: Path | None = None, device: str | None = None) -> gr.Blocks:
+    """The page; the bundled pair begins to load in the background.
+
+    Args:
+        folder (`Path`, *optional*):
+            Local models and prompt sets must lie below it; without one there are none.
+        device (`str`, *optional*):
+            Defaults to the first CUDA device, or the CPU.
+    """
+    shelf = PairShelf(folder, device)
+    visits = Visits(shelf)
+    threading.Thread(target=shelf.load, args=(PairName(),), daemon=True).start()
+    with gr.Blocks(title="pard-hf", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
+        pair, race, chat = (gr.State(None, time_to_live=3600) for _ in range(3))
+        gr.Markdown(INTRODUCTION)
+        status = gr.HTML(elem_id="status")
+        with gr.Accordion("Models", open=False):
+            kind = gr.Radio(KINDS, value=BUNDLED, label="Where the models are", info="Only safetensors are loaded.")
+            with gr.Row():
+                target = gr.Textbox(label="Target", info="Folder or Hub id of the large model.", max_length=200)
+                draft = gr.Textbox(
+                    label="Draft", info="Of the small one; empty: the published draft of the target.", max_length=200
+                )
+            with gr.Row():
+                load = gr.Button("Load models")
+                stop_load = gr.Button("Stop loading")
+        with gr.Accordion("Settings", open=False):
+            with gr.Row():
+                k = gr.Slider(1, MOST_DRAFT_TOKENS, 8, step=1, label="K", info="Tokens the draft proposes a round.")
+                length = gr.Number(
+                    128, label="Max new tokens", info=f"Where a text ends at the latest: 1 to {MOST_NEW_TOKENS}."
+                )
+            with gr.Row():
+                temperature = gr.Number(0, label="Temperature", info="0 always takes the likeliest token; to 2.")
+                top_p = gr.Number(1, label="Top-p", info="Draw from the likeliest tokens of this share only.")
+                seed = gr.Number(0, label="Seed", info="The same seed draws the same text.")
+        settings = [k, length, temperature, top_p, seed]
+        with gr.Tab("Race"):
+            gr.Markdown(RACE_NOTE)
+            prompt = gr.Textbox(EXAMPLES["Code"], lines=4, label="Prompt", elem_id="prompt")
+            with gr.Row():
+                examples = [gr.Button(f"Example: {name.lower()}", size="sm") for name in EXAMPLES]
+            with gr.Row():
+                start_race = gr.Button("Race", variant="primary", elem_id="start-race")
+                stop_race = gr.Button("Stop", variant="stop", elem_id="stop-race")
+            banner = gr.HTML(elem_id="banner")
+            with gr.Row():
+                with gr.Column():
+                    gr.Markdown("## Plain generate")
+                    plain = gr.HTML(elem_id="plain")
+                with gr.Column():
+                    gr.Markdown("## With the draft")
+                    ours = gr.HTML(elem_id="pard")
+            gr.HTML(LEGEND)
+        with gr.Tab("Look inside"):
+            number = gr.Slider(1, 2, 1, step=1, label="Round", info="Of the last race.", elem_id="round")
+            inside = gr.HTML(NO_ROUNDS, elem_id="inside")
+            bars = gr.HTML(elem_id="bars")
+        with gr.Tab("Benchmark"):
+            gr.Markdown("What `pard bench` measures: every way to generate, interleaved, on the same prompts.")
+            with gr.Row():
+                prompts = gr.Dropdown(prompt_sets(shelf), value="demo", label="Prompt set")
+                upload = gr.File(label="Or your own: .jsonl rows with a prompt", file_types=[".jsonl"], height=120)
+            with gr.Row():
+                limit = gr.Slider(1, MOST_PROMPTS, 4, step=1, label="Prompts", info="Of the set, at most.")
+                repeats = gr.Slider(1, 5, 2, step=1, label="Repeats", info="Timed runs; the median counts.")
+            routes = gr.CheckboxGroup(
+                [(route.title, name) for name, route in ROUTES.items()],
+                value=list(FIRST_ROUTES),
+                label="Routes",
+                info="AR is plain generate, AD the same draft token by token, PLD prompt lookup; + and compiled ones "
+                "compile for minutes on a CPU.",
+            )
+            with gr.Row():
+                start_bench = gr.Button("Measure", variant="primary", elem_id="start-bench")
+                stop_bench = gr.Button("Stop", variant="stop")
+            measured = gr.HTML(elem_id="measured")
+            download = gr.DownloadButton("Download the JSON", interactive=False)
+        with gr.Tab("Chat"):
+            gr.Markdown("Several turns in the target's chat template. What it has read stays in its cache.")
+            dialog = gr.Chatbot(
+                label="Conversation", render_markdown=False, height=360, buttons=["copy"], elem_id="dialog"
+            )
+            said = gr.Textbox(label="Your message", lines=2, elem_id="said")
+            with gr.Row():
+                send = gr.Button("Send", variant="primary", elem_id="send")
+                stop_chat = gr.Button("Stop", variant="stop")
+                forget = gr.Button("New conversation")
+
+        # One generation at a time on the device: all of these wait in one queue, and the page says at which place.
+        queued = {"concurrency_limit": 1, "concurrency_id": "device", "show_progress_on": status}
+        raced = [status, banner, plain, ours, race, number, inside, bars]
+        race_event = {"fn": visits.race, "inputs": [pair, prompt, *settings], "outputs": raced, **queued}
+        racing = [
+            start_race.click(**race_event, api_name="race"),
+            demo.load(**race_event, api_visibility="private"),
+        ]
+        loading = load.click(visits.load, [kind, target, draft], [status, pair, k], api_name="load", **queued)
+        measuring = start_bench.click(
+            visits.bench,
+            [pair, prompts, upload, routes, limit, repeats, *settings],
+            [status, measured, download],
+            api_name="bench",
+            **queued,
+        )
+        chat_event = {
+            "fn": visits.chat,
+            "inputs": [pair, chat, said, *settings],
+            "outputs": [status, dialog, said, chat],
+            **queued,
+        }
+        chatting = [
+            send.click(**chat_event, api_name="chat"),
+            said.submit(**chat_event, api_visibility="private"),
+        ]
+        number.input(
+            visits.look, [race, number], [status, inside], trigger_mode="always_last", api_name="look", **queued
+        )
+        free = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+        stop_race.click(visits.stopped_race, outputs=raced, cancels=racing, **free)
+        stop_load.click(visits.stopped, outputs=status, cancels=loading, **free)
+        stop_bench.click(visits.stopped, outputs=status, cancels=measuring, **free)
+        stop_chat.click(visits.stopped_chat, inputs=chat, outputs=[status, dialog], cancels=chatting, **free)
+        forget.click(visits.forget, outputs=[status, dialog, chat], **free)
+        demo.unload(visits.leave)
+        for button, text in zip(examples, EXAMPLES.values(), strict=True):
+            button.click(lambda text=text: text, outputs=prompt, **free)
+    return demo.queue(max_size=64)
+
+
+def theme() -> gr.themes.Base:
+    """The look, with fonts of the visitor's own machine: the page asks nobody but this server."""
+    return gr.themes.Default(
+        primary_hue="emerald",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The web demo of pard-hf.")
+    parser.add_argument(
+        "--host",
+        default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),
+        help="where to listen (default: this machine only)",
+    )
+    parser.add_argument("--port", type=int, help="default: the first free one from 7860")
+    parser.add_argument(
+        "--folder", type=Path, help="local models and .jsonl prompt sets below it can be chosen (default: none)"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
+    args = parser.parse_args()
+    build_demo(args.folder, args.device).launch(
+        server_name=args.host,
+        server_port=args.port,
+        share=False,
+        theme=theme(),
+        css_paths=STYLE,
+        footer_links=["settings"],
+        state_session_capacity=200,
+        ssr_mode=False,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What the web demo shows, without the page: `app.py` adds layout and wiring."""

@@ -1,0 +1,75 @@
+"""Work that is watched while it runs, one piece at a time, and ends when nobody watches any more."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+TICK_SECONDS = 0.12
+# Two jobs would fight for the same cores. The page's queue keeps others waiting; this keeps a job that is being
+# stopped and the next one apart.
+DEVICE = threading.Lock()
+
+
+class Stopped(Exception):
+    """Raised inside work that nobody waits for any more."""
+
+
+class Job:
+    """Work in threads of its own.
+
+    Args:
+        parts (`Callable[[], None]`):
+            Each runs in one thread, calls `check` often, and may raise.
+    """
+
+    def __init__(self, *parts: Callable[[], None]):
+        self.threads = [threading.Thread(target=self.run, args=(part,), daemon=True) for part in parts]
+        self.errors: list[BaseException] = []
+        self.is_stopped = False
+
+    def run(self, part: Callable[[], None]) -> None:
+        try:
+            part()
+        except Stopped:
+            pass
+        except BaseException as error:  # Told to whoever watches.
+            self.errors.append(error)
+            self.stop()
+
+    @property
+    def is_over(self) -> bool:
+        return all(thread.ident is not None and not thread.is_alive() for thread in self.threads)
+
+    def check(self) -> None:
+        """Raise [`Stopped`] where the job has been stopped."""
+        if self.is_stopped:
+            raise Stopped
+
+    def stop(self) -> None:
+        """End the job where it next checks."""
+        self.is_stopped = True
+
+    def watch(self) -> Iterator[None]:
+        """Run; yields about eight times a second, and once more at the end. Closing the iterator stops the job.
+
+        Raises:
+            Exception: What a part raised.
+        """
+        while not DEVICE.acquire(timeout=TICK_SECONDS):
+            yield
+        try:
+            for thread in self.threads:
+                thread.start()
+            while not self.is_over:
+                for thread in self.threads:
+                    thread.join(TICK_SECONDS / len(self.threads))
+                yield
+            if self.errors:
+                raise self.errors[0]
+        finally:
+            self.stop()
+            for thread in self.threads:
+                if thread.ident is not None:
+                    thread.join()
+            DEVICE.release()

@@ -1,0 +1,198 @@
+"""Pairs by name: the bundled one, folders below a start folder, Hub ids. The last few stay loaded."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import constants, is_offline_mode, snapshot_download
+from tqdm.auto import tqdm
+
+from ..generation.checks import check_pair
+from ..hub.checkpoint import DRAFT_FILES
+from ..hub.errors import hub_errors
+from ..hub.known_drafts import known_draft_for
+from ..pair import Pair, load_pair
+
+BUNDLED, FOLDER, HUB = "bundled pair", "local folder", "Hub id"
+KINDS = (BUNDLED, FOLDER, HUB)
+MOST_LOADED = 2
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+class PairName(NamedTuple):
+    """Which pair: a kind of place, and there a target and its draft."""
+
+    kind: str = BUNDLED
+    target: str = ""
+    draft: str = ""
+
+    @classmethod
+    def checked(cls, kind: Any, target: Any, draft: Any) -> PairName:
+        """A name from what a page sent, or a `ValueError`; a draft may be left out for a target of the Hub."""
+        if kind not in KINDS:
+            raise ValueError(f"Expected models from one of {', '.join(KINDS)}, got {kind!r}. Choose one of these.")
+        if kind == BUNDLED:
+            return cls()
+        target, draft = str(target or "").strip(), str(draft or "").strip()
+        if not target or (not draft and kind == FOLDER):
+            missing = "target" if not target else "draft"
+            raise ValueError(f"Expected the {kind} of a {missing}, got nothing. Type its name.")
+        return cls(kind, target, draft)
+
+    def __str__(self) -> str:
+        return self.kind if self.kind == BUNDLED else f"{self.target} with {self.draft or 'its known draft'}"
+
+
+class PairShelf:
+    """Loads pairs, one at a time, and keeps the last two.
+
+    Args:
+        folder (`Path`, *optional*):
+            Local models must lie below it; without one none is loaded.
+        device (`str`, *optional*):
+            Defaults to the first CUDA device, or the CPU.
+    """
+
+    def __init__(self, folder: Path | None = None, device: str | None = None):
+        self.folder = folder.resolve() if folder is not None else None
+        self.device = device
+        self.pairs: OrderedDict[PairName, Pair] = OrderedDict()
+        self.lock = threading.Lock()
+
+    def has(self, name: PairName) -> bool:
+        return name in self.pairs
+
+    def load(self, name: PairName, report: Callable[[str], None] = lambda text: None) -> Pair:
+        """The pair of a name, loaded if need be.
+
+        Args:
+            report (`Callable[[str], None]`, *optional*):
+                Told what is being done; may raise to end it, and nothing is changed.
+
+        Raises:
+            ValueError: The name leads nowhere, the models do not go together, or they are too large.
+            OSError: The Hub refuses, or the disk is full.
+        """
+        with self.lock:
+            if name not in self.pairs:
+                pair = self.read(name, report)
+                self.pairs[name] = pair
+                while len(self.pairs) > MOST_LOADED:
+                    self.pairs.popitem(last=False)
+            self.pairs.move_to_end(name)
+            return self.pairs[name]
+
+    def read(self, name: PairName, report: Callable[[str], None]) -> Pair:
+        report(f"Loading the {name.kind} …" if name.kind == BUNDLED else f"Looking for {name.target} …")
+        if name.kind == BUNDLED:
+            pair = load_pair(device=self.device)
+        else:
+            find = self.local_path if name.kind == FOLDER else self.hub_path
+            target = find(name.target, report)
+            draft = find(name.draft or known_draft_for(target).name, report)
+            report("Reading the weights …")
+            pair = load_pair(str(target), str(draft), device=self.device)
+        check_pair(pair.target, pair.draft, pair.draft.num_assistant_tokens, None, None)
+        report("Trying both models …")
+        warm_up(pair)
+        return pair
+
+    def local_path(self, name: str, report: Callable[[str], None]) -> Path:
+        """A folder below the start folder; what lies elsewhere is told from what does not exist by nobody."""
+        if self.folder is None:
+            raise ValueError(
+                "Expected models of the Hub or the bundled pair, got a local folder: the demo was started without a "
+                "folder of models. Start it with `--folder`, or choose another place."
+            )
+        path = (self.folder / name).resolve()
+        if not path.is_relative_to(self.folder) or not (path / "config.json").is_file():
+            raise ValueError(
+                f"Expected a model below the folder the demo was started with, got {name!r}. Name a folder there that "
+                "holds a config.json."
+            )
+        check_memory(name, sum(file.stat().st_size for file in path.glob("*.safetensors")))
+        return path
+
+    def hub_path(self, name: str, report: Callable[[str], None]) -> Path:
+        """The folder of a model of the Hub in the cache, downloaded if need be."""
+        if not HUB_ID.fullmatch(name) or Path(name).exists():
+            raise ValueError(f"Expected a Hub id such as `Qwen/Qwen2.5-7B-Instruct`, got {name!r}. Mend the id.")
+        patterns = list(DRAFT_FILES)
+        bars = bar_class(name, report)
+        with hub_errors(name):
+            if not is_offline_mode():
+                files: Any = snapshot_download(name, allow_patterns=patterns, dry_run=True, tqdm_class=bars)
+                check_disk(name, sum(file.file_size for file in files if file.will_download))
+                weights = (file.file_size for file in files if file.filename.endswith(".safetensors"))
+                check_memory(name, sum(weights))
+            return Path(snapshot_download(name, allow_patterns=patterns, tqdm_class=bars))
+
+
+def bar_class(name: str, report: Callable[[str], None]) -> type[tqdm]:
+    """A progress bar for the Hub's downloads that reports bytes instead of drawing."""
+
+    class ReportingBar(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any):
+            # A disabled bar counts nothing: one that draws into the void does.
+            super().__init__(*args, **{**kwargs, "file": VOID, "disable": False})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            shown = super().update(n)
+            if self.unit == "B" and self.total:
+                report(f"Downloading {name}: {self.n / 1e6:,.0f} of {self.total / 1e6:,.0f} MB")
+            else:
+                report(f"Looking for {name} …")
+            return shown
+
+    return ReportingBar
+
+
+class Void:
+    """A file that forgets what is written to it."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None: ...
+
+
+VOID = Void()
+
+
+def check_disk(name: str, num_bytes: int) -> None:
+    """Raise an `OSError` where a download does not fit."""
+    folder = Path(constants.HF_HUB_CACHE)
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise OSError(
+            f"Expected room for {num_bytes / 1e9:.1f} GB of `{name}`, got {free / 1e9:.1f} GB of free disk. Make "
+            "room, or choose a smaller model."
+        )
+
+
+def check_memory(name: str, num_bytes: int) -> None:
+    """Raise a `ValueError` where weights cannot fit: the machine would stop the demo for everyone."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else num_bytes
+    if num_bytes > memory:
+        raise ValueError(
+            f"Expected weights that fit this machine's {memory / 1e9:.0f} GB of memory, got {num_bytes / 1e9:.0f} GB "
+            f"of `{name}`. Choose a smaller model."
+        )
+
+
+def warm_up(pair: Pair) -> None:
+    """Run both routes once, so that no race pays for first times; NaN weights and the like show here."""
+    ids = pair.tokenizer("1", return_tensors="pt")["input_ids"].to(pair.target.device)
+    if not ids.shape[1]:
+        raise ValueError("Expected a tokenizer that makes tokens of text, got one that makes none. Check the target.")
+    for draft in (None, pair.draft):
+        pair.target.generate(ids, assistant_model=draft, max_new_tokens=2, do_sample=False)
