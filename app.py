@@ -175,6 +175,24 @@ def theme() -> gr.themes.Base:
         primary_hue="emerald",
         font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
+    ).set(
+        # The theme's own greys and bright buttons are too pale to read for many.
+        block_info_text_color="#4b5563",
+        block_info_text_color_dark="#d1d5db",
+        block_label_text_color="#374151",
+        block_label_text_color_dark="#d1d5db",
+        block_title_text_color="#374151",
+        block_title_text_color_dark="#d1d5db",
+        body_text_color_subdued="#4b5563",
+        body_text_color_subdued_dark="#d1d5db",
+        button_primary_background_fill="#0b6b43",
+        button_primary_background_fill_hover="#08512f",
+        button_primary_background_fill_dark="#0b6b43",
+        button_primary_text_color="#ffffff",
+        button_cancel_background_fill="#b3261e",
+        button_cancel_background_fill_hover="#8c1d18",
+        button_cancel_background_fill_dark="#b3261e",
+        button_cancel_text_color="#ffffff",
     )
 
 

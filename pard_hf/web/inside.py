@@ -24,7 +24,7 @@ class Proposal:
         target_token (`int`) and target_probability (`float`):
             What the target wanted there, and how sure it was, given everything before, rejected proposals included.
         verdict (`str`):
-            `"accepted"`, `"rejected"`, or `"not reached"` behind a rejected one.
+            `"accepted"`, `"rejected"`, or `"not reached"` behind a rejected one or the end of the text.
     """
 
     position: int
@@ -65,10 +65,9 @@ def look_inside(
     tokens = drafted.argmax(-1)
     wanted = pair.target(torch.cat([ids, tokens[None]], 1)).logits[0, -num_drafts - 1 : -1].float().softmax(-1)
     this = rounds[number - 1]
-    num_accepted = next(
-        (place for place, (a, b) in enumerate(zip(this.tokens, tokens.tolist(), strict=False)) if a != b),
-        min(len(this.tokens), num_drafts),
-    )
+    pairs = enumerate(zip(this.tokens, tokens.tolist(), strict=False))
+    # A round whose tokens were all proposed ended with the text, or was accepted whole: nothing was rejected.
+    first_rejected = next((place for place, (said, proposed) in pairs if said != proposed), None)
     choices = wanted.argmax(-1).tolist()
     # Under sampling the target draws: where it was asked, what it drew is what it wanted.
     choices[: len(this.tokens)] = this.tokens[:num_drafts]
@@ -79,13 +78,13 @@ def look_inside(
             probability=float(drafted[place, token]),
             target_token=choices[place],
             target_probability=float(wanted[place, choices[place]]),
-            verdict=verdict_of(place, num_accepted),
+            verdict=verdict_of(place, first_rejected, len(this.tokens)),
         )
         for place, token in enumerate(tokens.tolist())
     ]
 
 
-def verdict_of(place: int, num_accepted: int) -> str:
-    if place < num_accepted:
-        return "accepted"
-    return "rejected" if place == num_accepted else "not reached"
+def verdict_of(place: int, first_rejected: int | None, num_tokens: int) -> str:
+    if place == first_rejected:
+        return "rejected"
+    return "accepted" if place < (num_tokens if first_rejected is None else first_rejected) else "not reached"

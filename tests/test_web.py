@@ -1,0 +1,521 @@
+"""What the web demo shows, without a page: races, rounds looked into, chats, pairs by name, benchmark runs."""
+
+import errno
+import json
+import threading
+
+import pytest
+import torch
+from families import make_draft, make_model
+
+from pard_hf import load_pair
+from pard_hf.web import html
+from pard_hf.web.baton import Baton
+from pard_hf.web.bench import BenchJob, prompt_file, prompt_sets, report, to_json
+from pard_hf.web.chat import MOST_CACHES, Chat, ChatTurn
+from pard_hf.web.inside import look_inside
+from pard_hf.web.job import DEVICE, Job, Stopped
+from pard_hf.web.pairs import FOLDER, HUB, KINDS, MOST_LOADED, PairName, PairShelf, check_disk, check_memory
+from pard_hf.web.race import Race
+from pard_hf.web.settings import Settings, encoded_prompt
+from pard_hf.web.transcript import Round, Transcript
+
+CODE = "def is_even(n):\n"
+QUESTION = "A shop sells apples for $2 each. Anna buys 5 apples. How much does she pay in total?\n"
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return load_pair(dtype="float32", device="cpu")
+
+
+def run(job):
+    for _ in job.watch():
+        pass
+    return job
+
+
+def plain(pair, ids, settings):
+    torch.manual_seed(settings.seed)
+    output = pair.target.generate(torch.tensor([ids]), **settings.arguments())
+    return output[0, len(ids) :].tolist()
+
+
+@pytest.mark.parametrize(
+    "settings", [Settings(), Settings(1), Settings(16, 40), Settings(8, 30, 0.8, 0.9, 3), Settings(max_new_tokens=1)]
+)
+@pytest.mark.parametrize("prompt", [CODE, QUESTION])
+def test_both_lanes_of_a_race_say_what_plain_generate_says_alone(pair, prompt, settings):
+    ids = encoded_prompt(pair, prompt, settings)
+
+    view = run(Race(pair, ids, settings)).view()
+
+    assert view.is_done
+    assert view.plain.tokens == view.pard.tokens == plain(pair, ids, settings)
+    assert view.stats.num_rounds == len(view.pard.rounds)
+    assert view.stats.num_tokens == len(view.pard.tokens)
+    assert view.acceptance_length == view.stats.acceptance_length
+    assert min(view.plain.seconds, view.pard.seconds, view.speedup) > 0
+
+
+def test_a_race_is_watched_while_it_runs(pair):
+    settings = Settings(4, 200, temperature=2.0)
+    race = Race(pair, encoded_prompt(pair, CODE, settings), settings)
+
+    lengths = []
+    for _ in race.watch():
+        view = race.view()
+        lengths.append((len(view.plain.tokens), len(view.pard.tokens)))
+
+    assert any(0 < p < lengths[-1][0] and 0 < d for p, d in lengths), lengths
+    assert lengths == sorted(lengths)
+
+
+def test_a_stopped_race_keeps_what_was_said(pair):
+    settings = Settings(4, 1000, temperature=2.0)
+    race = Race(pair, encoded_prompt(pair, CODE, settings), settings)
+
+    for _ in race.watch():
+        if race.view().pard.rounds:
+            race.stop()
+    view = race.view()
+
+    assert view.is_stopped
+    assert not view.is_done
+    assert 0 < len(view.pard.tokens) < 1000
+    assert "Stopped" in html.banner(view, True)
+
+
+def test_who_stops_listening_stops_the_race(pair):
+    settings = Settings(4, 1000, temperature=2.0)
+    race = Race(pair, encoded_prompt(pair, CODE, settings), settings)
+
+    steps = race.watch()
+    next(steps)
+    steps.close()
+
+    assert race.is_over
+    assert not DEVICE.locked()
+
+
+def test_what_ends_one_lane_ends_the_race(pair):
+    race = Race(pair, [10**6], Settings())
+
+    with pytest.raises(IndexError):
+        run(race)
+
+    assert race.is_over
+    assert not DEVICE.locked()
+
+
+def test_the_baton_goes_to_whoever_has_run_less():
+    baton = Baton(2, turn_seconds=0)
+    order = []
+
+    def work(runner, weight):
+        baton.take(runner)
+        for _ in range(6):
+            order.append(runner)
+            baton.since -= weight  # As if so many seconds had passed.
+            baton.pause(runner)
+        baton.release(runner, has_finished=True)
+
+    threads = [threading.Thread(target=work, args=(runner, weight)) for runner, weight in ((0, 1.0), (1, 3.5))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+
+    assert order[:8] == [0, 1, 0, 0, 0, 1, 0, 0]
+    assert [round(clock) for clock in baton.clocks] == [6, 21]
+
+
+def test_runners_draw_as_if_alone():
+    baton, drawn = Baton(2, turn_seconds=0), [[], []]
+
+    def work(runner):
+        baton.take(runner)
+        torch.manual_seed(runner)
+        for _ in range(5):
+            drawn[runner].append(float(torch.rand(())))
+            baton.pause(runner)
+        baton.release(runner, has_finished=True)
+
+    threads = [threading.Thread(target=work, args=(runner,)) for runner in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+
+    for runner in (0, 1):
+        torch.manual_seed(runner)
+        assert drawn[runner] == [float(torch.rand(())) for _ in range(5)]
+
+
+def test_a_transcript_counts_rounds_of_every_loop():
+    ours, stock = Transcript(), Transcript()
+    for transcript in (ours, stock):
+        transcript.put(torch.tensor([[1, 2, 3]]))  # The prompt.
+    ours.put_accepted(torch.tensor([4]))
+    ours.put_accepted(torch.tensor([5]))
+    ours.put(torch.tensor([6]))
+    ours.put(torch.tensor([7]))
+    ours.put_accepted(torch.tensor([8]))
+    ours.end()
+    stock.put(torch.tensor([4, 5, 6]))
+    stock.put(torch.tensor([7]))
+
+    assert ours.rounds == [Round((4, 5), 6), Round((), 7), Round((), 8)]
+    assert ours.tokens == [4, 5, 6, 7, 8]
+    assert stock.rounds == ours.rounds[:2]
+
+
+@pytest.mark.parametrize("settings", [Settings(), Settings(5, 60, 0.7, 0.95, 2)])
+def test_looking_inside_shows_the_rounds_that_ran(pair, settings):
+    ids = encoded_prompt(pair, QUESTION, settings)
+    rounds = run(Race(pair, ids, settings)).view().pard.rounds
+    assert len(rounds) > 2
+
+    for number, round_ in enumerate(rounds, start=1):
+        proposals = look_inside(pair, ids, rounds, number, settings)
+        accepted = [p.token for p in proposals if p.verdict == "accepted"]
+        rejected = [p for p in proposals if p.verdict == "rejected"]
+
+        assert [p.position for p in proposals] == list(range(1, len(proposals) + 1))
+        assert accepted[: len(round_.accepted)] == list(round_.accepted)
+        assert all(0 < p.probability <= 1 and 0 <= p.target_probability <= 1 for p in proposals)
+        for p in rejected:
+            assert p.target_token == round_.bonus != p.token
+
+    with pytest.raises(ValueError, match=f"Expected a round from 1 to {len(rounds)}, got {len(rounds) + 1}"):
+        look_inside(pair, ids, rounds, len(rounds) + 1, settings)
+
+
+def test_a_round_without_room_had_no_proposals(pair):
+    settings = Settings(8, 1)
+    ids = encoded_prompt(pair, CODE, settings)
+    rounds = run(Race(pair, ids, settings)).view().pard.rounds
+
+    assert look_inside(pair, ids, rounds, 1, settings) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ((None, 128, 0, 1, 0), "Expected a number in the field K, got nothing. Type one from 1 to 16."),
+        ((0, 128, 0, 1, 0), "Expected K from 1 to 16, got 0. Choose one in this range."),
+        ((99, 128, 0, 1, 0), "Expected K from 1 to 16, got 99. Choose one in this range."),
+        ((2.5, 128, 0, 1, 0), "Expected a whole number in the field K, got 2.5. Drop the fraction."),
+        ((8, 0, 0, 1, 0), "Expected Max new tokens from 1 to 1024"),
+        ((8, float("nan"), 0, 1, 0), "Expected a number in the field Max new tokens, got nan"),
+        ((8, 128, float("inf"), 1, 0), "Expected a number in the field Temperature, got inf"),
+        ((8, 128, -1, 1, 0), "Expected Temperature from 0 to 2, got -1"),
+        ((8, 128, 1, 0, 0), "Expected Top-p from 0.01 to 1, got 0"),
+        ((8, 128, 1, 1, -1), "Expected Seed from 0"),
+        ((8, 128, 1, 1, "seven"), "Expected a number in the field Seed, got 'seven'"),
+        ((True, 128, 1, 1, 1), "Expected a number in the field K, got True"),
+    ],
+)
+def test_fields_are_refused_in_words(values, sentence):
+    with pytest.raises(ValueError, match="Expected") as refusal:
+        Settings.checked(*values)
+
+    assert str(refusal.value).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sentence"),
+    [
+        ("", "Expected a prompt, got nothing but white space"),
+        (" \n\t", "Expected a prompt, got nothing but white space"),
+        (None, "Expected a prompt"),
+        ("word " * 4001, "Expected at most 20000 characters, got 20005"),
+        ("word " * 3000, "Expected a prompt of at most 1920 tokens, 2048 positions less 128 new tokens, got"),
+    ],
+)
+def test_prompts_are_refused_in_words(pair, prompt, sentence):
+    with pytest.raises(ValueError, match="Expected") as refusal:
+        encoded_prompt(pair, prompt, Settings())
+
+    assert str(refusal.value).startswith(sentence)
+
+
+def test_turns_of_a_chat_are_what_plain_generate_says_without_a_cache(pair):
+    chat, reused = Chat(), []
+    for text in (QUESTION, "And 7 apples?", CODE):
+        turn = run(ChatTurn(pair, chat, text, Settings(8, 40)))
+        reused.append(turn.num_reused)
+        assert turn.transcript.tokens == plain(pair, turn.ids, Settings(8, 40))
+        assert chat.messages[-1] == {
+            "role": "assistant",
+            "content": pair.tokenizer.decode(turn.transcript.tokens, skip_special_tokens=True),
+        }
+
+    assert [m["content"] for m in chat.messages[::2]] == [QUESTION, "And 7 apples?", CODE]
+    assert reused[0] == 0
+    assert 0 < reused[1] < reused[2]
+
+
+def test_a_stopped_answer_stays_and_the_chat_goes_on(pair):
+    chat = Chat()
+    turn = ChatTurn(pair, chat, CODE, Settings(4, 1000, temperature=2.0))
+    for _ in turn.watch():
+        if turn.transcript.rounds:
+            turn.stop()
+    said = turn.transcript.tokens
+
+    following = run(ChatTurn(pair, chat, QUESTION, Settings(8, 30)))
+
+    assert 0 < len(said) < 1000
+    assert chat.messages[1]["content"] == pair.tokenizer.decode(said, skip_special_tokens=True)
+    assert following.transcript.tokens == plain(pair, following.ids, Settings(8, 30))
+
+
+def test_a_refused_message_changes_nothing(pair):
+    chat = Chat()
+    run(ChatTurn(pair, chat, CODE, Settings(8, 10)))
+    before = list(chat.messages)
+
+    for text in ("", "word " * 3000):
+        with pytest.raises(ValueError, match="Expected a"):
+            ChatTurn(pair, chat, text, Settings())
+
+    assert chat.messages == before
+
+
+def test_another_pair_reads_the_conversation_anew(pair):
+    chat = Chat()
+    run(ChatTurn(pair, chat, CODE, Settings(8, 10)))
+    other = load_pair(dtype="float32", device="cpu")
+
+    assert ChatTurn(other, chat, QUESTION, Settings()).num_reused == 0
+    assert ChatTurn(pair, chat, QUESTION, Settings()).num_reused > 0
+
+
+def test_few_caches_are_kept(pair):
+    chats = [Chat() for _ in range(MOST_CACHES + 2)]
+    for chat in chats:
+        run(ChatTurn(pair, chat, CODE, Settings(8, 4)))
+
+    assert [chat.cache is not None for chat in chats] == [False] * 2 + [True] * MOST_CACHES
+    assert run(ChatTurn(pair, chats[0], QUESTION, Settings(8, 4))).num_reused == 0
+
+
+@pytest.fixture
+def folder(tmp_path, tokenizer):
+    root = tmp_path / "models"
+    for name, make in (("target", make_model), ("draft", lambda family: make_draft(make_model(family), 4))):
+        make("llama").save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    make_model("llama").save_pretrained(tmp_path / "secret")
+    (root / "link").symlink_to(tmp_path / "secret")
+    return root
+
+
+def test_folders_below_the_start_folder_are_loaded(folder):
+    said = []
+    shelf = PairShelf(folder, "cpu")
+
+    pair = shelf.load(PairName(FOLDER, "target", "draft"), said.append)
+
+    assert pair.draft.num_assistant_tokens == 4
+    assert shelf.load(PairName(FOLDER, "target", "draft")) is pair
+    assert said == ["Looking for target …", "Reading the weights …", "Trying both models …"]
+
+
+@pytest.mark.parametrize("name", ["../secret", "link", "missing", "/etc", "", "~"])
+def test_nothing_else_on_the_disk_is_told_of(folder, name):
+    paths = {"absolute": str(folder.parent / "secret")}
+    shelf = PairShelf(folder, "cpu")
+    for tried in (name, *paths.values()):
+        with pytest.raises(ValueError, match="Expected a model below the folder the demo was started with, got"):
+            shelf.local_path(tried, print)
+
+
+def test_without_a_start_folder_there_are_no_local_models(folder):
+    with pytest.raises(ValueError, match="Start it with `--folder`"):
+        PairShelf().load(PairName(FOLDER, str(folder / "target"), str(folder / "draft")))
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "../x", "./x", "", "with space", "a//b", "/tmp/x", "org/.."])
+def test_only_hub_ids_are_asked_for(name):
+    with pytest.raises(ValueError, match="Expected a Hub id such as"):
+        PairShelf().hub_path(name, print)
+
+
+def test_a_local_folder_is_no_hub_id(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+
+    with pytest.raises(ValueError, match="Expected a Hub id such as"):
+        PairShelf().hub_path("models/target", print)
+
+
+def test_what_cannot_fit_is_refused():
+    with pytest.raises(
+        ValueError, match=r"Expected weights that fit this machine's \d+ GB of memory, got 1000000000 GB"
+    ):
+        check_memory("huge", 10**18)
+    with pytest.raises(OSError, match=r"Expected room for 1000000000.0 GB of `huge`, got"):
+        check_disk("huge", 10**18)
+    check_memory("small", 10**6)
+    check_disk("small", 0)
+
+
+def test_the_last_pairs_stay_loaded(folder):
+    shelf = PairShelf(folder, "cpu")
+    names = [PairName(FOLDER, "target", "draft"), PairName(FOLDER, "./target", "draft"), PairName()]
+    pairs = [shelf.load(name) for name in names]
+
+    assert len(shelf.pairs) == MOST_LOADED
+    assert shelf.load(names[2]) is pairs[2]
+    assert shelf.load(names[0]) is not pairs[0]
+
+
+def test_a_failed_load_changes_nothing(folder):
+    shelf = PairShelf(folder, "cpu")
+    before = shelf.load(PairName())
+
+    with pytest.raises(ValueError, match="no `pard_token`"):
+        shelf.load(PairName(FOLDER, "target", "target"))
+
+    def stop(text):
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        shelf.load(PairName(FOLDER, "target", "draft"), stop)
+    assert list(shelf.pairs) == [PairName()]
+    assert shelf.load(PairName()) is before
+
+
+def test_models_of_two_families_are_refused(folder, pair):
+    pair.draft.save_pretrained(folder / "other")
+    pair.tokenizer.save_pretrained(folder / "other")
+
+    with pytest.raises(ValueError, match="Expected draft and target to share a tokenizer"):
+        PairShelf(folder, "cpu").load(PairName(FOLDER, "target", "other"))
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        (("the moon", "a", "b"), "Expected models from one of bundled pair, local folder, Hub id, got 'the moon'"),
+        ((FOLDER, "", "b"), "Expected the local folder of a target, got nothing"),
+        ((FOLDER, "a", " "), "Expected the local folder of a draft, got nothing"),
+        ((HUB, None, None), "Expected the Hub id of a target, got nothing"),
+    ],
+)
+def test_names_are_refused_in_words(values, sentence):
+    with pytest.raises(ValueError, match="Expected") as refusal:
+        PairName.checked(*values)
+
+    assert str(refusal.value).startswith(sentence)
+
+
+def test_names_are_trimmed():
+    assert PairName.checked(KINDS[0], "ignored", "too") == PairName()
+    assert PairName.checked(HUB, " a/b ", "") == PairName(HUB, "a/b", "")
+
+
+def test_what_anybody_said_is_escaped(pair):
+    bad = "<img src=x onerror=alert(1)> & <script>"
+    ids = pair.tokenizer(bad)["input_ids"]
+    race = Race(pair, ids, Settings())
+    race.transcripts[1].rounds = [Round(tuple(ids[:5]), ids[5]), *(Round((), token) for token in ids[6:])]
+    race.transcripts[0].rounds = race.transcripts[1].rounds
+    view = race.view()
+
+    shown = html.tinted_text(pair.tokenizer, view.pard, 8) + html.plain_text(pair.tokenizer, view.plain)
+    shown += html.message(bad) + html.verdict(bad, "note") + "".join(html.code(pair.tokenizer, i) for i in ids)
+
+    assert "<img" not in shown
+    assert "<script" not in shown
+    assert "&lt;img src=x" in shown
+
+
+def test_pieces_are_the_whole_text(pair):
+    text = "a = 'é – ß'\n\n# naïve ☃\n    return  x\n"
+    ids = pair.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    for size in (1, 2, 3):
+        groups = [ids[i : i + size] for i in range(0, len(ids), size)]
+        pieces = html.pieces(pair.tokenizer, groups)
+        assert len(pieces) == len(groups)
+        assert "".join(pieces) == pair.tokenizer.decode(ids)
+
+
+@pytest.fixture(scope="module")
+def measured(pair):
+    return run(BenchJob(pair, PairName(), "demo", ("ar", "pld", "tier2"), 2, 1, Settings(4, 12)))
+
+
+def test_a_benchmark_is_that_of_the_shell(measured):
+    result = json.loads(to_json(measured))
+
+    assert result["command"] == (
+        "pard bench --prompts demo --limit 2 --repeats 1 --max-new-tokens 12 --num-assistant-tokens 4 "
+        "--routes ar pld tier2"
+    )
+    assert [route["route"] for route in result["cells"][0]["routes"]] == ["ar", "pld", "tier2"]
+    assert result["target"] == result["draft"] == "bundled"
+    assert measured.share == pytest.approx(1)
+
+
+def test_a_benchmark_is_shown_with_figures(measured):
+    shown = report(measured)
+
+    assert "PARD tier 2" in shown
+    assert shown.count('src="data:image/svg+xml;base64,') == 2
+    assert measured.conditions["command"] in shown
+
+
+def test_a_benchmark_ends_where_it_is_stopped(pair):
+    job = BenchJob(pair, PairName(), "demo", (), 6, 5, Settings())
+
+    for _ in job.watch():
+        job.stop()
+
+    assert job.is_over
+    assert job.cells == []
+    assert not DEVICE.locked()
+
+
+def test_prompt_sets_are_named_or_below_the_start_folder(tmp_path):
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "sets" / "mine.jsonl").write_text('{"prompt": "x"}\n')
+    shelf = PairShelf(tmp_path)
+
+    assert prompt_sets(PairShelf()) == ["demo"]
+    assert prompt_sets(shelf) == ["demo", "sets/mine.jsonl"]
+    assert prompt_file(shelf, "sets/mine.jsonl", None) == str(tmp_path.resolve() / "sets" / "mine.jsonl")
+    assert prompt_file(shelf, "demo", "/uploaded.jsonl") == "/uploaded.jsonl"
+    for name in ("/etc/passwd", "../x.jsonl", "", None, "hub:org/name"):
+        with pytest.raises(ValueError, match="Expected a prompt set of the list, got"):
+            prompt_file(shelf, name, None)
+
+
+def test_jobs_run_one_at_a_time():
+    order, goes_on = [], threading.Event()
+    first = Job(lambda: (goes_on.wait(30), order.append("first")))
+    second = Job(lambda: order.append("second"))
+    steps = first.watch()
+    next(steps)
+    waiting = second.watch()
+    next(waiting)
+
+    assert order == []
+    goes_on.set()
+    list(steps)
+    list(waiting)
+    assert order == ["first", "second"]
+
+
+def test_errors_become_sentences(caplog):
+    pytest.importorskip("gradio")
+    from pard_hf.web.visits import in_words
+
+    assert in_words(OSError(errno.ENOSPC, "No space left on device")).startswith("The disk of the machine is full.")
+    assert in_words(ValueError("Expected a, got b.")) == "Expected a, got b."
+    assert "no memory left" in in_words(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not caplog.records
+    assert in_words(KeyError("x")) == "Nobody foresaw this (KeyError): the server's log says more. Try other settings."
+    assert caplog.records[0].exc_info
