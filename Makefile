@@ -4,11 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 DATA ?= ../shared/data/train
 
-.PHONY: demo app test quality style bundled-pair cards clean
+.PHONY: demo app test test-app screenshots quality style bundled-pair cards clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[app,bench,dev,train]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[app,bench,browser,dev,train]'
 	touch $@
 
 demo: $(VENV)/installed
@@ -18,7 +18,14 @@ app: $(VENV)/installed
 	$(BIN)/python app.py
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m "not browser"
+
+# Drives the web demo in the Chromium that is found on the path, or that CHROMIUM names.
+test-app: $(VENV)/installed
+	$(BIN)/python -m pytest -q -m browser
+
+screenshots: $(VENV)/installed
+	$(BIN)/python -m pytest -q -m browser -k pictures --screenshots docs/images
 
 quality: $(VENV)/installed
 	$(BIN)/ruff check .

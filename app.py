@@ -19,7 +19,6 @@ from pard_hf.web.pairs import BUNDLED, KINDS, PairName, PairShelf
 from pard_hf.web.settings import MOST_DRAFT_TOKENS, MOST_NEW_TOKENS
 from pard_hf.web.visits import NO_ROUNDS, Visits
 
-STYLE = Path(pard_hf.__file__).parent / "web" / "page.css"
 EXAMPLES = {
     "Code": 'def is_palindrome(text: str) -> bool:\n    """Return True if text reads the same backwards."""\n',
     "Arithmetic": "Tom has 3 boxes of pencils. Each box holds 12 pencils. He gives 8 pencils to his sister. How many "
@@ -37,6 +36,33 @@ clock of its own, which runs only while it is its turn, reading the prompt inclu
 LEGEND = """<p class="pard-legend"><span class="pard-accepted pard-0">accepted draft tokens</span>
 <span class="pard-accepted pard-1">of the next round</span> <span class="pard-bonus">the target's own token</span>
 – hover to see the round</p>"""
+
+
+# Fonts of the visitor's own machine: the page asks nobody but this server. The theme's own greys and buttons are
+# too pale for many eyes.
+THEME = gr.themes.Default(
+    primary_hue="emerald",
+    font=["system-ui", "sans-serif"],
+    font_mono=["ui-monospace", "monospace"],
+).set(
+    block_info_text_color="#4b5563",
+    block_info_text_color_dark="#d1d5db",
+    block_label_text_color="#374151",
+    block_label_text_color_dark="#d1d5db",
+    block_title_text_color="#374151",
+    block_title_text_color_dark="#d1d5db",
+    body_text_color_subdued="#4b5563",
+    body_text_color_subdued_dark="#d1d5db",
+    button_primary_background_fill="#0b6b43",
+    button_primary_background_fill_hover="#08512f",
+    button_primary_background_fill_dark="#0b6b43",
+    button_primary_text_color="#ffffff",
+    button_cancel_background_fill="#b3261e",
+    button_cancel_background_fill_hover="#8c1d18",
+    button_cancel_background_fill_dark="#b3261e",
+    button_cancel_text_color="#ffffff",
+)
+LOOK = {"theme": THEME, "css_paths": Path(pard_hf.__file__).parent / "web" / "page.css", "footer_links": ["settings"]}
 
 
 def build_demo(folder: Path | None = None, device: str | None = None) -> gr.Blocks:
@@ -169,33 +195,6 @@ def build_demo(folder: Path | None = None, device: str | None = None) -> gr.Bloc
     return demo.queue(max_size=64)
 
 
-def theme() -> gr.themes.Base:
-    """The look, with fonts of the visitor's own machine: the page asks nobody but this server."""
-    return gr.themes.Default(
-        primary_hue="emerald",
-        font=["system-ui", "sans-serif"],
-        font_mono=["ui-monospace", "monospace"],
-    ).set(
-        # The theme's own greys and bright buttons are too pale to read for many.
-        block_info_text_color="#4b5563",
-        block_info_text_color_dark="#d1d5db",
-        block_label_text_color="#374151",
-        block_label_text_color_dark="#d1d5db",
-        block_title_text_color="#374151",
-        block_title_text_color_dark="#d1d5db",
-        body_text_color_subdued="#4b5563",
-        body_text_color_subdued_dark="#d1d5db",
-        button_primary_background_fill="#0b6b43",
-        button_primary_background_fill_hover="#08512f",
-        button_primary_background_fill_dark="#0b6b43",
-        button_primary_text_color="#ffffff",
-        button_cancel_background_fill="#b3261e",
-        button_cancel_background_fill_hover="#8c1d18",
-        button_cancel_background_fill_dark="#b3261e",
-        button_cancel_text_color="#ffffff",
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="The web demo of pard-hf.")
     parser.add_argument(
@@ -213,9 +212,7 @@ def main() -> None:
         server_name=args.host,
         server_port=args.port,
         share=False,
-        theme=theme(),
-        css_paths=STYLE,
-        footer_links=["settings"],
+        **LOOK,
         state_session_capacity=200,
         ssr_mode=False,
     )

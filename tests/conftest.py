@@ -40,6 +40,10 @@ def tiny_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--screenshots", help="keep the pictures that tests/test_app.py takes in this folder")
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(1)

@@ -44,6 +44,11 @@ class Hub:
     repos: dict[str, Repo] = field(default_factory=dict)
     large_files: dict[str, bytes] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
+    # While it is not set, large files stop coming half way.
+    goes_on: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self):
+        self.goes_on.set()
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
         repo = self.repos[repo_id]
@@ -82,7 +87,12 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            half = len(body) // 2
+            self.wfile.write(body[:half])
+            if half > 1 << 20:
+                self.wfile.flush()
+                self.hub.goes_on.wait(60)
+            self.wfile.write(body[half:])
 
     def token(self):
         return (self.headers.get("Authorization") or "").removeprefix("Bearer ")

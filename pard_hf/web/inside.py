@@ -67,7 +67,7 @@ def look_inside(
     this = rounds[number - 1]
     pairs = enumerate(zip(this.tokens, tokens.tolist(), strict=False))
     # A round whose tokens were all proposed ended with the text, or was accepted whole: nothing was rejected.
-    first_rejected = next((place for place, (said, proposed) in pairs if said != proposed), None)
+    first_rejected = next((place for place, (emitted, proposed) in pairs if emitted != proposed), None)
     choices = wanted.argmax(-1).tolist()
     # Under sampling the target draws: where it was asked, what it drew is what it wanted.
     choices[: len(this.tokens)] = this.tokens[:num_drafts]

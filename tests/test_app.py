@@ -1,0 +1,459 @@
+"""The web demo as visitors meet it: a real server, a real browser."""
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from families import make_model
+
+from pard_hf import bundled_pair, load_pair
+
+pytest.importorskip("gradio")
+pytest.importorskip("playwright")
+
+from axe_playwright_python.sync_playwright import Axe
+from browser import fill, open_page, open_tab, running_app, running_browser, unfold
+from gradio_client import Client
+from hub_server import publish, running_hub
+from playwright.sync_api import expect
+
+pytestmark = pytest.mark.browser
+
+TABS = ("Race", "Look inside", "Benchmark", "Chat")
+BAD = "<img src=x onerror=\"document.title='taken over'\">"
+
+
+@pytest.fixture(scope="module")
+def hub():
+    """A Hub with the bundled pair, a target of another family, a private model and one with pickled weights."""
+    with running_hub() as running:
+        publish(running, "org/target", Path(bundled_pair().target))
+        publish(running, "org/slow-target", Path(bundled_pair().target))
+        publish(running, "org/draft", Path(bundled_pair().draft))
+        publish(running, "org/secret", Path(bundled_pair().draft), is_private=True)
+        yield running
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Local models: the bundled target without `pard_token`, and one of another family."""
+    root = tmp_path_factory.mktemp("models")
+    pair = load_pair(dtype="float32", device="cpu")
+    pair.target.save_pretrained(root / "target")
+    pair.tokenizer.save_pretrained(root / "target")
+    pair.draft.save_pretrained(root / "draft")
+    pair.tokenizer.save_pretrained(root / "draft")
+    make_model("llama").save_pretrained(root / "stranger")
+    pair.tokenizer.save_pretrained(root / "stranger")
+    (root / "prompts.jsonl").write_text('{"prompt": "def one():\\n"}\n')
+    return root
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory, hub, models):
+    with running_app(tmp_path_factory.mktemp("app"), "--folder", str(models), HF_ENDPOINT=hub.url) as (address, app):
+        yield address, app
+
+
+@pytest.fixture(scope="module")
+def address(served):
+    return served[0]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with running_browser() as running:
+        yield running
+
+
+@pytest.fixture
+def page(browser, address):
+    """A page whose first race, which begins by itself, has ended."""
+    opened = open_page(browser, address)
+    expect(opened.locator("#banner .pard-good")).to_be_visible()
+    yield opened
+    assert opened.faults == []
+    opened.context.close()
+
+
+def race(page, prompt):
+    page.locator("#prompt textarea").fill(prompt)
+    page.locator("#start-race").click()
+
+
+def endless(page):
+    """Settings of a text that takes long, so that it can be stopped."""
+    unfold(page, "Settings")
+    fill(page, "Max new tokens", 1000)
+    fill(page, "Temperature", 2)
+
+
+def test_whoever_opens_the_page_sees_a_race(page, address):
+    plain, ours = (page.locator(f"{lane} .pard-text").text_content() for lane in ("#plain", "#pard"))
+
+    assert plain.strip()
+    assert plain == ours
+    assert "Identical texts" in page.locator("#banner").inner_text()
+    for name in ("seconds", "tokens", "tokens/s", "τ", "speedup"):
+        assert name in page.locator("#pard .pard-figures").inner_text().split("\n")
+    assert page.locator("#pard span.pard-accepted").first.get_attribute("title").startswith("round 1: ")
+    assert "the target's own token" in page.locator("#pard .pard-bonus").first.get_attribute("title")
+    assert {asked.split("/")[2] for asked in page.asked if "//" in asked} == {address.split("/")[2]}
+
+
+def test_texts_stream_while_the_race_runs(page):
+    endless(page)
+    race(page, "def f(x):\n")
+    seen = set()
+    expect(page.locator("#banner")).to_contain_text("Racing")
+    for _ in range(5):
+        page.wait_for_timeout(400)
+        seen.add(tuple(len(page.locator(f"{lane} .pard-text").text_content()) for lane in ("#plain", "#pard")))
+
+    assert len(seen) > 2
+    assert len({plain for plain, _ in seen}) > 1
+    assert len({ours for _, ours in seen}) > 1
+
+    page.locator("#stop-race").click()
+    expect(page.locator("#banner")).to_contain_text("Stopped")
+    kept = page.locator("#pard .pard-text").text_content()
+    assert kept
+    page.wait_for_timeout(1000)
+    assert page.locator("#pard .pard-text").text_content() == kept
+
+    fill(page, "Max new tokens", 20)
+    page.locator("#start-race").click()
+    expect(page.locator("#banner")).to_contain_text("Identical texts")
+
+
+def test_others_see_their_place_and_may_leave_the_queue(page, browser, address):
+    endless(page)
+    race(page, "def f(x):\n")
+    expect(page.locator("#banner")).to_contain_text("Racing")
+
+    other = open_page(browser, address)
+    expect(other.locator("#status")).to_contain_text("queue")
+    other.locator("#stop-race").click()
+    expect(other.locator("#status")).to_contain_text("Stopped")
+    page.locator("#stop-race").click()
+    expect(page.locator("#banner")).to_contain_text("Stopped")
+
+    other.locator("#start-race").click()
+    expect(other.locator("#banner")).to_contain_text("Identical texts")
+    other.context.close()
+
+
+def test_a_closed_page_leaves_the_device_to_others(browser, address):
+    gone = open_page(browser, address)
+    expect(gone.locator("#banner .pard-good")).to_be_visible()
+    endless(gone)
+    race(gone, "def f(x):\n")
+    expect(gone.locator("#banner")).to_contain_text("Racing")
+    gone.context.close()
+
+    following = open_page(browser, address)
+    expect(following.locator("#banner .pard-good")).to_be_visible()
+    following.context.close()
+
+
+@pytest.mark.parametrize(
+    ("label", "value", "sentence"),
+    [
+        ("Prompt", " ", "Expected a prompt, got nothing but white space"),
+        ("Prompt", "word " * 3000, "Expected a prompt of at most 1920 tokens"),
+        ("Max new tokens", "", "Expected a number in the field Max new tokens, got nothing"),
+        ("Max new tokens", "0", "Expected Max new tokens from 1 to 1024, got 0"),
+        ("Temperature", "-1", "Expected Temperature from 0 to 2, got -1"),
+        ("Top-p", "7", "Expected Top-p from 0.01 to 1, got 7"),
+        ("Seed", "0.5", "Expected a whole number in the field Seed, got 0.5"),
+    ],
+)
+def test_bad_fields_get_a_sentence(page, label, value, sentence):
+    before = page.locator("#pard .pard-text").text_content()
+    unfold(page, "Settings")
+    fill(page, label, value)
+
+    page.locator("#start-race").click()
+
+    expect(page.locator("#status [role=alert]")).to_contain_text(sentence)
+    assert page.locator("#pard .pard-text").text_content() == before
+    assert "Identical texts" in page.locator("#banner").inner_text()
+
+
+def test_k_out_of_range_gets_a_sentence(address):
+    client = Client(address, verbose=False)
+
+    for k in (0, 99, None, float("nan")):
+        status, *_ = client.predict("def f():\n", k, 8, 0, 1, 0, api_name="/race")
+        assert 'role="alert"' in status, (k, status)
+        assert "K" in status
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "draft", "sentence"),
+    [
+        ("Hub id", "org/none", "org/draft", "The Hub has no `org/none`, or it is private"),
+        ("Hub id", "org/target", "org/secret", "The Hub has no `org/secret`, or it is private"),
+        ("Hub id", "not an id", "org/draft", "Expected a Hub id such as"),
+        ("Hub id", "org/target", "", "No published draft is known"),
+        ("Hub id", "org/target", "org/target", "has no `pard_token`"),
+        ("Hub id", "", "", "Expected the Hub id of a target, got nothing"),
+        ("local folder", "../elsewhere", "draft", "Expected a model below the folder the demo was started with"),
+        ("local folder", "target", "stranger", "has no `pard_token`"),
+        ("local folder", "stranger", "draft", "Expected draft and target to share a tokenizer"),
+    ],
+)
+def test_bad_models_get_a_sentence(page, kind, target, draft, sentence):
+    unfold(page, "Models")
+    page.get_by_label(kind).check()
+    fill(page, "Target", target)
+    fill(page, "Draft", draft)
+
+    page.get_by_role("button", name="Load models").click()
+
+    expect(page.locator("#status [role=alert]")).to_contain_text(sentence)
+    page.locator("#start-race").click()
+    expect(page.locator("#status [role=alert]")).to_have_count(0)
+    expect(page.locator("#banner")).to_contain_text("Identical texts")
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "draft"), [("Hub id", "org/target", "org/draft"), ("local folder", "target", "draft")]
+)
+def test_models_of_the_hub_and_of_folders_are_loaded(page, kind, target, draft):
+    unfold(page, "Models")
+    page.get_by_label(kind).check()
+    fill(page, "Target", target)
+    fill(page, "Draft", draft)
+
+    page.get_by_role("button", name="Load models").click()
+
+    expect(page.locator("#status")).to_contain_text(f"Ready: {target} with {draft}; target of 4.0 M parameters")
+    race(page, "What is 2 + 2?\n")
+    expect(page.locator("#banner")).to_contain_text("Identical texts")
+
+
+def test_a_download_shows_progress_and_can_be_cancelled(page, hub):
+    hub.goes_on.clear()
+    unfold(page, "Models")
+    page.get_by_label("Hub id").check()
+    fill(page, "Target", "org/slow-target")
+    fill(page, "Draft", "org/draft")
+
+    page.get_by_role("button", name="Load models").click()
+    expect(page.locator("#status")).to_contain_text("Downloading org/slow-target")
+    page.get_by_role("button", name="Stop loading").click()
+    expect(page.locator("#status")).to_contain_text("Stopped. Everything else is as it was.")
+    hub.goes_on.set()
+
+    page.locator("#start-race").click()
+    expect(page.locator("#banner")).to_contain_text("Identical texts")
+    page.get_by_role("button", name="Load models").click()
+    expect(page.locator("#status")).to_contain_text("Ready: org/slow-target with org/draft")
+
+
+def test_rounds_can_be_looked_into(page):
+    race(page, "A shop sells apples for $2 each. Anna buys 5 apples. How much does she pay?\n")
+    expect(page.locator("#banner")).to_contain_text("Racing")
+    expect(page.locator("#banner")).to_contain_text("Identical texts")
+    open_tab(page, "Look inside")
+
+    expect(page.locator("#inside caption")).to_contain_text("Round 1 of")
+    expect(page.locator("#inside tbody tr")).to_have_count(8)
+    expect(page.locator("#bars table")).to_have_count(2)
+    page.locator("#round input[type=range]").focus()
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#inside caption")).to_contain_text("Round 2 of")
+    assert page.locator("#inside tbody tr").first.inner_text().split("\t")[3] in ("accepted", "rejected")
+
+
+def test_a_chat_keeps_what_was_read(page):
+    open_tab(page, "Chat")
+    page.locator("#said textarea").fill("What is 3 + 4?")
+    page.locator("#send").click()
+    expect(page.locator("#status")).to_contain_text("0 of")
+    page.locator("#said textarea").fill(BAD)
+    page.locator("#send").click()
+    expect(page.locator("#dialog")).to_contain_text(BAD)
+    expect(page.locator("#status")).to_contain_text("tokens of the conversation were in the cache")
+    expect(page.locator("#status")).not_to_contain_text(" 0 of")
+
+    page.get_by_role("button", name="New conversation").click()
+    expect(page.locator("#dialog")).not_to_contain_text("What is 3 + 4?")
+    assert page.title() == "pard-hf"
+
+
+def test_a_benchmark_is_measured_and_can_be_taken_home(page, tmp_path):
+    open_tab(page, "Benchmark")
+    fill(page, "number input for Prompts", 1)
+    fill(page, "number input for Repeats", 1)
+    for name in ("AD", "PARD tier 1", "PARD tier 2, adaptive K"):
+        page.get_by_label(name, exact=True).uncheck()
+    page.locator("#start-bench").click()
+
+    expect(page.locator("#measured progress")).to_be_visible()
+    expect(page.locator("#measured table")).to_contain_text("PARD tier 2")
+    expect(page.locator("#measured img").first).to_be_visible()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download the JSON").click()
+    download.value.save_as(tmp_path / "bench.json")
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert result["command"].startswith("pard bench --prompts demo --limit 1 --repeats 1")
+    assert [route["route"] for route in result["cells"][0]["routes"]] == ["ar", "pld", "tier2"]
+
+
+def test_a_benchmark_can_be_stopped(page):
+    open_tab(page, "Benchmark")
+    page.locator("#start-bench").click()
+    expect(page.locator("#measured progress")).to_be_visible()
+    page.get_by_role("button", name="Stop", exact=True).locator("visible=true").click()
+    expect(page.locator("#status")).to_contain_text("Stopped")
+
+
+def test_what_visitors_type_stays_text(page):
+    race(page, BAD)
+    expect(page.locator("#banner")).to_contain_text("Racing")
+    expect(page.locator("#banner")).to_contain_text("Identical texts")
+
+    assert page.title() == "pard-hf"
+    assert page.locator("#pard img, #plain img").count() == 0
+
+
+def test_a_narrow_screen_is_wide_enough(browser, address):
+    page = open_page(browser, address, width=375, height=700, scheme="dark")
+    expect(page.locator("#banner .pard-good")).to_be_visible()
+    unfold(page, "Models")
+    unfold(page, "Settings")
+    for tab in TABS:
+        open_tab(page, tab)
+        page.wait_for_timeout(300)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 375, tab
+    page.context.close()
+
+
+def test_the_keyboard_suffices(page):
+    page.locator("#prompt textarea").focus()
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.id") == "start-race":
+            break
+    page.keyboard.press("Enter")
+    expect(page.locator("#banner")).to_contain_text("Racing")
+    expect(page.locator("#banner")).to_contain_text("Identical texts")
+
+    page.get_by_role("tab", name="Race").focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("tab", name="Look inside")).to_have_attribute("aria-selected", "true")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(browser, address, scheme):
+    page = open_page(browser, address, scheme=scheme)
+    expect(page.locator("#banner .pard-good")).to_be_visible()
+    unfold(page, "Models")
+    unfold(page, "Settings")
+    for tab in TABS:
+        open_tab(page, tab)
+        page.wait_for_timeout(500)
+        found = Axe().run(page).response["violations"]
+        serious = {rule["id"]: rule["nodes"][0]["html"] for rule in found if rule["impact"] in ("serious", "critical")}
+        assert serious == {}, tab
+    page.context.close()
+
+
+def test_fifty_requests_of_ten_visitors_are_answered_and_not_mixed(served):
+    """Sums nobody else asks for: each text must be the one its own prompt has."""
+    address, app = served
+    pair = load_pair(dtype="float32", device="cpu")
+    prompts = [[f"Tom has {user} boxes of {turn + 2} pencils. How many?\n" for turn in range(5)] for user in range(10)]
+
+    def texts_of(user):
+        client = Client(address, verbose=False)
+        return [client.predict(prompt, 8, 24, 0, 1, 0, api_name="/race")[:4] for prompt in prompts[user]]
+
+    texts_of(0)
+    before = resident_bytes(app.pid)
+    with ThreadPoolExecutor(10) as visitors:
+        answers = list(visitors.map(texts_of, range(10)))
+    after = resident_bytes(app.pid)
+
+    for user, turns in enumerate(answers):
+        for prompt, (_, banner, plain, ours) in zip(prompts[user], turns, strict=True):
+            assert "Identical texts" in banner
+            assert expected_html(pair, prompt) in plain
+            assert text_of(ours) == text_of(plain)
+    assert after - before < 100e6, f"{before / 1e6:.0f} MB before, {after / 1e6:.0f} MB after"
+
+
+def expected_html(pair, prompt):
+    from html import escape
+
+    ids = pair.tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+    )
+    output = pair.target.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)
+    return f">{escape(pair.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))}</pre>"
+
+
+def text_of(shown):
+    import re
+    from html import unescape
+
+    return unescape(re.sub("<[^>]*>", "", shown[shown.index("<pre") :]))
+
+
+def resident_bytes(pid):
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError
+
+
+def test_the_page_is_there_while_models_load(browser, monkeypatch):
+    """The same app, with a shelf whose loading waits for us."""
+    import app
+    from pard_hf.web.pairs import PairShelf
+
+    goes_on = threading.Event()
+
+    class SlowShelf(PairShelf):
+        def read(self, name, report):
+            report("Loading the bundled pair …")
+            goes_on.wait(60)
+            return super().read(name, report)
+
+    monkeypatch.setattr(app, "PairShelf", SlowShelf)
+    demo = app.build_demo(device="cpu")
+    _, address, _ = demo.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1", **app.LOOK)
+    try:
+        page = open_page(browser, address.rstrip("/"))
+        expect(page.locator("#start-race")).to_be_visible()
+        expect(page.locator("#status")).to_contain_text("Loading")
+        goes_on.set()
+        expect(page.locator("#banner")).to_contain_text("Identical texts")
+        page.context.close()
+    finally:
+        goes_on.set()
+        demo.close()
+
+
+def test_pictures_for_the_readme(browser, address, request, tmp_path):
+    folder = Path(request.config.getoption("--screenshots") or tmp_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    page = open_page(browser, address, width=1100, height=1000)
+    expect(page.locator("#banner .pard-good")).to_be_visible()
+    race(page, "A shop sells apples for $2 each and oranges for $3 each. Anna buys 5 apples. How much does she pay?\n")
+    expect(page.locator("#banner")).to_contain_text("Racing")
+    expect(page.locator("#banner")).to_contain_text("Identical texts")
+    page.screenshot(path=folder / "race.png", full_page=True)
+    open_tab(page, "Look inside")
+    expect(page.locator("#inside table")).to_be_visible()
+    page.wait_for_timeout(300)
+    page.screenshot(path=folder / "inside.png", full_page=True)
+
+    assert {path.name for path in folder.glob("*.png")} >= {"race.png", "inside.png"}
+    page.context.close()
