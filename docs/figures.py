@@ -24,7 +24,7 @@ RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 ACCENT, PALE, GREY, DARK = "#0b7a4b", "#cfe5da", "#8a8a8a", "#303030"
 # Text stays text, and nothing in the file depends on when, where or in which process it was drawn.
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "pard-hf", "font.size": 9, "font.family": "DejaVu Sans"}
-# The routes of `pard bench`, as the README's table calls them.
+# The routes of the README's table, in its words; the adaptive ones have a table of their own in `choosing-k.md`.
 ROUTE_NAMES = {
     "ar": "plain generate",
     "ar_plus": "plain generate, compiled",
@@ -33,8 +33,6 @@ ROUTE_NAMES = {
     "tier1": "untouched target",
     "tier2": "our loop",
     "tier2_compiled": "our loop, compiled",
-    "adaptive": "our loop, adaptive K",
-    "adaptive_compiled": "our loop, adaptive K, compiled",
 }
 # Of the COD figure: a text whose first tokens are a prompt, and the rates of the paper.
 NUM_TOKENS, NUM_PROMPT_TOKENS, K_TRAIN, RATE, LEAST_RATE, SEED = 20, 5, 6, 0.7, 0.2, 6
@@ -172,14 +170,14 @@ def draw_ideal() -> Figure:
 
 
 def draw_speedup() -> Figure:
-    """Speedup of every route over plain `generate`, with the range over the repeats."""
+    """Speedup of the routes over plain `generate`, with the range over the repeats."""
     result = read("bundled_routes.json")
     cells = result["cells"]
     shown = f"bundled pair, batch 1, K = {cells[0]['num_assistant_tokens']}"
     caption = f"{shown} · {conditions(result)} · bundled_routes.json"
     figure, panels = new_figure(9.0, 3.4, caption, columns=len(cells), sharey=True)
     for panel, cell in zip(panels, cells, strict=True):
-        routes = cell["routes"][::-1]
+        routes = [route for route in cell["routes"] if route["route"] in ROUTE_NAMES][::-1]
         speedups = [route["speedup"] for route in routes]
         ranges = [[abs(route["speedup_range"][end] - route["speedup"]) for route in routes] for end in (0, 1)]
         panel.barh(

@@ -135,6 +135,14 @@ def test_decimals_come_from_files_that_are_linked(document):
         assert number in known, number
 
 
+def test_compilation_in_between_is_as_quoted():
+    seconds = cells("bundled_routes")[SETS[0], 1]["adaptive_compiled"]["seconds"]
+    longest, shortest = max(seconds), min(seconds)
+
+    text = " ".join(text_of("docs/choosing-k.md").split())
+    assert f"took {longest:.1f} seconds instead of {shortest:.1f}." in text
+
+
 def test_long_context_is_as_quoted():
     found = result("long_context")
 
