@@ -1,0 +1,220 @@
+"""Figures of README and docs: every quoted row is made again from its JSON, every drawing from its script."""
+
+import importlib.util
+import json
+import re
+
+import pytest
+from documents import DOCUMENTS, RESULTS, ROOT, prose_of
+
+from pard_hf.cli import build_parser
+from pard_hf.hub.published import PUBLISHED
+
+DOCS = ROOT / "docs"
+SETS = ("heldout_code_functions", "gsm8k_test")
+# Decimals that are no measurements: versions, papers, sizes. Defaults of flags are asked of the parser.
+NAMES = re.compile(
+    r"Qwen2\.5(-\d\.\d)?|Llama \d\.\d|0\.16 to 0\.33|vLLM 0\.16\.0|Version 0\.16|arXiv \d{4}\.\d{5}|\d\.\d+ B\b"
+    r"|\]\([^)]*\)"
+)
+
+
+def text_of(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def result(name):
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def cells(name):
+    """The cells of a result of `pard bench`, by set and batch size, as routes by name."""
+    return {
+        (cell["prompts"], cell["batch_size"]): {route["route"]: route for route in cell["routes"]}
+        for cell in result(name)["cells"]
+    }
+
+
+def row(*entries):
+    return "| " + " | ".join(entry if isinstance(entry, str) else f"{entry:.2f}" for entry in entries) + " |"
+
+
+def rows_of_positions():
+    for name, found in result("bundled_pair")["sets"].items():
+        acceptance = found["acceptance"]
+        yield row(f"`{name}`", *acceptance["position_acceptance"], acceptance["acceptance_length"])
+
+
+def rows_of_verify_ratios():
+    pairs = (("bundled, our loop", "bundled_routes"), ("bundled, enlarged to 1.2 B and 0.15 B", "scaled_pair"))
+    for pair, file in pairs:
+        for name in SETS:
+            found = cells(file)[name, 1]["tier2"]
+            figures = (found[key] for key in ("acceptance_length", "verify_ratio", "ideal_speedup", "speedup"))
+            yield row(pair, f"`{name}`", *figures)
+
+
+def rows_of_schedules():
+    for name in SETS:
+        routes = cells("bundled_routes")[name, 1]
+        order = ("tier2", "adaptive", "tier2_compiled", "adaptive_compiled")
+        yield row(f"`{name}`", *(routes[route]["speedup"] for route in order))
+
+
+def rows_of_routes():
+    """The README's first table."""
+    for name in SETS:
+        routes = cells("bundled_routes")[name, 1]
+        ours = [route for key, route in routes.items() if key.startswith(("tier", "adaptive"))]
+        assert {route["identical_share"] for route in ours} == {1.0}
+        order = ("ar_plus", "pld", "ad", "tier1", "tier2", "tier2_compiled")
+        speedups = (routes[route]["speedup"] for route in order)
+        length, plain = routes["tier2"]["acceptance_length"], f"{routes['ar']['tokens_per_second']:.0f}"
+        yield row(f"`{name}`", length, plain, *speedups, "100%")
+
+
+def rows_of_batches():
+    """The README's second table."""
+    for name in SETS:
+        found = [cells("bundled_batches")[name, size]["adaptive"] for size in (1, 2, 4, 8, 16)]
+        yield row(f"`{name}`", *(e for r in found for e in (f"{r['tokens_per_second']:.0f}", r["speedup"])))
+
+
+def rows_published():
+    targets = (("Llama 3.1 8B", "A100"), ("Llama 3.3 70B", "H20"), ("Qwen3 8B", "A100"))
+    figures = [figure for part in PUBLISHED.values() for figure in part if "V1 engine" in figure.engine]
+    for target in targets:
+        speedups = {f.prompts: f.speedup for f in figures if (f.target, f.hardware) == target}
+        yield row(*target, *(speedups[prompts] for prompts in ("HumanEval", "GSM8K", "MT-Bench")))
+
+
+TABLES = {
+    rows_of_routes: "README.md",
+    rows_of_batches: "README.md",
+    rows_of_positions: "docs/choosing-k.md",
+    rows_of_verify_ratios: "docs/choosing-k.md",
+    rows_of_schedules: "docs/choosing-k.md",
+    rows_published: "docs/limits.md",
+}
+
+
+@pytest.mark.parametrize("rows", TABLES, ids=lambda rows: rows.__name__)
+def test_rows_are_those_of_the_results(rows):
+    lines = text_of(TABLES[rows]).splitlines()
+    expected = list(rows())
+
+    first = lines.index(expected[0]) if expected[0] in lines else len(lines)
+    assert lines[first : first + len(expected)] == expected
+    assert lines[first - 1].startswith("|---"), "a table holds these rows and no others"
+    assert not lines[first + len(expected)].startswith("|")
+
+
+def decimals_in(value):
+    """Every number in a JSON value, as a document would round it."""
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from decimals_in(part)
+    elif isinstance(value, float):
+        yield from (f"{value:.{digits}f}" for digits in (1, 2, 3))
+
+
+def defaults_of_training():
+    args = build_parser().parse_args(["train", "--base", "b", "--data", "d", "--output", "o"])
+    return {str(value) for value in vars(args).values() if isinstance(value, float)}
+
+
+@pytest.mark.parametrize("document", sorted(DOCS.glob("*.md")), ids=lambda path: path.name)
+def test_decimals_come_from_files_that_are_linked(document):
+    text = " ".join(prose_of(document.read_text(encoding="utf-8")).split())
+    linked = re.findall(r"results/(\w+)\.json", text)
+    known = {figure for name in linked for figure in decimals_in(result(name))}
+    known |= {figure.speedup for figures in PUBLISHED.values() for figure in figures}
+    known |= defaults_of_training()
+
+    for number in re.findall(r"\d+\.\d+", NAMES.sub("", re.sub(r"`[^`]*`", "", text))):
+        assert number in known, number
+
+
+def test_compilation_in_between_is_as_quoted():
+    seconds = cells("bundled_routes")[SETS[0], 1]["adaptive_compiled"]["seconds"]
+    longest, shortest = max(seconds), min(seconds)
+
+    text = " ".join(text_of("docs/choosing-k.md").split())
+    assert f"took {longest:.1f} seconds instead of {shortest:.1f}" in text
+
+
+def test_long_context_is_as_quoted():
+    found = result("long_context")
+
+    assert found["lengths"] == [512, 8192]
+    text = " ".join(text_of("docs/limits.md").split())
+    assert f"after 8,192 tokens took {found['round_ratio']:.2f} times as long as one after 512" in text
+    assert f"{found['round_ratio_without_attention']:.2f} times without attention" in text
+
+
+def test_batches_of_others_are_as_published():
+    speedups = {f.prompts: f.speedup for f in PUBLISHED["amd/PARD-Llama-3.2-1B"] if "V0" in f.engine}
+
+    assert (speedups["HumanEval"], speedups["HumanEval, batch 16"]) == ("3.63", "1.33")
+    assert "3.63 at batch 1 and 1.33 at batch 16" in " ".join(text_of("docs/choosing-k.md").split())
+
+
+def test_figures_of_the_remeasured_result_are_not_quoted():
+    """`bundled_batches.json` is linked from the docs, and stands in one table only, the README's."""
+    section = text_of("docs/choosing-k.md").split("## Batches")[1]
+
+    assert "bundled_batches.json" in section
+    assert set(re.findall(r"\d+\.\d+", NAMES.sub("", section))) == {"3.63", "1.33"}
+
+
+def identical_shares(value):
+    if isinstance(value, dict):
+        yield from ([value["identical_share"]] if "identical_share" in value else ())
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from identical_shares(part)
+
+
+def test_every_committed_result_is_identical_in_float32():
+    """What limits.md says of them."""
+    found = {path.stem: set(identical_shares(result(path.stem))) for path in RESULTS.glob("*.json")}
+
+    assert found["bundled_routes"] == {1.0}
+    assert all(shares <= {1.0} for shares in found.values())
+    assert "every committed result says so" in " ".join(text_of("docs/limits.md").split())
+
+
+def pinned(package):
+    return re.search(rf"^{package}==(.*)$", text_of("constraints.txt"), flags=re.MULTILINE).group(1)
+
+
+def test_drawings_are_what_the_script_draws(tmp_path):
+    matplotlib = pytest.importorskip("matplotlib")
+    if matplotlib.__version__ != pinned("matplotlib"):
+        pytest.skip("other versions draw the same figures in other bytes")
+    spec = importlib.util.spec_from_file_location("figures", DOCS / "figures.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    script.draw_all(tmp_path)
+
+    committed, drawn = ({path.name: path.read_bytes() for path in d.iterdir()} for d in (DOCS / "figures", tmp_path))
+    assert committed.keys() == drawn.keys() == {f"{name}.svg" for name in script.FIGURES}
+    for name, content in drawn.items():
+        assert committed[name] == content, f"{name}: run `python docs/figures.py`"
+
+
+def test_drawings_hold_text_and_no_pictures():
+    """Text can be read and searched; a raster would hide figures from both."""
+    for path in (DOCS / "figures").iterdir():
+        content = path.read_text(encoding="utf-8")
+        assert "<text" in content, path.name
+        assert "<image" not in content, path.name
+
+
+def test_every_drawing_is_shown():
+    text = "".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
+    shown = set(re.findall(r"!\[[^]]+\]\((?:docs/)?figures/(\w+\.svg)\)", text))
+
+    # The README may show `speedup.svg`.
+    assert shown | {"speedup.svg"} == {path.name for path in (DOCS / "figures").iterdir()}
