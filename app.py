@@ -17,13 +17,12 @@ from pard_hf.evaluation.routes import ROUTES
 from pard_hf.web.bench import FIRST_ROUTES, MOST_PROMPTS, prompt_sets
 from pard_hf.web.pairs import BUNDLED, KINDS, PairName, PairShelf
 from pard_hf.web.settings import MOST_DRAFT_TOKENS, MOST_NEW_TOKENS
-from pard_hf.web.visits import NO_ROUNDS, Visits
+from pard_hf.web.visits import NO_ROUNDS, Slider, Visits
 
 EXAMPLES = {
-    "Code": 'def is_palindrome(text: str) -> bool:\n    """Return True if text reads the same backwards."""\n',
-    "Arithmetic": "Tom has 3 boxes of pencils. Each box holds 12 pencils. He gives 8 pencils to his sister. How many "
-    "pencils does Tom have left?\n",
-    "Story": "Once upon a time there was a small fox who wanted to see the sea.\n",
+    "Code": 'def check_size(width: int, height: int) -> None:\n    """Check that both sizes are valid."""\n',
+    "Arithmetic": "A gardener plants 6 rows of 14 tulips. Then 9 of them are eaten by a deer. How many are left?\n",
+    "Story": "A fox walked to the sea. It took 3 days. Then the fox met a crab. Tell what the crab said.\n",
 }
 INTRODUCTION = """# pard-hf
 
@@ -93,7 +92,7 @@ def build_demo(folder: Path | None = None, device: str | None = None) -> gr.Bloc
                 stop_load = gr.Button("Stop loading")
         with gr.Accordion("Settings", open=False):
             with gr.Row():
-                k = gr.Slider(1, MOST_DRAFT_TOKENS, 8, step=1, label="K", info="Tokens the draft proposes a round.")
+                k = Slider(1, MOST_DRAFT_TOKENS, 8, step=1, label="K", info="Tokens the draft proposes a round.")
                 length = gr.Number(
                     128, label="Max new tokens", info=f"Where a text ends at the latest: 1 to {MOST_NEW_TOKENS}."
                 )
@@ -120,7 +119,7 @@ def build_demo(folder: Path | None = None, device: str | None = None) -> gr.Bloc
                     ours = gr.HTML(elem_id="pard")
             gr.HTML(LEGEND)
         with gr.Tab("Look inside"):
-            number = gr.Slider(1, 2, 1, step=1, label="Round", info="Of the last race.", elem_id="round")
+            number = Slider(1, 2, 1, step=1, label="Round", info="Of the last race.", elem_id="round")
             inside = gr.HTML(NO_ROUNDS, elem_id="inside")
             bars = gr.HTML(elem_id="bars")
         with gr.Tab("Benchmark"):
@@ -129,8 +128,8 @@ def build_demo(folder: Path | None = None, device: str | None = None) -> gr.Bloc
                 prompts = gr.Dropdown(prompt_sets(shelf), value="demo", label="Prompt set")
                 upload = gr.File(label="Or your own: .jsonl rows with a prompt", file_types=[".jsonl"], height=120)
             with gr.Row():
-                limit = gr.Slider(1, MOST_PROMPTS, 4, step=1, label="Prompts", info="Of the set, at most.")
-                repeats = gr.Slider(1, 5, 2, step=1, label="Repeats", info="Timed runs; the median counts.")
+                limit = Slider(1, MOST_PROMPTS, 4, step=1, label="Prompts", info="Of the set, at most.")
+                repeats = Slider(1, 5, 2, step=1, label="Repeats", info="Timed runs; the median counts.")
             routes = gr.CheckboxGroup(
                 [(route.title, name) for name, route in ROUTES.items()],
                 value=list(FIRST_ROUTES),
@@ -209,12 +208,7 @@ def main() -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
     args = parser.parse_args()
     build_demo(args.folder, args.device).launch(
-        server_name=args.host,
-        server_port=args.port,
-        share=False,
-        **LOOK,
-        state_session_capacity=200,
-        ssr_mode=False,
+        server_name=args.host, server_port=args.port, share=False, state_session_capacity=200, ssr_mode=False, **LOOK
     )
 
 

@@ -103,6 +103,7 @@ def open_tab(page, name):
 def unfold(page, name):
     """Open an accordion."""
     page.locator("button.label-wrap", has_text=name).click()
+    page.wait_for_timeout(500)  # Fields are put there anew while it opens.
 
 
 def fill(page, label, value):
@@ -110,3 +111,5 @@ def fill(page, label, value):
     field = page.get_by_label(label, exact=True).first
     field.fill(str(value))
     field.blur()
+    page.wait_for_timeout(100)
+    expect(field).to_have_value(str(value))

@@ -23,6 +23,7 @@ from playwright.sync_api import expect
 pytestmark = pytest.mark.browser
 
 TABS = ("Race", "Look inside", "Benchmark", "Chat")
+LOOPING = "The fox was hungry. Tell its story.\n"
 BAD = "<img src=x onerror=\"document.title='taken over'\">"
 
 
@@ -84,11 +85,12 @@ def race(page, prompt):
     page.locator("#start-race").click()
 
 
-def endless(page):
-    """Settings of a text that takes long, so that it can be stopped."""
+def begin_long_race(page):
+    """A text that takes long, so that it can be stopped: the target says the same for ever."""
     unfold(page, "Settings")
     fill(page, "Max new tokens", 1000)
-    fill(page, "Temperature", 2)
+    race(page, LOOPING)
+    expect(page.locator("#banner")).to_contain_text("Racing")
 
 
 def test_whoever_opens_the_page_sees_a_race(page, address):
@@ -105,10 +107,8 @@ def test_whoever_opens_the_page_sees_a_race(page, address):
 
 
 def test_texts_stream_while_the_race_runs(page):
-    endless(page)
-    race(page, "def f(x):\n")
+    begin_long_race(page)
     seen = set()
-    expect(page.locator("#banner")).to_contain_text("Racing")
     for _ in range(5):
         page.wait_for_timeout(400)
         seen.add(tuple(len(page.locator(f"{lane} .pard-text").text_content()) for lane in ("#plain", "#pard")))
@@ -130,9 +130,7 @@ def test_texts_stream_while_the_race_runs(page):
 
 
 def test_others_see_their_place_and_may_leave_the_queue(page, browser, address):
-    endless(page)
-    race(page, "def f(x):\n")
-    expect(page.locator("#banner")).to_contain_text("Racing")
+    begin_long_race(page)
 
     other = open_page(browser, address)
     expect(other.locator("#status")).to_contain_text("queue")
@@ -149,9 +147,7 @@ def test_others_see_their_place_and_may_leave_the_queue(page, browser, address):
 def test_a_closed_page_leaves_the_device_to_others(browser, address):
     gone = open_page(browser, address)
     expect(gone.locator("#banner .pard-good")).to_be_visible()
-    endless(gone)
-    race(gone, "def f(x):\n")
-    expect(gone.locator("#banner")).to_contain_text("Racing")
+    begin_long_race(gone)
     gone.context.close()
 
     following = open_page(browser, address)
@@ -208,7 +204,7 @@ def test_k_out_of_range_gets_a_sentence(address):
 )
 def test_bad_models_get_a_sentence(page, kind, target, draft, sentence):
     unfold(page, "Models")
-    page.get_by_label(kind).check()
+    page.get_by_role("radio", name=kind).check()
     fill(page, "Target", target)
     fill(page, "Draft", draft)
 
@@ -225,7 +221,7 @@ def test_bad_models_get_a_sentence(page, kind, target, draft, sentence):
 )
 def test_models_of_the_hub_and_of_folders_are_loaded(page, kind, target, draft):
     unfold(page, "Models")
-    page.get_by_label(kind).check()
+    page.get_by_role("radio", name=kind).check()
     fill(page, "Target", target)
     fill(page, "Draft", draft)
 
@@ -239,7 +235,7 @@ def test_models_of_the_hub_and_of_folders_are_loaded(page, kind, target, draft):
 def test_a_download_shows_progress_and_can_be_cancelled(page, hub):
     hub.goes_on.clear()
     unfold(page, "Models")
-    page.get_by_label("Hub id").check()
+    page.get_by_role("radio", name="Hub id").check()
     fill(page, "Target", "org/slow-target")
     fill(page, "Draft", "org/draft")
 

@@ -432,6 +432,15 @@ def test_what_anybody_said_is_escaped(pair):
     assert "&lt;img src=x" in shown
 
 
+def test_a_text_that_repeats_itself_is_said_to(pair):
+    lanes = {}
+    for prompt in ("The fox was hungry. Tell its story.\n", CODE):
+        race = run(Race(pair, encoded_prompt(pair, prompt, Settings(8, 60)), Settings(8, 60)))
+        lanes[prompt] = html.banner(race.view(), True)
+
+    assert ["repeats itself" in banner for banner in lanes.values()] == [True, False]
+
+
 def test_pieces_are_the_whole_text(pair):
     text = "a = 'é – ß'\n\n# naïve ☃\n    return  x\n"
     ids = pair.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -6,10 +6,14 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from ..evaluation.prompts import repeated_share
 from ..generation.stats import DecodingStats
 from .chat import ChatTurn
 from .inside import Proposal
 from .race import Lane, RaceView
+
+# Share of repeated 4-grams from which a text is said to repeat itself.
+LOOPS = 0.3
 
 
 def message(text: str, is_error: bool = False) -> str:
@@ -84,6 +88,8 @@ def banner(view: RaceView, is_float32: bool) -> str:
     if not view.is_done:
         return verdict("Racing …", "note")
     notes = f" Compiling took {view.compile_seconds:.1f} s, not counted." if view.compile_seconds else ""
+    if repeated_share([view.pard.tokens]) > LOOPS:
+        notes += " The text repeats itself, which is easy to guess: other texts gain less."
     if view.is_identical:
         return verdict(f"Identical texts, {view.speedup:.2f} times the speed of plain generate.{notes}", "good")
     reason = (

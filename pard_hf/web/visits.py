@@ -37,6 +37,15 @@ NO_ROUNDS = "<p>Run a race first: its rounds are shown here.</p>"
 STOP_SECONDS = 30
 
 
+class Slider(gr.Slider):
+    """Hands over what it was sent: numbers out of range get a sentence of ours, as in every other field."""
+
+    is_template = True  # In the browser it is the slider it derives from.
+
+    def preprocess(self, payload: Any) -> Any:
+        return payload
+
+
 @dataclass(frozen=True)
 class FinishedRace:
     """What it takes to look into a race's rounds."""

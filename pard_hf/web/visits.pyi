@@ -1,0 +1,292 @@
+"""What happens when a visitor presses a button: generators of what the page shows next.
+
+The only module here that knows Gradio. Nothing of one visitor is kept where another could see it: races and
+conversations live in the session's own state, and running jobs under the session's name.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import torch
+
+from ..pair import Pair
+from . import html
+from .bench import BenchJob, progress, prompt_file, report, to_json
+from .chat import Chat, ChatTurn
+from .inside import look_inside
+from .job import Job
+from .pairs import PairName, PairShelf
+from .race import Race, RaceView
+from .settings import Settings, encoded_prompt
+from .transcript import Round
+
+logger = logging.getLogger(__name__)
+
+NO_ROUNDS = "<p>Run a race first: its rounds are shown here.</p>"
+STOP_SECONDS = 30
+
+from gradio.events import Dependency
+
+class Slider(gr.Slider):
+    """Hands over what it was sent: numbers out of range get a sentence of ours, as in every other field."""
+
+    is_template = True  # In the browser it is the slider it derives from.
+
+    def preprocess(self, payload: Any) -> Any:
+        return payload
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from gradio.blocks import Block
+    if TYPE_CHECKING:
+        from gradio.components import Timer
+        from gradio.components.base import Component
+
+
+@dataclass(frozen=True)
+class FinishedRace:
+    """What it takes to look into a race's rounds."""
+
+    pair: PairName
+    ids: list[int]
+    rounds: tuple[Round, ...]
+    settings: Settings
+
+
+class LoadJob(Job):
+    """Loading a pair."""
+
+    def __init__(self, shelf: PairShelf, name: PairName):
+        super().__init__(self.load)
+        self.shelf, self.name, self.doing = shelf, name, "Loading …"
+        self.pair: Pair | None = None
+
+    def load(self) -> None:
+        self.pair = self.shelf.load(self.name, self.report)
+
+    def report(self, text: str) -> None:
+        self.check()
+        self.doing = text
+
+
+def in_words(error: BaseException) -> str:
+    """A sentence for whatever went wrong; what nobody foresaw goes to the log in full."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "The disk of the machine is full. Make room, or take a model that is already there."
+    if isinstance(error, ValueError | OSError | FloatingPointError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return "The device has no memory left for this. Choose a smaller model, or fewer new tokens."
+    logger.error("a visitor's request failed", exc_info=error)
+    return f"Nobody foresaw this ({type(error).__name__}): the server's log says more. Try other settings."
+
+
+def spoken(num_outputs: int) -> Callable[..., Any]:
+    """For handlers that yield `num_outputs` values, the first a message: errors become one, all else stays."""
+
+    def decorate(handler: Callable[..., Iterator[tuple[Any, ...]]]) -> Callable[..., Iterator[tuple[Any, ...]]]:
+        @wraps(handler)
+        def speaking(*args: Any, **kwargs: Any) -> Iterator[tuple[Any, ...]]:
+            try:
+                yield from handler(*args, **kwargs)
+            except Exception as error:
+                yield html.message(in_words(error), is_error=True), *skips(num_outputs - 1)
+
+        return speaking
+
+    return decorate
+
+
+def skips(count: int) -> tuple[Any, ...]:
+    """Leave that many components as they are."""
+    return tuple(gr.skip() for _ in range(count))
+
+
+class Visits:
+    """The handlers of every button, for all visitors."""
+
+    def __init__(self, shelf: PairShelf):
+        self.shelf = shelf
+        self.jobs: dict[str, Job] = {}
+        self.lock = threading.Lock()
+
+    def begin(self, job: Any, request: gr.Request) -> Any:
+        """Remember a session's running job, for its stop button."""
+        with self.lock:
+            self.jobs[str(request.session_hash)] = job
+        return job
+
+    def end(self, request: gr.Request) -> Any:
+        """Forget a session's job; returns it."""
+        with self.lock:
+            return self.jobs.pop(str(request.session_hash), None)
+
+    def leave(self, request: gr.Request) -> None:
+        """A page was closed."""
+        job = self.end(request)
+        if job is not None:
+            job.stop()
+
+    def loaded(self, name: PairName, request: gr.Request) -> Generator[str, None, Pair]:
+        """Load a pair unless it is there; yields messages, returns the pair."""
+        if not self.shelf.has(name):
+            job = self.begin(LoadJob(self.shelf, name), request)
+            for _ in job.watch():
+                yield html.message(job.doing)
+            self.end(request)
+        return self.shelf.load(name)
+
+    @spoken(3)
+    def load(self, kind: Any, target: Any, draft: Any, request: gr.Request) -> Iterator[tuple[Any, ...]]:
+        """Load the models a visitor named; yields status, pair, K."""
+        name = PairName.checked(kind, target, draft)
+        pair = None
+        for text in (steps := Returning(self.loaded(name, request))):
+            yield text, *skips(2)
+        pair = steps.value
+        size = sum(p.numel() for p in pair.target.parameters()) / 1e6
+        dtype = str(pair.target.dtype).removeprefix("torch.")
+        text = f"Ready: {name}; target of {size:,.1f} M parameters in {dtype} on {pair.target.device}."
+        yield html.message(text), name, pair.draft.num_assistant_tokens
+
+    @spoken(8)
+    def race(
+        self, name: PairName | None, prompt: str, request: gr.Request, *settings: Any
+    ) -> Iterator[tuple[Any, ...]]:
+        """Race plain `generate` and ours; yields status, banner, plain, ours, race, round, inside, bars."""
+        name = name or PairName()
+        chosen = Settings.checked(*settings)
+        for text in (steps := Returning(self.loaded(name, request))):
+            yield text, *skips(7)
+        pair = steps.value
+        job = self.begin(Race(pair, encoded_prompt(pair, prompt, chosen), chosen), request)
+        for _ in job.watch():
+            yield html.message(""), *self.show(job), *skips(4)
+        self.end(request)
+        view = job.view()
+        yield html.message(""), *self.show(job), *self.after_race(name, job, view)
+
+    def show(self, job: Race) -> tuple[str, str, str]:
+        """Banner and both lanes of a race as they are now."""
+        view, tokenizer = job.view(), job.pair.tokenizer
+        plain = html.lane_figures(view.plain) + html.plain_text(tokenizer, view.plain)
+        ours = html.pard_figures(view) + html.tinted_text(tokenizer, view.pard, job.settings.num_assistant_tokens)
+        return html.banner(view, job.pair.target.dtype == torch.float32), plain, ours
+
+    def after_race(self, name: PairName, job: Race, view: RaceView) -> tuple[Any, ...]:
+        """State, round slider, first round and bars of a race that has ended."""
+        if not view.pard.rounds:
+            return skips(4)
+        finished = FinishedRace(name, job.ids, view.pard.rounds, job.settings)
+        slider = gr.Slider(maximum=max(len(finished.rounds), 2), value=1)
+        return finished, slider, self.inside(finished, 1), html.stats_bars(view.stats)
+
+    def inside(self, race: FinishedRace, number: int) -> str:
+        pair = self.shelf.load(race.pair)
+        proposals = look_inside(pair, race.ids, race.rounds, number, race.settings)
+        return html.proposals_table(pair.tokenizer, proposals, number, len(race.rounds))
+
+    @spoken(2)
+    def look(self, race: FinishedRace | None, number: Any) -> Iterator[tuple[Any, ...]]:
+        """Show another round of the last race; yields status, inside."""
+        if race is None:
+            yield html.message(""), NO_ROUNDS
+        else:
+            yield html.message(""), self.inside(race, int(number))
+
+    def stopped_race(self, request: gr.Request) -> tuple[Any, ...]:
+        """End a race, or take it out of the queue; returns what [`race`] yields."""
+        job = self.stopped_job(request)
+        if not isinstance(job, Race):
+            return html.message("Stopped."), *skips(7)
+        return html.message(""), *self.show(job), *skips(4)
+
+    def stopped(self, request: gr.Request) -> str:
+        """End whatever a visitor has running; returns the status."""
+        self.stopped_job(request)
+        return html.message("Stopped. Everything else is as it was.")
+
+    def stopped_job(self, request: gr.Request) -> Job | None:
+        job = self.end(request)
+        if job is not None:
+            job.stop()
+            for thread in job.threads:
+                if thread.ident is not None:
+                    thread.join(STOP_SECONDS)
+        return job
+
+    @spoken(4)
+    def chat(
+        self, name: PairName | None, chat: Chat | None, text: str, request: gr.Request, *settings: Any
+    ) -> Iterator[tuple[Any, ...]]:
+        """Answer a message; yields status, conversation, message field, state."""
+        chat = chat or Chat()
+        chosen = Settings.checked(*settings)
+        for message in (steps := Returning(self.loaded(name or PairName(), request))):
+            yield message, *skips(3)
+        job = self.begin(ChatTurn(steps.value, chat, text, chosen), request)
+        yield html.message("Answering …"), job.messages(), "", chat
+        for _ in job.watch():
+            yield html.message("Answering …"), job.messages(), gr.skip(), gr.skip()
+        self.end(request)
+        yield html.message(html.turn_figures(job)), job.messages(), gr.skip(), chat
+
+    def stopped_chat(self, chat: Chat | None, request: gr.Request) -> tuple[Any, ...]:
+        """End an answer; returns status and conversation."""
+        self.stopped_job(request)
+        return html.message("Stopped. What was said stays."), chat.messages if chat is not None else gr.skip()
+
+    def forget(self, request: gr.Request) -> tuple[Any, ...]:
+        """Begin a new conversation; returns status, conversation, state."""
+        self.stopped_job(request)
+        return html.message("A new conversation."), [], None
+
+    @spoken(3)
+    def bench(
+        self,
+        name: PairName | None,
+        prompts: Any,
+        upload: str | None,
+        routes: list[str],
+        limit: Any,
+        repeats: Any,
+        request: gr.Request,
+        *settings: Any,
+    ) -> Iterator[tuple[Any, ...]]:
+        """Run `pard bench`; yields status, report, download."""
+        name = name or PairName()
+        chosen = Settings.checked(*settings)
+        file = prompt_file(self.shelf, prompts, upload)
+        for text in (steps := Returning(self.loaded(name, request))):
+            yield text, *skips(2)
+        job = self.begin(BenchJob(steps.value, name, file, routes, limit, repeats, chosen), request)
+        for _ in job.watch():
+            yield html.message(""), progress(job), gr.skip()
+        self.end(request)
+        folder = tempfile.mkdtemp()
+        try:
+            path = Path(folder) / "bench.json"
+            path.write_text(to_json(job), encoding="utf-8")
+            yield html.message("Measured."), report(job), gr.DownloadButton(value=path, interactive=True)
+        finally:
+            shutil.rmtree(folder)  # Gradio has its own copy by now.
+
+
+class Returning:
+    """An iterator over a generator that keeps what it returns in `value`."""
+
+    def __init__(self, steps: Any):
+        self.steps = steps
+        self.value: Any = None
+
+    def __iter__(self) -> Iterator[Any]:
+        self.value = yield from self.steps
