@@ -6,6 +6,7 @@ import argparse
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -17,7 +18,7 @@ from pard_hf.evaluation.routes import ROUTES
 from pard_hf.web.bench import FIRST_ROUTES, MOST_PROMPTS, prompt_sets
 from pard_hf.web.pairs import BUNDLED, KINDS, PairName, PairShelf
 from pard_hf.web.settings import MOST_DRAFT_TOKENS, MOST_NEW_TOKENS
-from pard_hf.web.visits import NO_ROUNDS, Slider, Visits
+from pard_hf.web.visits import NO_ROUNDS, Visits
 
 EXAMPLES = {
     "Code": 'def check_size(width: int, height: int) -> None:\n    """Check that both sizes are valid."""\n',
@@ -92,7 +93,7 @@ def build_demo(folder: Path | None = None, device: str | None = None) -> gr.Bloc
                 stop_load = gr.Button("Stop loading")
         with gr.Accordion("Settings", open=False):
             with gr.Row():
-                k = Slider(1, MOST_DRAFT_TOKENS, 8, step=1, label="K", info="Tokens the draft proposes a round.")
+                k = slider(1, MOST_DRAFT_TOKENS, 8, "K", "Tokens the draft proposes a round.")
                 length = gr.Number(
                     128, label="Max new tokens", info=f"Where a text ends at the latest: 1 to {MOST_NEW_TOKENS}."
                 )
@@ -119,7 +120,7 @@ def build_demo(folder: Path | None = None, device: str | None = None) -> gr.Bloc
                     ours = gr.HTML(elem_id="pard")
             gr.HTML(LEGEND)
         with gr.Tab("Look inside"):
-            number = Slider(1, 2, 1, step=1, label="Round", info="Of the last race.", elem_id="round")
+            number = slider(1, 2, 1, "Round", "Of the last race.", elem_id="round")
             inside = gr.HTML(NO_ROUNDS, elem_id="inside")
             bars = gr.HTML(elem_id="bars")
         with gr.Tab("Benchmark"):
@@ -128,8 +129,8 @@ def build_demo(folder: Path | None = None, device: str | None = None) -> gr.Bloc
                 prompts = gr.Dropdown(prompt_sets(shelf), value="demo", label="Prompt set")
                 upload = gr.File(label="Or your own: .jsonl rows with a prompt", file_types=[".jsonl"], height=120)
             with gr.Row():
-                limit = Slider(1, MOST_PROMPTS, 4, step=1, label="Prompts", info="Of the set, at most.")
-                repeats = Slider(1, 5, 2, step=1, label="Repeats", info="Timed runs; the median counts.")
+                limit = slider(1, MOST_PROMPTS, 4, "Prompts", "Of the set, at most.")
+                repeats = slider(1, 5, 2, "Repeats", "Timed runs; the median counts.")
             routes = gr.CheckboxGroup(
                 [(route.title, name) for name, route in ROUTES.items()],
                 value=list(FIRST_ROUTES),
@@ -161,7 +162,15 @@ def build_demo(folder: Path | None = None, device: str | None = None) -> gr.Bloc
             start_race.click(**race_event, api_name="race"),
             demo.load(**race_event, api_visibility="private"),
         ]
-        loading = load.click(visits.load, [kind, target, draft], [status, pair, k], api_name="load", **queued)
+        # Downloads leave the device to others meanwhile.
+        loading = load.click(
+            visits.load,
+            [kind, target, draft],
+            [status, pair, k],
+            concurrency_limit=4,
+            show_progress_on=status,
+            api_name="load",
+        )
         measuring = start_bench.click(
             visits.bench,
             [pair, prompts, upload, routes, limit, repeats, *settings],
@@ -192,6 +201,13 @@ def build_demo(folder: Path | None = None, device: str | None = None) -> gr.Bloc
         for button, text in zip(examples, EXAMPLES.values(), strict=True):
             button.click(lambda text=text: text, outputs=prompt, **free)
     return demo.queue(max_size=64)
+
+
+def slider(least: int, most: int, value: int, label: str, info: str, **kwargs: Any) -> gr.Slider:
+    """A slider of whole numbers that hands over what it was sent: what is out of range gets a sentence of ours."""
+    made = gr.Slider(least, most, value, step=1, label=label, info=info, **kwargs)
+    made.preprocess = lambda payload: payload
+    return made
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """The web demo as a process of its own, and pages of a headless Chromium on it."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -17,7 +18,7 @@ import pard_hf
 APP = Path(pard_hf.__file__).parent.parent / "app.py"
 SWITCHES = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 # A loaded machine takes its time; nothing here is a claim about speed.
-PATIENCE_MS = 60_000
+PATIENCE_MS = 15_000
 
 
 @contextmanager
@@ -108,7 +109,7 @@ def unfold(page, name):
 
 def fill(page, label, value):
     """Type into a field, and leave it."""
-    field = page.get_by_label(label, exact=True).first
+    field = page.get_by_label(re.compile(rf"^\s*{label}\b")).first  # Help may follow in the label.
     field.fill(str(value))
     field.blur()
     page.wait_for_timeout(100)

@@ -1,8 +1,10 @@
 """The web demo as visitors meet it: a real server, a real browser."""
 
 import json
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from families import make_model
 
 from pard_hf import bundled_pair, load_pair
+from pard_hf.evaluation.prompts import encode_prompt
 
 pytest.importorskip("gradio")
 pytest.importorskip("playwright")
@@ -28,6 +31,11 @@ BAD = "<img src=x onerror=\"document.title='taken over'\">"
 
 
 @pytest.fixture(scope="module")
+def pair():
+    return load_pair(dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
 def hub():
     """A Hub with the bundled pair, a target of another family, a private model and one with pickled weights."""
     with running_hub() as running:
@@ -39,16 +47,15 @@ def hub():
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models(tmp_path_factory, small_tokenizer, pair):
     """Local models: the bundled target without `pard_token`, and one of another family."""
     root = tmp_path_factory.mktemp("models")
-    pair = load_pair(dtype="float32", device="cpu")
     pair.target.save_pretrained(root / "target")
     pair.tokenizer.save_pretrained(root / "target")
     pair.draft.save_pretrained(root / "draft")
     pair.tokenizer.save_pretrained(root / "draft")
     make_model("llama").save_pretrained(root / "stranger")
-    pair.tokenizer.save_pretrained(root / "stranger")
+    small_tokenizer.save_pretrained(root / "stranger")
     (root / "prompts.jsonl").write_text('{"prompt": "def one():\\n"}\n')
     return root
 
@@ -83,6 +90,20 @@ def page(browser, address):
 def race(page, prompt):
     page.locator("#prompt textarea").fill(prompt)
     page.locator("#start-race").click()
+
+
+def race_to_the_end(page, pair, prompt):
+    """Race, until both lanes show what plain `generate` says."""
+    race(page, prompt)
+    for lane in ("#plain", "#pard"):
+        expect(page.locator(f"{lane} .pard-text")).to_have_text(plain_text(pair, prompt))
+    expect(page.locator("#banner")).to_contain_text("Identical texts")
+
+
+def plain_text(pair, prompt, max_new_tokens=128):
+    ids = encode_prompt(pair.tokenizer, prompt)
+    output = pair.target.generate(torch.tensor([ids]), max_new_tokens=max_new_tokens, do_sample=False)
+    return pair.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
 
 
 def begin_long_race(page):
@@ -182,7 +203,7 @@ def test_bad_fields_get_a_sentence(page, label, value, sentence):
 def test_k_out_of_range_gets_a_sentence(address):
     client = Client(address, verbose=False)
 
-    for k in (0, 99, None, float("nan")):
+    for k in (0, 99, None, 2.5, "many"):
         status, *_ = client.predict("def f():\n", k, 8, 0, 1, 0, api_name="/race")
         assert 'role="alert"' in status, (k, status)
         assert "K" in status
@@ -194,7 +215,7 @@ def test_k_out_of_range_gets_a_sentence(address):
         ("Hub id", "org/none", "org/draft", "The Hub has no `org/none`, or it is private"),
         ("Hub id", "org/target", "org/secret", "The Hub has no `org/secret`, or it is private"),
         ("Hub id", "not an id", "org/draft", "Expected a Hub id such as"),
-        ("Hub id", "org/target", "", "No published draft is known"),
+        ("Hub id", "org/target", "", "Expected a target with a known PARD draft, got"),
         ("Hub id", "org/target", "org/target", "has no `pard_token`"),
         ("Hub id", "", "", "Expected the Hub id of a target, got nothing"),
         ("local folder", "../elsewhere", "draft", "Expected a model below the folder the demo was started with"),
@@ -219,7 +240,7 @@ def test_bad_models_get_a_sentence(page, kind, target, draft, sentence):
 @pytest.mark.parametrize(
     ("kind", "target", "draft"), [("Hub id", "org/target", "org/draft"), ("local folder", "target", "draft")]
 )
-def test_models_of_the_hub_and_of_folders_are_loaded(page, kind, target, draft):
+def test_models_of_the_hub_and_of_folders_are_loaded(page, pair, kind, target, draft):
     unfold(page, "Models")
     page.get_by_role("radio", name=kind).check()
     fill(page, "Target", target)
@@ -228,8 +249,7 @@ def test_models_of_the_hub_and_of_folders_are_loaded(page, kind, target, draft):
     page.get_by_role("button", name="Load models").click()
 
     expect(page.locator("#status")).to_contain_text(f"Ready: {target} with {draft}; target of 4.0 M parameters")
-    race(page, "What is 2 + 2?\n")
-    expect(page.locator("#banner")).to_contain_text("Identical texts")
+    race_to_the_end(page, pair, "What is 2 + 2?\n")
 
 
 def test_a_download_shows_progress_and_can_be_cancelled(page, hub):
@@ -251,10 +271,8 @@ def test_a_download_shows_progress_and_can_be_cancelled(page, hub):
     expect(page.locator("#status")).to_contain_text("Ready: org/slow-target with org/draft")
 
 
-def test_rounds_can_be_looked_into(page):
-    race(page, "A shop sells apples for $2 each. Anna buys 5 apples. How much does she pay?\n")
-    expect(page.locator("#banner")).to_contain_text("Racing")
-    expect(page.locator("#banner")).to_contain_text("Identical texts")
+def test_rounds_can_be_looked_into(page, pair):
+    race_to_the_end(page, pair, "A shop sells apples for $2 each. Anna buys 5 apples. How much does she pay?\n")
     open_tab(page, "Look inside")
 
     expect(page.locator("#inside caption")).to_contain_text("Round 1 of")
@@ -309,10 +327,8 @@ def test_a_benchmark_can_be_stopped(page):
     expect(page.locator("#status")).to_contain_text("Stopped")
 
 
-def test_what_visitors_type_stays_text(page):
-    race(page, BAD)
-    expect(page.locator("#banner")).to_contain_text("Racing")
-    expect(page.locator("#banner")).to_contain_text("Identical texts")
+def test_what_visitors_type_stays_text(page, pair):
+    race_to_the_end(page, pair, BAD)
 
     assert page.title() == "pard-hf"
     assert page.locator("#pard img, #plain img").count() == 0
@@ -330,15 +346,16 @@ def test_a_narrow_screen_is_wide_enough(browser, address):
     page.context.close()
 
 
-def test_the_keyboard_suffices(page):
+def test_the_keyboard_suffices(page, pair):
+    prompt = "What is 4 + 5?\n"
+    page.locator("#prompt textarea").fill(prompt)
     page.locator("#prompt textarea").focus()
     for _ in range(12):
         page.keyboard.press("Tab")
         if page.evaluate("document.activeElement.id") == "start-race":
             break
     page.keyboard.press("Enter")
-    expect(page.locator("#banner")).to_contain_text("Racing")
-    expect(page.locator("#banner")).to_contain_text("Identical texts")
+    expect(page.locator("#plain .pard-text")).to_have_text(plain_text(pair, prompt))
 
     page.get_by_role("tab", name="Race").focus()
     page.keyboard.press("ArrowRight")
@@ -361,10 +378,9 @@ def test_axe_finds_nothing_serious(browser, address, scheme):
     page.context.close()
 
 
-def test_fifty_requests_of_ten_visitors_are_answered_and_not_mixed(served):
+def test_fifty_requests_of_ten_visitors_are_answered_and_not_mixed(served, pair):
     """Sums nobody else asks for: each text must be the one its own prompt has."""
     address, app = served
-    pair = load_pair(dtype="float32", device="cpu")
     prompts = [[f"Tom has {user} boxes of {turn + 2} pencils. How many?\n" for turn in range(5)] for user in range(10)]
 
     def texts_of(user):
@@ -380,25 +396,11 @@ def test_fifty_requests_of_ten_visitors_are_answered_and_not_mixed(served):
     for user, turns in enumerate(answers):
         for prompt, (_, banner, plain, ours) in zip(prompts[user], turns, strict=True):
             assert "Identical texts" in banner
-            assert expected_html(pair, prompt) in plain
-            assert text_of(ours) == text_of(plain)
+            assert text_of(plain) == text_of(ours) == plain_text(pair, prompt, 24)
     assert after - before < 100e6, f"{before / 1e6:.0f} MB before, {after / 1e6:.0f} MB after"
 
 
-def expected_html(pair, prompt):
-    from html import escape
-
-    ids = pair.tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
-    )
-    output = pair.target.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)
-    return f">{escape(pair.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))}</pre>"
-
-
 def text_of(shown):
-    import re
-    from html import unescape
-
     return unescape(re.sub("<[^>]*>", "", shown[shown.index("<pre") :]))
 
 
@@ -437,14 +439,12 @@ def test_the_page_is_there_while_models_load(browser, monkeypatch):
         demo.close()
 
 
-def test_pictures_for_the_readme(browser, address, request, tmp_path):
+def test_pictures_for_the_readme(browser, address, pair, request, tmp_path):
     folder = Path(request.config.getoption("--screenshots") or tmp_path)
     folder.mkdir(parents=True, exist_ok=True)
     page = open_page(browser, address, width=1100, height=1000)
     expect(page.locator("#banner .pard-good")).to_be_visible()
-    race(page, "A shop sells apples for $2 each and oranges for $3 each. Anna buys 5 apples. How much does she pay?\n")
-    expect(page.locator("#banner")).to_contain_text("Racing")
-    expect(page.locator("#banner")).to_contain_text("Identical texts")
+    race_to_the_end(page, pair, "A shop sells apples for $2 each. Anna buys 5 apples. How much does she pay?\n")
     page.screenshot(path=folder / "race.png", full_page=True)
     open_tab(page, "Look inside")
     expect(page.locator("#inside table")).to_be_visible()

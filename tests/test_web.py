@@ -320,7 +320,7 @@ def test_folders_below_the_start_folder_are_loaded(folder):
 
     assert pair.draft.num_assistant_tokens == 4
     assert shelf.load(PairName(FOLDER, "target", "draft")) is pair
-    assert said == ["Looking for target …", "Reading the weights …", "Trying both models …"]
+    assert said == ["Looking for target …", "Loading the models …", "Trying the models …"]
 
 
 @pytest.mark.parametrize("name", ["../secret", "link", "missing", "/etc", "", "~"])
@@ -387,6 +387,31 @@ def test_a_failed_load_changes_nothing(folder):
     assert shelf.load(PairName()) is before
 
 
+def test_a_loaded_pair_is_there_while_another_is_looked_for(folder):
+    shelf, goes_on, begun = PairShelf(folder, "cpu"), threading.Event(), threading.Event()
+    shelf.load(PairName())
+
+    def wait(text):
+        begun.set()
+        goes_on.wait(30)
+
+    other = threading.Thread(target=shelf.load, args=(PairName(FOLDER, "target", "draft"), wait))
+    other.start()
+    begun.wait(30)
+
+    assert shelf.load(PairName()) is shelf.get(PairName())
+    goes_on.set()
+    other.join(60)
+    assert shelf.get(PairName(FOLDER, "target", "draft")) is not None
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder, pair):
+    pair.tokenizer.save_pretrained(folder / "target")
+
+    with pytest.raises(ValueError, match="Expected a tokenizer of at most 100 tokens, the rows of the target's"):
+        PairShelf(folder, "cpu").load(PairName(FOLDER, "target", "draft"))
+
+
 def test_models_of_two_families_are_refused(folder, pair):
     pair.draft.save_pretrained(folder / "other")
     pair.tokenizer.save_pretrained(folder / "other")
@@ -434,7 +459,7 @@ def test_what_anybody_said_is_escaped(pair):
 
 def test_a_text_that_repeats_itself_is_said_to(pair):
     lanes = {}
-    for prompt in ("The fox was hungry. Tell its story.\n", CODE):
+    for prompt in ("The fox was hungry. Tell its story.\n", QUESTION):
         race = run(Race(pair, encoded_prompt(pair, prompt, Settings(8, 60)), Settings(8, 60)))
         lanes[prompt] = html.banner(race.view(), True)
 

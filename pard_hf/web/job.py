@@ -18,10 +18,15 @@ class Stopped(Exception):
 class Job:
     """Work in threads of its own.
 
+    A job that does not compute (`needs_device = False`) runs beside others, and is left alone where it does not end at
+    once: nobody can interrupt a download that waits for its next byte.
+
     Args:
         parts (`Callable[[], None]`):
             Each runs in one thread, calls `check` often, and may raise.
     """
+
+    needs_device = True
 
     def __init__(self, *parts: Callable[[], None]):
         self.threads = [threading.Thread(target=self.run, args=(part,), daemon=True) for part in parts]
@@ -56,7 +61,7 @@ class Job:
         Raises:
             Exception: What a part raised.
         """
-        while not DEVICE.acquire(timeout=TICK_SECONDS):
+        while self.needs_device and not DEVICE.acquire(timeout=TICK_SECONDS):
             yield
         try:
             for thread in self.threads:
@@ -69,7 +74,12 @@ class Job:
                 raise self.errors[0]
         finally:
             self.stop()
-            for thread in self.threads:
-                if thread.ident is not None:
-                    thread.join()
-            DEVICE.release()
+            if self.needs_device:
+                self.wait()
+                DEVICE.release()
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Wait for the end, or so long."""
+        for thread in self.threads:
+            if thread.ident is not None:
+                thread.join(seconds)

@@ -18,7 +18,8 @@ from ..generation.checks import check_pair
 from ..hub.checkpoint import DRAFT_FILES
 from ..hub.errors import hub_errors
 from ..hub.known_drafts import known_draft_for
-from ..pair import Pair, load_pair
+from ..pair import Pair, PairPaths, bundled_pair, load_pair
+from .job import DEVICE
 
 BUNDLED, FOLDER, HUB = "bundled pair", "local folder", "Hub id"
 KINDS = (BUNDLED, FOLDER, HUB)
@@ -51,7 +52,7 @@ class PairName(NamedTuple):
 
 
 class PairShelf:
-    """Loads pairs, one at a time, and keeps the last two.
+    """Loads pairs and keeps the last two. While one is downloaded, others can be used.
 
     Args:
         folder (`Path`, *optional*):
@@ -65,9 +66,14 @@ class PairShelf:
         self.device = device
         self.pairs: OrderedDict[PairName, Pair] = OrderedDict()
         self.lock = threading.Lock()
+        self.reading = threading.Lock()
 
-    def has(self, name: PairName) -> bool:
-        return name in self.pairs
+    def get(self, name: PairName) -> Pair | None:
+        """The pair of a name, if it is loaded."""
+        with self.lock:
+            if name in self.pairs:
+                self.pairs.move_to_end(name)
+            return self.pairs.get(name)
 
     def load(self, name: PairName, report: Callable[[str], None] = lambda text: None) -> Pair:
         """The pair of a name, loaded if need be.
@@ -80,28 +86,39 @@ class PairShelf:
             ValueError: The name leads nowhere, the models do not go together, or they are too large.
             OSError: The Hub refuses, or the disk is full.
         """
-        with self.lock:
-            if name not in self.pairs:
-                pair = self.read(name, report)
-                self.pairs[name] = pair
-                while len(self.pairs) > MOST_LOADED:
-                    self.pairs.popitem(last=False)
-            self.pairs.move_to_end(name)
-            return self.pairs[name]
+        pair = self.get(name)
+        if pair is not None:
+            return pair
+        paths = self.find(name, report)
+        with self.reading:
+            pair = self.get(name)
+            if pair is None:
+                pair = self.read(paths, report)
+                with self.lock:
+                    self.pairs[name] = pair
+                    while len(self.pairs) > MOST_LOADED:
+                        self.pairs.popitem(last=False)
+        return pair
 
-    def read(self, name: PairName, report: Callable[[str], None]) -> Pair:
-        report(f"Loading the {name.kind} …" if name.kind == BUNDLED else f"Looking for {name.target} …")
+    def find(self, name: PairName, report: Callable[[str], None]) -> PairPaths:
+        """The folders of both models, downloaded if need be."""
         if name.kind == BUNDLED:
-            pair = load_pair(device=self.device)
-        else:
-            find = self.local_path if name.kind == FOLDER else self.hub_path
-            target = find(name.target, report)
-            draft = find(name.draft or known_draft_for(target).name, report)
-            report("Reading the weights …")
-            pair = load_pair(str(target), str(draft), device=self.device)
+            return bundled_pair()
+        report(f"Looking for {name.target} …")
+        find = self.local_path if name.kind == FOLDER else self.hub_path
+        target = find(name.target, report)
+        draft = find(name.draft or known_draft_for(target).name, report)
+        return PairPaths(str(target), str(draft))
+
+    def read(self, paths: PairPaths, report: Callable[[str], None]) -> Pair:
+        """Load both models, see that they go together, and run both routes once."""
+        report("Loading the models …")
+        pair = load_pair(*paths, device=self.device)
+        check_vocabulary(pair)
         check_pair(pair.target, pair.draft, pair.draft.num_assistant_tokens, None, None)
-        report("Trying both models …")
-        warm_up(pair)
+        report("Trying the models …")
+        with DEVICE:
+            warm_up(pair)
         return pair
 
     def local_path(self, name: str, report: Callable[[str], None]) -> Path:
@@ -189,10 +206,18 @@ def check_memory(name: str, num_bytes: int) -> None:
         )
 
 
+def check_vocabulary(pair: Pair) -> None:
+    """Raise a `ValueError` where the tokenizer makes ids that the target has no row for."""
+    num_rows = pair.target.config.get_text_config().vocab_size
+    if len(pair.tokenizer) > num_rows:
+        raise ValueError(
+            f"Expected a tokenizer of at most {num_rows} tokens, the rows of the target's vocabulary, got "
+            f"{len(pair.tokenizer)}. Put the target's own tokenizer beside it."
+        )
+
+
 def warm_up(pair: Pair) -> None:
-    """Run both routes once, so that no race pays for first times; NaN weights and the like show here."""
+    """Run both routes once, so that no race pays for first times."""
     ids = pair.tokenizer("1", return_tensors="pt")["input_ids"].to(pair.target.device)
-    if not ids.shape[1]:
-        raise ValueError("Expected a tokenizer that makes tokens of text, got one that makes none. Check the target.")
     for draft in (None, pair.draft):
         pair.target.generate(ids, assistant_model=draft, max_new_tokens=2, do_sample=False)

@@ -37,15 +37,6 @@ NO_ROUNDS = "<p>Run a race first: its rounds are shown here.</p>"
 STOP_SECONDS = 30
 
 
-class Slider(gr.Slider):
-    """Hands over what it was sent: numbers out of range get a sentence of ours, as in every other field."""
-
-    is_template = True  # In the browser it is the slider it derives from.
-
-    def preprocess(self, payload: Any) -> Any:
-        return payload
-
-
 @dataclass(frozen=True)
 class FinishedRace:
     """What it takes to look into a race's rounds."""
@@ -58,6 +49,8 @@ class FinishedRace:
 
 class LoadJob(Job):
     """Loading a pair."""
+
+    needs_device = False
 
     def __init__(self, shelf: PairShelf, name: PairName):
         super().__init__(self.load)
@@ -132,7 +125,7 @@ class Visits:
 
     def loaded(self, name: PairName, request: gr.Request) -> Generator[str, None, Pair]:
         """Load a pair unless it is there; yields messages, returns the pair."""
-        if not self.shelf.has(name):
+        if self.shelf.get(name) is None:
             job = self.begin(LoadJob(self.shelf, name), request)
             for _ in job.watch():
                 yield html.message(job.doing)
@@ -213,9 +206,8 @@ class Visits:
         job = self.end(request)
         if job is not None:
             job.stop()
-            for thread in job.threads:
-                if thread.ident is not None:
-                    thread.join(STOP_SECONDS)
+            if job.needs_device:
+                job.wait(STOP_SECONDS)
         return job
 
     @spoken(4)
