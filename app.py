@@ -16,6 +16,7 @@ import gradio as gr
 import pard_hf
 from pard_hf.evaluation.routes import ROUTES
 from pard_hf.web.bench import FIRST_ROUTES, MOST_PROMPTS, prompt_sets
+from pard_hf.web.html import conversation
 from pard_hf.web.pairs import BUNDLED, KINDS, PairName, PairShelf
 from pard_hf.web.settings import MOST_DRAFT_TOKENS, MOST_NEW_TOKENS
 from pard_hf.web.visits import NO_ROUNDS, Visits
@@ -145,9 +146,7 @@ def build_demo(folder: Path | None = None, device: str | None = None) -> gr.Bloc
             download = gr.DownloadButton("Download the JSON", interactive=False)
         with gr.Tab("Chat"):
             gr.Markdown("Several turns in the target's chat template. What it has read stays in its cache.")
-            dialog = gr.Chatbot(
-                label="Conversation", render_markdown=False, height=360, buttons=["copy"], elem_id="dialog"
-            )
+            dialog = gr.HTML(conversation([]), autoscroll=True, max_height=420, elem_id="dialog")
             said = gr.Textbox(label="Your message", lines=2, elem_id="said")
             with gr.Row():
                 send = gr.Button("Send", variant="primary", elem_id="send")

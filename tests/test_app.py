@@ -1,5 +1,6 @@
 """The web demo as visitors meet it: a real server, a real browser."""
 
+import hashlib
 import json
 import re
 import threading
@@ -41,6 +42,9 @@ def hub():
     with running_hub() as running:
         publish(running, "org/target", Path(bundled_pair().target))
         publish(running, "org/slow-target", Path(bundled_pair().target))
+        # Downloads come in pieces of ten megabytes, and models of more than one.
+        running.repos["org/slow-target"].add_commit("main", {"more.safetensors": (more := bytes(25_000_000))})
+        running.large_files[hashlib.sha256(more).hexdigest()] = more
         publish(running, "org/draft", Path(bundled_pair().draft))
         publish(running, "org/secret", Path(bundled_pair().draft), is_private=True)
         yield running
@@ -291,7 +295,7 @@ def test_a_chat_keeps_what_was_read(page):
     expect(page.locator("#status")).to_contain_text("0 of")
     page.locator("#said textarea").fill(BAD)
     page.locator("#send").click()
-    expect(page.locator("#dialog")).to_contain_text(BAD)
+    expect(page.locator("#dialog .pard-user").last).to_contain_text(BAD)
     expect(page.locator("#status")).to_contain_text("tokens of the conversation were in the cache")
     expect(page.locator("#status")).not_to_contain_text(" 0 of")
 

@@ -35,6 +35,12 @@ def run(job):
     return job
 
 
+def stop_where(job, is_reached):
+    for _ in job.watch():
+        if is_reached():
+            job.stop()
+
+
 def plain(pair, ids, settings):
     torch.manual_seed(settings.seed)
     output = pair.target.generate(torch.tensor([ids]), **settings.arguments())
@@ -75,9 +81,8 @@ def test_a_stopped_race_keeps_what_was_said(pair):
     settings = Settings(4, 1000, temperature=2.0)
     race = Race(pair, encoded_prompt(pair, CODE, settings), settings)
 
-    for _ in race.watch():
-        if race.view().pard.rounds:
-            race.stop()
+    with pytest.raises(Stopped):
+        stop_where(race, lambda: race.view().pard.rounds)
     view = race.view()
 
     assert view.is_stopped
@@ -259,9 +264,8 @@ def test_turns_of_a_chat_are_what_plain_generate_says_without_a_cache(pair):
 def test_a_stopped_answer_stays_and_the_chat_goes_on(pair):
     chat = Chat()
     turn = ChatTurn(pair, chat, CODE, Settings(4, 1000, temperature=2.0))
-    for _ in turn.watch():
-        if turn.transcript.rounds:
-            turn.stop()
+    with pytest.raises(Stopped):
+        stop_where(turn, lambda: turn.transcript.rounds)
     said = turn.transcript.tokens
 
     following = run(ChatTurn(pair, chat, QUESTION, Settings(8, 30)))
@@ -450,7 +454,12 @@ def test_what_anybody_said_is_escaped(pair):
     view = race.view()
 
     shown = html.tinted_text(pair.tokenizer, view.pard, 8) + html.plain_text(pair.tokenizer, view.plain)
-    shown += html.message(bad) + html.verdict(bad, "note") + "".join(html.code(pair.tokenizer, i) for i in ids)
+    shown += (
+        html.conversation([{"role": "user", "content": bad}])
+        + html.message(bad)
+        + html.verdict(bad, "note")
+        + "".join(html.code(pair.tokenizer, i) for i in ids)
+    )
 
     assert "<img" not in shown
     assert "<script" not in shown
@@ -505,8 +514,8 @@ def test_a_benchmark_is_shown_with_figures(measured):
 def test_a_benchmark_ends_where_it_is_stopped(pair):
     job = BenchJob(pair, PairName(), "demo", (), 6, 5, Settings())
 
-    for _ in job.watch():
-        job.stop()
+    with pytest.raises(Stopped):
+        stop_where(job, lambda: True)
 
     assert job.is_over
     assert job.cells == []

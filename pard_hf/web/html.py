@@ -100,10 +100,20 @@ def banner(view: RaceView, is_float32: bool) -> str:
     return verdict(f"The texts differ.{reason}{notes}", "error")
 
 
+def conversation(messages: Sequence[dict[str, str]]) -> str:
+    """What was said so far, by whom."""
+    names = {"user": "you", "assistant": "target"}
+    said = "".join(
+        f'<div class="pard-{m["role"]}"><span class="pard-who">{names[m["role"]]}</span>'
+        f"<pre>{escape(m['content'].strip())}</pre></div>"
+        for m in messages
+    )
+    return f'<div class="pard-dialog" role="log" tabindex="0" aria-label="conversation">{said}</div>'
+
+
 def turn_figures(turn: ChatTurn) -> str:
     """What an answer took, in words."""
-    if turn.stats is None:
-        return "Stopped."
+    assert turn.stats is not None
     return (
         f"{len(turn.transcript.tokens)} tokens in {turn.seconds:.2f} s, τ {turn.stats.acceptance_length:.2f}; "
         f"{turn.num_reused} of {len(turn.ids)} tokens of the conversation were in the cache."

@@ -59,6 +59,7 @@ class Job:
         """Run; yields about eight times a second, and once more at the end. Closing the iterator stops the job.
 
         Raises:
+            Stopped: The job was stopped; whoever did that says how it ended.
             Exception: What a part raised.
         """
         while self.needs_device and not DEVICE.acquire(timeout=TICK_SECONDS):
@@ -69,11 +70,13 @@ class Job:
             while not self.is_over:
                 for thread in self.threads:
                     thread.join(TICK_SECONDS / len(self.threads))
+                if self.errors:
+                    raise self.errors[0]
+                self.check()
                 yield
-            if self.errors:
-                raise self.errors[0]
         finally:
-            self.stop()
+            if not self.is_over:
+                self.stop()
             if self.needs_device:
                 self.wait()
                 DEVICE.release()

@@ -25,7 +25,7 @@ from . import html
 from .bench import BenchJob, progress, prompt_file, report, to_json
 from .chat import Chat, ChatTurn
 from .inside import look_inside
-from .job import Job
+from .job import Job, Stopped
 from .pairs import PairName, PairShelf
 from .race import Race, RaceView
 from .settings import Settings, encoded_prompt
@@ -85,6 +85,8 @@ def spoken(num_outputs: int) -> Callable[..., Any]:
         def speaking(*args: Any, **kwargs: Any) -> Iterator[tuple[Any, ...]]:
             try:
                 yield from handler(*args, **kwargs)
+            except Stopped:
+                pass  # The stop button says so.
             except Exception as error:
                 yield html.message(in_words(error), is_error=True), *skips(num_outputs - 1)
 
@@ -220,21 +222,22 @@ class Visits:
         for message in (steps := Returning(self.loaded(name or PairName(), request))):
             yield message, *skips(3)
         job = self.begin(ChatTurn(steps.value, chat, text, chosen), request)
-        yield html.message("Answering …"), job.messages(), "", chat
+        yield html.message("Answering …"), html.conversation(job.messages()), "", chat
         for _ in job.watch():
-            yield html.message("Answering …"), job.messages(), gr.skip(), gr.skip()
+            yield html.message("Answering …"), html.conversation(job.messages()), *skips(2)
         self.end(request)
-        yield html.message(html.turn_figures(job)), job.messages(), gr.skip(), chat
+        yield html.message(html.turn_figures(job)), html.conversation(job.messages()), gr.skip(), chat
 
     def stopped_chat(self, chat: Chat | None, request: gr.Request) -> tuple[Any, ...]:
         """End an answer; returns status and conversation."""
         self.stopped_job(request)
-        return html.message("Stopped. What was said stays."), chat.messages if chat is not None else gr.skip()
+        shown = html.conversation(chat.messages) if chat is not None else gr.skip()
+        return html.message("Stopped. What was said stays."), shown
 
     def forget(self, request: gr.Request) -> tuple[Any, ...]:
         """Begin a new conversation; returns status, conversation, state."""
         self.stopped_job(request)
-        return html.message("A new conversation."), [], None
+        return html.message("A new conversation."), html.conversation([]), None
 
     @spoken(3)
     def bench(
