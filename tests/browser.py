@@ -18,7 +18,7 @@ import pard_hf
 APP = Path(pard_hf.__file__).parent.parent / "app.py"
 SWITCHES = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 # A loaded machine takes its time; nothing here is a claim about speed.
-PATIENCE_MS = 15_000
+PATIENCE_MS = 60_000
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from families import character_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -62,13 +62,7 @@ def tiny_draft() -> PardDraftModel:
 @pytest.fixture
 def bundled_like_tokenizer() -> PreTrainedTokenizerFast:
     """One token a character, as many ids as the tiny models have."""
-    alphabet = ["<pad>", "<s>", "</s>", *(chr(ord("!") + i) for i in range(94)), "é", "ß", "ø"]
-    tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(alphabet)}, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
-    )
+    return character_tokenizer("éßø", padding_side="left")
 
 
 @pytest.fixture
@@ -79,11 +73,7 @@ def tokenizer(bundled_like_tokenizer) -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def small_tokenizer() -> PreTrainedTokenizerFast:
     """One token a character, with the ids from 97 on left to padding: a mask token has a row no text contains."""
-    alphabet = ["<pad>", "<s>", "</s>", *(chr(ord("!") + i) for i in range(94))]
-    tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(alphabet)}, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    return character_tokenizer()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -21,6 +22,7 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -147,3 +149,13 @@ def texts_of(sequences: torch.Tensor, attention_mask: torch.Tensor) -> list[list
     """Rows without their left padding."""
     num_padding = (attention_mask == 0).sum(-1).tolist()
     return [row[start:] for row, start in zip(sequences.tolist(), num_padding, strict=True)]
+
+
+def character_tokenizer(more="", first="!", **kwargs):
+    """One token a character: three special ones, 94 characters from `first` on, and `more`."""
+    alphabet = ["<pad>", "<s>", "</s>", *(chr(ord(first) + i) for i in range(94)), *more]
+    tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(alphabet)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, **kwargs)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import make_model
+from families import character_tokenizer, make_model
 
 from pard_hf import bundled_pair, load_pair
 from pard_hf.evaluation.prompts import encode_prompt
@@ -51,7 +51,7 @@ def hub():
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory, small_tokenizer, pair):
+def models(tmp_path_factory, pair):
     """Local models: the bundled target without `pard_token`, and one of another family."""
     root = tmp_path_factory.mktemp("models")
     pair.target.save_pretrained(root / "target")
@@ -59,7 +59,7 @@ def models(tmp_path_factory, small_tokenizer, pair):
     pair.draft.save_pretrained(root / "draft")
     pair.tokenizer.save_pretrained(root / "draft")
     make_model("llama").save_pretrained(root / "stranger")
-    small_tokenizer.save_pretrained(root / "stranger")
+    character_tokenizer(first="#").save_pretrained(root / "stranger")
     (root / "prompts.jsonl").write_text('{"prompt": "def one():\\n"}\n')
     return root
 
@@ -362,7 +362,7 @@ def test_the_keyboard_suffices(page, pair):
     expect(page.locator("#plain .pard-text")).to_have_text(plain_text(pair, prompt))
 
     page.get_by_role("tab", name="Race").focus()
-    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     expect(page.get_by_role("tab", name="Look inside")).to_have_attribute("aria-selected", "true")
 
