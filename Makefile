@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DATA ?= ../shared/data/train
 
-.PHONY: demo app test test-app screenshots quality style bundled-pair cards clean
+.PHONY: demo app test test-app screenshots quality style bundled-pair cards space clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +41,10 @@ bundled-pair: $(VENV)/installed
 
 cards: $(VENV)/installed
 	$(BIN)/pard card --all --results benchmarks/results --output model_cards
+
+# What a Hugging Face Space of the web demo holds; `hf upload ORG/SPACE build/space --repo-type space` publishes it.
+space: $(VENV)/installed
+	$(BIN)/python spaces/build.py build/space
 
 clean:
 	rm -rf $(VENV) build *.egg-info

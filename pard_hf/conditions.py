@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,14 @@ def decoding_name(config: GenerationConfig) -> str:
     return ", ".join(["greedy", *(f"{name} {value}" for name, value in changed.items())])
 
 
+def own_version() -> str:
+    """The version of the installed package; a copy of its folder, as in a Space, has none."""
+    try:
+        return version("pard-hf")
+    except PackageNotFoundError:
+        return "not installed"
+
+
 def conditions_of(target: Any) -> dict[str, Any]:
     """Date, commit, versions and device of a run with `target`."""
     return {
@@ -84,7 +92,7 @@ def conditions_of(target: Any) -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "pard_hf": version("pard-hf"),
+            "pard_hf": own_version(),
         },
         "device": device_name(target.device),
         "dtype": str(target.dtype).removeprefix("torch."),

@@ -92,6 +92,15 @@ def test_imports_go_one_way():
         assert not any(name.startswith("evaluation") for name in imports_of(path)), path
     for path in (PACKAGE / "evaluation").glob("*.py"):
         assert not any(name.startswith("training") for name in imports_of(path)), path
+    for path in PACKAGE.rglob("*.py"):
+        if path.parent.name != "web":
+            assert not any(name.startswith("web") for name in imports_of(path)), path
+
+
+def test_one_module_knows_gradio():
+    knowing = {path.name for path in PACKAGE.rglob("*.py") if "import gradio" in path.read_text()}
+
+    assert knowing == {"visits.py"}
 
 
 def test_pure_functions_know_only_torch():
