@@ -209,19 +209,20 @@ def slider(least: int, most: int, value: int, label: str, info: str, **kwargs: A
     return made
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="The web demo of pard-hf.")
-    parser.add_argument(
-        "--host",
-        default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),
-        help="where to listen (default: this machine only)",
-    )
+    host = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
+    parser.add_argument("--host", default=host, help="where to listen (default: this machine only)")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     parser.add_argument(
-        "--folder", type=Path, help="local models and .jsonl prompt sets below it can be chosen (default: none)"
+        "--folder", type=Path, help="offer local models and .jsonl prompt sets below it (default: none)"
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
     build_demo(args.folder, args.device).launch(
         server_name=args.host, server_port=args.port, share=False, state_session_capacity=200, ssr_mode=False, **LOOK
     )

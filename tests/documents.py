@@ -13,7 +13,7 @@ ROOT = Path(pard_hf.__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Programs that a document may call; a block whose first word is another is a drawing or an output.
-PROGRAMS = {"pard", "make", "pip", "vllm", "accelerate", "hf"}
+PROGRAMS = {"pard", "make", "pip", "python", "vllm", "accelerate", "hf"}
 
 
 class Block(NamedTuple):

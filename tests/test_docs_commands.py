@@ -62,12 +62,12 @@ class Workplace:
 
     def run(self, block: Block) -> None:
         if block.language == "python":
-            self.run_python(block.text)
+            self.run_snippet(block.text)
         elif block.is_shell:
             for words in command_lines(block.text):
                 getattr(self, f"run_{words[0]}")(*words[1:])
 
-    def run_python(self, code):
+    def run_snippet(self, code):
         compiled = compile(code, "document", "exec")
         if "tensorrt_llm" in code:
             assert code.strip() in engine_snippets(DRAFT, TARGET, 12, False)
@@ -90,6 +90,12 @@ class Workplace:
         assert written.getvalue().strip()
         if stdout:
             (self.folder / stdout).write_text(written.getvalue())
+
+    def run_python(self, script, *words):
+        app = pytest.importorskip("app")
+        assert script == "app.py"
+        assert {word for word in words if word.startswith("--")} <= flags_of_app(app)
+        app.build_parser().parse_args(words)
 
     def run_make(self, *targets):
         assert targets
@@ -195,6 +201,10 @@ def test_document_runs(document, tmp_path, monkeypatch, stand_ins, quick_compila
         assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= files
 
 
+def flags_of_app(app):
+    return set(app.build_parser()._option_string_actions)
+
+
 def flags_of_commands():
     """The flags of each command, `pard COMMAND` first."""
     [commands] = [action for action in build_parser()._actions if action.dest == "command"]
@@ -204,7 +214,7 @@ def flags_of_commands():
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_flags_in_prose_exist(document):
     """`--flag` alone is a flag of some command, `pard command --flag` of that command."""
-    flags = flags_of_commands()
+    flags = flags_of_commands() | {"app.py": flags_of_app(pytest.importorskip("app"))}
     for code in inline_code(document.read_text(encoding="utf-8")):
         words = code.split()
         named = {word for word in words if re.fullmatch(r"--[a-z][\w-]+", word)}
