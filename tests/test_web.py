@@ -379,7 +379,7 @@ def test_a_failed_load_changes_nothing(folder):
     shelf = PairShelf(folder, "cpu")
     before = shelf.load(PairName())
 
-    with pytest.raises(ValueError, match="no `pard_token`"):
+    with pytest.raises(ValueError, match="the config of `target` has no `pard_token`"):
         shelf.load(PairName(FOLDER, "target", "target"))
 
     def stop(text):
@@ -522,6 +522,11 @@ def test_a_benchmark_ends_where_it_is_stopped(pair):
     assert not DEVICE.locked()
 
 
+def test_routes_are_no_flags(pair):
+    with pytest.raises(ValueError, match="Expected routes among ar, .* got '--output'"):
+        BenchJob(pair, PairName(), "demo", ("ar", "--output", "elsewhere"), 1, 1, Settings())
+
+
 def test_prompt_sets_are_named_or_below_the_start_folder(tmp_path):
     (tmp_path / "sets").mkdir()
     (tmp_path / "sets" / "mine.jsonl").write_text('{"prompt": "x"}\n')
@@ -558,6 +563,7 @@ def test_errors_become_sentences(caplog):
 
     assert in_words(OSError(errno.ENOSPC, "No space left on device")).startswith("The disk of the machine is full.")
     assert in_words(ValueError("Expected a, got b.")) == "Expected a, got b."
+    assert "/srv" not in in_words(PermissionError(errno.EACCES, "Permission denied", "/srv/models/config.json"))
     assert "no memory left" in in_words(torch.OutOfMemoryError("CUDA out of memory"))
     assert not caplog.records
     assert in_words(KeyError("x")) == "Nobody foresaw this (KeyError): the server's log says more. Try other settings."

@@ -53,6 +53,9 @@ class BenchJob(Job):
         settings: Settings,
     ):
         super().__init__(self.measure)
+        for route in routes:
+            if route not in ROUTES:
+                raise ValueError(f"Expected routes among {', '.join(ROUTES)}, got {route!r}. Choose some of these.")
         words = [
             *("bench", "--prompts", prompts, "--limit", str(whole("Prompts", limit, 1, MOST_PROMPTS))),
             *("--repeats", str(whole("Repeats", repeats, 1, 5)), "--max-new-tokens", str(settings.max_new_tokens)),

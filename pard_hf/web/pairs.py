@@ -7,7 +7,8 @@ import re
 import shutil
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,7 +94,8 @@ class PairShelf:
         with self.reading:
             pair = self.get(name)
             if pair is None:
-                pair = self.read(paths, report)
+                with named(name, paths):
+                    pair = self.read(paths, report)
                 with self.lock:
                     self.pairs[name] = pair
                     while len(self.pairs) > MOST_LOADED:
@@ -150,6 +152,18 @@ class PairShelf:
                 weights = (file.file_size for file in files if file.filename.endswith(".safetensors"))
                 check_memory(name, sum(weights))
             return Path(snapshot_download(name, allow_patterns=patterns, tqdm_class=bars))
+
+
+@contextmanager
+def named(name: PairName, paths: PairPaths) -> Iterator[None]:
+    """Speak of models by the names a visitor gave: in which folders they lie is nobody's business."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        text = str(error)
+        for path, shown in ((paths.target, name.target), (paths.draft, name.draft)):
+            text = text.replace(path, shown or "its known draft") if shown != path else text
+        raise ValueError(text) from error
 
 
 def bar_class(name: str, report: Callable[[str], None]) -> type[tqdm]:

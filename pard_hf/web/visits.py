@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -27,14 +28,15 @@ from .chat import Chat, ChatTurn
 from .inside import look_inside
 from .job import Job, Stopped
 from .pairs import PairName, PairShelf
-from .race import Race, RaceView
-from .settings import Settings, encoded_prompt
+from .race import Race
+from .settings import MOST_DRAFT_TOKENS, Settings, encoded_prompt, whole
 from .transcript import Round
 
 logger = logging.getLogger(__name__)
 
 NO_ROUNDS = "<p>Run a race first: its rounds are shown here.</p>"
 STOP_SECONDS = 30
+MOST_JOBS = 64
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ def in_words(error: BaseException) -> str:
     """A sentence for whatever went wrong; what nobody foresaw goes to the log in full."""
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "The disk of the machine is full. Make room, or take a model that is already there."
+    if isinstance(error, OSError) and error.errno is not None:  # Its own text names folders of the machine.
+        return f"The machine refused: {error.strerror}. Choose another model or file, or ask whoever runs the demo."
     if isinstance(error, ValueError | OSError | FloatingPointError):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -108,11 +112,21 @@ class Visits:
         self.jobs: dict[str, Job] = {}
         self.lock = threading.Lock()
 
-    def begin(self, job: Any, request: gr.Request) -> Any:
-        """Remember a session's running job, for its stop button."""
+    @contextmanager
+    def running(self, job: Job, request: gr.Request) -> Iterator[None]:
+        """Remember a session's job for its stop button; one that was stopped until that button asks for it."""
         with self.lock:
             self.jobs[str(request.session_hash)] = job
-        return job
+            while len(self.jobs) > MOST_JOBS:  # Left behind by visitors who went without a word.
+                self.jobs.pop(next(iter(self.jobs)))
+        try:
+            yield
+        except (GeneratorExit, Stopped):
+            raise
+        except BaseException:
+            self.end(request)
+            raise
+        self.end(request)
 
     def end(self, request: gr.Request) -> Any:
         """Forget a session's job; returns it."""
@@ -128,10 +142,10 @@ class Visits:
     def loaded(self, name: PairName, request: gr.Request) -> Generator[str, None, Pair]:
         """Load a pair unless it is there; yields messages, returns the pair."""
         if self.shelf.get(name) is None:
-            job = self.begin(LoadJob(self.shelf, name), request)
-            for _ in job.watch():
-                yield html.message(job.doing)
-            self.end(request)
+            job = LoadJob(self.shelf, name)
+            with self.running(job, request):
+                for _ in job.watch():
+                    yield html.message(job.doing)
         return self.shelf.load(name)
 
     @spoken(3)
@@ -145,7 +159,7 @@ class Visits:
         size = sum(p.numel() for p in pair.target.parameters()) / 1e6
         dtype = str(pair.target.dtype).removeprefix("torch.")
         text = f"Ready: {name}; target of {size:,.1f} M parameters in {dtype} on {pair.target.device}."
-        yield html.message(text), name, pair.draft.num_assistant_tokens
+        yield html.message(text), name, min(pair.draft.num_assistant_tokens, MOST_DRAFT_TOKENS)
 
     @spoken(8)
     def race(
@@ -157,12 +171,11 @@ class Visits:
         for text in (steps := Returning(self.loaded(name, request))):
             yield text, *skips(7)
         pair = steps.value
-        job = self.begin(Race(pair, encoded_prompt(pair, prompt, chosen), chosen), request)
-        for _ in job.watch():
-            yield html.message(""), *self.show(job), *skips(4)
-        self.end(request)
-        view = job.view()
-        yield html.message(""), *self.show(job), *self.after_race(name, job, view)
+        job = Race(pair, encoded_prompt(pair, prompt, chosen), chosen)
+        with self.running(job, request):
+            for _ in job.watch():
+                yield html.message(""), *self.show(job), *skips(4)
+        yield html.message(""), *self.show(job), *self.after_race(name, job)
 
     def show(self, job: Race) -> tuple[str, str, str]:
         """Banner and both lanes of a race as they are now."""
@@ -171,10 +184,9 @@ class Visits:
         ours = html.pard_figures(view) + html.tinted_text(tokenizer, view.pard, job.settings.num_assistant_tokens)
         return html.banner(view, job.pair.target.dtype == torch.float32), plain, ours
 
-    def after_race(self, name: PairName, job: Race, view: RaceView) -> tuple[Any, ...]:
+    def after_race(self, name: PairName, job: Race) -> tuple[Any, ...]:
         """State, round slider, first round and bars of a race that has ended."""
-        if not view.pard.rounds:
-            return skips(4)
+        view = job.view()
         finished = FinishedRace(name, job.ids, view.pard.rounds, job.settings)
         slider = gr.Slider(maximum=max(len(finished.rounds), 2), value=1)
         return finished, slider, self.inside(finished, 1), html.stats_bars(view.stats)
@@ -190,7 +202,7 @@ class Visits:
         if race is None:
             yield html.message(""), NO_ROUNDS
         else:
-            yield html.message(""), self.inside(race, int(number))
+            yield html.message(""), self.inside(race, whole("Round", number, 1, len(race.rounds)))
 
     def stopped_race(self, request: gr.Request) -> tuple[Any, ...]:
         """End a race, or take it out of the queue; returns what [`race`] yields."""
@@ -221,11 +233,11 @@ class Visits:
         chosen = Settings.checked(*settings)
         for message in (steps := Returning(self.loaded(name or PairName(), request))):
             yield message, *skips(3)
-        job = self.begin(ChatTurn(steps.value, chat, text, chosen), request)
+        job = ChatTurn(steps.value, chat, text, chosen)
         yield html.message("Answering …"), html.conversation(job.messages()), "", chat
-        for _ in job.watch():
-            yield html.message("Answering …"), html.conversation(job.messages()), *skips(2)
-        self.end(request)
+        with self.running(job, request):
+            for _ in job.watch():
+                yield html.message("Answering …"), html.conversation(job.messages()), *skips(2)
         yield html.message(html.turn_figures(job)), html.conversation(job.messages()), gr.skip(), chat
 
     def stopped_chat(self, chat: Chat | None, request: gr.Request) -> tuple[Any, ...]:
@@ -257,10 +269,10 @@ class Visits:
         file = prompt_file(self.shelf, prompts, upload)
         for text in (steps := Returning(self.loaded(name, request))):
             yield text, *skips(2)
-        job = self.begin(BenchJob(steps.value, name, file, routes, limit, repeats, chosen), request)
-        for _ in job.watch():
-            yield html.message(""), progress(job), gr.skip()
-        self.end(request)
+        job = BenchJob(steps.value, name, file, routes, limit, repeats, chosen)
+        with self.running(job, request):
+            for _ in job.watch():
+                yield html.message(""), progress(job), gr.skip()
         folder = tempfile.mkdtemp()
         try:
             path = Path(folder) / "bench.json"
