@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DATA ?= ../shared/data/train
+WORKERS ?= 2
 
 .PHONY: demo app test test-app screenshots quality style bundled-pair cards space clean
 
@@ -17,8 +18,9 @@ demo: $(VENV)/installed
 app: $(VENV)/installed
 	$(BIN)/python app.py
 
+# Tests use one thread each: as many files at a time as WORKERS says.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q -m "not browser"
+	$(BIN)/python -m pytest -q -m "not browser" -n $(WORKERS) --dist loadfile
 
 # Drives the web demo in the Chromium that is found on the path, or that CHROMIUM names.
 test-app: $(VENV)/installed
