@@ -77,7 +77,7 @@ def build_demo(folder: Path | None = None, device: str | None = None) -> gr.Bloc
     """
     shelf = PairShelf(folder, device)
     visits = Visits(shelf)
-    threading.Thread(target=shelf.load, args=(PairName(),), daemon=True).start()
+    threading.Thread(target=shelf.load, args=(PairName(),), name="bundled pair", daemon=True).start()
     with gr.Blocks(title="pard-hf", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
         pair, race, chat = (gr.State(None, time_to_live=3600) for _ in range(3))
         gr.Markdown(INTRODUCTION)

@@ -41,10 +41,15 @@ def test_requirements_are_those_of_the_package(space):
 def test_the_app_starts_from_the_folder_alone(space, monkeypatch):
     pytest.importorskip("gradio")
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    program = "import app, pard_hf; app.build_demo(device='cpu'); print(pard_hf.__file__)"
+    program = (
+        "import app, pard_hf, threading; app.build_demo(device='cpu'); print(pard_hf.__file__)\n"
+        "for thread in threading.enumerate():\n"
+        "    if thread.name == 'bundled pair': thread.join()"
+    )
 
-    run = subprocess.run([sys.executable, "-c", program], cwd=space, capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-c", program], cwd=space, capture_output=True, text=True)
 
+    assert run.returncode == 0, run.stderr
     assert Path(run.stdout.split()[-1]).is_relative_to(space.resolve())
 
 
