@@ -34,6 +34,8 @@ know a little Python and school arithmetic.
 """
 RACE_NOTE = """Plain `generate` and the draft take turns of a tenth of a second, so neither slows the other. Each has a
 clock of its own, which runs only while it is its turn, reading the prompt included."""
+BENCH_NOTE = """What `pard bench` measures: every way to generate, interleaved, on the same prompts. Always greedy: of
+the settings above, K and Max new tokens count. Stop takes effect behind the run that is being timed."""
 LEGEND = """<p class="pard-legend"><span class="pard-accepted pard-0">accepted draft tokens</span>
 <span class="pard-accepted pard-1">of the next round</span> <span class="pard-bonus">the target's own token</span>
 – hover to see the round</p>"""
@@ -66,7 +68,7 @@ THEME = gr.themes.Default(
 LOOK = {"theme": THEME, "css_paths": Path(pard_hf.__file__).parent / "web" / "page.css", "footer_links": ["settings"]}
 
 
-def build_demo(folder: Path | None = None, device: str | None = None) -> gr.Blocks:
+def build_demo(folder: Path | None = None, device: str | None = None, token: bool | None = None) -> gr.Blocks:
     """The page; the bundled pair begins to load in the background.
 
     Args:
@@ -74,8 +76,10 @@ def build_demo(folder: Path | None = None, device: str | None = None) -> gr.Bloc
             Local models and prompt sets must lie below it; without one there are none.
         device (`str`, *optional*):
             Defaults to the first CUDA device, or the CPU.
+        token (`bool`, *optional*):
+            `False` keeps the machine's own Hub token from visitors.
     """
-    shelf = PairShelf(folder, device)
+    shelf = PairShelf(folder, device, token)
     visits = Visits(shelf)
     threading.Thread(target=shelf.load, args=(PairName(),), name="bundled pair", daemon=True).start()
     with gr.Blocks(title="pard-hf", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
@@ -121,11 +125,11 @@ def build_demo(folder: Path | None = None, device: str | None = None) -> gr.Bloc
                     ours = gr.HTML(elem_id="pard")
             gr.HTML(LEGEND)
         with gr.Tab("Look inside"):
-            number = slider(1, 2, 1, "Round", "Of the last race.", elem_id="round")
+            number = gr.Number(1, label="Round", info="Of the last race, from 1.", elem_id="round")
             inside = gr.HTML(NO_ROUNDS, elem_id="inside")
             bars = gr.HTML(elem_id="bars")
         with gr.Tab("Benchmark"):
-            gr.Markdown("What `pard bench` measures: every way to generate, interleaved, on the same prompts.")
+            gr.Markdown(BENCH_NOTE)
             with gr.Row():
                 prompts = gr.Dropdown(prompt_sets(shelf), value="demo", label="Prompt set")
                 upload = gr.File(label="Or your own: .jsonl rows with a prompt", file_types=[".jsonl"], height=120)
@@ -192,8 +196,8 @@ def build_demo(folder: Path | None = None, device: str | None = None) -> gr.Bloc
         )
         free = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
         stop_race.click(visits.stopped_race, outputs=raced, cancels=racing, **free)
-        stop_load.click(visits.stopped, outputs=status, cancels=loading, **free)
-        stop_bench.click(visits.stopped, outputs=status, cancels=measuring, **free)
+        stop_load.click(visits.stopped_load, outputs=status, cancels=loading, **free)
+        stop_bench.click(visits.stopped_bench, outputs=status, cancels=measuring, **free)
         stop_chat.click(visits.stopped_chat, inputs=chat, outputs=[status, dialog], cancels=chatting, **free)
         forget.click(visits.forget, outputs=[status, dialog, chat], **free)
         demo.unload(visits.leave)
@@ -223,8 +227,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = build_parser().parse_args()
-    build_demo(args.folder, args.device).launch(
-        server_name=args.host, server_port=args.port, share=False, state_session_capacity=200, ssr_mode=False, **LOOK
+    token = None if args.host in ("127.0.0.1", "localhost", "::1") else False  # Visitors are others then.
+    build_demo(args.folder, args.device, token).launch(
+        server_name=args.host,
+        server_port=args.port,
+        share=False,
+        max_file_size="5mb",
+        state_session_capacity=200,
+        ssr_mode=False,
+        **LOOK,
     )
 
 

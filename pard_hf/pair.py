@@ -62,7 +62,7 @@ def load_pair(
     paths = bundled_pair() if target is None or draft is None else PairPaths(target, draft)
     device = device or default_device()
     model, tokenizer = load_target(paths.target, dtype, device)
-    drafting = PardDraftModel.from_pretrained(paths.draft, dtype=model.dtype)
+    drafting = PardDraftModel.from_pretrained(paths.draft, dtype=model.dtype, trust_remote_code=False)
     return Pair(model, drafting.to(device).eval(), tokenizer)
 
 
@@ -75,8 +75,10 @@ def load_target(target: str, dtype: str | torch.dtype = "auto", device: str | No
     elif isinstance(dtype, str):
         dtype = named_dtype(dtype)
     with hub_errors(target):
-        tokenizer = AutoTokenizer.from_pretrained(target)
-        model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            target, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
     return with_pard(model.to(device).eval()), tokenizer
 
 

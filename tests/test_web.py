@@ -1,6 +1,7 @@
 """What the web demo shows, without a page: races, rounds looked into, chats, pairs by name, benchmark runs."""
 
 import errno
+import itertools
 import json
 import threading
 
@@ -9,14 +10,16 @@ import torch
 from families import make_draft, make_model
 
 from pard_hf import load_pair
-from pard_hf.web import html
+from pard_hf.pair import PairPaths
+from pard_hf.web import html, room
 from pard_hf.web.baton import Baton
-from pard_hf.web.bench import BenchJob, prompt_file, prompt_sets, report, to_json
+from pard_hf.web.bench import FIRST_ROUTES, BenchJob, prompt_file, prompt_sets, report, to_json
 from pard_hf.web.chat import MOST_CACHES, Chat, ChatTurn
 from pard_hf.web.inside import look_inside
 from pard_hf.web.job import DEVICE, Job, Stopped
-from pard_hf.web.pairs import FOLDER, HUB, KINDS, MOST_LOADED, PairName, PairShelf, check_disk, check_memory
+from pard_hf.web.pairs import FOLDER, HUB, KINDS, MOST_LOADED, PairName, PairShelf
 from pard_hf.web.race import Race
+from pard_hf.web.room import check_disk, check_memory
 from pard_hf.web.settings import Settings, encoded_prompt
 from pard_hf.web.transcript import Round, Transcript
 
@@ -98,9 +101,43 @@ def test_who_stops_listening_stops_the_race(pair):
     steps = race.watch()
     next(steps)
     steps.close()
+    race.wait(60)
 
     assert race.is_over
     assert not DEVICE.locked()
+
+
+def test_closing_waits_for_nothing():
+    goes_on = threading.Event()
+    job = Job(lambda: goes_on.wait(60))
+    steps = job.watch()
+    next(steps)
+    steps.close()
+
+    assert not job.is_over
+    assert DEVICE.locked()
+    goes_on.set()
+    job.wait(60)
+    assert not DEVICE.locked()
+
+
+@pytest.mark.parametrize("ending", [ValueError("boom"), Stopped()])
+def test_what_ends_a_job_is_told_also_to_who_was_busy(ending):
+    goes_on = threading.Event()
+
+    def work():
+        goes_on.wait(60)
+        raise ending
+
+    job = Job(work)
+    steps = job.watch()
+    next(steps)
+    job.is_stopped = isinstance(ending, Stopped)
+    goes_on.set()
+    job.threads[0].join(60)
+
+    with pytest.raises(type(ending)):
+        list(steps)
 
 
 def test_what_ends_one_lane_ends_the_race(pair):
@@ -183,11 +220,11 @@ def test_looking_inside_shows_the_rounds_that_ran(pair, settings):
 
     for number, round_ in enumerate(rounds, start=1):
         proposals = look_inside(pair, ids, rounds, number, settings)
-        accepted = [p.token for p in proposals if p.verdict == "accepted"]
+        accepted = tuple(p.token for p in proposals if p.verdict == "accepted")
         rejected = [p for p in proposals if p.verdict == "rejected"]
 
         assert [p.position for p in proposals] == list(range(1, len(proposals) + 1))
-        assert accepted[: len(round_.accepted)] == list(round_.accepted)
+        assert accepted == round_.accepted
         assert all(0 < p.probability <= 1 and 0 <= p.target_probability <= 1 for p in proposals)
         for p in rejected:
             assert p.target_token == round_.bonus != p.token
@@ -219,6 +256,7 @@ def test_a_round_without_room_had_no_proposals(pair):
         ((8, 128, 1, 1, -1), "Expected Seed from 0"),
         ((8, 128, 1, 1, "seven"), "Expected a number in the field Seed, got 'seven'"),
         ((True, 128, 1, 1, 1), "Expected a number in the field K, got True"),
+        ((8, 128, 1, 1, 10**400), "Expected Seed from 0 to 4294967295, got one of hundreds of digits"),
     ],
 )
 def test_fields_are_refused_in_words(values, sentence):
@@ -233,7 +271,8 @@ def test_fields_are_refused_in_words(values, sentence):
     [
         ("", "Expected a prompt, got nothing but white space"),
         (" \n\t", "Expected a prompt, got nothing but white space"),
-        (None, "Expected a prompt"),
+        (None, "Expected text as a prompt, got nothing"),
+        ({"a": 1}, "Expected text as a prompt, got {'a': 1}"),
         ("word " * 4001, "Expected at most 20000 characters, got 20005"),
         ("word " * 3000, "Expected a prompt of at most 1920 tokens, 2048 positions less 128 new tokens, got"),
     ],
@@ -333,7 +372,7 @@ def test_nothing_else_on_the_disk_is_told_of(folder, name):
     shelf = PairShelf(folder, "cpu")
     for tried in (name, *paths.values()):
         with pytest.raises(ValueError, match="Expected a model below the folder the demo was started with, got"):
-            shelf.local_path(tried, print)
+            shelf.local_path(tried)
 
 
 def test_without_a_start_folder_there_are_no_local_models(folder):
@@ -347,22 +386,27 @@ def test_only_hub_ids_are_asked_for(name):
         PairShelf().hub_path(name, print)
 
 
-def test_a_local_folder_is_no_hub_id(folder, monkeypatch):
-    monkeypatch.chdir(folder.parent)
+def test_what_cannot_fit_is_refused(folder, monkeypatch):
+    paths = PairPaths(str(folder / "target"), str(folder / "draft"))
+    num_weights = sum(p.numel() for p in load_pair(*paths, dtype="float32", device="cpu").target.parameters())
+    check_memory(paths, "cpu")
+    monkeypatch.setattr(room, "available_memory", lambda device: 4 * num_weights)
 
-    with pytest.raises(ValueError, match="Expected a Hub id such as"):
-        PairShelf().hub_path("models/target", print)
-
-
-def test_what_cannot_fit_is_refused():
-    with pytest.raises(
-        ValueError, match=r"Expected weights that fit this machine's \d+ GB of memory, got 1000000000 GB"
-    ):
-        check_memory("huge", 10**18)
+    with pytest.raises(ValueError, match=r"Expected models of less than the 0.0 GB of memory that are free, got"):
+        check_memory(paths, "cpu")
     with pytest.raises(OSError, match=r"Expected room for 1000000000.0 GB of `huge`, got"):
         check_disk("huge", 10**18)
-    check_memory("small", 10**6)
     check_disk("small", 0)
+
+
+def test_memory_is_what_the_system_says():
+    assert 10**8 < room.available_memory("cpu") < 10**14
+
+
+def test_a_folder_has_one_name(folder):
+    shelf = PairShelf(folder, "cpu")
+
+    assert shelf.settled(PairName(FOLDER, "-x/../target/", "./draft")) == PairName(FOLDER, "target", "draft")
 
 
 def test_the_last_pairs_stay_loaded(folder):
@@ -431,6 +475,8 @@ def test_models_of_two_families_are_refused(folder, pair):
         ((FOLDER, "", "b"), "Expected the local folder of a target, got nothing"),
         ((FOLDER, "a", " "), "Expected the local folder of a draft, got nothing"),
         ((HUB, None, None), "Expected the Hub id of a target, got nothing"),
+        ((HUB, "a" * 300, "b"), "Expected a name of at most 200 characters on one line, got 300"),
+        ((HUB, "a\0b", "b"), "Expected a name of at most 200 characters on one line, got 3"),
     ],
 )
 def test_names_are_refused_in_words(values, sentence):
@@ -477,9 +523,10 @@ def test_a_text_that_repeats_itself_is_said_to(pair):
 
 def test_pieces_are_the_whole_text(pair):
     text = "a = 'é – ß'\n\n# naïve ☃\n    return  x\n"
-    ids = pair.tokenizer(text, add_special_tokens=False)["input_ids"]
+    whole = pair.tokenizer(text, add_special_tokens=False)["input_ids"]
+    cut = pair.tokenizer("a é 日本", add_special_tokens=False)["input_ids"][:-1]
 
-    for size in (1, 2, 3):
+    for ids, size in itertools.product((whole, cut), (1, 2, 3)):
         groups = [ids[i : i + size] for i in range(0, len(ids), size)]
         pieces = html.pieces(pair.tokenizer, groups)
         assert len(pieces) == len(groups)
@@ -512,7 +559,7 @@ def test_a_benchmark_is_shown_with_figures(measured):
 
 
 def test_a_benchmark_ends_where_it_is_stopped(pair):
-    job = BenchJob(pair, PairName(), "demo", (), 6, 5, Settings())
+    job = BenchJob(pair, PairName(), "demo", FIRST_ROUTES, 6, 5, Settings())
 
     with pytest.raises(Stopped):
         stop_where(job, lambda: True)
@@ -520,6 +567,17 @@ def test_a_benchmark_ends_where_it_is_stopped(pair):
     assert job.is_over
     assert job.cells == []
     assert not DEVICE.locked()
+
+
+def test_a_benchmark_needs_a_route(pair):
+    with pytest.raises(ValueError, match="Expected routes among ar, .* got 'no route'"):
+        BenchJob(pair, PairName(), "demo", (), 1, 1, Settings())
+
+
+def test_names_are_no_flags(pair):
+    job = BenchJob(pair, PairName(FOLDER, "-x", "--output"), "demo", ("ar",), 1, 1, Settings())
+
+    assert "--target=-x --draft=--output" in job.conditions["command"]
 
 
 def test_routes_are_no_flags(pair):
@@ -563,6 +621,10 @@ def test_errors_become_sentences(caplog):
 
     assert in_words(OSError(errno.ENOSPC, "No space left on device")).startswith("The disk of the machine is full.")
     assert in_words(ValueError("Expected a, got b.")) == "Expected a, got b."
+    assert in_words(ValueError("Expected JSON in line 1 of `/srv/up/x.jsonl`, got y. See https://a.b/c/d.")) == (
+        "Expected JSON in line 1 of `x.jsonl`, got y. See https://a.b/c/d."
+    )
+    assert "code of its own" in in_words(ValueError("Please pass the argument `trust_remote_code=True`"))
     assert "/srv" not in in_words(PermissionError(errno.EACCES, "Permission denied", "/srv/models/config.json"))
     assert "no memory left" in in_words(torch.OutOfMemoryError("CUDA out of memory"))
     assert not caplog.records

@@ -62,7 +62,11 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[dict[str, A
         ValueError: A line is no JSON object with a `prompt`; the message names the line.
     """
     prompts: list[dict[str, Any]] = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"Expected UTF-8 text in `{path}`, got other bytes. Save the file as UTF-8.") from None
+    for number, line in enumerate(lines, start=1):
         if len(prompts) == limit:
             break
         if not line.strip():

@@ -18,6 +18,7 @@ from ..evaluation.prompts import NAMED_SETS, load_prompts
 from ..evaluation.report import SPEED_HEADINGS, difference_sentence, speed_row
 from ..evaluation.results import BenchmarkResult, CellResult
 from ..evaluation.routes import ROUTES
+from ..hub.known_drafts import known_draft_for
 from ..pair import Pair
 from .html import message, table
 from .job import Job
@@ -53,17 +54,17 @@ class BenchJob(Job):
         settings: Settings,
     ):
         super().__init__(self.measure)
-        for route in routes:
+        for route in routes or ("no route",):
             if route not in ROUTES:
                 raise ValueError(f"Expected routes among {', '.join(ROUTES)}, got {route!r}. Choose some of these.")
         words = [
             *("bench", "--prompts", prompts, "--limit", str(whole("Prompts", limit, 1, MOST_PROMPTS))),
             *("--repeats", str(whole("Repeats", repeats, 1, 5)), "--max-new-tokens", str(settings.max_new_tokens)),
             *("--num-assistant-tokens", str(settings.num_assistant_tokens)),
-            *(("--routes", *routes) if routes else ()),
+            *("--routes", *routes),
         ]
         if name.kind != BUNDLED:
-            words += ["--target", name.target, "--draft", name.draft or pair.draft.config.name_or_path]
+            words += [f"--target={name.target}", f"--draft={name.draft or known_draft_for(pair.target).name}"]
         args = build_parser().parse_args(words)
         args.words = words
         self.sets = dict([load_prompts(prompts)])

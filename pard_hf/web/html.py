@@ -41,6 +41,8 @@ def pieces(tokenizer: Any, groups: Sequence[Sequence[int]]) -> list[str]:
         if text.endswith("\n"):  # Decode no more than a line again and again; the break keeps its neighbour's space.
             ids = ids[-1:]
             shown = tokenizer.decode(ids, skip_special_tokens=True)
+    if texts and groups:  # A text that was cut inside a character.
+        texts[-1] += tokenizer.decode(ids, skip_special_tokens=True)[len(shown) :]
     return texts
 
 

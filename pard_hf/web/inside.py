@@ -24,7 +24,8 @@ class Proposal:
         target_token (`int`) and target_probability (`float`):
             What the target wanted there, and how sure it was, given everything before, rejected proposals included.
         verdict (`str`):
-            `"accepted"`, `"rejected"`, or `"not reached"` behind a rejected one or the end of the text.
+            `"accepted"`, `"rejected"`, `"not reached"` behind a rejected one or the end of the text, or
+            `"bonus token"` where the text ended with a token of the target's own that had been proposed as well.
     """
 
     position: int
@@ -63,11 +64,10 @@ def look_inside(
     logits = pair.draft.draft(ids.to(pair.draft.device), num_assistant_tokens=num_drafts)
     drafted = pair.draft.proposal_scores(logits, vocab_size).float().softmax(-1)[0].to(device)
     tokens = drafted.argmax(-1)
-    wanted = pair.target(torch.cat([ids, tokens[None]], 1)).logits[0, -num_drafts - 1 : -1].float().softmax(-1)
     this = rounds[number - 1]
-    pairs = enumerate(zip(this.tokens, tokens.tolist(), strict=False))
-    # A round whose tokens were all proposed ended with the text, or was accepted whole: nothing was rejected.
-    first_rejected = next((place for place, (emitted, proposed) in pairs if emitted != proposed), None)
+    # In 16 bit a proposal that is computed again may be another one: what was accepted is what was said.
+    tokens[: len(this.accepted)] = torch.tensor(this.accepted, device=device)
+    wanted = pair.target(torch.cat([ids, tokens[None]], 1)).logits[0, -num_drafts - 1 : -1].float().softmax(-1)
     choices = wanted.argmax(-1).tolist()
     # Under sampling the target draws: where it was asked, what it drew is what it wanted.
     choices[: len(this.tokens)] = this.tokens[:num_drafts]
@@ -78,13 +78,15 @@ def look_inside(
             probability=float(drafted[place, token]),
             target_token=choices[place],
             target_probability=float(wanted[place, choices[place]]),
-            verdict=verdict_of(place, first_rejected, len(this.tokens)),
+            verdict=verdict_of(place, token, this),
         )
         for place, token in enumerate(tokens.tolist())
     ]
 
 
-def verdict_of(place: int, first_rejected: int | None, num_tokens: int) -> str:
-    if place == first_rejected:
-        return "rejected"
-    return "accepted" if place < (num_tokens if first_rejected is None else first_rejected) else "not reached"
+def verdict_of(place: int, token: int, this: Round) -> str:
+    if place < len(this.accepted):
+        return "accepted"
+    if place > len(this.accepted):
+        return "not reached"
+    return "rejected" if token != this.bonus else "bonus token"

@@ -16,10 +16,7 @@ class Stopped(Exception):
 
 
 class Job:
-    """Work in threads of its own.
-
-    A job that does not compute (`needs_device = False`) runs beside others, and is left alone where it does not end at
-    once: nobody can interrupt a download that waits for its next byte.
+    """Work in threads of its own. A job that does not compute (`needs_device = False`) runs beside others.
 
     Args:
         parts (`Callable[[], None]`):
@@ -30,6 +27,8 @@ class Job:
 
     def __init__(self, *parts: Callable[[], None]):
         self.threads = [threading.Thread(target=self.run, args=(part,), daemon=True) for part in parts]
+        self.num_running = len(parts)
+        self.lock = threading.Lock()
         self.errors: list[BaseException] = []
         self.is_stopped = False
 
@@ -41,10 +40,16 @@ class Job:
         except BaseException as error:  # Told to whoever watches.
             self.errors.append(error)
             self.stop()
+        finally:
+            with self.lock:
+                self.num_running -= 1
+                is_last = self.is_over
+            if is_last and self.needs_device:
+                DEVICE.release()
 
     @property
     def is_over(self) -> bool:
-        return all(thread.ident is not None and not thread.is_alive() for thread in self.threads)
+        return self.num_running == 0
 
     def check(self) -> None:
         """Raise [`Stopped`] where the job has been stopped."""
@@ -56,33 +61,33 @@ class Job:
         self.is_stopped = True
 
     def watch(self) -> Iterator[None]:
-        """Run; yields about eight times a second, and once more at the end. Closing the iterator stops the job.
+        """Run; yields about eight times a second. Closing the iterator stops the job and waits for nothing.
+
+        The device is free again when the last part has ended.
 
         Raises:
             Stopped: The job was stopped; whoever did that says how it ended.
             Exception: What a part raised.
         """
         while self.needs_device and not DEVICE.acquire(timeout=TICK_SECONDS):
+            self.check()
             yield
+        for thread in self.threads:
+            thread.start()
         try:
-            for thread in self.threads:
-                thread.start()
             while not self.is_over:
-                for thread in self.threads:
-                    thread.join(TICK_SECONDS / len(self.threads))
-                if self.errors:
-                    raise self.errors[0]
-                self.check()
-                yield
+                self.wait(TICK_SECONDS)
+                if not self.is_stopped:
+                    yield
         finally:
             if not self.is_over:
                 self.stop()
-            if self.needs_device:
-                self.wait()
-                DEVICE.release()
+        if self.errors:
+            raise self.errors[0]
+        self.check()
 
-    def wait(self, seconds: float | None = None) -> None:
-        """Wait for the end, or so long."""
+    def wait(self, seconds: float) -> None:
+        """Wait for the end, or about so long."""
         for thread in self.threads:
             if thread.ident is not None:
-                thread.join(seconds)
+                thread.join(seconds / len(self.threads))

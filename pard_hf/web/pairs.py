@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -12,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import constants, is_offline_mode, snapshot_download
+from huggingface_hub import is_offline_mode, snapshot_download
 from tqdm.auto import tqdm
 
 from ..generation.checks import check_pair
@@ -20,11 +18,13 @@ from ..hub.checkpoint import DRAFT_FILES
 from ..hub.errors import hub_errors
 from ..hub.known_drafts import known_draft_for
 from ..pair import Pair, PairPaths, bundled_pair, load_pair
-from .job import DEVICE
+from .job import DEVICE, TICK_SECONDS
+from .room import check_disk, check_memory
 
 BUNDLED, FOLDER, HUB = "bundled pair", "local folder", "Hub id"
 KINDS = (BUNDLED, FOLDER, HUB)
 MOST_LOADED = 2
+MOST_NAME_CHARACTERS = 200
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -43,6 +43,12 @@ class PairName(NamedTuple):
         if kind == BUNDLED:
             return cls()
         target, draft = str(target or "").strip(), str(draft or "").strip()
+        for text in (target, draft):
+            if len(text) > MOST_NAME_CHARACTERS or not text.isprintable():
+                raise ValueError(
+                    f"Expected a name of at most {MOST_NAME_CHARACTERS} characters on one line, got {len(text)}. "
+                    "Mend it."
+                )
         if not target or (not draft and kind == FOLDER):
             missing = "target" if not target else "draft"
             raise ValueError(f"Expected the {kind} of a {missing}, got nothing. Type its name.")
@@ -60,11 +66,14 @@ class PairShelf:
             Local models must lie below it; without one none is loaded.
         device (`str`, *optional*):
             Defaults to the first CUDA device, or the CPU.
+        token (`bool`, *optional*):
+            `False` keeps the machine's own Hub token from visitors, and with it private models.
     """
 
-    def __init__(self, folder: Path | None = None, device: str | None = None):
+    def __init__(self, folder: Path | None = None, device: str | None = None, token: bool | None = None):
         self.folder = folder.resolve() if folder is not None else None
         self.device = device
+        self.token = token
         self.pairs: OrderedDict[PairName, Pair] = OrderedDict()
         self.lock = threading.Lock()
         self.reading = threading.Lock()
@@ -93,37 +102,66 @@ class PairShelf:
         paths = self.find(name, report)
         with self.reading:
             pair = self.get(name)
-            if pair is None:
-                with named(name, paths):
-                    pair = self.read(paths, report)
-                with self.lock:
-                    self.pairs[name] = pair
-                    while len(self.pairs) > MOST_LOADED:
-                        self.pairs.popitem(last=False)
+            if pair is not None:
+                return pair
+            self.make_room()
+            with named(name, paths):
+                pair = self.read(paths, report)
+            with self.lock:
+                self.pairs[name] = pair
+        self.try_out(name, pair, report)
         return pair
+
+    def make_room(self) -> None:
+        """Let the oldest pair go before another one is read: the two may fit only one after the other."""
+        with self.lock:
+            while len(self.pairs) >= MOST_LOADED:
+                self.pairs.popitem(last=False)
 
     def find(self, name: PairName, report: Callable[[str], None]) -> PairPaths:
         """The folders of both models, downloaded if need be."""
         if name.kind == BUNDLED:
             return bundled_pair()
         report(f"Looking for {name.target} …")
-        find = self.local_path if name.kind == FOLDER else self.hub_path
-        target = find(name.target, report)
-        draft = find(name.draft or known_draft_for(target).name, report)
+        if name.kind == FOLDER:
+            return PairPaths(str(self.local_path(name.target)), str(self.local_path(name.draft)))
+        target = self.hub_path(name.target, report)
+        draft = self.hub_path(name.draft or known_draft_for(target).name, report)
         return PairPaths(str(target), str(draft))
 
     def read(self, paths: PairPaths, report: Callable[[str], None]) -> Pair:
         """Load both models, see that they go together, and run both routes once."""
         report("Loading the models …")
+        check_memory(paths, self.device)
         pair = load_pair(*paths, device=self.device)
         check_vocabulary(pair)
         check_pair(pair.target, pair.draft, pair.draft.num_assistant_tokens, None, None)
-        report("Trying the models …")
-        with DEVICE:
-            warm_up(pair)
         return pair
 
-    def local_path(self, name: str, report: Callable[[str], None]) -> Path:
+    def try_out(self, name: PairName, pair: Pair, report: Callable[[str], None]) -> None:
+        """Run both routes once when the device is free, so that no race pays for first times."""
+        while not DEVICE.acquire(timeout=TICK_SECONDS):
+            report("Loaded; waiting for the device …")
+        try:
+            report("Trying the models …")
+            ids = pair.tokenizer("1", return_tensors="pt")["input_ids"].to(pair.target.device)
+            for draft in (None, pair.draft):
+                pair.target.generate(ids, assistant_model=draft, max_new_tokens=2, do_sample=False)
+        except Exception:
+            with self.lock:
+                self.pairs.pop(name, None)
+            raise
+        finally:
+            DEVICE.release()
+
+    def settled(self, name: PairName) -> PairName:
+        """A name as it is kept: folders by their place below the start folder, however they were written."""
+        if name.kind != FOLDER:
+            return name
+        places = (self.local_path(model).relative_to(str(self.folder)) for model in (name.target, name.draft))
+        return PairName(FOLDER, *map(str, places))
+
+    def local_path(self, name: str) -> Path:
         """A folder below the start folder; what lies elsewhere is told from what does not exist by nobody."""
         if self.folder is None:
             raise ValueError(
@@ -136,22 +174,21 @@ class PairShelf:
                 f"Expected a model below the folder the demo was started with, got {name!r}. Name a folder there that "
                 "holds a config.json."
             )
-        check_memory(name, sum(file.stat().st_size for file in path.glob("*.safetensors")))
         return path
 
     def hub_path(self, name: str, report: Callable[[str], None]) -> Path:
         """The folder of a model of the Hub in the cache, downloaded if need be."""
-        if not HUB_ID.fullmatch(name) or Path(name).exists():
+        if not HUB_ID.fullmatch(name):
             raise ValueError(f"Expected a Hub id such as `Qwen/Qwen2.5-7B-Instruct`, got {name!r}. Mend the id.")
         patterns = list(DRAFT_FILES)
         bars = bar_class(name, report)
         with hub_errors(name):
             if not is_offline_mode():
-                files: Any = snapshot_download(name, allow_patterns=patterns, dry_run=True, tqdm_class=bars)
+                files: Any = snapshot_download(
+                    name, allow_patterns=patterns, dry_run=True, tqdm_class=bars, token=self.token
+                )
                 check_disk(name, sum(file.file_size for file in files if file.will_download))
-                weights = (file.file_size for file in files if file.filename.endswith(".safetensors"))
-                check_memory(name, sum(weights))
-            return Path(snapshot_download(name, allow_patterns=patterns, tqdm_class=bars))
+            return Path(snapshot_download(name, allow_patterns=patterns, tqdm_class=bars, token=self.token))
 
 
 @contextmanager
@@ -197,29 +234,6 @@ class Void:
 VOID = Void()
 
 
-def check_disk(name: str, num_bytes: int) -> None:
-    """Raise an `OSError` where a download does not fit."""
-    folder = Path(constants.HF_HUB_CACHE)
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if num_bytes > free:
-        raise OSError(
-            f"Expected room for {num_bytes / 1e9:.1f} GB of `{name}`, got {free / 1e9:.1f} GB of free disk. Make "
-            "room, or choose a smaller model."
-        )
-
-
-def check_memory(name: str, num_bytes: int) -> None:
-    """Raise a `ValueError` where weights cannot fit: the machine would stop the demo for everyone."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else num_bytes
-    if num_bytes > memory:
-        raise ValueError(
-            f"Expected weights that fit this machine's {memory / 1e9:.0f} GB of memory, got {num_bytes / 1e9:.0f} GB "
-            f"of `{name}`. Choose a smaller model."
-        )
-
-
 def check_vocabulary(pair: Pair) -> None:
     """Raise a `ValueError` where the tokenizer makes ids that the target has no row for."""
     num_rows = pair.target.config.get_text_config().vocab_size
@@ -228,10 +242,3 @@ def check_vocabulary(pair: Pair) -> None:
             f"Expected a tokenizer of at most {num_rows} tokens, the rows of the target's vocabulary, got "
             f"{len(pair.tokenizer)}. Put the target's own tokenizer beside it."
         )
-
-
-def warm_up(pair: Pair) -> None:
-    """Run both routes once, so that no race pays for first times."""
-    ids = pair.tokenizer("1", return_tensors="pt")["input_ids"].to(pair.target.device)
-    for draft in (None, pair.draft):
-        pair.target.generate(ids, assistant_model=draft, max_new_tokens=2, do_sample=False)

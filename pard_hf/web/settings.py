@@ -13,6 +13,7 @@ from ..pair import Pair
 MOST_DRAFT_TOKENS = 16
 MOST_NEW_TOKENS = 1024
 MOST_CHARACTERS = 20_000
+LEAST_TEMPERATURE = 0.01  # Logits over less are infinite; 0 itself is greedy.
 
 
 @dataclass(frozen=True)
@@ -57,18 +58,25 @@ class Settings:
         """Arguments of `generate()`, the draft's aside."""
         sampling: dict[str, Any] = {"do_sample": False}
         if self.temperature > 0:
-            sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+            sampling = {
+                "do_sample": True,
+                "temperature": max(self.temperature, LEAST_TEMPERATURE),
+                "top_p": self.top_p,
+                "top_k": 0,
+            }
         return {**sampling, "max_new_tokens": self.max_new_tokens}
 
 
 def number(name: str, value: Any, least: float, most: float) -> float:
     """A finite number in a range, or a `ValueError` that names the field."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(
             f"Expected a number in the field {name}, got {shown(value)}. Type one from {least} to {most}."
         )
     if not least <= value <= most:
-        raise ValueError(f"Expected {name} from {least} to {most}, got {value:g}. Choose one in this range.")
+        got = f"{value:g}" if abs(value) < 1e300 else "one of hundreds of digits"
+        raise ValueError(f"Expected {name} from {least} to {most}, got {got}. Choose one in this range.")
     return float(value)
 
 
@@ -81,12 +89,14 @@ def whole(name: str, value: Any, least: int, most: int) -> int:
 
 
 def shown(value: Any) -> str:
-    return "nothing" if value is None or value == "" else repr(value)
+    return "nothing" if value is None or value == "" else repr(value)[:100]
 
 
 def checked_prompt(prompt: Any) -> str:
     """A prompt with words in it, or a `ValueError`."""
-    if not isinstance(prompt, str) or not prompt.strip():
+    if not isinstance(prompt, str):
+        raise ValueError(f"Expected text as a prompt, got {shown(prompt)}. Type some, or take an example.")
+    if not prompt.strip():
         raise ValueError("Expected a prompt, got nothing but white space. Type one, or take an example.")
     if len(prompt) > MOST_CHARACTERS:
         raise ValueError(f"Expected at most {MOST_CHARACTERS} characters, got {len(prompt)}. Shorten the text.")

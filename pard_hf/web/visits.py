@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import re
 import shutil
 import tempfile
 import threading
@@ -20,12 +21,13 @@ from typing import Any
 
 import gradio as gr
 import torch
+from safetensors import SafetensorError
 
 from ..pair import Pair
 from . import html
 from .bench import BenchJob, progress, prompt_file, report, to_json
 from .chat import Chat, ChatTurn
-from .inside import look_inside
+from .inside import Proposal, look_inside
 from .job import Job, Stopped
 from .pairs import PairName, PairShelf
 from .race import Race
@@ -35,8 +37,10 @@ from .transcript import Round
 logger = logging.getLogger(__name__)
 
 NO_ROUNDS = "<p>Run a race first: its rounds are shown here.</p>"
-STOP_SECONDS = 30
+STOP_SECONDS = 10
 MOST_JOBS = 64
+# Absolute paths, of which the last part is what a visitor may know.
+FOLDERS = re.compile(r"(?<![\w:/.])/(?:[^\s'\"`,:/]+/)+([^\s'\"`,:/]*)")
 
 
 @dataclass(frozen=True)
@@ -67,14 +71,31 @@ class LoadJob(Job):
         self.doing = text
 
 
+class LookJob(Job):
+    """Drafting and verifying a round again."""
+
+    def __init__(self, pair: Pair, race: FinishedRace, number: int):
+        super().__init__(self.look)
+        self.pair, self.race, self.number = pair, race, number
+        self.proposals: list[Proposal] = []
+
+    def look(self) -> None:
+        race = self.race
+        self.proposals = look_inside(self.pair, race.ids, race.rounds, self.number, race.settings)
+
+
 def in_words(error: BaseException) -> str:
     """A sentence for whatever went wrong; what nobody foresaw goes to the log in full."""
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "The disk of the machine is full. Make room, or take a model that is already there."
     if isinstance(error, OSError) and error.errno is not None:  # Its own text names folders of the machine.
         return f"The machine refused: {error.strerror}. Choose another model or file, or ask whoever runs the demo."
+    if "trust_remote_code" in str(error):
+        return "This model brings code of its own, which the demo does not run. Choose another model."
+    if isinstance(error, SafetensorError):
+        return "The weights cannot be read, perhaps they are not all there. Download or save the model again."
     if isinstance(error, ValueError | OSError | FloatingPointError):
-        return str(error)
+        return FOLDERS.sub(r"\1", str(error))
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return "The device has no memory left for this. Choose a smaller model, or fewer new tokens."
     logger.error("a visitor's request failed", exc_info=error)
@@ -91,7 +112,7 @@ def spoken(num_outputs: int) -> Callable[..., Any]:
                 yield from handler(*args, **kwargs)
             except Stopped:
                 pass  # The stop button says so.
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 yield html.message(in_words(error), is_error=True), *skips(num_outputs - 1)
 
         return speaking
@@ -109,14 +130,15 @@ class Visits:
 
     def __init__(self, shelf: PairShelf):
         self.shelf = shelf
-        self.jobs: dict[str, Job] = {}
+        self.jobs: dict[tuple[str, str], Job] = {}
         self.lock = threading.Lock()
 
     @contextmanager
-    def running(self, job: Job, request: gr.Request) -> Iterator[None]:
+    def running(self, job: Job, kind: str, request: gr.Request) -> Iterator[None]:
         """Remember a session's job for its stop button; one that was stopped until that button asks for it."""
+        key = str(request.session_hash), kind
         with self.lock:
-            self.jobs[str(request.session_hash)] = job
+            self.jobs[key] = job
             while len(self.jobs) > MOST_JOBS:  # Left behind by visitors who went without a word.
                 self.jobs.pop(next(iter(self.jobs)))
         try:
@@ -124,36 +146,50 @@ class Visits:
         except (GeneratorExit, Stopped):
             raise
         except BaseException:
-            self.end(request)
+            self.forget_job(key, job)
             raise
-        self.end(request)
+        self.forget_job(key, job)
 
-    def end(self, request: gr.Request) -> Any:
-        """Forget a session's job; returns it."""
+    def forget_job(self, key: tuple[str, str], job: Job) -> None:
         with self.lock:
-            return self.jobs.pop(str(request.session_hash), None)
+            if self.jobs.get(key) is job:
+                del self.jobs[key]
+
+    def stopped_job(self, kind: str, request: gr.Request) -> Job | None:
+        """Stop a session's job of a kind, and forget it."""
+        with self.lock:
+            job = self.jobs.pop((str(request.session_hash), kind), None)
+        if job is not None:
+            job.stop()
+            if job.needs_device:
+                job.wait(STOP_SECONDS)
+        return job
 
     def leave(self, request: gr.Request) -> None:
         """A page was closed."""
-        job = self.end(request)
-        if job is not None:
+        with self.lock:
+            left = [key for key in self.jobs if key[0] == str(request.session_hash)]
+            jobs = [self.jobs.pop(key) for key in left]
+        for job in jobs:
             job.stop()
 
-    def loaded(self, name: PairName, request: gr.Request) -> Generator[str, None, Pair]:
+    def loaded(self, name: PairName, kind: str, request: gr.Request) -> Generator[str, None, Pair]:
         """Load a pair unless it is there; yields messages, returns the pair."""
-        if self.shelf.get(name) is None:
+        pair = self.shelf.get(name)
+        if pair is None:
             job = LoadJob(self.shelf, name)
-            with self.running(job, request):
+            with self.running(job, kind, request):
                 for _ in job.watch():
                     yield html.message(job.doing)
-        return self.shelf.load(name)
+            pair = job.pair
+        assert pair is not None
+        return pair
 
     @spoken(3)
     def load(self, kind: Any, target: Any, draft: Any, request: gr.Request) -> Iterator[tuple[Any, ...]]:
         """Load the models a visitor named; yields status, pair, K."""
-        name = PairName.checked(kind, target, draft)
-        pair = None
-        for text in (steps := Returning(self.loaded(name, request))):
+        name = self.shelf.settled(PairName.checked(kind, target, draft))
+        for text in (steps := Returning(self.loaded(name, "load", request))):
             yield text, *skips(2)
         pair = steps.value
         size = sum(p.numel() for p in pair.target.parameters()) / 1e6
@@ -168,11 +204,11 @@ class Visits:
         """Race plain `generate` and ours; yields status, banner, plain, ours, race, round, inside, bars."""
         name = name or PairName()
         chosen = Settings.checked(*settings)
-        for text in (steps := Returning(self.loaded(name, request))):
+        for text in (steps := Returning(self.loaded(name, "race", request))):
             yield text, *skips(7)
         pair = steps.value
         job = Race(pair, encoded_prompt(pair, prompt, chosen), chosen)
-        with self.running(job, request):
+        with self.running(job, "race", request):
             for _ in job.watch():
                 yield html.message(""), *self.show(job), *skips(4)
         yield html.message(""), *self.show(job), *self.after_race(name, job)
@@ -188,41 +224,42 @@ class Visits:
         """State, round slider, first round and bars of a race that has ended."""
         view = job.view()
         finished = FinishedRace(name, job.ids, view.pard.rounds, job.settings)
-        slider = gr.Slider(maximum=max(len(finished.rounds), 2), value=1)
-        return finished, slider, self.inside(finished, 1), html.stats_bars(view.stats)
+        return finished, 1, self.inside(job.pair, finished, 1), html.stats_bars(view.stats)
 
-    def inside(self, race: FinishedRace, number: int) -> str:
-        pair = self.shelf.load(race.pair)
-        proposals = look_inside(pair, race.ids, race.rounds, number, race.settings)
-        return html.proposals_table(pair.tokenizer, proposals, number, len(race.rounds))
+    def inside(self, pair: Pair, race: FinishedRace, number: int) -> str:
+        """The table of a round, computed when the device is free."""
+        job = LookJob(pair, race, number)
+        for _ in job.watch():
+            pass
+        return html.proposals_table(pair.tokenizer, job.proposals, number, len(race.rounds))
 
     @spoken(2)
-    def look(self, race: FinishedRace | None, number: Any) -> Iterator[tuple[Any, ...]]:
+    def look(self, race: FinishedRace | None, number: Any, request: gr.Request) -> Iterator[tuple[Any, ...]]:
         """Show another round of the last race; yields status, inside."""
         if race is None:
             yield html.message(""), NO_ROUNDS
-        else:
-            yield html.message(""), self.inside(race, whole("Round", number, 1, len(race.rounds)))
+            return
+        number = whole("Round", number, 1, len(race.rounds))
+        for text in (steps := Returning(self.loaded(race.pair, "look", request))):
+            yield text, gr.skip()
+        yield html.message(""), self.inside(steps.value, race, number)
 
     def stopped_race(self, request: gr.Request) -> tuple[Any, ...]:
         """End a race, or take it out of the queue; returns what [`race`] yields."""
-        job = self.stopped_job(request)
+        job = self.stopped_job("race", request)
         if not isinstance(job, Race):
             return html.message("Stopped."), *skips(7)
         return html.message(""), *self.show(job), *skips(4)
 
-    def stopped(self, request: gr.Request) -> str:
-        """End whatever a visitor has running; returns the status."""
-        self.stopped_job(request)
+    def stopped_load(self, request: gr.Request) -> str:
+        """End loading; returns the status."""
+        self.stopped_job("load", request)
         return html.message("Stopped. Everything else is as it was.")
 
-    def stopped_job(self, request: gr.Request) -> Job | None:
-        job = self.end(request)
-        if job is not None:
-            job.stop()
-            if job.needs_device:
-                job.wait(STOP_SECONDS)
-        return job
+    def stopped_bench(self, request: gr.Request) -> str:
+        """End a benchmark behind the run that is being timed; returns the status."""
+        self.stopped_job("bench", request)
+        return html.message("Stopped. Everything else is as it was.")
 
     @spoken(4)
     def chat(
@@ -231,24 +268,28 @@ class Visits:
         """Answer a message; yields status, conversation, message field, state."""
         chat = chat or Chat()
         chosen = Settings.checked(*settings)
-        for message in (steps := Returning(self.loaded(name or PairName(), request))):
+        for message in (steps := Returning(self.loaded(name or PairName(), "chat", request))):
             yield message, *skips(3)
         job = ChatTurn(steps.value, chat, text, chosen)
         yield html.message("Answering …"), html.conversation(job.messages()), "", chat
-        with self.running(job, request):
-            for _ in job.watch():
-                yield html.message("Answering …"), html.conversation(job.messages()), *skips(2)
+        try:
+            with self.running(job, "chat", request):
+                for _ in job.watch():
+                    yield html.message("Answering …"), html.conversation(job.messages()), *skips(2)
+        except Exception:
+            yield gr.skip(), html.conversation(chat.messages), text if job.errors else gr.skip(), gr.skip()
+            raise
         yield html.message(html.turn_figures(job)), html.conversation(job.messages()), gr.skip(), chat
 
     def stopped_chat(self, chat: Chat | None, request: gr.Request) -> tuple[Any, ...]:
         """End an answer; returns status and conversation."""
-        self.stopped_job(request)
+        self.stopped_job("chat", request)
         shown = html.conversation(chat.messages) if chat is not None else gr.skip()
         return html.message("Stopped. What was said stays."), shown
 
     def forget(self, request: gr.Request) -> tuple[Any, ...]:
         """Begin a new conversation; returns status, conversation, state."""
-        self.stopped_job(request)
+        self.stopped_job("chat", request)
         return html.message("A new conversation."), html.conversation([]), None
 
     @spoken(3)
@@ -267,10 +308,10 @@ class Visits:
         name = name or PairName()
         chosen = Settings.checked(*settings)
         file = prompt_file(self.shelf, prompts, upload)
-        for text in (steps := Returning(self.loaded(name, request))):
+        for text in (steps := Returning(self.loaded(name, "bench", request))):
             yield text, *skips(2)
         job = BenchJob(steps.value, name, file, routes, limit, repeats, chosen)
-        with self.running(job, request):
+        with self.running(job, "bench", request):
             for _ in job.watch():
                 yield html.message(""), progress(job), gr.skip()
         folder = tempfile.mkdtemp()
