@@ -20,6 +20,8 @@ from pard_hf.web.job import DEVICE, Job, Stopped
 from pard_hf.web.pairs import FOLDER, HUB, KINDS, MOST_LOADED, PairName, PairShelf
 from pard_hf.web.race import Race
 from pard_hf.web.room import check_disk, check_memory
+from pard_hf.web.running import MOST_JOBS, RunningJobs
+from pard_hf.web.sentences import in_words
 from pard_hf.web.settings import Settings, encoded_prompt
 from pard_hf.web.transcript import Round, Transcript
 
@@ -599,6 +601,31 @@ def test_prompt_sets_are_named_or_below_the_start_folder(tmp_path):
             prompt_file(shelf, name, None)
 
 
+def test_a_stop_button_stops_its_own_job():
+    running, race, load = RunningJobs(), Job(lambda: None), Job(lambda: None)
+
+    with running.keep(race, "race", "me"), running.keep(load, "load", "me"), running.keep(Job(), "race", "you"):
+        assert running.stop("load", "me") is load
+        assert running.stop("load", "me") is None
+        running.leave("me")
+        assert list(running.jobs) == [("you", "race")]
+    assert (race.is_stopped, load.is_stopped) == (True, True)
+    assert running.jobs == {}
+
+
+def test_jobs_that_nobody_asks_for_are_forgotten():
+    running = RunningJobs()
+    for session in range(MOST_JOBS + 5):
+        keeping = running.keep(Job(), "race", str(session))
+        with pytest.raises(Stopped), keeping:
+            raise Stopped
+    with pytest.raises(ValueError, match="failed"), running.keep(Job(), "race", "another"):
+        raise ValueError("failed")
+
+    assert len(running.jobs) == MOST_JOBS - 1
+    assert ("another", "race") not in running.jobs
+
+
 def test_jobs_run_one_at_a_time():
     order, goes_on = [], threading.Event()
     first = Job(lambda: (goes_on.wait(30), order.append("first")))
@@ -616,9 +643,6 @@ def test_jobs_run_one_at_a_time():
 
 
 def test_errors_become_sentences(caplog):
-    pytest.importorskip("gradio")
-    from pard_hf.web.visits import in_words
-
     assert in_words(OSError(errno.ENOSPC, "No space left on device")).startswith("The disk of the machine is full.")
     assert in_words(ValueError("Expected a, got b.")) == "Expected a, got b."
     assert in_words(ValueError("Expected JSON in line 1 of `/srv/up/x.jsonl`, got y. See https://a.b/c/d.")) == (

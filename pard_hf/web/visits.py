@@ -6,14 +6,9 @@ conversations live in the session's own state, and running jobs under the sessio
 
 from __future__ import annotations
 
-import errno
-import logging
-import re
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -21,7 +16,6 @@ from typing import Any
 
 import gradio as gr
 import torch
-from safetensors import SafetensorError
 
 from ..pair import Pair
 from . import html
@@ -31,16 +25,12 @@ from .inside import Proposal, look_inside
 from .job import Job, Stopped
 from .pairs import PairName, PairShelf
 from .race import Race
+from .running import RunningJobs
+from .sentences import in_words
 from .settings import MOST_DRAFT_TOKENS, Settings, encoded_prompt, whole
 from .transcript import Round
 
-logger = logging.getLogger(__name__)
-
 NO_ROUNDS = "<p>Run a race first: its rounds are shown here.</p>"
-STOP_SECONDS = 10
-MOST_JOBS = 64
-# Absolute paths, of which the last part is what a visitor may know.
-FOLDERS = re.compile(r"(?<![\w:/.])/(?:[^\s'\"`,:/]+/)+([^\s'\"`,:/]*)")
 
 
 @dataclass(frozen=True)
@@ -84,24 +74,6 @@ class LookJob(Job):
         self.proposals = look_inside(self.pair, race.ids, race.rounds, self.number, race.settings)
 
 
-def in_words(error: BaseException) -> str:
-    """A sentence for whatever went wrong; what nobody foresaw goes to the log in full."""
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "The disk of the machine is full. Make room, or take a model that is already there."
-    if isinstance(error, OSError) and error.errno is not None:  # Its own text names folders of the machine.
-        return f"The machine refused: {error.strerror}. Choose another model or file, or ask whoever runs the demo."
-    if "trust_remote_code" in str(error):
-        return "This model brings code of its own, which the demo does not run. Choose another model."
-    if isinstance(error, SafetensorError):
-        return "The weights cannot be read, perhaps they are not all there. Download or save the model again."
-    if isinstance(error, ValueError | OSError | FloatingPointError):
-        return FOLDERS.sub(r"\1", str(error))
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return "The device has no memory left for this. Choose a smaller model, or fewer new tokens."
-    logger.error("a visitor's request failed", exc_info=error)
-    return f"Nobody foresaw this ({type(error).__name__}): the server's log says more. Try other settings."
-
-
 def spoken(num_outputs: int) -> Callable[..., Any]:
     """For handlers that yield `num_outputs` values, the first a message: errors become one, all else stays."""
 
@@ -130,55 +102,18 @@ class Visits:
 
     def __init__(self, shelf: PairShelf):
         self.shelf = shelf
-        self.jobs: dict[tuple[str, str], Job] = {}
-        self.lock = threading.Lock()
-
-    @contextmanager
-    def running(self, job: Job, kind: str, request: gr.Request) -> Iterator[None]:
-        """Remember a session's job for its stop button; one that was stopped until that button asks for it."""
-        key = str(request.session_hash), kind
-        with self.lock:
-            self.jobs[key] = job
-            while len(self.jobs) > MOST_JOBS:  # Left behind by visitors who went without a word.
-                self.jobs.pop(next(iter(self.jobs)))
-        try:
-            yield
-        except (GeneratorExit, Stopped):
-            raise
-        except BaseException:
-            self.forget_job(key, job)
-            raise
-        self.forget_job(key, job)
-
-    def forget_job(self, key: tuple[str, str], job: Job) -> None:
-        with self.lock:
-            if self.jobs.get(key) is job:
-                del self.jobs[key]
-
-    def stopped_job(self, kind: str, request: gr.Request) -> Job | None:
-        """Stop a session's job of a kind, and forget it."""
-        with self.lock:
-            job = self.jobs.pop((str(request.session_hash), kind), None)
-        if job is not None:
-            job.stop()
-            if job.needs_device:
-                job.wait(STOP_SECONDS)
-        return job
+        self.running = RunningJobs()
 
     def leave(self, request: gr.Request) -> None:
         """A page was closed."""
-        with self.lock:
-            left = [key for key in self.jobs if key[0] == str(request.session_hash)]
-            jobs = [self.jobs.pop(key) for key in left]
-        for job in jobs:
-            job.stop()
+        self.running.leave(str(request.session_hash))
 
     def loaded(self, name: PairName, kind: str, request: gr.Request) -> Generator[str, None, Pair]:
         """Load a pair unless it is there; yields messages, returns the pair."""
         pair = self.shelf.get(name)
         if pair is None:
             job = LoadJob(self.shelf, name)
-            with self.running(job, kind, request):
+            with self.running.keep(job, kind, request.session_hash):
                 for _ in job.watch():
                     yield html.message(job.doing)
             pair = job.pair
@@ -208,7 +143,7 @@ class Visits:
             yield text, *skips(7)
         pair = steps.value
         job = Race(pair, encoded_prompt(pair, prompt, chosen), chosen)
-        with self.running(job, "race", request):
+        with self.running.keep(job, "race", request.session_hash):
             for _ in job.watch():
                 yield html.message(""), *self.show(job), *skips(4)
         yield html.message(""), *self.show(job), *self.after_race(name, job)
@@ -246,19 +181,19 @@ class Visits:
 
     def stopped_race(self, request: gr.Request) -> tuple[Any, ...]:
         """End a race, or take it out of the queue; returns what [`race`] yields."""
-        job = self.stopped_job("race", request)
+        job = self.running.stop("race", request.session_hash)
         if not isinstance(job, Race):
             return html.message("Stopped."), *skips(7)
         return html.message(""), *self.show(job), *skips(4)
 
     def stopped_load(self, request: gr.Request) -> str:
         """End loading; returns the status."""
-        self.stopped_job("load", request)
+        self.running.stop("load", request.session_hash)
         return html.message("Stopped. Everything else is as it was.")
 
     def stopped_bench(self, request: gr.Request) -> str:
         """End a benchmark behind the run that is being timed; returns the status."""
-        self.stopped_job("bench", request)
+        self.running.stop("bench", request.session_hash)
         return html.message("Stopped. Everything else is as it was.")
 
     @spoken(4)
@@ -273,7 +208,7 @@ class Visits:
         job = ChatTurn(steps.value, chat, text, chosen)
         yield html.message("Answering …"), html.conversation(job.messages()), "", chat
         try:
-            with self.running(job, "chat", request):
+            with self.running.keep(job, "chat", request.session_hash):
                 for _ in job.watch():
                     yield html.message("Answering …"), html.conversation(job.messages()), *skips(2)
         except Exception:
@@ -283,13 +218,13 @@ class Visits:
 
     def stopped_chat(self, chat: Chat | None, request: gr.Request) -> tuple[Any, ...]:
         """End an answer; returns status and conversation."""
-        self.stopped_job("chat", request)
+        self.running.stop("chat", request.session_hash)
         shown = html.conversation(chat.messages) if chat is not None else gr.skip()
         return html.message("Stopped. What was said stays."), shown
 
     def forget(self, request: gr.Request) -> tuple[Any, ...]:
         """Begin a new conversation; returns status, conversation, state."""
-        self.stopped_job("chat", request)
+        self.running.stop("chat", request.session_hash)
         return html.message("A new conversation."), html.conversation([]), None
 
     @spoken(3)
@@ -311,7 +246,7 @@ class Visits:
         for text in (steps := Returning(self.loaded(name, "bench", request))):
             yield text, *skips(2)
         job = BenchJob(steps.value, name, file, routes, limit, repeats, chosen)
-        with self.running(job, "bench", request):
+        with self.running.keep(job, "bench", request.session_hash):
             for _ in job.watch():
                 yield html.message(""), progress(job), gr.skip()
         folder = tempfile.mkdtemp()
