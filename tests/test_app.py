@@ -23,6 +23,7 @@ from browser import fill, open_page, open_tab, running_app, running_browser, unf
 from gradio_client import Client
 from hub_server import publish, running_hub
 from playwright.sync_api import expect
+from safetensors.torch import save
 
 pytestmark = pytest.mark.browser
 
@@ -43,7 +44,8 @@ def hub():
         publish(running, "org/target", Path(bundled_pair().target))
         publish(running, "org/slow-target", Path(bundled_pair().target))
         # Downloads come in pieces of ten megabytes, and models of more than one.
-        running.repos["org/slow-target"].add_commit("main", {"more.safetensors": (more := bytes(25_000_000))})
+        more = save({"unused": torch.zeros(6_000_000)})
+        running.repos["org/slow-target"].add_commit("main", {"more.safetensors": more})
         running.large_files[hashlib.sha256(more).hexdigest()] = more
         publish(running, "org/draft", Path(bundled_pair().draft))
         publish(running, "org/secret", Path(bundled_pair().draft), is_private=True)
@@ -282,8 +284,8 @@ def test_rounds_can_be_looked_into(page, pair):
     expect(page.locator("#inside caption")).to_contain_text("Round 1 of")
     expect(page.locator("#inside tbody tr")).to_have_count(8)
     expect(page.locator("#bars table")).to_have_count(2)
-    page.locator("#round input[type=range]").focus()
-    page.keyboard.press("ArrowRight")
+    page.locator("#round input").focus()
+    page.keyboard.press("ArrowUp")
     expect(page.locator("#inside caption")).to_contain_text("Round 2 of")
     assert page.locator("#inside tbody tr").first.inner_text().split("\t")[3] in ("accepted", "rejected")
 
