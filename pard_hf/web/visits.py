@@ -144,9 +144,10 @@ class Visits:
         pair = steps.value
         job = Race(pair, encoded_prompt(pair, prompt, chosen), chosen)
         with self.running.keep(job, "race", request.session_hash):
+            yield html.message(""), *self.show(job), *skips(4)
             for _ in job.watch():
-                yield html.message(""), *self.show(job), *skips(4)
-        yield html.message(""), *self.show(job), *self.after_race(name, job)
+                yield gr.skip(), *self.show(job), *skips(4)
+        yield gr.skip(), *self.show(job), *self.after_race(name, job)
 
     def show(self, job: Race) -> tuple[str, str, str]:
         """Banner and both lanes of a race as they are now."""
@@ -247,8 +248,9 @@ class Visits:
             yield text, *skips(2)
         job = BenchJob(steps.value, name, file, routes, limit, repeats, chosen)
         with self.running.keep(job, "bench", request.session_hash):
+            yield html.message(""), progress(job), gr.skip()
             for _ in job.watch():
-                yield html.message(""), progress(job), gr.skip()
+                yield gr.skip(), progress(job), gr.skip()
         folder = tempfile.mkdtemp()
         try:
             path = Path(folder) / "bench.json"
