@@ -4,6 +4,8 @@ import hashlib
 import json
 import re
 import threading
+import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from html import unescape
 from pathlib import Path
@@ -180,6 +182,20 @@ def test_a_closed_page_leaves_the_device_to_others(browser, address):
     following = open_page(browser, address)
     expect(following.locator("#banner .pard-good")).to_be_visible()
     following.context.close()
+
+
+def test_a_cancelled_request_does_not_hold_up_the_server(address):
+    """Whoever cancels is not waited for: a page is served while the run in progress ends."""
+    client = Client(address, verbose=False)
+    job = client.submit("demo", None, ["ar", "tier2"], 6, 5, 8, 1000, 0, 1, 0, api_name="/bench")
+    while not job.outputs():
+        time.sleep(0.1)
+
+    job.cancel()
+
+    assert urllib.request.urlopen(address, timeout=10).status == 200
+    status, *_ = client.predict("def f():\n", 8, 8, 0, 1, 0, api_name="/race")
+    assert "alert" not in status
 
 
 @pytest.mark.parametrize(
