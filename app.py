@@ -36,6 +36,8 @@ RACE_NOTE = """Plain `generate` and the draft take turns of a tenth of a second,
 clock of its own, which runs only while it is its turn, reading the prompt included."""
 BENCH_NOTE = """What `pard bench` measures: every way to generate, interleaved, on the same prompts. Always greedy: of
 the settings above, K and Max new tokens count. Stop takes effect behind the run that is being timed."""
+ROUTES_NOTE = """AR is plain generate, AD the same draft token by token, PLD prompt lookup; + and compiled ones compile
+for minutes on a CPU."""
 LEGEND = """<p class="pard-legend"><span class="pard-accepted pard-0">accepted draft tokens</span>
 <span class="pard-accepted pard-1">of the next round</span> <span class="pard-bonus">the target's own token</span>
 – hover to see the round</p>"""
@@ -80,130 +82,169 @@ def build_demo(folder: Path | None = None, device: str | None = None, token: boo
             `False` keeps the machine's own Hub token from visitors.
     """
     shelf = PairShelf(folder, device, token)
-    visits = Visits(shelf)
     threading.Thread(target=shelf.load, args=(PairName(),), name="bundled pair", daemon=True).start()
     with gr.Blocks(title="pard-hf", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
-        pair, race, chat = (gr.State(None, time_to_live=3600) for _ in range(3))
-        gr.Markdown(INTRODUCTION)
-        status = gr.HTML(elem_id="status")
-        with gr.Accordion("Models", open=False):
-            kind = gr.Radio(KINDS, value=BUNDLED, label="Where the models are", info="Only safetensors are loaded.")
-            with gr.Row():
-                target = gr.Textbox(label="Target", info="Folder or Hub id of the large model.", max_length=200)
-                draft = gr.Textbox(
-                    label="Draft", info="Of the small one; empty: the published draft of the target.", max_length=200
-                )
-            with gr.Row():
-                load = gr.Button("Load models")
-                stop_load = gr.Button("Stop loading")
-        with gr.Accordion("Settings", open=False):
-            with gr.Row():
-                k = slider(1, MOST_DRAFT_TOKENS, 8, "K", "Tokens the draft proposes a round.")
-                length = gr.Number(
-                    128, label="Max new tokens", info=f"Where a text ends at the latest: 1 to {MOST_NEW_TOKENS}."
-                )
-            with gr.Row():
-                temperature = gr.Number(0, label="Temperature", info="0 always takes the likeliest token; to 2.")
-                top_p = gr.Number(1, label="Top-p", info="Draw from the likeliest tokens of this share only.")
-                seed = gr.Number(0, label="Seed", info="The same seed draws the same text.")
-        settings = [k, length, temperature, top_p, seed]
+        page = Page(Visits(shelf))
         with gr.Tab("Race"):
-            gr.Markdown(RACE_NOTE)
-            prompt = gr.Textbox(EXAMPLES["Code"], lines=4, label="Prompt", elem_id="prompt")
-            with gr.Row():
-                examples = [gr.Button(f"Example: {name.lower()}", size="sm") for name in EXAMPLES]
-            with gr.Row():
-                start_race = gr.Button("Race", variant="primary", elem_id="start-race")
-                stop_race = gr.Button("Stop", variant="stop", elem_id="stop-race")
-            banner = gr.HTML(elem_id="banner")
-            with gr.Row():
-                with gr.Column():
-                    gr.Markdown("## Plain generate")
-                    plain = gr.HTML(elem_id="plain")
-                with gr.Column():
-                    gr.Markdown("## With the draft")
-                    ours = gr.HTML(elem_id="pard")
-            gr.HTML(LEGEND)
+            page.lay_out_race()
         with gr.Tab("Look inside"):
-            number = gr.Number(1, label="Round", info="Of the last race, from 1.", elem_id="round")
-            inside = gr.HTML(NO_ROUNDS, elem_id="inside")
-            bars = gr.HTML(elem_id="bars")
+            page.lay_out_inside()
         with gr.Tab("Benchmark"):
-            gr.Markdown(BENCH_NOTE)
-            with gr.Row():
-                prompts = gr.Dropdown(prompt_sets(shelf), value="demo", label="Prompt set")
-                upload = gr.File(label="Or your own: .jsonl rows with a prompt", file_types=[".jsonl"], height=120)
-            with gr.Row():
-                limit = slider(1, MOST_PROMPTS, 4, "Prompts", "Of the set, at most.")
-                repeats = slider(1, 5, 2, "Repeats", "Timed runs; the median counts.")
-            routes = gr.CheckboxGroup(
-                [(route.title, name) for name, route in ROUTES.items()],
-                value=list(FIRST_ROUTES),
-                label="Routes",
-                info="AR is plain generate, AD the same draft token by token, PLD prompt lookup; + and compiled ones "
-                "compile for minutes on a CPU.",
-            )
-            with gr.Row():
-                start_bench = gr.Button("Measure", variant="primary", elem_id="start-bench")
-                stop_bench = gr.Button("Stop", variant="stop")
-            measured = gr.HTML(elem_id="measured")
-            download = gr.DownloadButton("Download the JSON", interactive=False)
+            page.lay_out_benchmark(prompt_sets(shelf))
         with gr.Tab("Chat"):
-            gr.Markdown("Several turns in the target's chat template. What it has read stays in its cache.")
-            dialog = gr.HTML(conversation([]), autoscroll=True, max_height=420, elem_id="dialog")
-            said = gr.Textbox(label="Your message", lines=2, elem_id="said")
-            with gr.Row():
-                send = gr.Button("Send", variant="primary", elem_id="send")
-                stop_chat = gr.Button("Stop", variant="stop")
-                forget = gr.Button("New conversation")
+            page.lay_out_chat()
+        page.wire_race(demo)
+        demo.unload(page.visits.leave)
+    return demo.queue(max_size=64)
 
-        # One generation at a time on the device: all of these wait in one queue, and the page says at which place.
-        queued = {"concurrency_limit": 1, "concurrency_id": "device", "show_progress_on": status}
-        raced = [status, banner, plain, ours, race, number, inside, bars]
-        race_event = {"fn": visits.race, "inputs": [pair, prompt, *settings], "outputs": raced, **queued}
-        racing = [
-            start_race.click(**race_event, api_name="race"),
-            demo.load(**race_event, api_visibility="private"),
-        ]
-        # Downloads leave the device to others meanwhile.
+
+class Page:
+    """The components that parts of the page share, and the parts: each lays itself out and says what its buttons do.
+
+    Args:
+        visits ([`Visits`]):
+            What the buttons do.
+    """
+
+    def __init__(self, visits: Visits):
+        self.visits = visits
+        self.pair, self.race, self.chat = (gr.State(None, time_to_live=3600) for _ in range(3))
+        gr.Markdown(INTRODUCTION)
+        self.status = gr.HTML(elem_id="status")
+        # One generation at a time on the device: these wait in one queue, and the page says at which place.
+        self.queued = {"concurrency_limit": 1, "concurrency_id": "device", "show_progress_on": self.status}
+        self.free = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+        with gr.Accordion("Models", open=False):
+            names, load, stop = self.lay_out_models()
+        with gr.Accordion("Settings", open=False):
+            self.settings = self.lay_out_settings()
         loading = load.click(
             visits.load,
-            [kind, target, draft],
-            [status, pair, k],
-            concurrency_limit=4,
-            show_progress_on=status,
+            names,
+            [self.status, self.pair, self.settings[0]],
+            concurrency_limit=4,  # Downloads leave the device to others.
+            show_progress_on=self.status,
             api_name="load",
         )
-        measuring = start_bench.click(
-            visits.bench,
-            [pair, prompts, upload, routes, limit, repeats, *settings],
-            [status, measured, download],
-            api_name="bench",
-            **queued,
-        )
-        chat_event = {
-            "fn": visits.chat,
-            "inputs": [pair, chat, said, *settings],
-            "outputs": [status, dialog, said, chat],
-            **queued,
-        }
-        chatting = [
-            send.click(**chat_event, api_name="chat"),
-            said.submit(**chat_event, api_visibility="private"),
-        ]
+        stop.click(visits.stopped_load, outputs=self.status, cancels=loading, **self.free)
+
+    def lay_out_models(self) -> tuple[list[Any], gr.Button, gr.Button]:
+        """Fields that name a pair, and the buttons that load it and stop loading."""
+        kind = gr.Radio(KINDS, value=BUNDLED, label="Where the models are", info="Only safetensors are loaded.")
+        with gr.Row():
+            target = gr.Textbox(label="Target", info="Folder or Hub id of the large model.", max_length=200)
+            draft = gr.Textbox(
+                label="Draft", info="Of the small one; empty: the published draft of the target.", max_length=200
+            )
+        with gr.Row():
+            return [kind, target, draft], gr.Button("Load models"), gr.Button("Stop loading")
+
+    def lay_out_settings(self) -> list[Any]:
+        """How to generate: K, length, temperature, top-p, seed."""
+        ends = f"Where a text ends at the latest: 1 to {MOST_NEW_TOKENS}."
+        with gr.Row():
+            k = slider(1, MOST_DRAFT_TOKENS, 8, "K", "Tokens the draft proposes a round.")
+            length = gr.Number(128, label="Max new tokens", info=ends)
+        with gr.Row():
+            temperature = gr.Number(0, label="Temperature", info="0 always takes the likeliest token; to 2.")
+            top_p = gr.Number(1, label="Top-p", info="Draw from the likeliest tokens of this share only.")
+            seed = gr.Number(0, label="Seed", info="The same seed draws the same text.")
+        return [k, length, temperature, top_p, seed]
+
+    def lay_out_race(self) -> None:
+        """Both routes side by side."""
+        gr.Markdown(RACE_NOTE)
+        self.prompt = gr.Textbox(EXAMPLES["Code"], lines=4, label="Prompt", elem_id="prompt")
+        with gr.Row():
+            for name, text in EXAMPLES.items():
+                example = gr.Button(f"Example: {name.lower()}", size="sm")
+                example.click(lambda text=text: text, outputs=self.prompt, **self.free)
+        with gr.Row():
+            self.start_race = gr.Button("Race", variant="primary", elem_id="start-race")
+            self.stop_race = gr.Button("Stop", variant="stop", elem_id="stop-race")
+        banner = gr.HTML(elem_id="banner")
+        with gr.Row():
+            with gr.Column():
+                gr.Markdown("## Plain generate")
+                plain = gr.HTML(elem_id="plain")
+            with gr.Column():
+                gr.Markdown("## With the draft")
+                ours = gr.HTML(elem_id="pard")
+        gr.HTML(LEGEND)
+        self.raced = [self.status, banner, plain, ours, self.race]
+
+    def lay_out_inside(self) -> None:
+        """One round of the last race, and what all its rounds accepted."""
+        number = gr.Number(1, label="Round", info="Of the last race, from 1.", elem_id="round")
+        inside = gr.HTML(NO_ROUNDS, elem_id="inside")
+        self.raced += [number, inside, gr.HTML(elem_id="bars")]
         number.input(
-            visits.look, [race, number], [status, inside], trigger_mode="always_last", api_name="look", **queued
+            self.visits.look,
+            [self.race, number],
+            [self.status, inside],
+            trigger_mode="always_last",
+            api_name="look",
+            **self.queued,
         )
-        free = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
-        stop_race.click(visits.stopped_race, outputs=raced, cancels=racing, **free)
-        stop_load.click(visits.stopped_load, outputs=status, cancels=loading, **free)
-        stop_bench.click(visits.stopped_bench, outputs=status, cancels=measuring, **free)
-        stop_chat.click(visits.stopped_chat, inputs=chat, outputs=[status, dialog], cancels=chatting, **free)
-        forget.click(visits.forget, outputs=[status, dialog, chat], **free)
-        demo.unload(visits.leave)
-        for button, text in zip(examples, EXAMPLES.values(), strict=True):
-            button.click(lambda text=text: text, outputs=prompt, **free)
-    return demo.queue(max_size=64)
+
+    def wire_race(self, demo: gr.Blocks) -> None:
+        """A race begins with the page, and with its button."""
+        race = {
+            "fn": self.visits.race,
+            "inputs": [self.pair, self.prompt, *self.settings],
+            "outputs": self.raced,
+            **self.queued,
+        }
+        racing = [
+            self.start_race.click(**race, api_name="race"),
+            demo.load(**race, api_visibility="private"),
+        ]
+        self.stop_race.click(self.visits.stopped_race, outputs=self.raced, cancels=racing, **self.free)
+
+    def lay_out_benchmark(self, sets: list[str]) -> None:
+        """`pard bench` with a choice of prompts and routes."""
+        gr.Markdown(BENCH_NOTE)
+        with gr.Row():
+            prompts = gr.Dropdown(sets, value="demo", label="Prompt set")
+            upload = gr.File(label="Or your own: .jsonl rows with a prompt", file_types=[".jsonl"], height=120)
+        with gr.Row():
+            limit = slider(1, MOST_PROMPTS, 4, "Prompts", "Of the set, at most.")
+            repeats = slider(1, 5, 2, "Repeats", "Timed runs; the median counts.")
+        titles = [(route.title, name) for name, route in ROUTES.items()]
+        routes = gr.CheckboxGroup(titles, value=list(FIRST_ROUTES), label="Routes", info=ROUTES_NOTE)
+        with gr.Row():
+            start = gr.Button("Measure", variant="primary", elem_id="start-bench")
+            stop = gr.Button("Stop", variant="stop")
+        measured = gr.HTML(elem_id="measured")
+        download = gr.DownloadButton("Download the JSON", interactive=False)
+        measuring = start.click(
+            self.visits.bench,
+            [self.pair, prompts, upload, routes, limit, repeats, *self.settings],
+            [self.status, measured, download],
+            api_name="bench",
+            **self.queued,
+        )
+        stop.click(self.visits.stopped_bench, outputs=self.status, cancels=measuring, **self.free)
+
+    def lay_out_chat(self) -> None:
+        """A conversation with the target."""
+        gr.Markdown("Several turns in the target's chat template. What it has read stays in its cache.")
+        dialog = gr.HTML(conversation([]), autoscroll=True, max_height=420, elem_id="dialog")
+        said = gr.Textbox(label="Your message", lines=2, elem_id="said")
+        with gr.Row():
+            send = gr.Button("Send", variant="primary", elem_id="send")
+            stop = gr.Button("Stop", variant="stop")
+            forget = gr.Button("New conversation")
+        turn = {
+            "fn": self.visits.chat,
+            "inputs": [self.pair, self.chat, said, *self.settings],
+            "outputs": [self.status, dialog, said, self.chat],
+            **self.queued,
+        }
+        chatting = [send.click(**turn, api_name="chat"), said.submit(**turn, api_visibility="private")]
+        shown = [self.status, dialog]
+        stop.click(self.visits.stopped_chat, inputs=self.chat, outputs=shown, cancels=chatting, **self.free)
+        forget.click(self.visits.forget, outputs=[*shown, self.chat], **self.free)
 
 
 def slider(least: int, most: int, value: int, label: str, info: str, **kwargs: Any) -> gr.Slider:
