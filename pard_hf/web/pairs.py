@@ -130,7 +130,7 @@ class PairShelf:
         return PairPaths(str(target), str(draft))
 
     def read(self, paths: PairPaths, report: Callable[[str], None]) -> Pair:
-        """Load both models, see that they go together, and run both routes once."""
+        """Load both models, if there is memory for them, and see that they go together."""
         report("Loading the models …")
         check_memory(paths, self.device)
         pair = load_pair(*paths, device=self.device)
@@ -162,7 +162,7 @@ class PairShelf:
         return PairName(FOLDER, *map(str, places))
 
     def local_path(self, name: str) -> Path:
-        """A folder below the start folder; what lies elsewhere is told from what does not exist by nobody."""
+        """A folder below the start folder; what lies elsewhere is refused like what does not exist."""
         if self.folder is None:
             raise ValueError(
                 "Expected models of the Hub or the bundled pair, got a local folder: the demo was started without a "
