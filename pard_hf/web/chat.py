@@ -110,6 +110,7 @@ class ChatTurn(Job):
             if output is not None or (self.is_stopped and self.transcript.tokens):
                 cache = None if output is None else output.past_key_values
                 self.chat.keep(self.pair, self.text, self.ids, self.transcript.tokens, cache)
+            self.cache = None
 
     def messages(self) -> list[dict[str, str]]:
         """The conversation, with as much of the answer as there is."""

@@ -95,7 +95,9 @@ class Race(Job):
         try:
             self.baton.take(lane)
             torch.manual_seed(self.settings.seed)
-            self.outputs[lane] = self.generate(lane)
+            output = self.generate(lane)
+            output.past_key_values = None  # Nobody goes on from here, and the race is looked at for a while.
+            self.outputs[lane] = output
         finally:
             self.baton.release(lane, has_finished=True)
 
