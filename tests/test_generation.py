@@ -1,6 +1,7 @@
 """Everything plain `generate` honours is honoured mid-block, and what cannot be served is refused in words."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -560,3 +561,24 @@ def test_different_tokenizers_are_named(bundled_like_tokenizer, tmp_path):
     target.config.name_or_path, draft.config.name_or_path = str(tmp_path / "target"), str(other)
     with pytest.raises(ValueError, match="share a tokenizer"):
         target.generate(**prompts, assistant_model=draft)
+
+
+@pytest.mark.parametrize("num_assistant_tokens", [4, 12])
+def test_nothing_is_left_for_the_garbage_collector(num_assistant_tokens):
+    """Caches of a call that is over are gone at once: a server would hold those of dozens of calls."""
+    target, prompts = with_pard(make_model("llama")), make_prompts(3)
+    draft = make_self_draft(make_model("llama"), num_assistant_tokens)
+    arguments = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "assistant_model": draft}
+
+    def tensors():
+        return sum(type(thing) is torch.Tensor for thing in gc.get_objects())
+
+    target.generate(**prompts, **arguments)
+    gc.collect()
+    gc.disable()
+    try:
+        before = tensors()
+        target.generate(**prompts, **arguments, return_dict_in_generate=True)
+        assert tensors() == before
+    finally:
+        gc.enable()

@@ -10,9 +10,38 @@ entries of its own text.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+
+@dataclass
+class Slots:
+    """Where the next forward writes and how far it reads: what a cache and its layers share.
+
+    Layers know this and not their cache. Were they to point back at it, a finished call's keys and values would stay
+    until the garbage collector comes by.
+
+    Args:
+        num_slots (`int`):
+            Positions a row may use, without the spare slot.
+        num_visible (`int`):
+            Slots that attention reads.
+        num_layers (`int`):
+            Layers that share this.
+        is_static (`bool`):
+            Whether compiled code may rely on the buffers' addresses.
+        flat_rows (`torch.LongTensor` of shape `(batch_size * query_length,)`, *optional*):
+            Where each query of the next forward is written.
+    """
+
+    num_slots: int
+    num_visible: int
+    num_layers: int
+    is_static: bool
+    flat_rows: torch.Tensor | None = None
 
 
 class SlotLayer(CacheLayerMixin):
@@ -24,9 +53,9 @@ class SlotLayer(CacheLayerMixin):
     is_compileable = True
     is_sliding = False
 
-    def __init__(self, owner: SlotCache):
+    def __init__(self, slots: Slots):
         super().__init__()
-        self.owner = owner
+        self.slots = slots
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate for states of shape `[batch_size, num_heads, any length, head_dim]`."""
@@ -36,7 +65,7 @@ class SlotLayer(CacheLayerMixin):
 
     def allocate(self, states: torch.Tensor) -> torch.Tensor:
         batch_size, num_heads, _, head_dim = states.shape
-        shape = (batch_size * (self.owner.num_slots + 1), num_heads, head_dim)
+        shape = (batch_size * (self.slots.num_slots + 1), num_heads, head_dim)
         try:
             # Zeros, not empty memory: a masked slot has weight 0, and 0 times a stray NaN would be NaN. Ordinary
             # tensors: one made in inference mode could not be written to by a later call outside it.
@@ -45,40 +74,40 @@ class SlotLayer(CacheLayerMixin):
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
                 raise
-            size = 2 * len(self.owner.layers) * shape[0] * num_heads * head_dim * states.element_size()
+            size = 2 * self.slots.num_layers * shape[0] * num_heads * head_dim * states.element_size()
             raise torch.OutOfMemoryError(
-                f"Expected {size / 2**30:.2f} GiB for a cache of {batch_size} x {self.owner.num_slots} tokens on "
+                f"Expected {size / 2**30:.2f} GiB for a cache of {batch_size} x {self.slots.num_slots} tokens on "
                 f"{states.device}, but memory ran out. Lower the batch size, `max_new_tokens` or the prompt's length."
             ) from error
-        if self.owner.is_static:
+        if self.slots.is_static:
             torch._dynamo.mark_static_address(buffer)
         return buffer
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write `[batch_size, num_heads, query_length, head_dim]` at the owner's slots; return all visible slots."""
+        """Write `[batch_size, num_heads, query_length, head_dim]` where the cache said; return all visible slots."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.owner.flat_rows is not None, "`place` comes before a forward"
-        rows = self.owner.flat_rows.to(self.device)
+        assert self.slots.flat_rows is not None, "`place` comes before a forward"
+        rows = self.slots.flat_rows.to(self.device)
         self.keys.index_copy_(0, rows, key_states.transpose(1, 2).flatten(0, 1))
         self.values.index_copy_(0, rows, value_states.transpose(1, 2).flatten(0, 1))
         return self.read(self.keys), self.read(self.values)
 
     def read(self, states: torch.Tensor) -> torch.Tensor:
         """View stored `states` as `[batch_size, num_heads, num_visible, head_dim]`."""
-        return self.by_row(states)[:, : self.owner.num_visible].transpose(1, 2)
+        return self.by_row(states)[:, : self.slots.num_visible].transpose(1, 2)
 
     def by_row(self, states: torch.Tensor) -> torch.Tensor:
         """View stored `states` as `[batch_size, num_slots + 1, num_heads, head_dim]`."""
-        return states.view(-1, self.owner.num_slots + 1, *states.shape[1:])
+        return states.view(-1, self.slots.num_slots + 1, *states.shape[1:])
 
     def copy_rows(self, other: SlotLayer, ours: torch.Tensor, theirs: torch.Tensor) -> None:
         """Copy the slots both have from rows of another layer; without memory yet, allocate as many rows as `ours`."""
         if not other.is_initialized:
             return
-        length = min(self.owner.num_slots, other.owner.num_slots)
+        length = min(self.slots.num_slots, other.slots.num_slots)
         if not self.is_initialized:
             self.lazy_initialization(*(other.by_row(s)[ours * 0].transpose(1, 2) for s in (other.keys, other.values)))
         for mine, source in ((self.keys, other.keys), (self.values, other.values)):
@@ -86,14 +115,14 @@ class SlotLayer(CacheLayerMixin):
             self.by_row(mine)[:, :length].index_copy_(0, ours.to(self.device), rows)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.owner.num_visible, 0
+        return self.slots.num_visible, 0
 
     def get_seq_length(self) -> int:
         # Rows differ in length, so positions and masks are handed to the model; nothing may derive them from here.
         return 0
 
     def get_max_length(self) -> int:
-        return self.owner.num_slots
+        return self.slots.num_slots
 
 
 class SlotCache(Cache):
@@ -110,11 +139,12 @@ class SlotCache(Cache):
 
     def __init__(self, config: PreTrainedConfig, num_slots: int, is_static: bool = False):
         self.windows = attention_windows(config)
-        self.num_slots = num_slots
-        self.num_visible = num_slots
-        self.is_static = is_static
-        self.flat_rows: torch.Tensor | None = None
-        super().__init__(layers=[SlotLayer(self) for _ in self.windows])
+        self.slots = Slots(num_slots, num_slots, len(self.windows), is_static)
+        super().__init__(layers=[SlotLayer(self.slots) for _ in self.windows])
+
+    @property
+    def num_slots(self) -> int:
+        return self.slots.num_slots
 
     def copy_rows(self, other: SlotCache, ours: list[int], theirs: list[int]) -> None:
         """Copy rows of another cache of the same model into these rows; the caches may differ in size."""
@@ -150,8 +180,8 @@ class SlotCache(Cache):
         batch_size = positions.shape[0]
         slots = torch.where(positions < 0, self.num_slots, positions)
         first_rows = torch.arange(batch_size, device=positions.device).unsqueeze(1) * (self.num_slots + 1)
-        self.flat_rows = (first_rows + slots).flatten()
-        self.num_visible = num_visible
+        self.slots.flat_rows = (first_rows + slots).flatten()
+        self.slots.num_visible = num_visible
         # A padding query attends to slot 0, not to nothing: an empty softmax is NaN.
         query = positions.clamp(min=0)[:, None, :, None]
         slot = torch.arange(num_visible, device=positions.device)
@@ -183,7 +213,7 @@ class SlotCache(Cache):
         for index, layer in enumerate(self.layers):
             slots = positions.to(layer.device).clamp(min=0)[:, None, :, None]
             keep = (positions >= 0).to(layer.device)[:, None, :, None]
-            self.num_visible = self.num_slots
+            self.slots.num_visible = self.num_slots
             states = (layer.read(layer.keys), layer.read(layer.values))
             gathered = (s.gather(2, slots.expand(-1, s.shape[1], -1, s.shape[3])) * keep for s in states)
             cache.update(*gathered, index)

@@ -37,7 +37,7 @@ class Role:
             use_cache=True,
             logits_to_keep=num_logits,
         )
-        self.cache.flat_rows = None  # Compiled code would keep it as a result.
+        self.cache.slots.flat_rows = None  # Compiled code would keep it as a result.
         return output.logits[:, -num_logits:]
 
 
