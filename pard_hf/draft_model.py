@@ -7,25 +7,29 @@ directory whose config holds `pard_token` and `spd_type: "pard"`; in Python the 
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, wraps
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from .drafting import DraftingModel
 from .hub.errors import hub_errors
+from .language_model_head import check_head
+from .parts import CORRECTION_HEAD, PARTS, TRIMMED_VOCABULARY, is_of_part, load_parts, needs_hidden_states, save_parts
+from .positions import check_num_assistant_tokens, croppable_cache
 from .subclass import subclass_named_as
+from .trimmed_vocabulary import TrimmedVocabulary, kept_token_ids
 
 DEFAULT_NUM_ASSISTANT_TOKENS = 12
 # Keys under which other tools look for a mask token, some before `pard_token`: a checkpoint holds none of them.
 OTHER_MASK_KEYS = ("mask_token_id", "ptd_token_id", "dspark_noise_token_id", "dflash_config")
 
 
-class PardDraftModel(PreTrainedModel):
+class PardDraftModel(DraftingModel):
     """A causal LM adapted to propose several tokens in one forward pass.
 
     Feed `K - 1` mask tokens after the last real token and the last `K` rows of logits are the proposals. An instance
@@ -43,6 +47,8 @@ class PardDraftModel(PreTrainedModel):
         *args: Any,
         mask_token_id: int | None = None,
         num_assistant_tokens: int | None = None,
+        correction_head: bool = True,
+        trimmed_vocabulary: bool = True,
         **kwargs: Any,
     ) -> PardDraftModel:
         """Load a draft from a directory or the Hub.
@@ -54,13 +60,16 @@ class PardDraftModel(PreTrainedModel):
                 Overrides the checkpoint's `pard_token`.
             num_assistant_tokens (`int`, *optional*):
                 Proposals a round; defaults to the checkpoint's, or to 12.
+            correction_head (`bool`, *optional*, defaults to `True`) and trimmed_vocabulary (`bool`, *optional*):
+                Whether to load these where the checkpoint has them.
             kwargs:
                 Anything `AutoModelForCausalLM.from_pretrained` takes. Weights must be safetensors unless
                 `use_safetensors=False` says otherwise: pickled weights can run code.
 
         Raises:
             OSError: There is no such checkpoint, the Hub keeps it closed, or it cannot be reached.
-            ValueError: The checkpoint has no mask token, or one outside its vocabulary.
+            ValueError: The checkpoint has no mask token, or one outside its vocabulary, or a correction head or
+                trimmed vocabulary that belongs to another draft.
         """
         kwargs.setdefault("use_safetensors", True)
         loading_info = kwargs.get("output_loading_info", False)
@@ -77,6 +86,10 @@ class PardDraftModel(PreTrainedModel):
         if num_assistant_tokens is None:
             num_assistant_tokens = model.generation_config.num_assistant_tokens or DEFAULT_NUM_ASSISTANT_TOKENS
         draft = cls.from_causal_lm(model, mask_token_id, num_assistant_tokens)
+        wanted = {CORRECTION_HEAD: correction_head, TRIMMED_VOCABULARY: trimmed_vocabulary}
+        with hub_errors(pretrained_model_name_or_path, kwargs.get("revision")):
+            parts = tuple(part for part, is_wanted in wanted.items() if is_wanted)
+            load_parts(draft, pretrained_model_name_or_path, parts, **kwargs)
         return (draft, *info) if loading_info else draft  # type: ignore[return-value]
 
     @classmethod
@@ -132,96 +145,44 @@ class PardDraftModel(PreTrainedModel):
         if not isinstance(model, PardDraftModel):
             base: Any = type(model)
             model.__class__ = draft_class(base)
+            for part in PARTS:
+                setattr(model, part, None)
         return model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> None:
+        """Save as the base model does; correction head and trimmed vocabulary get files of their own beside it."""
+        weights = state_dict
+        if needs_hidden_states(self):
+            weights = self.state_dict() if state_dict is None else state_dict
+            state_dict = {name: tensor for name, tensor in weights.items() if not is_of_part(name)}
+        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+        if Path(save_directory).is_dir():  # The host reports a path that is a file, and saves nothing.
+            save_parts(self, Path(save_directory), weights)
+
+    def trim_vocabulary(self, token_ids: Iterable[int] | str | Path, keep: int | None = None) -> PardDraftModel:
+        """Draft over some tokens only, in place: a smaller head product, and the output stays what it was.
+
+        Args:
+            token_ids (`Iterable[int]` or `str`):
+                The ids that may be proposed, or a file of counts as `pard data` writes it.
+            keep (`int`, *optional*):
+                How many of them, the most frequent first; all by default.
+
+        Raises:
+            ValueError: No id is left, one lies outside the vocabulary, or the file holds no counts.
+        """
+        check_head(self)
+        vocab_size = self.config.get_text_config().vocab_size
+        self.trimmed_vocabulary = TrimmedVocabulary(
+            self, kept_token_ids(token_ids, vocab_size, self.mask_token_id, keep)
+        )
+        return self
 
     def push_to_hub(self, repo_id: str, tokenizer: Any = None, **kwargs: Any) -> Any:
         """Upload the draft as engines load it, with tokenizer and card; see [`~pard_hf.hub.upload.push_draft`]."""
         from .hub.upload import push_draft
 
         return push_draft(self, repo_id, tokenizer, **kwargs)
-
-    @property
-    def mask_token_id(self) -> int:
-        """The id fed at positions whose token is not known yet (`pard_token` on disk)."""
-        return self.config.pard_token
-
-    @property
-    def num_assistant_tokens(self) -> int:
-        """K, proposals a round, unless the call says otherwise."""
-        return self.generation_config.num_assistant_tokens
-
-    def readable(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Replace ids beyond the draft's vocabulary, which a target with more padding rows may say, by mask tokens."""
-        return torch.where(input_ids < self.config.get_text_config().vocab_size, input_ids, self.mask_token_id)
-
-    def proposal_scores(self, logits: torch.Tensor, vocab_size: int | None = None) -> torch.Tensor:
-        """Make draft logits comparable with a target's: no mask token, `vocab_size` columns.
-
-        Args:
-            logits (`torch.FloatTensor` of shape `(..., draft_vocab_size)`):
-                Draft logits.
-            vocab_size (`int`, *optional*):
-                The target's vocabulary size; a vocabulary that differs by padding rows is cut or filled with -inf.
-        """
-        logits = logits.index_fill(-1, torch.tensor(self.mask_token_id, device=logits.device), -torch.inf)
-        width = logits.shape[-1]
-        if vocab_size is None or vocab_size == width:
-            return logits
-        if vocab_size < width:
-            return logits[..., :vocab_size]
-        return torch.nn.functional.pad(logits, (0, vocab_size - width), value=-torch.inf)
-
-    @torch.no_grad()
-    def draft(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        num_assistant_tokens: int | None = None,
-        past_key_values: DynamicCache | None = None,
-    ) -> torch.Tensor:
-        """Propose K tokens in one forward.
-
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
-                The text so far; left-padded where `attention_mask` says so.
-            attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                1 for text, 0 for padding.
-            num_assistant_tokens (`int`, *optional*):
-                K; defaults to the draft's own.
-            past_key_values ([`DynamicCache`], *optional*):
-                Cache over the first columns of `input_ids`, extended in place. It is left with real tokens only:
-                entries at masks were computed without knowing their neighbours.
-
-        Returns:
-            `torch.FloatTensor` of shape `(batch_size, K, vocab_size)`: row `k` is about the token `k` places after the
-            first new one; the mask token itself is never proposed.
-        """
-        num_drafts = self.num_assistant_tokens if num_assistant_tokens is None else num_assistant_tokens
-        check_num_assistant_tokens(num_drafts, self.config)
-        if input_ids.shape[1] == 0:
-            raise ValueError("Expected at least one token to draft from, got none.")
-        if past_key_values is None:
-            past_key_values = croppable_cache(self.config)
-        past_key_values.activate_past_recording()
-        num_past, length = past_key_values.get_seq_length(), input_ids.shape[1]
-        masks = input_ids.new_full((len(input_ids), num_drafts - 1), self.mask_token_id)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        # Only as far as the text goes: masks are attended like text, and an older mask may cover more or less.
-        visible = torch.nn.functional.pad(
-            attention_mask, (0, length + num_drafts - 1 - attention_mask.shape[1]), value=1
-        )
-        positions = (visible.cumsum(-1) - 1).clamp(min=0, max=num_positions(self.config) - 1)
-        output = self(
-            input_ids=self.readable(torch.cat([input_ids[:, num_past:], masks], dim=1)),
-            attention_mask=None if bool(visible.all()) else visible,
-            position_ids=positions[:, num_past:],
-            past_key_values=past_key_values,
-            use_cache=True,
-            logits_to_keep=num_drafts,
-        )
-        past_key_values.crop(-(num_drafts - 1))
-        return self.proposal_scores(output.logits[:, -num_drafts:])
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -284,35 +245,3 @@ def draft_class(base: type[PreTrainedModel]) -> type[PardDraftModel]:
     made = subclass_named_as(base, PardDraftModel, draft_class)
     made.forward = forward
     return made
-
-
-def croppable_cache(config: PreTrainedConfig) -> DynamicCache:
-    """A cache from which the host may take back any number of entries.
-
-    Sliding layers forget what lies before their window, and the stock loop takes back more than was proposed; keeping
-    every entry costs memory and changes no mask.
-    """
-    cache = DynamicCache(config=config)
-    if all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
-        return DynamicCache()
-    return cache
-
-
-def num_positions(config: PreTrainedConfig) -> int:
-    """Positions a model was made for; without bound for the few configs that name none."""
-    return getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize)
-
-
-def check_num_assistant_tokens(num_assistant_tokens: int, *configs: PreTrainedConfig) -> None:
-    """Raise a `ValueError` unless K is a positive integer that fits the positions of every model."""
-    if isinstance(num_assistant_tokens, bool) or not isinstance(num_assistant_tokens, int) or num_assistant_tokens < 1:
-        raise ValueError(
-            f"Expected `num_assistant_tokens` to be an integer of at least 1, got {num_assistant_tokens!r}."
-        )
-    for config in configs:
-        positions = num_positions(config)
-        if num_assistant_tokens >= positions:
-            raise ValueError(
-                f"Expected `num_assistant_tokens` below the {positions} positions of `{type(config).__name__}`, got "
-                f"{num_assistant_tokens}. Common values are 4 to 16."
-            )

@@ -7,7 +7,7 @@ from families import make_draft, make_model, make_prompts, make_self_draft
 from pard_hf import with_pard
 from pard_hf.generation.decoding import PardDecoder
 from pard_hf.generation.request import DecodingRequest
-from pard_hf.generation.schedule import COUNTS, AdaptiveSchedule, ConstantSchedule, RoundCosts, check_schedule
+from pard_hf.generation.schedule import COUNTS, AdaptiveSchedule, Choice, ConstantSchedule, RoundCosts, check_schedule
 
 
 def simulate(cost, share, most=16, rounds=400, batch_size=1):
@@ -15,11 +15,11 @@ def simulate(cost, share, most=16, rounds=400, batch_size=1):
     generator = torch.Generator().manual_seed(0)
     schedule, seconds, tokens, chosen = AdaptiveSchedule(most, RoundCosts()), 0.0, 0, []
     for _ in range(rounds):
-        count = schedule.choose(batch_size)
-        accepted = 0
+        choice = schedule.choose(batch_size)
+        count, accepted = choice.num_drafts, 0
         while accepted < count and torch.rand(1, generator=generator).item() < share:
             accepted += 1
-        schedule.record(batch_size, count, cost(count), [accepted])
+        schedule.record(batch_size, choice, cost(count), [accepted])
         seconds, tokens = seconds + cost(count), tokens + accepted + 1
         chosen.append(count)
     return tokens / seconds, chosen
@@ -53,23 +53,23 @@ def test_costs_are_those_of_the_batch_size():
     for batch_size, slope in ((1, 0.01), (16, 2.0)):
         for count in (8, 0):
             for _ in range(4):
-                costs.add_seconds(batch_size, count, 1.0 + slope * count)
+                costs.add_seconds(batch_size, Choice(count), 1.0 + slope * count)
     for _ in range(50):
-        costs.add_accepted(8, 3)
+        costs.add_accepted(Choice(8), 3)
 
-    assert AdaptiveSchedule(8, costs).choose(1) == 4  # All that is ever accepted, at the least cost.
-    assert AdaptiveSchedule(8, costs).choose(16) == 0
+    assert AdaptiveSchedule(8, costs).choose(1) == Choice(4)  # All that is ever accepted, at the least cost.
+    assert AdaptiveSchedule(8, costs).choose(16) == Choice(0)
 
 
 def test_unmeasured_counts_lie_on_a_line():
     costs = RoundCosts()
     for count, seconds in ((0, 1.0), (8, 3.0)):
         for _ in range(3):
-            costs.add_seconds(1, count, seconds)
+            costs.add_seconds(1, Choice(count), seconds)
 
-    assert costs.cost(1, 4) == pytest.approx(2.0)
-    assert costs.cost(1, 16) == pytest.approx(5.0)
-    assert costs.cost(2, 4) is None
+    assert costs.cost(1, Choice(4)) == pytest.approx(2.0)
+    assert costs.cost(1, Choice(16)) == pytest.approx(5.0)
+    assert costs.cost(2, Choice(4)) is None
 
 
 def test_busy_moment_is_forgotten():
@@ -77,15 +77,16 @@ def test_busy_moment_is_forgotten():
     costs = RoundCosts()
     for count, seconds in ((8, 30.0), (0, 1.0)):
         for _ in range(9):
-            costs.add_seconds(1, count, seconds)
+            costs.add_seconds(1, Choice(count), seconds)
     for _ in range(50):
-        costs.add_accepted(8, 7)
+        costs.add_accepted(Choice(8), 7)
     schedule, chosen = AdaptiveSchedule(8, costs), []
 
     for _ in range(1000):
-        count = schedule.choose(1)
+        choice = schedule.choose(1)
+        count = choice.num_drafts
         chosen.append(count)
-        schedule.record(1, count, 1.0 + 0.1 * count, [min(count, 7)])
+        schedule.record(1, choice, 1.0 + 0.1 * count, [min(count, 7)])
 
     assert chosen[:40].count(0) >= 38
     assert chosen[-100:].count(8) >= 90
@@ -94,14 +95,14 @@ def test_busy_moment_is_forgotten():
 def test_acceptance_is_that_of_the_rounds():
     costs = RoundCosts()
     for _ in range(400):
-        costs.add_accepted(4, 2)
+        costs.add_accepted(Choice(4), 2)
 
-    assert costs.tokens(4) == pytest.approx(3.0, abs=0.1)
-    assert costs.tokens(0) == 1.0
+    assert costs.tokens(Choice(4)) == pytest.approx(3.0, abs=0.1)
+    assert costs.tokens(Choice(0)) == 1.0
 
 
 def test_constant_stays():
-    assert {ConstantSchedule(5).choose(size) for size in (1, 4)} == {5}
+    assert {ConstantSchedule(5).choose(size) for size in (1, 4)} == {Choice(5)}
 
 
 @pytest.mark.parametrize(("name", "count", "message"), [("often", 8, "one of"), ("adaptive", 5, "adaptive schedule")])
@@ -147,7 +148,7 @@ def test_plain_rounds_do_not_spoil_the_draft():
 
         def choose(self, batch_size):
             self.count += 1
-            return 0 if self.count % 3 else 1
+            return Choice(0 if self.count % 3 else 1)
 
     request = DecodingRequest(
         input_ids=prompts["input_ids"],

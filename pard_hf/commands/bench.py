@@ -132,8 +132,8 @@ def load_for_benchmark(args: argparse.Namespace) -> Any:
     """Load the pair that the flags name, enlarged where `--scale` asks for it."""
     from transformers.utils import logging
 
-    from ..draft_model import num_positions
     from ..pair import check_device, default_device, fastest_dtype, load_pair, named_dtype
+    from ..positions import num_positions
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # The stock loop warns of its own defaults in every call.

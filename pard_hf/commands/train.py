@@ -50,6 +50,17 @@ def add_method(group: Any) -> None:
     group.add_argument("--cross-entropy-weight", type=float, help="(default: 1 for ce, else 0.1)")
     group.add_argument("--divergence-weight", type=float, help="(default: 0 for ce, else 1)")
     group.add_argument("--distillation-temperature", type=float, default=1.0, help="of kd and cat (default: 1)")
+    group.add_argument(
+        "--correction-head",
+        nargs="?",
+        const="frozen",
+        choices=("frozen", "joint"),
+        help="train a correction head on a draft that stays as it is (the default where none is named), or with it",
+    )
+    group.add_argument("--correction-head-rank", type=int, default=128, help="width of the head (default: 128)")
+    group.add_argument(
+        "--correction-head-learning-rate", type=float, default=3e-3, help="it begins from nothing (default: 3e-3)"
+    )
 
 
 def add_evaluation(group: Any) -> None:
@@ -141,6 +152,9 @@ def run(args: argparse.Namespace) -> int:
         "cross_entropy_weight": args.cross_entropy_weight,
         "divergence_weight": args.divergence_weight,
         "distillation_temperature": args.distillation_temperature,
+        "correction_head": args.correction_head,
+        "correction_head_rank": args.correction_head_rank,
+        "correction_head_learning_rate": args.correction_head_learning_rate,
         "num_train_epochs": args.epochs,
         "max_steps": args.max_steps,
         "per_device_train_batch_size": args.batch_size,

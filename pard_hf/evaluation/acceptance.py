@@ -25,6 +25,8 @@ class AcceptanceEvaluator:
             Token ids of the prompts of each set. Sets are never pooled.
         num_assistant_tokens (`int`, *optional*):
             K; defaults to the draft's own.
+        tree_size (`int`, *optional*):
+            N, nodes of a round's tree; 0 for a chain; defaults to the draft's own.
         max_new_tokens (`int`, *optional*, defaults to 100) and batch_size (`int`, *optional*, defaults to 16):
             Length of an answer and texts at a time.
     """
@@ -34,6 +36,7 @@ class AcceptanceEvaluator:
     num_assistant_tokens: int | None = None
     max_new_tokens: int = 100
     batch_size: int = 16
+    tree_size: int | None = None
     texts: dict[str, list[list[int]]] = field(default_factory=dict, init=False)
 
     def __call__(self, draft: Any, part: tuple[int, int] = (0, 1)) -> dict[str, DecodingStats]:
@@ -63,6 +66,7 @@ class AcceptanceEvaluator:
             output = target.generate(
                 **batch.inputs,
                 assistant_model=draft,
+                assistant_tree_size=self.tree_size,
                 do_sample=False,
                 max_new_tokens=self.max_new_tokens,
                 return_dict_in_generate=True,

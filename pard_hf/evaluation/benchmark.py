@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from ..draft_model import check_num_assistant_tokens, num_positions
 from ..pair import Pair
+from ..positions import check_num_assistant_tokens, num_positions
 from .batches import PromptBatch, make_batches
 from .figures import route_result
 from .measurement import Measurement

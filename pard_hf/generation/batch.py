@@ -11,6 +11,7 @@ from .cache import SlotCache
 from .compilation import EagerSteps
 from .role import Role
 from .rows import Rows
+from .schedule import Choice
 
 # Cache sizes are these doubled again and again: attention never reads more than twice the text, and a long run crosses
 # few of them.
@@ -58,11 +59,12 @@ class Batch:
     def __len__(self) -> int:
         return len(self.row_ids)
 
-    def shape(self, num_drafts: int) -> tuple[tuple[str, int], ...]:
+    def shape(self, choice: Choice) -> tuple[tuple[str, int], ...]:
         """The numbers that compiled parts are made for."""
         return (
             ("batch size", len(self)),
-            ("K", num_drafts),
+            ("K", choice.num_drafts),
+            ("tree size", choice.tree_size),
             ("draft cache", self.draft.cache.num_slots),
             ("target cache", self.target.cache.num_slots),
         )

@@ -2,7 +2,10 @@
 
 Every row writes at its own positions, and a query sees the slots up to its own position (and inside the window, for
 sliding layers). Rejected entries are overwritten by the next round before anything can see them, so nothing is ever
-cropped, moved or realigned, and every shape is fixed. Padding goes to one spare slot that no query sees.
+cropped or realigned, and every shape is fixed. Padding goes to one spare slot that no query sees.
+
+Only branches are an exception: several of their nodes share a position, so they stand in the slots behind the text one
+after the other, and those on the path that is kept move to the slots of their positions (`keep_path`).
 
 Knows nothing of drafts and tokens. The one invariant: when a query at position p runs, slots 0..p of its row hold the
 entries of its own text.
@@ -114,6 +117,11 @@ class SlotLayer(CacheLayerMixin):
             rows = other.by_row(source)[:, :length].index_select(0, theirs.to(self.device))
             self.by_row(mine)[:, :length].index_copy_(0, ours.to(self.device), rows)
 
+    def move_rows(self, theirs: torch.Tensor, ours: torch.Tensor) -> None:
+        """Copy entries from the places `theirs` to `ours`, all at once."""
+        for states in (self.keys, self.values):
+            states.index_copy_(0, ours, states.index_select(0, theirs))
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.slots.num_visible, 0
 
@@ -164,32 +172,57 @@ class SlotCache(Cache):
                 layer.keys.zero_()
                 layer.values.zero_()
 
-    def place(self, positions: torch.Tensor, num_visible: int) -> torch.Tensor | dict[str, torch.Tensor]:
+    def place(
+        self, positions: torch.Tensor, num_visible: int, on_path: torch.Tensor | None = None
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
         """Say where the next forward writes, and return the attention mask it needs.
 
         Args:
             positions (`torch.LongTensor` of shape `(batch_size, query_length)`):
                 Logical position of each query; negative for padding.
             num_visible (`int`):
-                Slots read by attention; every position must lie below it.
+                Slots read by attention; every one that is written must lie below it.
+            on_path (`torch.BoolTensor` of shape `(batch_size, N + 1, N + 1)`, *optional*):
+                The last N queries are nodes of a tree whose root is the query before them: which of root and nodes
+                each of them may see. They see the text as the root does.
 
         Returns:
             Boolean mask `[batch_size, 1, query_length, num_visible]`, True = attend; for models that mix full and
             sliding layers a dict of two such masks under the names the host uses.
         """
-        batch_size = positions.shape[0]
-        slots = torch.where(positions < 0, self.num_slots, positions)
-        first_rows = torch.arange(batch_size, device=positions.device).unsqueeze(1) * (self.num_slots + 1)
-        self.slots.flat_rows = (first_rows + slots).flatten()
-        self.slots.num_visible = num_visible
         # A padding query attends to slot 0, not to nothing: an empty softmax is NaN.
         query = positions.clamp(min=0)[:, None, :, None]
-        slot = torch.arange(num_visible, device=positions.device)
-        causal = slot <= query
-        masks = {window: causal if window is None else causal & (slot > query - window) for window in self.windows}
+        position = torch.arange(num_visible, device=positions.device)
+        if on_path is None:
+            slots, causal = positions, position <= query
+        else:
+            slots, position, causal = branching(positions, on_path, position)
+        self.slots.flat_rows = self.rows_of(torch.where(slots < 0, self.num_slots, slots)).flatten()
+        self.slots.num_visible = num_visible
+        masks = {window: causal if window is None else causal & (position > query - window) for window in self.windows}
         if len(masks) == 1:
             return next(iter(masks.values()))
         return {"full_attention" if w is None else "sliding_attention": mask for w, mask in masks.items()}
+
+    def rows_of(self, slots: torch.Tensor) -> torch.Tensor:
+        """Where slots `(batch_size, n)` of each row of the batch lie in a layer's storage."""
+        return torch.arange(len(slots), device=slots.device).unsqueeze(1) * (self.num_slots + 1) + slots
+
+    def keep_path(self, roots: torch.Tensor, nodes: torch.Tensor) -> None:
+        """Move the nodes of a path to the slots of their positions: one gather a layer, nothing else moves.
+
+        Args:
+            roots (`torch.LongTensor` of shape `(batch_size,)`):
+                Position of each tree's root.
+            nodes (`torch.LongTensor` of shape `(batch_size, K)`):
+                The node of each depth, counted from 1. What is void moves as well, to where nothing looks before it is
+                written again.
+        """
+        roots = roots.unsqueeze(1)
+        theirs = self.rows_of(roots + nodes).flatten()
+        ours = self.rows_of(roots + torch.arange(1, nodes.shape[1] + 1, device=roots.device)).flatten()
+        for layer in self.layers:
+            layer.move_rows(theirs.to(layer.device), ours.to(layer.device))
 
     def load(self, cache: DynamicCache, positions: torch.Tensor) -> None:
         """Take over the entries of an earlier call.
@@ -217,6 +250,30 @@ class SlotCache(Cache):
             states = (layer.read(layer.keys), layer.read(layer.values))
             gathered = (s.gather(2, slots.expand(-1, s.shape[1], -1, s.shape[3])) * keep for s in states)
             cache.update(*gathered, index)
+
+
+def branching(
+    positions: torch.Tensor, on_path: torch.Tensor, slot: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Slots of text and nodes, the position in each slot, and who sees whom but for windows; see `SlotCache.place`.
+
+    Returns:
+        Slots `[B, q]`, positions `[B, 1, 1, num_visible]` and a mask `[B, 1, q, num_visible]`.
+    """
+    num_nodes = on_path.shape[1] - 1
+    root = positions[:, -num_nodes - 1 : positions.shape[1] - num_nodes]
+    nodes = torch.arange(1, num_nodes + 1, device=positions.device)
+    slots = torch.cat([positions[:, :-num_nodes], root + nodes], dim=1)
+    # Which node, if any, stands in each slot.
+    node = slot - root
+    is_node = (node >= 1) & (node <= num_nodes)
+    node = node.clamp(min=1, max=num_nodes)
+    depths = positions[:, -num_nodes:].gather(1, node - 1)
+    position = torch.where(is_node, depths, slot)
+    sees_text = slot <= torch.minimum(positions, root).clamp(min=0).unsqueeze(2)
+    sees_node = on_path[:, 1:].gather(2, node.unsqueeze(1).expand(-1, num_nodes, -1)) & is_node.unsqueeze(1)
+    sees_node = torch.nn.functional.pad(sees_node, (0, 0, positions.shape[1] - num_nodes, 0))
+    return slots, position[:, None, None], (sees_text | sees_node).unsqueeze(1)
 
 
 def attention_windows(config: PreTrainedConfig) -> list[int | None]:

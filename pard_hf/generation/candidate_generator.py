@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from transformers.generation.candidate_generator import CandidateGenerator
 
-from ..draft_model import PardDraftModel, croppable_cache
+from ..draft_model import PardDraftModel
+from ..positions import croppable_cache
 from .stats import DecodingStats
 
 

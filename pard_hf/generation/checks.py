@@ -12,7 +12,8 @@ from huggingface_hub.errors import HFValidationError
 from transformers import AutoTokenizer, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from ..draft_model import PardDraftModel, check_num_assistant_tokens, num_positions
+from ..draft_model import PardDraftModel
+from ..positions import check_num_assistant_tokens, num_positions
 from .attention import NAME as PACKED
 from .cache import attention_windows
 from .schedule import check_schedule

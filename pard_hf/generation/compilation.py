@@ -185,13 +185,17 @@ def workspace_of(target: PreTrainedModel, draft: PreTrainedModel) -> Workspace:
 
 
 def schedule_for(
-    target: PreTrainedModel, draft: PreTrainedModel, config: GenerationConfig, steps: EagerSteps
+    target: PreTrainedModel,
+    draft: PreTrainedModel,
+    config: GenerationConfig,
+    steps: EagerSteps,
+    tree_size: int = 0,
 ) -> ConstantSchedule:
     """The schedule that a call names, with what earlier calls of the pair and kind taught it."""
     if config.num_assistant_tokens_schedule == "adaptive":
         costs = workspace_of(target, draft).costs.setdefault((target.dtype, target.device, steps.kind), RoundCosts())
-        return AdaptiveSchedule(config.num_assistant_tokens, costs)
-    return ConstantSchedule(config.num_assistant_tokens)
+        return AdaptiveSchedule(config.num_assistant_tokens, costs, tree_size)
+    return ConstantSchedule(config.num_assistant_tokens, tree_size)
 
 
 def wants_compilation(target: PreTrainedModel, config: GenerationConfig) -> bool:

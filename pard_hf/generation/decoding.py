@@ -18,17 +18,18 @@ import torch
 from transformers import PreTrainedModel
 
 from ..draft_model import PardDraftModel
-from .batch import PREFILL_CHUNK, Batch
+from .batch import Batch
 from .clock import NoClock, clock_of_call
 from .compilation import EagerSteps
+from .forwards import Forwards
 from .noise import Noise
 from .processors import process_positions
 from .request import DecodingRequest
-from .results import Recording, extend_past, sequences_of
+from .results import Recording, extend_past, on_path, sequences_of
 from .rows import Rows
-from .schedule import ConstantSchedule
+from .schedule import Choice, ConstantSchedule
 from .stats import DecodingStats
-from .steps import accept_step, append_step, draft_step, target_step
+from .steps import Proposals, accept_step, append_step, target_step
 from .verification import verify_ratio_test
 
 # New tokens that justify compiling for fewer rows: that takes longer than a short tail does.
@@ -43,7 +44,7 @@ class PardDecoder:
         steps ([`EagerSteps`]):
             Where the parts of a round run.
         schedule ([`ConstantSchedule`]):
-            Chooses K, at most the request's, before each round.
+            Chooses K and the tree before each round, at most the request's.
     """
 
     def __init__(
@@ -56,8 +57,7 @@ class PardDecoder:
     ):
         self.request = request
         self.steps = steps or EAGER
-        self.schedule = schedule or ConstantSchedule(request.num_assistant_tokens)
-        self.vocab_size = target.config.get_text_config().vocab_size
+        self.schedule = schedule or ConstantSchedule(request.num_assistant_tokens, request.tree_size)
         ids, mask = request.input_ids.long(), request.attention_mask
         # As plain `generate`, which asks its criteria after the first token only.
         self.budget = max(request.max_length - ids.shape[1], 1)
@@ -69,10 +69,12 @@ class PardDecoder:
         self.host_offset = int((mask.sum(-1) - text).max())
         self.active = [True] * len(ids)
 
-        longest, room = max(self.host_lengths), request.num_assistant_tokens + 1
+        longest = max(self.host_lengths)
         rows = Rows.from_prompt(ids, mask, self.budget)
-        sizes = longest + room, longest + self.host_offset + room
+        sizes = self.sizes_for(longest, self.schedule.largest)
         self.batch = Batch(target, draft, rows, self.steps, sizes, request.returns_cache)
+        vocab_size = target.config.get_text_config().vocab_size
+        self.forwards = Forwards(self.batch, request, self.positions, vocab_size)
         num_cached = self.load_past()
         # How many of each row's last tokens a model has yet to read.
         self.target_width = int((text - num_cached).max()) if request.inputs_embeds is None else 0
@@ -121,33 +123,41 @@ class PardDecoder:
         while any(self.active):
             self.compact()
             if any(self.active):
-                num_drafts = self.schedule.choose(self.work)
-                self.make_room(num_drafts)
-                self.round(num_drafts)
+                choice = self.schedule.choose(self.work)
+                self.batch.make_room(self.sizes_for(self.longest(), choice))
+                self.round(choice)
         while self.pending:  # Every row had ended before these began.
             self.settle(*self.pending.popleft())
         self.noise.rewind()
         self.batch.reunite()
 
-    def round(self, num_drafts: int) -> None:
+    def sizes_for(self, longest: int, choice: Choice) -> tuple[int, int]:
+        """Slots that a round needs in the draft's and the target's cache."""
+        room = longest + max(choice.num_drafts, choice.num_proposals) + 1
+        return room, room + self.host_offset
+
+    def round(self, choice: Choice) -> None:
         """Draft, verify, advance."""
         most = max(self.remaining(row) for row in range(len(self.batch)) if self.active[row])
         if not self.steps_now.is_fixed:
             # The bonus token needs no proposal, so at most `most - 1` can be accepted.
-            num_drafts = min(num_drafts, most - 1) if self.target_width else 0
+            choice = choice.at_most(most - 1 if self.target_width else 0)
+        num_drafts = choice.num_drafts
         # A round whose draft has much to catch up on says nothing about the next.
-        is_typical = not self.is_first and (num_drafts == 0 or self.draft_width <= self.schedule.most + 1)
+        most_to_read = self.schedule.largest.num_drafts + 1
+        is_typical = not self.is_first and (num_drafts == 0 or self.draft_width <= most_to_read)
         start, compile_seconds, work = time.perf_counter(), self.steps.compile_seconds, self.work
         self.steps.begin_round()
-        draft_tokens, draft_scores = self.batch.rows.tokens.new_empty(len(self.batch), 0), None
+        proposals = self.forwards.nothing()
         if num_drafts:
-            draft_tokens, draft_scores = self.propose(num_drafts)
+            proposals = self.forwards.propose(self.steps_now, self.draft_width, self.longest(), choice)
         self.clock.mark("draft")
-        logits = self.target_logits(draft_tokens)
+        longest = self.longest() + self.host_offset
+        logits = self.forwards.verify(self.steps_now, self.target_width, longest, proposals, choice)
         self.clock.mark("verify")
-        accepted = self.advance(draft_tokens, draft_scores, logits)
+        accepted = self.advance(proposals, logits)
         is_typical &= compile_seconds == self.steps.compile_seconds
-        self.schedule.record(work, num_drafts, time.perf_counter() - start if is_typical else None, accepted)
+        self.schedule.record(work, choice, time.perf_counter() - start if is_typical else None, accepted)
         self.clock.end_round(is_prefill=self.is_first)
         self.is_first = False
 
@@ -160,70 +170,32 @@ class PardDecoder:
         """An upper bound of the tokens known of any row."""
         return max(self.host_lengths) + sum(num_drafts + 1 for *_, num_drafts in self.pending)
 
-    def propose(self, num_drafts: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Proposals `[B, num_drafts]` and the logits `[B, num_drafts, V]` they come from."""
-        num_visible, width = self.longest() + num_drafts - 1, self.draft_width
-        steps = self.steps_now
-        is_first_read = steps.is_fixed and not self.batch.draft.cache.has_memory
-        if is_first_read or width > (num_drafts + 1 if steps.is_fixed else PREFILL_CHUNK):
-            self.batch.read(self.batch.draft, width, self.longest())
-            width = 1
-        if steps.is_fixed:
-            # Entries written twice are the same twice, so one width serves every count that was accepted.
-            num_visible, width = self.batch.draft.cache.num_slots, num_drafts + 1
-        arguments = (self.batch.draft, self.batch.rows, width, num_drafts, num_visible, self.vocab_size)
-        tokens, scores = steps.run(draft_step, self.batch.shape(num_drafts), *arguments)
-        if not self.request.ratio_test:
-            return tokens, scores
-        scores = process_positions(self.request.logits_processor, scores.float())
-        drawn = torch.multinomial(scores.softmax(dim=-1).flatten(0, 1), 1)
-        return drawn.view_as(tokens), scores
-
-    def target_logits(self, draft_tokens: torch.Tensor) -> torch.Tensor:
-        """One target forward over what its cache lacks and the proposals; logits `[B, num_drafts + 1, V]`, float32."""
-        num_drafts = draft_tokens.shape[1]
-        num_visible = self.host_offset + self.longest() + num_drafts
-        if self.request.inputs_embeds is not None and self.target_width == 0:  # Nothing but embeddings is known yet.
-            logits = self.batch.target.forward(
-                self.positions, num_visible, 1, inputs_embeds=self.request.inputs_embeds
-            )
-            return logits.to(self.batch.rows.tokens.device, torch.float32)
-        width = self.target_width
-        if width > PREFILL_CHUNK:
-            self.batch.read(self.batch.target, width, self.longest() + self.host_offset)
-            width = 1
-        steps = self.steps_now
-        if steps.is_fixed:
-            num_visible = self.batch.target.cache.num_slots
-        arguments = (self.batch.target, self.batch.rows, draft_tokens, width, num_visible)
-        return steps.run(target_step, self.batch.shape(num_drafts), *arguments)
-
-    def advance(
-        self, draft_tokens: torch.Tensor, draft_scores: torch.Tensor | None, logits: torch.Tensor
-    ) -> list[int]:
+    def advance(self, proposals: Proposals, logits: torch.Tensor) -> list[int]:
         """Verify, append and finish rows; returns what unfinished rows accepted, where it is known already."""
         scores = process_positions(self.request.logits_processor, logits)
-        outcome = self.accept(draft_tokens, draft_scores, scores)
-        self.pending.append((*self.fetch(outcome), draft_tokens.shape[1]))
+        outcome, nodes = self.accept(proposals, scores)
+        self.pending.append((*self.fetch(outcome), proposals.num_depths))
         if self.recording is not None:  # Copies of what compiled parts return: the next round writes there.
             kept = (scores.clone(), logits.clone()) if self.steps.is_fixed else (scores, logits)
-            self.recording.add(*kept, self.batch.row_ids)
+            self.recording.add(on_path(kept[0], nodes), on_path(kept[1], nodes), self.batch.row_ids)
         accepted: list[int] = []
         while len(self.pending) > (0 if self.is_first else self.num_ahead):
             accepted = self.settle(*self.pending.popleft())
         return accepted
 
-    def accept(
-        self, draft_tokens: torch.Tensor, draft_scores: torch.Tensor | None, scores: torch.Tensor
-    ) -> torch.Tensor:
-        """Verify by the rule of the request and append; returns the outcome `[B, 2 + num_drafts + 1]`."""
+    def accept(self, proposals: Proposals, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Verify by the rule of the request and append; returns as [`accept_step`] does."""
         ends = self.request.eos_token_id
-        if self.request.ratio_test and draft_scores is not None:
-            return append_step(self.batch.rows, *verify_ratio_test(draft_tokens, draft_scores, scores), ends)
-        noise = self.noise.draw(scores.shape) if self.request.do_sample else None
-        shape = self.batch.shape(draft_tokens.shape[1])
+        if self.request.ratio_test and proposals.scores is not None:
+            verified = verify_ratio_test(proposals.tokens, proposals.scores, scores)
+            return append_step(self.batch.rows, *verified, ends), None
+        depths = proposals.num_depths + 1
+        noise = self.noise.draw(len(scores), depths, scores.shape[-1]) if self.request.do_sample else None
+        choice = Choice(proposals.num_depths, 0 if proposals.tree is None else proposals.tokens.shape[1])
+        shape = self.batch.shape(choice)
         key = (*shape, ("end tokens", 0 if ends is None else len(ends)), ("samples", noise is not None))
-        return self.steps_now.run(accept_step, key, self.batch.rows, draft_tokens, scores, ends, noise)
+        arguments = (self.batch.target, self.batch.rows, proposals, scores, ends, noise)
+        return self.steps_now.run(accept_step, key, *arguments)
 
     def fetch(self, outcome: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """Begin to bring an outcome to the host, and what tells that it is there."""
@@ -267,11 +239,6 @@ class PardDecoder:
         # What the draft has not read: accepted proposals too, for their entries were computed from masks.
         self.draft_width = max(grown) if num_drafts else self.draft_width + max(grown)
 
-    def make_room(self, num_drafts: int) -> None:
-        """Move to larger caches before a round would not fit."""
-        needed = self.longest() + num_drafts + 1
-        self.batch.make_room((needed, needed + self.host_offset))
-
     def compact(self) -> None:
         """Let finished rows leave, so that the last ones do not pay for everyone."""
         if self.smaller_size() is None:
@@ -296,7 +263,7 @@ class PardDecoder:
             return None
         size = 1 << (sum(self.active) - 1).bit_length()
         most = max(self.remaining(row) for row in range(len(self.batch)) if self.active[row])
-        shape = (("batch size", size), *self.batch.shape(self.schedule.most)[1:])
+        shape = (("batch size", size), *self.batch.shape(self.schedule.largest)[1:])
         pays = most >= WORTH_COMPILING or self.steps.is_ready(target_step, shape)
         return size if size < len(self.batch) and pays else None
 

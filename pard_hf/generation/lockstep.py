@@ -15,6 +15,8 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 from .decoding import PardDecoder
 from .processors import is_prefix_free
 from .request import DecodingRequest
+from .steps import Proposals, keep_step
+from .tree import Path, chain_as_tree, child_with
 
 # Criteria decided on the device, row by row; any other is called as plain `generate` calls it.
 KNOWN_CRITERIA = {EosTokenCriteria, MaxLengthCriteria}
@@ -57,27 +59,31 @@ class LockstepDecoder(PardDecoder):
     def may_run_ahead(self) -> bool:
         return False
 
-    def advance(
-        self, draft_tokens: torch.Tensor, draft_scores: torch.Tensor | None, logits: torch.Tensor
-    ) -> list[int]:
+    def advance(self, proposals: Proposals, logits: torch.Tensor) -> list[int]:
         emitted = torch.zeros_like(self.unfinished)
-        processed = []
-        for column in range(logits.shape[1]):
+        tree = chain_as_tree(proposals.tokens) if proposals.tree is None else proposals.tree
+        nodes, processed, raw, path = torch.zeros_like(self.unfinished), [], [], []
+        while True:
             # A copy: processors may write in place, and the raw logits are an output of their own.
-            tokens, scores = self.choose(logits[:, column].clone())
+            raw.append(logits[torch.arange(len(nodes), device=nodes.device), nodes])
+            tokens, scores = self.choose(raw[-1].clone())
             processed.append(scores)
             emitted += self.unfinished
-            drafted = draft_tokens[:, column] if column < draft_tokens.shape[1] else None
-            self.emit(tokens, scores, is_accepted=drafted is not None and torch.equal(tokens, drafted))
+            nodes, is_proposed = child_with(tree, nodes, tokens)
+            self.emit(tokens, scores, is_accepted=bool(is_proposed.all()))
             goes_on = (self.unfinished == 1) | (not self.pads_finished)
-            if drafted is None or not self.unfinished.any() or (goes_on & (tokens != drafted)).any():
+            if not self.unfinished.any() or (goes_on & ~is_proposed).any():
                 break
+            path.append(nodes)
         num_grown = len(processed)
+        if proposals.tree is not None and path:
+            accepted = torch.stack(path, dim=1)
+            keep_step(self.batch.target, self.batch.rows, Path(accepted, emitted))
         self.batch.rows.append(self.columns[:, -num_grown:], num_grown)
         if self.recording is not None:
-            self.recording.add(torch.stack(processed, dim=1), logits.clone(), self.batch.row_ids)
+            self.recording.add(torch.stack(processed, dim=1), torch.stack(raw, dim=1), self.batch.row_ids)
             self.recording.settle([num_grown] * len(self.batch))
-        self.account([num_grown] * len(self.batch), emitted.tolist(), draft_tokens.shape[1])
+        self.account([num_grown] * len(self.batch), emitted.tolist(), proposals.num_depths)
         self.active = (self.unfinished == 1).tolist()
         # The slowest row decides what a round of this batch is worth.
         return [num_grown - 1] if any(self.active) else []

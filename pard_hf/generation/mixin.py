@@ -5,9 +5,7 @@ Translates one `generate()` call into a `DecodingRequest`, and back. Only here a
 
 from __future__ import annotations
 
-import copy
 import logging
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -19,9 +17,10 @@ from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput,
 from ..draft_model import PardDraftModel
 from ..subclass import subclass_named_as
 from .attention import packed_attention
+from .call import VERIFICATIONS, settings_for, settings_of_call, with_draft_defaults
 from .candidate_generator import PardCandidateGenerator
 from .checks import check_mode, check_pair, check_prompt, full_attention_mask, why_no_draft, why_not_slots
-from .compilation import schedule_for, steps_for
+from .compilation import schedule_for, steps_for, warn_once
 from .decoding import PardDecoder
 from .lockstep import KNOWN_CRITERIA, decoder_for
 from .output import PardGenerateOutput
@@ -29,10 +28,6 @@ from .request import DecodingRequest
 from .stats import DecodingStats
 
 logger = logging.getLogger(__name__)
-
-VERIFICATIONS = ("sample_and_match", "ratio_test")
-# `generate()` hands its decoding method only arguments it knows, so this one travels beside it.
-verification_of_call: ContextVar[str] = ContextVar("verification_of_call", default=VERIFICATIONS[0])
 
 
 class PardGenerationMixin(GenerationMixin):
@@ -55,6 +50,7 @@ class PardGenerationMixin(GenerationMixin):
         assistant_model: Any = None,
         *args: Any,
         verification: str = VERIFICATIONS[0],
+        assistant_tree_size: int | None = None,
         **kwargs: Any,
     ) -> Any:
         """Generate as the host's `generate` does, faster when `assistant_model` is a [`PardDraftModel`].
@@ -67,6 +63,9 @@ class PardGenerationMixin(GenerationMixin):
             verification (`str`, *optional*, defaults to `"sample_and_match"`):
                 How sampled tokens are verified: `"sample_and_match"` (the tokens of plain `generate` under the same
                 seed) or `"ratio_test"` (speculative sampling; the same distribution).
+            assistant_tree_size (`int`, *optional*):
+                N, nodes of the tree that the target verifies in a round; 0 for a chain of K proposals. Defaults to the
+                `assistant_tree_size` of the generation config, then of the draft's, then to 0.
 
         Returns:
             As the host's `generate`; with `return_dict_in_generate=True` a [`PardGenerateOutput`], which has `.stats`.
@@ -74,18 +73,10 @@ class PardGenerationMixin(GenerationMixin):
         Raises:
             ValueError: The call or the pair of models cannot be served; nothing was changed.
         """
-        if verification not in VERIFICATIONS:
-            raise ValueError(f"Expected `verification` to be one of {VERIFICATIONS}, got {verification!r}.")
+        settings = settings_for(verification, assistant_tree_size, generation_config, assistant_model)
         if isinstance(assistant_model, PardDraftModel):
-            # The host would fill in its own default for K, 20; the draft knows better.
-            if kwargs.get("num_assistant_tokens") is None:
-                kwargs.pop("num_assistant_tokens", None)
-                if generation_config is None:
-                    kwargs["num_assistant_tokens"] = assistant_model.num_assistant_tokens
-                elif generation_config.num_assistant_tokens is None:
-                    generation_config = copy.deepcopy(generation_config)
-                    generation_config.num_assistant_tokens = assistant_model.num_assistant_tokens
-        reset = verification_of_call.set(verification)
+            generation_config = with_draft_defaults(assistant_model, generation_config, kwargs)
+        reset = settings_of_call.set(settings)
         try:
             return super().generate(
                 inputs,
@@ -99,7 +90,7 @@ class PardGenerationMixin(GenerationMixin):
                 **kwargs,
             )
         finally:
-            verification_of_call.reset(reset)
+            settings_of_call.reset(reset)
 
     def _validate_generation_mode(
         self, generation_mode: Any, generation_config: GenerationConfig, generation_mode_kwargs: dict[str, Any]
@@ -163,7 +154,7 @@ class PardGenerationMixin(GenerationMixin):
         if no_draft is None and no_slots is None:
             request = self._request(input_ids, mask, max_length, **prepared, model_kwargs=model_kwargs)
             with packed_attention(self, draft), steps_for(self, draft, generation_config) as steps:
-                schedule = schedule_for(self, draft, generation_config, steps)
+                schedule = schedule_for(self, draft, generation_config, steps, request.tree_size)
                 decoder = decoder_for(request)(self, draft, request, steps, schedule)
                 decoder.run()
                 return self._collect(decoder, generation_config, model_kwargs)
@@ -178,6 +169,8 @@ class PardGenerationMixin(GenerationMixin):
         )
         if stock_is_exact:
             logger.info("%s; using the stock assisted loop.", no_slots)
+            if settings_of_call.get().tree_size:
+                warn_once(f"{no_slots}: a chain is drafted instead of a tree.")
             return self._stock_loop(input_ids, draft, prepared, model_kwargs)
         logger.warning("%s; generating without the draft: the same output, only slower.", no_draft or no_slots)
         return with_stats(self._sample(input_ids, **prepared, **model_kwargs), DecodingStats())
@@ -206,7 +199,8 @@ class PardGenerationMixin(GenerationMixin):
             inputs_embeds=model_kwargs.get("inputs_embeds"),
             past_key_values=model_kwargs.get("past_key_values"),
             do_sample=generation_config.do_sample,
-            ratio_test=generation_config.do_sample and verification_of_call.get() == "ratio_test",
+            ratio_test=generation_config.do_sample and settings_of_call.get().verification == "ratio_test",
+            tree_size=settings_of_call.get().tree_size,
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
             streamer=streamer,

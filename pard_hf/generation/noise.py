@@ -27,7 +27,7 @@ class Noise:
         # Each position with the generator's state before it was drawn.
         self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def draw(self, shape: torch.Size) -> torch.Tensor:
+    def draw(self, *shape: int) -> torch.Tensor:
         """Noise of `shape` `[B, num_positions, V]`."""
         if not self.is_ordered:  # Also once all rows but one have left: rounds may be ahead of the host.
             return torch.empty(shape, device=self.device).exponential_()

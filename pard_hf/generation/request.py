@@ -20,6 +20,8 @@ class DecodingRequest:
             1 for text, 0 for padding. Longer than the prompt where the prompt goes on after `past_key_values`.
         num_assistant_tokens (`int`):
             K, draft tokens a round, at most.
+        tree_size (`int`, *optional*, defaults to 0):
+            N, nodes of a round's tree, at most; 0 for a chain.
         max_length (`int`):
             Columns of the longest output, prompt included.
         returns_cache (`bool`, *optional*, defaults to `False`):
@@ -42,3 +44,4 @@ class DecodingRequest:
     output_scores: bool = False
     output_logits: bool = False
     returns_cache: bool = False
+    tree_size: int = 0

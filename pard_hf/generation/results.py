@@ -23,6 +23,14 @@ def sequences_of(rows: Rows, request: DecodingRequest) -> torch.Tensor:
     return torch.cat([request.input_ids, new], dim=1)
 
 
+def on_path(values: torch.Tensor, nodes: torch.Tensor | None) -> torch.Tensor:
+    """Of values `[B, N + 1, V]` at a tree's nodes, those at the root and on the accepted path, `[B, K + 1, V]`."""
+    if nodes is None:
+        return values
+    rows = torch.nn.functional.pad(nodes, (1, 0)).unsqueeze(2)
+    return values.gather(1, rows.expand(-1, -1, values.shape[2]))
+
+
 class Recording:
     """The scores and raw logits of every round, for callers who ask for them."""
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..draft_model import num_positions
+from ..positions import num_positions
 from .cache import SlotCache
 
 
@@ -21,24 +21,47 @@ class Role:
         self.is_eager_attention = model.config._attn_implementation == "eager"
 
     def forward(
-        self, positions: torch.Tensor, num_visible: int, num_logits: int, **inputs: torch.Tensor
+        self,
+        positions: torch.Tensor,
+        num_visible: int,
+        num_logits: int,
+        on_path: torch.Tensor | None = None,
+        **inputs: torch.Tensor,
     ) -> torch.Tensor:
-        """Run `input_ids` or `inputs_embeds` at `positions` `[B, q]`; returns the last `num_logits` rows of logits."""
+        """Run `input_ids` or `inputs_embeds` at `positions` `[B, q]`; returns the last `num_logits` rows of logits.
+
+        With `on_path` the last columns are nodes of a tree; see [`SlotCache.place`].
+        """
+        arguments = self.arguments(positions, num_visible, on_path, inputs)
+        logits = self.model(**arguments, logits_to_keep=num_logits).logits
+        self.cache.slots.flat_rows = None  # Compiled code would keep it as a result.
+        return logits[:, -num_logits:]
+
+    def places(
+        self, positions: torch.Tensor, num_visible: int, num_places: int, input_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Of a draft: logits of the last `num_places` rows, and their hidden states where a head asks for them."""
+        model: Any = self.model
+        found = model.places(num_places, **self.arguments(positions, num_visible, None, {"input_ids": input_ids}))
+        self.cache.slots.flat_rows = None
+        return found
+
+    def arguments(
+        self, positions: torch.Tensor, num_visible: int, on_path: torch.Tensor | None, inputs: dict[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        """What a forward over the cache takes."""
         positions = positions.to(self.model.device)
-        mask = self.cache.place(positions, num_visible)
+        mask = self.cache.place(positions, num_visible, on_path)
         if self.is_eager_attention:
             mask = as_additive(mask, self.model.dtype)
-        output = self.model(
+        return {
             **{name: tensor.to(self.model.device) for name, tensor in inputs.items()},
-            attention_mask=mask,
+            "attention_mask": mask,
             # Slots past the end of a row are written but never accepted; a learned position table ends before them.
-            position_ids=positions.clamp(min=0, max=self.last_position),
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=num_logits,
-        )
-        self.cache.slots.flat_rows = None  # Compiled code would keep it as a result.
-        return output.logits[:, -num_logits:]
+            "position_ids": positions.clamp(min=0, max=self.last_position),
+            "past_key_values": self.cache,
+            "use_cache": True,
+        }
 
 
 def as_additive(mask: Any, dtype: torch.dtype) -> Any:

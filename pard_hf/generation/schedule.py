@@ -1,15 +1,20 @@
-"""How many tokens to propose in a round.
+"""How many tokens to propose in a round, and whether as a chain or as a tree.
 
-Knows counts and seconds; knows nothing of models and tensors. `adaptive` weighs what a round of K proposals has cost
-on this machine at this batch size against how many of them have been accepted lately; K = 0 is plain decoding.
+Knows counts and seconds; knows nothing of models and tensors. `adaptive` weighs what a round of so many proposals has
+cost on this machine at this batch size against how many of them have been accepted lately; K = 0 is plain decoding.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Hashable
+from math import log
+from typing import NamedTuple
 
 COUNTS = (0, 2, 4, 8, 12, 16)
+TREE_SIZES = (0, 4, 8, 16, 32, 64)
+# Trees are for many rows; with few, depths below this one are a chain's.
+SHALLOWEST_TREE = 4
 SCHEDULES = ("constant", "adaptive")
 # A cost is believed after this many rounds, the first of which is thrown away: it pays for new shapes.
 NUM_TRIALS = 3
@@ -34,113 +39,163 @@ def check_schedule(name: str, num_assistant_tokens: int) -> None:
         )
 
 
+class Choice(NamedTuple):
+    """What a round proposes: K tokens one behind the other, or a tree of N nodes up to K deep."""
+
+    num_drafts: int
+    tree_size: int = 0
+
+    @property
+    def num_proposals(self) -> int:
+        """Rows that the target verifies beside the last known token."""
+        return self.tree_size or self.num_drafts
+
+    def at_most(self, num_drafts: int) -> Choice:
+        """The same with paths no longer than that."""
+        return Choice(min(self.num_drafts, num_drafts), self.tree_size if num_drafts > 0 else 0)
+
+
 class ConstantSchedule:
-    """The same K every round."""
+    """The same choice every round.
+
+    Args:
+        num_assistant_tokens (`int`) and tree_size (`int`, *optional*, defaults to 0):
+            K and N.
+    """
 
     is_adaptive = False
 
-    def __init__(self, num_assistant_tokens: int):
-        self.most = num_assistant_tokens
+    def __init__(self, num_assistant_tokens: int, tree_size: int = 0):
+        self.largest = Choice(num_assistant_tokens, tree_size)
 
-    def choose(self, work: Hashable) -> int:
-        """K for the next round; rounds of equal `work` cost about the same."""
-        return self.most
+    def choose(self, work: Hashable) -> Choice:
+        """What the next round proposes; rounds of equal `work` cost about the same."""
+        return self.largest
 
-    def record(self, work: Hashable, num_drafts: int, seconds: float | None, num_accepted: list[int]) -> None:
+    def record(self, work: Hashable, choice: Choice, seconds: float | None, num_accepted: list[int]) -> None:
         """Learn from a round: its wall time (`None` = not typical) and what unfinished rows accepted."""
 
 
 class RoundCosts:
-    """What is known of a pair from call to call: seconds of rounds, and acceptance by position."""
+    """What is known of a pair from call to call: seconds of rounds, and acceptance by tree size and depth."""
 
     def __init__(self) -> None:
-        self.seconds: dict[tuple[Hashable, int], deque[float]] = {}
-        self.num_trials: dict[tuple[Hashable, int], int] = {}
-        self.last_tried: dict[tuple[Hashable, int], int] = {}
+        self.seconds: dict[tuple[Hashable, Choice], deque[float]] = {}
+        self.num_trials: dict[tuple[Hashable, Choice], int] = {}
+        self.last_tried: dict[tuple[Hashable, Choice], int] = {}
         self.num_rounds = 0
-        self.tried = [0.0] * COUNTS[-1]
-        self.passed = [0.0] * COUNTS[-1]
+        # Of each tree size (0 = chain): rounds that got as far as a depth, and those that got past it.
+        self.tried: dict[int, list[float]] = {}
+        self.passed: dict[int, list[float]] = {}
 
-    def add_seconds(self, work: Hashable, num_drafts: int, seconds: float) -> None:
-        key = work, num_drafts
+    def add_seconds(self, work: Hashable, choice: Choice, seconds: float) -> None:
+        key = work, choice
         self.num_trials[key] = self.num_trials.get(key, 0) + 1
         self.num_rounds += 1
         self.last_tried[key] = self.num_rounds
         if self.num_trials[key] > 1:
             self.seconds.setdefault(key, deque(maxlen=9)).append(seconds)
 
-    def is_known(self, work: Hashable, num_drafts: int) -> bool:
-        return self.num_trials.get((work, num_drafts), 0) >= NUM_TRIALS
+    def is_known(self, work: Hashable, choice: Choice) -> bool:
+        return self.num_trials.get((work, choice), 0) >= NUM_TRIALS
 
-    def cost(self, work: Hashable, num_drafts: int) -> float | None:
+    def cost(self, work: Hashable, choice: Choice) -> float | None:
         """Seconds of a round: the least of late, for what else runs on the machine only adds to it.
 
-        Between and beyond what was measured, on a line; `None` before there is one.
+        Between and beyond what was measured, on a line over the rows that are verified; `None` before there is one.
         """
         # A copy: another thread may add to it.
-        known = {k: min(past) for (w, k), past in list(self.seconds.items()) if w == work}
-        if num_drafts in known:
-            return known[num_drafts]
-        if len(known) < 2:
+        known = {known: min(past) for (w, known), past in list(self.seconds.items()) if w == work}
+        if choice in known:
+            return known[choice]
+        by_rows: dict[int, float] = {}
+        for other, seconds in known.items():
+            by_rows[other.num_proposals] = min(seconds, by_rows.get(other.num_proposals, seconds))
+        num_rows = choice.num_proposals
+        if num_rows in by_rows:
+            return by_rows[num_rows]
+        if len(by_rows) < 2:
             return None
-        first, second = sorted(sorted(known, key=lambda k: abs(k - num_drafts))[:2])
-        slope = max((known[second] - known[first]) / (second - first), 0.0)
-        return known[first] + slope * (num_drafts - first)
+        first, second = sorted(sorted(by_rows, key=lambda rows: abs(rows - num_rows))[:2])
+        slope = max((by_rows[second] - by_rows[first]) / (second - first), 0.0)
+        return by_rows[first] + slope * (num_rows - first)
 
-    def add_accepted(self, num_drafts: int, num_accepted: int) -> None:
-        for position in range(num_drafts):
-            self.tried[position] *= MEMORY
-            self.passed[position] *= MEMORY
-            if num_accepted >= position:
-                self.tried[position] += 1
-                self.passed[position] += num_accepted > position
+    def add_accepted(self, choice: Choice, num_accepted: int) -> None:
+        tried = self.tried.setdefault(choice.tree_size, [0.0] * COUNTS[-1])
+        passed = self.passed.setdefault(choice.tree_size, [0.0] * COUNTS[-1])
+        for depth in range(min(choice.num_drafts, COUNTS[-1])):
+            tried[depth] *= MEMORY
+            passed[depth] *= MEMORY
+            if num_accepted >= depth:
+                tried[depth] += 1
+                passed[depth] += num_accepted > depth
 
-    def tokens(self, num_drafts: int) -> float:
-        """Expected tokens of a round, bonus token included."""
+    def shares(self, tree_size: int) -> list[float]:
+        """Of a tree size that was tried, the share of rounds reaching each depth that get past it."""
+        shares, share = [], 0.7
+        for tried, passed in zip(self.tried[tree_size], self.passed[tree_size], strict=True):
+            share = (passed + PRIOR * share) / (tried + PRIOR)
+            shares.append(share)
+        return shares
+
+    def tokens(self, choice: Choice) -> float:
+        """Expected tokens of a round, bonus token included; of other tree sizes, between the nearest that were tried.
+
+        What one more doubling of a tree adds falls slowly, so tree sizes count by their logarithm.
+        """
+        sizes = sorted(self.tried) or [0]
+        if not self.tried:
+            self.add_accepted(Choice(0), 0)
+        below = max((size for size in sizes if size <= choice.tree_size), default=sizes[0])
+        above = min((size for size in sizes if size >= choice.tree_size), default=sizes[-1])
+        weight = 0.0
+        if above > below:
+            weight = log((1 + choice.tree_size) / (1 + below)) / log((1 + above) / (1 + below))
         total = reached = 1.0
-        share = 0.7
-        for position in range(num_drafts):
-            share = (self.passed[position] + PRIOR * share) / (self.tried[position] + PRIOR)
-            reached *= share
+        for low, high in list(zip(self.shares(below), self.shares(above), strict=True))[: choice.num_drafts]:
+            reached *= low + weight * (high - low)
             total += reached
         return total
 
 
 class AdaptiveSchedule(ConstantSchedule):
-    """The K that has promised most tokens a second, among the counts up to `num_assistant_tokens`.
+    """The K and the tree that have promised most tokens a second, up to `num_assistant_tokens` and `tree_size`.
 
-    Costs are wall times of this run, so which K is chosen, and with it the noise that a sampled batch draws, can
-    differ from run to run; a greedy text, or a single sampled one, cannot.
+    Costs are wall times of this run, so what is chosen, and with it the noise that a sampled batch draws, can differ
+    from run to run; a greedy text, or a single sampled one, cannot.
     """
 
     is_adaptive = True
 
-    def __init__(self, num_assistant_tokens: int, costs: RoundCosts):
-        super().__init__(num_assistant_tokens)
-        self.counts = [count for count in COUNTS if count <= num_assistant_tokens]
+    def __init__(self, num_assistant_tokens: int, costs: RoundCosts, tree_size: int = 0):
+        super().__init__(num_assistant_tokens, tree_size)
         self.costs = costs
+        chains = [Choice(count) for count in COUNTS if count <= num_assistant_tokens]
+        deep = [chain.num_drafts for chain in chains if chain.num_drafts >= SHALLOWEST_TREE]
+        sizes = [size for size in TREE_SIZES[1:] if size < tree_size] + ([tree_size] if tree_size else [])
+        self.choices = chains + [Choice(depth, size) for size in sizes for depth in deep or [num_assistant_tokens]]
 
-    def rate(self, work: Hashable, num_drafts: int) -> float:
-        cost = self.costs.cost(work, num_drafts)
-        return self.costs.tokens(num_drafts) / cost if cost else 0.0
+    def rate(self, work: Hashable, choice: Choice) -> float:
+        cost = self.costs.cost(work, choice)
+        return self.costs.tokens(choice) / cost if cost else 0.0
 
-    def choose(self, work: Hashable) -> int:
-        # The two ends first: everything between them can then be told from a line.
-        for count in (self.most, 0):
-            if not self.costs.is_known(work, count):
-                return count
-        rates = {count: self.rate(work, count) for count in self.counts}
-        best = max(rates, key=lambda count: rates[count])
+    def choose(self, work: Hashable) -> Choice:
+        # The ends first: everything between them can then be told from a line.
+        for choice in (self.largest, Choice(self.largest.num_drafts), Choice(0)):
+            if not self.costs.is_known(work, choice):
+                return choice
+        rates = {choice: self.rate(work, choice) for choice in self.choices}
+        best = max(rates, key=lambda choice: rates[choice])
         num_looks, rest = divmod(self.costs.num_rounds, LOOK_EVERY)
         if rest == LOOK_EVERY - 1:
             least = LOOK_SHARE * rates[best] if num_looks % 4 else 0.0
-            others = [count for count in self.counts if count != best and rates[count] >= least]
+            others = [choice for choice in self.choices if choice != best and rates[choice] >= least]
             if others:
-                return min(others, key=lambda count: self.costs.last_tried.get((work, count), 0))
+                return min(others, key=lambda choice: self.costs.last_tried.get((work, choice), 0))
         return best
 
-    def record(self, work: Hashable, num_drafts: int, seconds: float | None, num_accepted: list[int]) -> None:
+    def record(self, work: Hashable, choice: Choice, seconds: float | None, num_accepted: list[int]) -> None:
         if seconds is not None:
-            self.costs.add_seconds(work, num_drafts, seconds)
+            self.costs.add_seconds(work, choice, seconds)
         for count in num_accepted:
-            self.costs.add_accepted(num_drafts, count)
+            self.costs.add_accepted(choice, count)

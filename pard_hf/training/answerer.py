@@ -19,10 +19,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..conditions import shown_model
-from ..draft_model import PardDraftModel, num_positions
+from ..draft_model import PardDraftModel
 from ..generation.mixin import with_pard
 from ..generation.stats import DecodingStats
 from ..pair import bundled_pair
+from ..positions import num_positions
 from .chat import encode_prompt, next_prompt
 from .conversations import Conversation, Message
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from ..draft_model import num_positions
+from ..positions import num_positions
 from .chat import has_marks
 
 PROBE = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]

@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 CHUNK_SIZE = 2**25
 
 Head = Callable[[torch.Tensor], torch.Tensor]
+# From hidden states of some rows, and which rows they are, to what is added to their logits.
+Correction = Callable[[torch.Tensor, slice], torch.Tensor]
 
 
 class Losses(NamedTuple):
@@ -96,6 +98,7 @@ def row_losses(
     target_hidden: torch.Tensor | None = None,
     target_places: torch.Tensor | None = None,
     temperature: float = 1.0,
+    correction: Correction | None = None,
 ) -> Losses:
     """Losses of all rows, a chunk at a time.
 
@@ -116,12 +119,16 @@ def row_losses(
         target_places (`torch.LongTensor` of shape `(num_rows,)`), all *optional*:
             The target's head and last hidden states, and which of them speaks of each row: depths of one text share
             them. Without them the divergence is 0.
+        correction (`Callable`, *optional*):
+            Added to the draft's logits, chunk by chunk.
     """
     if weights is None:
         weights = torch.ones(len(labels), device=hidden.device)
 
     def losses_of(rows: slice, part: torch.Tensor) -> Losses:
         logits = head(part).float()
+        if correction is not None:
+            logits = logits + correction(part, rows).float()
         cross_entropy = torch.nn.functional.cross_entropy(logits, labels[rows], reduction="none")
         kl = torch.zeros_like(cross_entropy)
         if target_head is not None and target_hidden is not None and target_places is not None:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .losses import Head, confidence_weights, gold_logprobs, row_losses
+from ..language_model_head import head_of
+from .losses import Correction, confidence_weights, gold_logprobs, row_losses
 from .row_attention import row_mask, text_mask
 
 OBJECTIVES = ("ce", "kd", "cat")
@@ -80,7 +81,7 @@ class Objective:
         sizes = [model.config.get_text_config().vocab_size for model in (draft, self.target) if model is not None]
         losses = row_losses(
             head_of(draft), hidden[is_label], batch["labels"][is_label], max(sizes), temperature=self.temperature,
-            **teacher,
+            correction=correction_of(draft, batch, is_label), **teacher,
         )  # fmt: skip
         total = self.weights[0] * losses.cross_entropy + self.weights[1] * losses.divergence
         return total / (is_label.sum().clamp(min=1) if num_items is None else num_items)
@@ -126,33 +127,13 @@ class Objective:
         return hidden, ids
 
 
-def head_of(model: PreTrainedModel) -> Head:
-    """From last hidden states to logits, as the model's own forward does it: its head, then what some families add.
-
-    Gemma caps logits, Cohere multiplies and Granite divides them; `check_head` finds the family that does otherwise.
-    """
-    config, head = model.config.get_text_config(), model.get_output_embeddings()
-    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-    cap = getattr(config, "final_logit_softcapping", None)
-
-    def logits_of(hidden: torch.Tensor) -> torch.Tensor:
-        logits = head(hidden) if scale == 1.0 else head(hidden) * scale
-        return logits if cap is None else cap * torch.tanh(logits / cap)
-
-    return logits_of
-
-
-@torch.no_grad()
-def check_head(model: PreTrainedModel) -> None:
-    """Raise a `ValueError` where a model's logits are something else than its head's output as `head_of` knows it."""
-    was_training = model.training
-    ids = torch.tensor([[1, 2]], device=model.device)
-    expected = model.eval()(input_ids=ids, use_cache=False).logits.float()
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    got = head_of(model)(hidden).float()
-    model.train(was_training)
-    if not torch.allclose(got, expected, atol=1e-2, rtol=1e-2):
-        raise ValueError(
-            f"Expected the logits of `{type(model).__name__}` to be its head's output, got others (largest difference "
-            f"{(got - expected).abs().max():.3g}): the loss in chunks does not know this family. Train another base."
-        )
+def correction_of(draft: Any, batch: dict[str, Any], is_label: torch.Tensor) -> Correction | None:
+    """What the draft's correction head adds to labelled rows, given the gold token before the one each predicts."""
+    head = getattr(draft, "correction_head", None)
+    if head is None:
+        return None
+    places = (batch["anchors"] + batch["depths"]).clamp(min=0, max=is_label.shape[1] - 1)
+    previous = batch["input_ids"].gather(1, places)[is_label]  # Real tokens stand first, in order.
+    # At depth 0 the draft has read the token before.
+    is_corrected = (batch["depths"] > 0)[is_label].unsqueeze(1)
+    return lambda hidden, rows: head(hidden, previous[rows]) * is_corrected[rows]

@@ -14,11 +14,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, EarlyS
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..conditions import conditions_of, shown_model
-from ..draft_model import PardDraftModel, num_positions
+from ..draft_model import DEFAULT_NUM_ASSISTANT_TOKENS, PardDraftModel
 from ..pair import named_dtype
+from ..parts import CORRECTION_HEAD, load_parts
+from ..positions import num_positions
 from .checks import check_base, check_lengths, check_same_tokenizer, check_template
 from .data import read_rows, tokenize_rows
 from .data_collator import DataCollatorForPard
+from .head import check_mode as check_head_mode
+from .head import is_adapted
 from .mask_token import check_mask_token, choose_mask_token
 from .objective import Objective
 from .packing import pack_rows
@@ -123,7 +127,7 @@ def train_draft(
     base = load(spec.base, spec.dtype, attn_implementation=spec.attention)
     target = load(spec.target, spec.dtype) if spec.target and (make_evaluator or args.objective != "ce") else None
     trainer = PardTrainer(
-        PardDraftModel.from_causal_lm(base, mask_token_id),
+        draft_of(spec, base, mask_token_id, args),
         args,
         target=target,
         evaluator=make_evaluator(target) if make_evaluator else None,
@@ -134,6 +138,15 @@ def train_draft(
     if spec.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(spec.early_stopping_patience))
     return run(spec, trainer, provenance)
+
+
+def draft_of(spec: TrainingSpec, base: Any, mask_token_id: int, args: PardTrainingArguments) -> PardDraftModel:
+    """The base model as a draft; one that is a draft already keeps its K, and the head that is to be trained on."""
+    num_drafts = base.generation_config.num_assistant_tokens if is_adapted(base.config) else None
+    draft = PardDraftModel.from_causal_lm(base, mask_token_id, num_drafts or DEFAULT_NUM_ASSISTANT_TOKENS)
+    if args.correction_head is not None and is_adapted(base.config):
+        load_parts(draft, spec.base, (CORRECTION_HEAD,))
+    return draft
 
 
 def training_arguments(spec: TrainingSpec, is_evaluated: bool, arguments: dict[str, Any]) -> PardTrainingArguments:
@@ -172,7 +185,16 @@ def check_before_loading(spec: TrainingSpec, tokenizer: Any, args: PardTrainingA
         args.distillation_temperature,
         target=spec.target,  # Its name will do.
     )
+    check_head_mode(args.correction_head)
+    config = AutoConfig.from_pretrained(spec.base)
+    if args.correction_head == "frozen" and not is_adapted(config):
+        raise ValueError(
+            f"Expected a draft as the base of a frozen correction head, got `{spec.base}`, whose config has no "
+            "`pard_token`. Adapt it first, or train both with `--correction-head joint`."
+        )
     DataCollatorForPard(0, args.num_draft_tokens, args.retention_rate, args.min_retention_rate)
+    if spec.mask_token_id is None and is_adapted(config):
+        return config.pard_token
     if spec.mask_token_id is None:
         mask_token_id, why = choose_mask_token(tokenizer, vocab_size)
         logger.warning("Mask token %d: %s.", mask_token_id, why)
@@ -208,7 +230,8 @@ def provenance_of(spec: TrainingSpec, trainer: PardTrainer, counts: dict[str, in
             name: getattr(args, name)
             for name in (
                 "num_draft_tokens", "retention_rate", "min_retention_rate", "objective", "cross_entropy_weight",
-                "divergence_weight", "distillation_temperature", "learning_rate", "lr_scheduler_type", "max_steps",
+                "divergence_weight", "distillation_temperature", "correction_head", "correction_head_rank",
+                "correction_head_learning_rate", "learning_rate", "lr_scheduler_type", "max_steps",
                 "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "seed",
             )
         },

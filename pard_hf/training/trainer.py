@@ -13,15 +13,20 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
+from ..correction_head import DEFAULT_RANK
 from ..draft_model import PardDraftModel
 from ..generation.stats import DecodingStats
 from ..hub.checkpoint import mend_checkpoint
+from ..language_model_head import check_head
+from ..parts import CORRECTION_HEAD
 from .data_collator import DataCollatorForPard
-from .objective import Objective, check_head
+from .head import give_own_rate, prepare_head
+from .objective import Objective
 from .progress import MetricsFile, TrainingClock
 from .row_attention import check_attention
 from .sharding import whole_draft
@@ -50,6 +55,13 @@ class PardTrainingArguments(TrainingArguments):
     cross_entropy_weight: float | None = field(default=None, metadata={"help": "Defaults to 1 for ce, else 0.1."})
     divergence_weight: float | None = field(default=None, metadata={"help": "Defaults to 0 for ce, else 1."})
     distillation_temperature: float = field(default=1.0, metadata={"help": "Of both distributions in kd and cat."})
+    correction_head: str | None = field(
+        default=None, metadata={"help": "Train a correction head: frozen (the draft stays as it is) or joint."}
+    )
+    correction_head_rank: int = field(default=DEFAULT_RANK, metadata={"help": "Width of the correction head."})
+    correction_head_learning_rate: float = field(
+        default=3e-3, metadata={"help": "Of the correction head, which begins from nothing."}
+    )
     # The collator reads columns that no model's forward names.
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Keep False: rows are built from all columns."}
@@ -119,6 +131,7 @@ class PardTrainer(Trainer):
             )
         if args.eval_strategy != "no" and evaluator is None:
             raise ValueError("Expected an `evaluator` with an `eval_strategy`, got none. Pass one, or take 'no'.")
+        prepare_head(model, args.correction_head, args.correction_head_rank)
         self.objective = Objective(
             args.objective, args.cross_entropy_weight, args.divergence_weight, args.distillation_temperature, target
         )
@@ -177,6 +190,13 @@ class PardTrainer(Trainer):
             f"in `{file}`. Lower the learning rate, or look at these rows; checkpoints before this step are whole."
         )
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new and self.args.correction_head is not None:
+            give_own_rate(optimizer, self.model.correction_head, self.args.correction_head_learning_rate)
+        return optimizer
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         super().log({**logs, **self.clock.figures()}, *args, **kwargs)
 
@@ -221,9 +241,20 @@ class PardTrainer(Trainer):
             history = [e for e in self.state.log_history if "eval_acceptance_length" in e and e["step"] <= step]
             self.provenance(folder, step, (history or [{}])[-1])
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.load_head(resume_from_checkpoint)
+
     def _load_best_model(self) -> None:
         super()._load_best_model()
+        self.load_head(self.state.best_model_checkpoint)
         self.loaded_step = self.state.best_global_step
+
+    def load_head(self, folder: str) -> None:
+        """Bring the correction head back, in place: it lies beside a checkpoint's weights."""
+        if self.args.correction_head is not None:
+            draft = self.accelerator.unwrap_model(self.model)
+            draft.correction_head.load_state_dict(load_file(f"{folder}/{CORRECTION_HEAD}.safetensors"))
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ..draft_model import num_positions
 from ..evaluation.prompts import encode_prompt
 from ..pair import Pair
+from ..positions import num_positions
 
 MOST_DRAFT_TOKENS = 16
 MOST_NEW_TOKENS = 1024

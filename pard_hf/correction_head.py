@@ -1,0 +1,119 @@
+"""A small sequential head on the parallel draft: what stands at a place may depend on the token chosen before it.
+
+The K predictions of one parallel forward are marginals, none of which knows what the others chose. This head adds to
+the logits at depth k >= 1 a correction `W (E[x] * sigmoid(G h))`, with x the token chosen before (on a tree: the
+parent), h the draft's last hidden state at that place and a rank of 64 to 256: K products so small that they cost
+little beside the draft's one forward. Related: Domino (https://huggingface.co/papers/2605.29707), DSpark
+(https://huggingface.co/papers/2607.05147). Knows tensors; knows nothing of decoding and of files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+DEFAULT_RANK, DEFAULT_NUM_CANDIDATES = 128, 64
+
+
+class CorrectionHead(nn.Module):
+    """The correction, as weights; one that was not trained yet corrects nothing.
+
+    Args:
+        vocab_size (`int`) and hidden_size (`int`):
+            Of the draft.
+        rank (`int`, *optional*, defaults to 128):
+            Width of the head.
+        num_candidates (`int`, *optional*, defaults to 64):
+            How many of a place's most likely tokens are corrected while drafting; training corrects all of them.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        rank: int = DEFAULT_RANK,
+        num_candidates: int = DEFAULT_NUM_CANDIDATES,
+    ):
+        super().__init__()
+        for name, value in (("rank", rank), ("num_candidates", num_candidates)):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"Expected `{name}` of a correction head to be an integer above 0, got {value!r}.")
+        self.vocab_size, self.hidden_size, self.rank = vocab_size, hidden_size, rank
+        self.num_candidates = min(num_candidates, vocab_size)
+        self.previous = nn.Embedding(vocab_size, rank)
+        self.gate = nn.Linear(hidden_size, rank)
+        self.output = nn.Linear(rank, vocab_size, bias=False)
+        nn.init.zeros_(self.output.weight)
+
+    def forward(self, hidden: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+        """What is added to the logits of whole rows, as training does it.
+
+        Args:
+            hidden (`torch.FloatTensor` of shape `(num_rows, hidden_size)`):
+                The draft's last hidden states.
+            previous (`torch.LongTensor` of shape `(num_rows,)`):
+                The token before the one that each row predicts.
+
+        Returns:
+            `torch.FloatTensor` of shape `(num_rows, vocab_size)`.
+        """
+        return self.output(self.previous(previous) * self.gate(hidden).sigmoid())
+
+
+class CorrectedPlaces:
+    """The places of one round, with what is needed to correct each once the token before it is known.
+
+    Args:
+        head ([`CorrectionHead`]):
+            The head.
+        hidden (`torch.FloatTensor` of shape `(batch_size, K, hidden_size)`):
+            The draft's last hidden states.
+        scores (`torch.FloatTensor` of shape `(batch_size, K, vocab_size)`):
+            Its logits.
+    """
+
+    def __init__(self, head: CorrectionHead, hidden: torch.Tensor, scores: torch.Tensor):
+        self.head, self.scores = head, scores.float()
+        self.gates = head.gate(hidden).sigmoid()
+        self.best, self.candidates = self.scores.topk(min(head.num_candidates, scores.shape[-1]), dim=-1)
+        # A target may have more rows than the draft; nobody proposes them, and no row of the head is theirs.
+        self.columns = self.candidates.clamp(max=head.vocab_size - 1)
+        # What all other tokens weigh together, uncorrected.
+        self.rest = self.scores.scatter(-1, self.candidates, -torch.inf).logsumexp(dim=-1)
+
+    @property
+    def num_depths(self) -> int:
+        return self.scores.shape[1]
+
+    def correction(self, depth: int, previous: torch.Tensor) -> torch.Tensor:
+        """Corrections `[B, F, C]` of a depth's candidates after each of the tokens `[B, F]`."""
+        previous = previous.clamp(max=self.head.vocab_size - 1)
+        inputs = self.head.previous(previous) * self.gates[:, depth : depth + 1]
+        return (inputs @ self.head.output.weight[self.columns[:, depth]].mT).float()
+
+    def logprobs(self, depth: int, previous: torch.Tensor | None) -> torch.Tensor:
+        """Log-probabilities `[B, F, C]` of a depth's candidates; those of depth 0 depend on nothing."""
+        scores = self.best[:, depth : depth + 1]
+        if previous is not None:
+            scores = scores + self.correction(depth, previous)
+        rest = self.rest[:, depth : depth + 1]
+        return scores - torch.logaddexp(scores.logsumexp(dim=-1), rest).unsqueeze(-1)
+
+    def chain(self, choose: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose place by place, each knowing the one before it.
+
+        Args:
+            choose (`Callable`):
+                From the logits of a place, `[B, vocab_size]`, to tokens `[B]`.
+
+        Returns:
+            Tokens `[B, K]` and the logits `[B, K, vocab_size]` they were chosen from.
+        """
+        tokens, rows = [choose(self.scores[:, 0])], [self.scores[:, 0]]
+        for depth in range(1, self.num_depths):
+            correction = self.correction(depth, tokens[-1].unsqueeze(1)).squeeze(1)
+            rows.append(self.scores[:, depth].scatter_add(-1, self.candidates[:, depth], correction))
+            tokens.append(choose(rows[-1]))
+        return torch.stack(tokens, dim=1), torch.stack(rows, dim=1)
