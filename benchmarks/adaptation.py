@@ -5,7 +5,8 @@
 Experiments: `cod` (retention rates and K_train, seconds to the acceptance length of training without dropping),
 `objectives` (ce, kd and cat at equal steps), `first-position` (what adaptation does to the next token, and to the
 base model's own autoregressive blocks), `targets` (one run on each file of `--data`, measured with every target: what
-a draft is worth to a target whose text it never saw). Every run starts from the same weights, sees its rows in the
+a draft is worth to a target whose text it never saw), `correction-head` (a head on the draft `--base`, trained alone,
+jointly, and the draft trained on without one; each measured as a chain, with the head, and with a tree). Every run starts from the same weights, sees its rows in the
 same order, and is measured against the real targets through the real decoding loop. Seconds are steps times the median
 seconds of a step, which are measured apart: one step of each run in turn, again and again, so that all runs meet the
 same machine.
@@ -50,8 +51,20 @@ EXPERIMENTS: dict[str, dict[str, dict[str, Any]]] = {
     "objectives": {name: {**PAPER, "objective": name} for name in ("ce", "kd", "cat")},
     "first-position": {"loss on answers": PAPER, "loss on all tokens": {**PAPER, "whole_text": True}},
     "targets": {},
+    "correction-head": {
+        "frozen": {**PAPER, "correction_head": "frozen"},
+        "joint": {**PAPER, "correction_head": "joint"},
+        "no head": PAPER,
+    },
 }
 REFERENCE = "no dropping"
+# How a draft with a correction head is measured.
+WAYS: dict[str, dict[str, Any]] = {
+    " chain": {"uses_head": False, "tree_size": 0},
+    " head": {"tree_size": 0},
+    " tree 64": {"uses_head": False, "tree_size": 64},
+    " head, tree 64": {"tree_size": 64},
+}
 
 
 def main() -> None:
@@ -83,7 +96,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     names = args.target or ["bundled"]
     targets = {Path(name).name: load_target(name) for name in names}
     tokenizer = AutoTokenizer.from_pretrained(args.base)
-    evaluators = {name: evaluator(args, target, tokenizer) for name, target in targets.items()}
+    ways = WAYS if args.experiment == "correction-head" else {"": {}}
+    evaluators = {
+        f"{name}{way}": evaluator(args, target, tokenizer, **arguments)
+        for name, target in targets.items()
+        for way, arguments in ways.items()
+    }
     files = {file.stem: rows_of(args, file, tokenizer) for file in args.data}
     runs = EXPERIMENTS[args.experiment] or {name: {**PAPER, "data": name} for name in files}
     result: dict[str, Any] = {
@@ -122,12 +140,12 @@ def load_target(name: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def evaluator(args: argparse.Namespace, target: Any, tokenizer: Any) -> AcceptanceEvaluator:
+def evaluator(args: argparse.Namespace, target: Any, tokenizer: Any, **arguments: Any) -> AcceptanceEvaluator:
     sets = {}
     for source in args.prompts:
         name, rows = load_prompts(source)
         sets[name] = [encode_prompt(tokenizer, rows[i]["prompt"]) for i in choose_rows(rows, args.limit, seed=0)]
-    return AcceptanceEvaluator(target, sets, args.num_assistant_tokens, args.max_new_tokens)
+    return AcceptanceEvaluator(target, sets, args.num_assistant_tokens, args.max_new_tokens, **arguments)
 
 
 def unadapted(args: argparse.Namespace, evaluator: AcceptanceEvaluator) -> dict[str, Any]:

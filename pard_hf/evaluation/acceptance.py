@@ -10,6 +10,7 @@ import torch
 
 from ..generation.mixin import PardGenerationMixin, with_pard, without_pard
 from ..generation.stats import DecodingStats
+from ..sharing import without_head
 from .batches import end_token_ids, make_batches, pad_token_id
 from .prompts import repeated_share
 
@@ -27,6 +28,8 @@ class AcceptanceEvaluator:
             K; defaults to the draft's own.
         tree_size (`int`, *optional*):
             N, nodes of a round's tree; 0 for a chain; defaults to the draft's own.
+        uses_head (`bool`, *optional*, defaults to `True`):
+            Whether the draft's correction head, if it has one, takes part.
         max_new_tokens (`int`, *optional*, defaults to 100) and batch_size (`int`, *optional*, defaults to 16):
             Length of an answer and texts at a time.
     """
@@ -37,6 +40,7 @@ class AcceptanceEvaluator:
     max_new_tokens: int = 100
     batch_size: int = 16
     tree_size: int | None = None
+    uses_head: bool = True
     texts: dict[str, list[list[int]]] = field(default_factory=dict, init=False)
 
     def __call__(self, draft: Any, part: tuple[int, int] = (0, 1)) -> dict[str, DecodingStats]:
@@ -60,6 +64,7 @@ class AcceptanceEvaluator:
     @torch.no_grad()
     def measure(self, target: Any, draft: Any, name: str, prompts: Sequence[list[int]]) -> DecodingStats:
         stats, ends = DecodingStats(), end_token_ids(target)
+        draft = draft if self.uses_head else without_head(draft)
         texts = dict[int, list[int]]()
         kwargs = {} if self.num_assistant_tokens is None else {"num_assistant_tokens": self.num_assistant_tokens}
         for batch in make_batches(list(prompts), self.batch_size, pad_token_id(target), target.device):

@@ -5,19 +5,19 @@ Knows how each is asked for and when it cannot run; knows nothing of prompts and
 
 from __future__ import annotations
 
-import copy
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import CompileConfig, PreTrainedModel
+from transformers import CompileConfig
 
 from ..generation.compilation import why_not_compiled, workspace_of
 from ..generation.mixin import with_pard, without_pard
 from ..generation.schedule import COUNTS
 from ..generation.stats import DecodingStats
 from ..pair import Pair
+from ..sharing import sharing_weights, without_head
 from .batches import pad_token_id
 
 # One compiled forward a batch size and cache length: a sweep needs more of them than torch keeps by default.
@@ -39,6 +39,8 @@ class Route:
             Whether a parallel draft proposes: such a route is to say what plain `generate` says.
         in_our_loop (`bool`, *optional*, defaults to `False`):
             Whether the target has the mixin.
+        needs_head (`bool`, *optional*, defaults to `False`):
+            Whether it is there only for drafts with a correction head.
         baseline (`str`, *optional*):
             The plain route that runs forwards as this one's rounds do, eagerly or compiled. Only where every round has
             the same K, so that the mean of its parts says something.
@@ -50,11 +52,12 @@ class Route:
     is_pard: bool = False
     in_our_loop: bool = False
     baseline: str | None = None
+    needs_head: bool = False
 
 
 # Plain `generate`, and the same compiled over a static cache. The stock assisted loop with the draft's own weights
-# proposing token by token, with prompt lookup, and with the parallel draft. Our loop as it stands, compiled, and with
-# a K that follows what is accepted.
+# proposing token by token, with prompt lookup, and with the parallel draft. Our loop with a chain, as it stands and
+# compiled, with a correction head, with a tree, with both, and with whatever has paid of these.
 OURS: dict[str, Any] = {"is_pard": True, "in_our_loop": True}
 ROUTES = {
     route.name: route
@@ -66,10 +69,18 @@ ROUTES = {
         Route("tier1", "PARD tier 1", takes_batches=False, is_pard=True),
         Route("tier2", "PARD tier 2", baseline="ar", **OURS),
         Route("tier2_compiled", "PARD tier 2, compiled", baseline="ar_plus", **OURS),
+        Route("head", "PARD + head", baseline="ar", needs_head=True, **OURS),
+        Route("tree", "PARD tree", baseline="ar", **OURS),
+        Route("tree_head", "PARD tree + head", baseline="ar", needs_head=True, **OURS),
+        Route("tree_head_compiled", "PARD tree + head, compiled", baseline="ar_plus", needs_head=True, **OURS),
         Route("adaptive", "PARD tier 2, adaptive K", **OURS),
         Route("adaptive_compiled", "PARD tier 2, adaptive K, compiled", **OURS),
     )
 }
+
+
+COMPILED = ("tier2_compiled", "tree_head_compiled", "adaptive_compiled")
+DEFAULT_TREE_SIZE = 64
 
 
 class RouteRunner:
@@ -78,18 +89,21 @@ class RouteRunner:
     Between calls the target has the mixin, as in every [`Pair`].
     """
 
-    def __init__(self, pair: Pair, num_assistant_tokens: int):
+    def __init__(self, pair: Pair, num_assistant_tokens: int, tree_size: int = DEFAULT_TREE_SIZE):
         self.target, self.draft = pair.target, pair.draft
-        self.num_drafts = num_assistant_tokens
+        self.num_drafts, self.tree_size = num_assistant_tokens, tree_size
         self.pad_token_id = pad_token_id(pair.target)
         self.arguments = self.arguments_of_routes()
 
     def arguments_of_routes(self) -> dict[str, dict[str, Any]]:
         """What each route adds to the arguments of `generate`."""
-        ours = {"assistant_model": self.draft, "num_assistant_tokens": self.num_drafts}
-        constant, adaptive = (
-            {**ours, "num_assistant_tokens_schedule": schedule} for schedule in ("constant", "adaptive")
-        )
+        headless = without_head(self.draft)
+        size = {"num_assistant_tokens": self.num_drafts, "num_assistant_tokens_schedule": "constant"}
+        constant = {"assistant_model": headless, **size, "assistant_tree_size": 0}
+        head = {**constant, "assistant_model": self.draft}
+        tree = {**constant, "assistant_tree_size": self.tree_size}
+        both = {**head, "assistant_tree_size": self.tree_size}
+        adaptive = {**both, "num_assistant_tokens_schedule": "adaptive"}
         # The stock loop reads K from its assistant's own settings; ours stay as they were loaded.
         token_by_token = sharing_weights(self.draft, type(self.draft).__bases__[-1])
         parallel = sharing_weights(self.draft, type(self.draft))
@@ -105,6 +119,10 @@ class RouteRunner:
             "tier1": {"assistant_model": parallel},
             "tier2": {**constant, "disable_compile": True},
             "tier2_compiled": {**constant, "cache_implementation": "static"},
+            "head": {**head, "disable_compile": True},
+            "tree": {**tree, "disable_compile": True},
+            "tree_head": {**both, "disable_compile": True},
+            "tree_head_compiled": {**both, "cache_implementation": "static"},
             "adaptive": {**adaptive, "disable_compile": True},
             "adaptive_compiled": {**adaptive, "cache_implementation": "static"},
         }
@@ -119,7 +137,9 @@ class RouteRunner:
                 return f"the stock assisted loop wants equal vocabularies, not {sizes[0]} and {sizes[1]} rows"
         if route.name == "ar_plus":
             return why_not_compiled(self.target, self.target)
-        if route.name in ("tier2_compiled", "adaptive_compiled") and why_not_compiled(self.target, self.draft):
+        if route.needs_head and self.draft.correction_head is None:
+            return "the draft has no correction head"
+        if route.name in COMPILED and why_not_compiled(self.target, self.draft):
             return why_not_compiled(self.target, self.draft)
         if route.name.startswith("adaptive") and self.num_drafts not in COUNTS[1:]:
             return f"the adaptive schedule chooses up to a K of {COUNTS[1:]}, not {self.num_drafts}"
@@ -147,14 +167,6 @@ class RouteRunner:
                 )
         finally:
             with_pard(self.target)
-
-
-def sharing_weights(model: PreTrainedModel, model_class: Any) -> Any:
-    """A second model of the given class over the same tensors, with generation settings of its own."""
-    twin = model_class.__new__(model_class)
-    twin.__dict__.update(model.__dict__)
-    twin.generation_config = copy.deepcopy(model.generation_config)
-    return twin
 
 
 def compile_anywhere() -> CompileConfig:
