@@ -142,6 +142,8 @@ class PardDraftModel(DraftingModel):
         # The stock loop would otherwise change K from round to round and cut proposals by the draft's confidence.
         generation_config.num_assistant_tokens_schedule = "constant"
         generation_config.assistant_confidence_threshold = 0.0
+        # It no longer follows from the model's config; one that does loses keys the host does not know when loaded.
+        generation_config._from_model_config = False
         if not isinstance(model, PardDraftModel):
             base: Any = type(model)
             model.__class__ = draft_class(base)

@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from pard_hf import PardDraftModel
+from pard_hf.correction_head import CorrectionHead
 
 VOCAB_SIZE, MASK_TOKEN_ID = 100, 99
 COMMON = {
@@ -94,8 +95,15 @@ def make_model(family: str, seed: int = 0, **changes) -> PreTrainedModel:
     return model
 
 
+# Nodes of a round's tree for the drafts made here; 0 leaves the chain.
+TREE_SIZE = 0
+
+
 def make_draft(model: PreTrainedModel, num_assistant_tokens: int = 5) -> PardDraftModel:
-    return PardDraftModel.from_causal_lm(model, MASK_TOKEN_ID, num_assistant_tokens)
+    draft = PardDraftModel.from_causal_lm(model, MASK_TOKEN_ID, num_assistant_tokens)
+    if TREE_SIZE:
+        draft.generation_config.assistant_tree_size = TREE_SIZE
+    return draft
 
 
 class ScriptedLM(LlamaForCausalLM):
@@ -133,6 +141,15 @@ def make_scripted_draft(script: list[list[int]], first_miss: int, num_assistant_
 
 def make_self_draft(target: PreTrainedModel, num_assistant_tokens: int = 5) -> PardDraftModel:
     return make_draft(copy.deepcopy(target), num_assistant_tokens)
+
+
+def add_head(draft: PardDraftModel, strength: float = 1.0, seed: int = 7, **settings) -> PardDraftModel:
+    """A correction head of any opinions."""
+    torch.manual_seed(seed)
+    config = draft.config.get_text_config()
+    draft.correction_head = CorrectionHead(config.vocab_size, config.hidden_size, **{"rank": 8, **settings})
+    torch.nn.init.normal_(draft.correction_head.output.weight, std=strength)
+    return draft
 
 
 def make_prompts(batch_size: int, longest: int = 18) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ import threading
 
 import pytest
 import torch
-from families import make_draft, make_model, make_prompts, make_self_draft
+from families import add_head, make_draft, make_model, make_prompts, make_self_draft
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, LogitsProcessorList
 
@@ -54,6 +54,28 @@ def test_compiled_is_eager(family, batch_size):
     assert compiled.stats == eager.stats
     assert compiled.compile_seconds > 0
     assert not eager.compile_seconds
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("tree_size", [0, 12])
+def test_compiled_trees_and_heads_are_eager(family, batch_size, tree_size):
+    target, prompts = make_model(family), make_prompts(batch_size)
+    expected = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
+    drafts = [add_head(make_self_draft(target), 0.3) for _ in range(2)]
+    eager = pard(target, drafts[0], prompts, assistant_tree_size=tree_size, disable_compile=True, compile_config=None)
+
+    compiled = pard(target, drafts[1], prompts, assistant_tree_size=tree_size)
+    num_graphs = graphs()
+    again = pard(target, drafts[1], prompts, assistant_tree_size=tree_size)
+
+    assert workspace_of(target, drafts[1]).failure is None
+    assert torch.equal(eager.sequences, expected)
+    assert torch.equal(compiled.sequences, expected)
+    assert torch.equal(again.sequences, expected)
+    assert compiled.stats.histogram == eager.stats.histogram
+    assert compiled.compile_seconds > 0
+    assert graphs() == num_graphs
 
 
 def test_inductor_is_eager():
@@ -104,7 +126,7 @@ def test_long_text_crosses_cache_sizes():
     for compiled in ({}, {"disable_compile": True}):
         got = pard(target, draft, prompts, max_new_tokens=60, **compiled)
         assert torch.equal(got.sequences, expected)
-    sizes = {dict(key[1][:4])["target cache"] for key in workspace_of(target, draft).parts}
+    sizes = {dict(key[1][:5])["target cache"] for key in workspace_of(target, draft).parts}
     assert sizes == {256, 512}
 
 
@@ -164,7 +186,7 @@ def test_rows_leave_also_ahead_of_the_host(do_sample, monkeypatch):
     keep, draw = decoder.batch.keep, decoder.noise.draw
     monkeypatch.setattr(decoder.batch, "keep", lambda kept: (sizes.append(len(kept)), keep(kept)))
     drawn = []
-    monkeypatch.setattr(decoder.noise, "draw", lambda shape: drawn.append(draw(shape)) or drawn[-1])
+    monkeypatch.setattr(decoder.noise, "draw", lambda *shape: drawn.append(draw(*shape)) or drawn[-1])
 
     with torch.no_grad():
         decoder.run()
@@ -189,7 +211,7 @@ def test_smaller_batch_is_used_where_it_is_made():
     assert (expected[1, -1] != 0).all()
 
     assert torch.equal(pard(target, draft, prompts, **ends).sequences, expected)
-    assert not {dict(key[1][:4])["batch size"] for key in workspace_of(target, draft).parts} - {2}
+    assert not {dict(key[1][:5])["batch size"] for key in workspace_of(target, draft).parts} - {2}
     pard(target, draft, make_prompts(1), **ends)
     made, smaller = graphs(), workspace_of(target, draft).buffers[1, 257, (torch.float32, "cpu")]
     smaller.lengths.zero_()
@@ -296,7 +318,7 @@ def test_caches_of_the_two_grow_apart():
     got = pard(target, draft, new, past_key_values=past, max_new_tokens=290)
 
     assert torch.equal(got.sequences, expected)
-    assert {dict(key[1][:4])["draft cache"] for key in workspace_of(target, draft).parts} == {256, 512}
+    assert {dict(key[1][:5])["draft cache"] for key in workspace_of(target, draft).parts} == {256, 512}
 
 
 def test_buffers_serve_any_mode_and_dtype():

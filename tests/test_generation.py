@@ -3,6 +3,7 @@
 import copy
 import gc
 
+import families
 import pytest
 import torch
 from families import make_draft, make_model, make_prompts, make_scripted_draft, make_self_draft, texts_of
@@ -20,6 +21,13 @@ from transformers import (
 from pard_hf import PardGenerateOutput, PardGenerationMixin, with_pard, without_pard
 
 NEW_TOKENS = 24
+
+
+@pytest.fixture(params=[0, 12], ids=["chain", "tree"], autouse=True)
+def tree_size(request, monkeypatch):
+    """Everything here holds for trees as well."""
+    monkeypatch.setattr(families, "TREE_SIZE", request.param)
+    return request.param
 
 
 def compare(target, draft, prompts, **kwargs):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from families import (
     FAMILIES,
+    add_head,
     make_draft,
     make_model,
     make_prompts,
@@ -59,6 +60,78 @@ def test_batches_are_identical(family, batch_size, num_assistant_tokens):
     for draft in drafts_for(target, prompts, expected, num_assistant_tokens):
         got = plain(with_pard(target), **prompts, max_new_tokens=NEW_TOKENS, assistant_model=draft)
         assert torch.equal(got, expected)
+
+
+def drafts_for_trees(target, prompts, expected, num_assistant_tokens):
+    """Drafts of every quality, with correction heads of any opinions where they can have one."""
+    yield from drafts_for(target, prompts, expected, num_assistant_tokens)
+    yield add_head(make_draft(make_model("llama", seed=5), num_assistant_tokens), strength=3.0)
+    for strength in (0.05, 3.0):
+        yield add_head(make_self_draft(without_pard(target), num_assistant_tokens), strength)
+
+
+@pytest.mark.parametrize("tree_size", [0, 1, 5, 16, 64])
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trees_and_heads_are_identical(family, batch_size, tree_size):
+    target, prompts = make_model(family), make_prompts(batch_size)
+    expected = plain(target, **prompts, max_new_tokens=NEW_TOKENS)
+
+    for draft in drafts_for_trees(target, prompts, expected, 5):
+        got = plain(
+            with_pard(target),
+            **prompts,
+            max_new_tokens=NEW_TOKENS,
+            assistant_model=draft,
+            assistant_tree_size=tree_size,
+        )
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("strength", [0.05, 3.0])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_untouched_target_is_identical_with_a_head(family, strength):
+    target, prompts = make_model(family), make_prompts(1)
+    expected = plain(target, **prompts, max_new_tokens=NEW_TOKENS)
+    draft = add_head(make_self_draft(target), strength)
+
+    got = plain(target, **prompts, max_new_tokens=NEW_TOKENS, assistant_model=draft)
+
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("tree_size", [0, 16])
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("new_tokens", [1, 2, 6, 7, 13])
+def test_trees_end_where_plain_generate_ends(new_tokens, batch_size, tree_size):
+    """At the length asked for, and at end tokens inside a block."""
+    target, prompts = make_model("qwen2"), make_prompts(batch_size)
+    free = plain(target, **prompts, max_new_tokens=60)
+    draft = add_head(make_self_draft(target), 0.05)
+    ends = [int(free[row, 18 + new_tokens + row]) for row in range(batch_size)]
+    for stop in ({"max_new_tokens": new_tokens}, {"max_new_tokens": 40, "eos_token_id": ends}):
+        expected = plain(without_pard(target), **prompts, **stop)
+
+        got = plain(with_pard(target), **prompts, **stop, assistant_model=draft, assistant_tree_size=tree_size)
+
+        assert torch.equal(got, expected)
+
+
+def test_head_that_corrects_nothing_changes_no_bit():
+    """An untrained head, and none: the same rounds and the same proposals, to the bit."""
+    target, prompts = with_pard(make_model("llama")), make_prompts(3)
+    draft = make_draft(make_model("llama", seed=5))
+    kwargs = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
+    chain = target.generate(**prompts, **kwargs, assistant_model=draft)
+    proposals = draft.draft(prompts["input_ids"], prompts["attention_mask"])
+
+    add_head(draft, strength=0.0)
+
+    headed = target.generate(**prompts, **kwargs, assistant_model=draft)
+    assert torch.equal(chain.sequences, headed.sequences)
+    assert chain.stats == headed.stats
+    assert all(map(torch.equal, chain.scores, headed.scores))
+    assert torch.equal(proposals, draft.draft(prompts["input_ids"], prompts["attention_mask"]))
 
 
 @pytest.mark.parametrize("tier", [1, 2])

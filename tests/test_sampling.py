@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import make_draft, make_model, make_prompts, make_scripted_draft, make_self_draft, texts_of
+from families import add_head, make_draft, make_model, make_prompts, make_scripted_draft, make_self_draft, texts_of
 from scipy.stats import chi2
 
 from pard_hf import with_pard, without_pard
@@ -33,6 +33,40 @@ def test_same_seed_same_tokens(arguments, family):
             torch.manual_seed(seed)
             got = with_pard(target).generate(**prompts, **arguments, assistant_model=draft)
             assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("tree_size", [0, 4, 24])
+@pytest.mark.parametrize("arguments", WARPERS, ids=str)
+def test_same_seed_same_tokens_with_trees_and_heads(arguments, tree_size, family):
+    """All nodes of a depth share their noise, so the path that is taken has that of plain `generate`."""
+    target, prompts = make_model(family), make_prompts(1)
+    arguments = {"max_new_tokens": 30, "do_sample": True, **arguments}
+    for seed in range(2):
+        torch.manual_seed(seed)
+        expected = without_pard(target).generate(**prompts, **arguments)
+        state = torch.get_rng_state()
+        for draft in (make_self_draft(target), add_head(make_self_draft(target), 0.5)):
+            torch.manual_seed(seed)
+            got = with_pard(target).generate(
+                **prompts, **arguments, assistant_model=draft, assistant_tree_size=tree_size
+            )
+            assert torch.equal(got, expected)
+            assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("tree_size", [0, 16])
+def test_same_seed_same_batch_in_lockstep_with_trees(tree_size):
+    target, prompts = make_model("llama"), make_prompts(3)
+    draft = add_head(make_self_draft(target), 0.3)
+    arguments = {"max_new_tokens": 20, "do_sample": True, "repetition_penalty": 1.2, "eos_token_id": [3, 4, 5, 6]}
+    torch.manual_seed(0)
+    expected = target.generate(**prompts, **arguments)
+
+    torch.manual_seed(0)
+    got = with_pard(target).generate(**prompts, **arguments, assistant_model=draft, assistant_tree_size=tree_size)
+
+    assert torch.equal(got, expected)
 
 
 def test_same_seed_same_batch_in_lockstep():

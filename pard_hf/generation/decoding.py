@@ -85,7 +85,7 @@ class PardDecoder:
         self.noise = Noise(ids.device, is_ordered=len(ids) == 1)
         self.recording = Recording() if request.output_scores or request.output_logits else None
         # Rounds whose outcome the host has not looked at yet.
-        self.pending: deque[tuple[torch.Tensor, Any, int]] = deque()
+        self.pending: deque[tuple[torch.Tensor, Any, Choice]] = deque()
         self.num_ahead = int(self.may_run_ahead() and ids.device.type == "cuda")
         self.clock = clock_of_call.get() or NoClock()
 
@@ -168,13 +168,13 @@ class PardDecoder:
 
     def longest(self) -> int:
         """An upper bound of the tokens known of any row."""
-        return max(self.host_lengths) + sum(num_drafts + 1 for *_, num_drafts in self.pending)
+        return max(self.host_lengths) + sum(choice.num_drafts + 1 for *_, choice in self.pending)
 
     def advance(self, proposals: Proposals, logits: torch.Tensor) -> list[int]:
         """Verify, append and finish rows; returns what unfinished rows accepted, where it is known already."""
         scores = process_positions(self.request.logits_processor, logits)
         outcome, nodes = self.accept(proposals, scores)
-        self.pending.append((*self.fetch(outcome), proposals.num_depths))
+        self.pending.append((*self.fetch(outcome), proposals.choice))
         if self.recording is not None:  # Copies of what compiled parts return: the next round writes there.
             kept = (scores.clone(), logits.clone()) if self.steps.is_fixed else (scores, logits)
             self.recording.add(on_path(kept[0], nodes), on_path(kept[1], nodes), self.batch.row_ids)
@@ -191,8 +191,7 @@ class PardDecoder:
             return append_step(self.batch.rows, *verified, ends), None
         depths = proposals.num_depths + 1
         noise = self.noise.draw(len(scores), depths, scores.shape[-1]) if self.request.do_sample else None
-        choice = Choice(proposals.num_depths, 0 if proposals.tree is None else proposals.tokens.shape[1])
-        shape = self.batch.shape(choice)
+        shape = self.batch.shape(proposals.choice)
         key = (*shape, ("end tokens", 0 if ends is None else len(ends)), ("samples", noise is not None))
         arguments = (self.batch.target, self.batch.rows, proposals, scores, ends, noise)
         return self.steps_now.run(accept_step, key, *arguments)
@@ -207,7 +206,7 @@ class PardDecoder:
         event.record()
         return host, event
 
-    def settle(self, outcome: torch.Tensor, event: Any, num_drafts: int) -> list[int]:
+    def settle(self, outcome: torch.Tensor, event: Any, choice: Choice) -> list[int]:
         """Learn how a round ended: the round's only synchronisation."""
         if event is not None:
             event.synchronize()
@@ -218,7 +217,7 @@ class PardDecoder:
         if self.request.streamer is not None:
             for column in range(emitted[0]):
                 self.stream(torch.tensor(columns[column][:1]), is_accepted=column < emitted[0] - 1)
-        self.account(emitted, emitted, num_drafts)
+        self.account(emitted, emitted, choice)
         self.active = [not done for done in finished]
         return [count - 1 for count, done in zip(emitted, finished, strict=True) if count and not done]
 
@@ -228,16 +227,16 @@ class PardDecoder:
         put = getattr(streamer, "put_accepted", streamer.put) if is_accepted else streamer.put
         put(tokens)
 
-    def account(self, grown: list[int], emitted: list[int], num_drafts: int) -> None:
+    def account(self, grown: list[int], emitted: list[int], choice: Choice) -> None:
         """Update host-side lengths and statistics after a round."""
         for row, count in enumerate(emitted):
             if count and self.target_width:  # A prefill of embeddings without a draft is no round.
                 self.histogram[count - 1] += 1
-                self.num_drafted += min(num_drafts, self.remaining(row) - 1)
+                self.num_drafted += choice.tree_size or min(choice.num_drafts, self.remaining(row) - 1)
             self.host_lengths[row] += grown[row]
         self.target_width = 1
         # What the draft has not read: accepted proposals too, for their entries were computed from masks.
-        self.draft_width = max(grown) if num_drafts else self.draft_width + max(grown)
+        self.draft_width = max(grown) if choice.num_drafts else self.draft_width + max(grown)
 
     def compact(self) -> None:
         """Let finished rows leave, so that the last ones do not pay for everyone."""

@@ -83,7 +83,7 @@ class LockstepDecoder(PardDecoder):
         if self.recording is not None:
             self.recording.add(torch.stack(processed, dim=1), torch.stack(raw, dim=1), self.batch.row_ids)
             self.recording.settle([num_grown] * len(self.batch))
-        self.account([num_grown] * len(self.batch), emitted.tolist(), proposals.num_depths)
+        self.account([num_grown] * len(self.batch), emitted.tolist(), proposals.choice)
         self.active = (self.unfinished == 1).tolist()
         # The slowest row decides what a round of this batch is worth.
         return [num_grown - 1] if any(self.active) else []

@@ -21,6 +21,7 @@ class DecodingStats:
             are counted after the cut at an end token or at `max_length`.
         num_drafted (`int`, *optional*, defaults to 0):
             Draft tokens that could still be accepted when they were proposed; near `max_length` fewer than K a round.
+            All nodes of a tree count, though those of one path can be accepted at most.
     """
 
     histogram: tuple[int, ...] = ()

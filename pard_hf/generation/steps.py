@@ -14,6 +14,7 @@ from ..correction_head import CorrectedPlaces
 from ..drafting import best
 from .role import Role
 from .rows import Rows
+from .schedule import Choice
 from .tree import Path, Tree, ancestors, best_prefixes, choose_at_nodes, tree_of_marginals, walk
 from .verification import count_emitted, verify_greedy, verify_sample_and_match
 
@@ -37,6 +38,11 @@ class Proposals(NamedTuple):
     scores: torch.Tensor | None = None
     tree: Tree | None = None
     on_path: torch.Tensor | None = None
+
+    @property
+    def choice(self) -> Choice:
+        """K and N of the round."""
+        return Choice(self.num_depths, 0 if self.tree is None else self.tokens.shape[1])
 
 
 def draft_step(
