@@ -6,10 +6,10 @@ Experiments: `cod` (retention rates and K_train, seconds to the acceptance lengt
 `objectives` (ce, kd and cat at equal steps), `first-position` (what adaptation does to the next token, and to the
 base model's own autoregressive blocks), `targets` (one run on each file of `--data`, measured with every target: what
 a draft is worth to a target whose text it never saw), `correction-head` (a head on the draft `--base`, trained alone,
-jointly, and the draft trained on without one; each measured as a chain, with the head, and with a tree). Every run starts from the same weights, sees its rows in the
-same order, and is measured against the real targets through the real decoding loop. Seconds are steps times the median
-seconds of a step, which are measured apart: one step of each run in turn, again and again, so that all runs meet the
-same machine.
+jointly, and the draft trained on without one; each measured as a chain, with the head, and with a tree). Every run
+starts from the same weights, sees its rows in the same order, and is measured against the real targets through the
+real decoding loop. Seconds are steps times the median seconds of a step, which are measured apart: one step of each
+run in turn, again and again, so that all runs meet the same machine.
 """
 
 from __future__ import annotations

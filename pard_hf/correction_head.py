@@ -61,6 +61,17 @@ class CorrectionHead(nn.Module):
         """
         return self.output(self.previous(previous) * self.gate(hidden).sigmoid())
 
+    @torch.no_grad()
+    def resized(self, vocab_size: int) -> CorrectionHead:
+        """The same head for more rows or fewer; new ones are neither corrected nor correct anything."""
+        head = CorrectionHead(vocab_size, self.hidden_size, self.rank, self.num_candidates)
+        head.to(self.gate.weight.device, self.gate.weight.dtype)
+        head.gate.load_state_dict(self.gate.state_dict())
+        kept = min(vocab_size, self.vocab_size)
+        for mine, theirs in ((head.previous.weight, self.previous.weight), (head.output.weight, self.output.weight)):
+            mine.zero_()[:kept] = theirs[:kept]
+        return head
+
 
 class CorrectedPlaces:
     """The places of one round, with what is needed to correct each once the token before it is known.
@@ -91,7 +102,10 @@ class CorrectedPlaces:
         """Corrections `[B, F, C]` of a depth's candidates after each of the tokens `[B, F]`."""
         previous = previous.clamp(max=self.head.vocab_size - 1)
         inputs = self.head.previous(previous) * self.gates[:, depth : depth + 1]
-        return (inputs @ self.head.output.weight[self.columns[:, depth]].mT).float()
+        correction = (inputs @ self.head.output.weight[self.columns[:, depth]].mT).float()
+        if self.scores.shape[-1] <= self.head.vocab_size:
+            return correction
+        return correction.masked_fill(self.candidates[:, depth : depth + 1] >= self.head.vocab_size, 0.0)
 
     def logprobs(self, depth: int, previous: torch.Tensor | None) -> torch.Tensor:
         """Log-probabilities `[B, F, C]` of a depth's candidates; those of depth 0 depend on nothing."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
@@ -105,7 +106,7 @@ def load_parts(draft: Any, name: str, wanted: tuple[str, ...] = PARTS, **kwargs:
             settings = json.loads(Path(found).read_text(encoding="utf-8"))
             tensors = load_file(weights)
             LOADERS[part](draft, settings, tensors)
-        except (KeyError, TypeError, AttributeError, RuntimeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, RuntimeError, json.JSONDecodeError, SafetensorError) as error:
             raise ValueError(
                 f"Expected `{part}.json` and `{part}.safetensors` as `save_pretrained` writes them beside a draft, "
                 f"got others ({type(error).__name__}: {error}). Save them again, or load the draft without its "

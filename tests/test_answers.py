@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -340,6 +341,9 @@ def test_the_manifest_says_how_and_never_where(command, tmp_path, out, capsys):
     assert manifest["counts"]["ended"] + manifest["counts"]["cut"] == manifest["counts"]["answers"] == 2
     assert manifest["acceptance_length"] >= 1
     assert manifest["sources"][0]["name"] == "prompts.jsonl"
+    said = Counter(token for row in map(json.loads, out.read_text().splitlines()) for token in row["response_ids"])
+    counts = json.loads(out.with_name("answers.jsonl.counts.json").read_text())["token_counts"]
+    assert {int(token): count for token, count in counts.items()} == said
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["acceptance_length"] == manifest["acceptance_length"]
 

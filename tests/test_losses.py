@@ -5,10 +5,11 @@ import torch
 from families import make_model
 
 from pard_hf import PardDraftModel
+from pard_hf.language_model_head import check_head
 from pard_hf.training import losses
 from pard_hf.training.data_collator import DataCollatorForPard
 from pard_hf.training.losses import confidence_weights, divergence, row_losses
-from pard_hf.training.objective import Objective, check_head
+from pard_hf.training.objective import Objective
 
 EXAMPLES = [{"input_ids": list(range(3, 20)), "loss_mask": [0] * 5 + [1] * 12}, {"input_ids": [40, 7, 9, 33, 2]}]
 

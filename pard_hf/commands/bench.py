@@ -13,7 +13,7 @@ from .models import add_model_arguments
 # What must agree before a run may go on with an earlier one's cells; its sets, batch sizes and K may be others.
 RESUMED = (
     *("target", "draft", "scale", "commit", "versions", "device", "dtype", "decoding"),
-    *("routes", "repeats", "max_new_tokens", "limit", "seed", "context"),
+    *("routes", "repeats", "max_new_tokens", "limit", "seed", "context", "assistant_tree_size"),
 )
 # Outputs that had to be equal were not.
 EXIT_DIFFERENT = 3
@@ -41,6 +41,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--routes", nargs="+", help="what to compare with plain generate (default: all that apply)")
     parser.add_argument(
         "--num-assistant-tokens", nargs="+", type=int, help="K, draft tokens proposed a round (default: the draft's)"
+    )
+    parser.add_argument(
+        "--assistant-tree-size", type=int, default=64, help="N, nodes of a round's tree where a route drafts one"
     )
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1], help="texts at a time (default: 1)")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each route (default: 3)")
@@ -125,6 +128,7 @@ def settings_of(args: argparse.Namespace) -> Any:
         limit=args.limit,
         seed=args.seed,
         context=args.context,
+        tree_size=args.assistant_tree_size,
     )
 
 
@@ -167,6 +171,7 @@ def conditions_for(args: argparse.Namespace, pair: Any) -> dict[str, Any]:
         "limit": args.limit,
         "seed": args.seed,
         "context": args.context,
+        "assistant_tree_size": args.assistant_tree_size,
         "routes": args.routes,
     }
     return {name: value for name, value in conditions.items() if value is not None}

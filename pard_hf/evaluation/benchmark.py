@@ -23,7 +23,7 @@ from .measurement import Measurement
 from .memory import cache_bytes, cache_layer_sizes, copy_bandwidth, weight_bytes
 from .prompts import choose_rows, encode_answer, encode_prompt, lengthen, repeated_share
 from .results import CellResult, Difference
-from .routes import ROUTES, RouteRunner
+from .routes import DEFAULT_TREE_SIZE, ROUTES, RouteRunner
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class BenchmarkSettings:
             Every combination is a cell; no K at all stands for the draft's own.
         limit (`int`, *optional*):
             Prompts of a set at most, chosen by `seed`.
+        tree_size (`int`, *optional*, defaults to 64):
+            N, nodes of a round's tree in the routes that draft one.
         context (`int`, *optional*):
             Tokens that every prompt is made to have at least, by text of the set put before it.
     """
@@ -49,6 +51,7 @@ class BenchmarkSettings:
     limit: int | None = 16
     seed: int = 0
     context: int | None = None
+    tree_size: int = DEFAULT_TREE_SIZE
 
     def __post_init__(self) -> None:
         for name in self.routes:
@@ -58,6 +61,7 @@ class BenchmarkSettings:
             "--batch-sizes": min(self.batch_sizes),
             "--repeats": self.repeats,
             "--max-new-tokens": self.max_new_tokens,
+            "--assistant-tree-size": self.tree_size,
             "--limit": 1 if self.limit is None else self.limit,
             "--context": 1 if self.context is None else self.context,
         }
@@ -189,7 +193,7 @@ class Benchmark:
 
     def measure(self, prompts: EncodedSet, batch_size: int, num_drafts: int, share: float) -> CellResult:
         """Measure one cell, `share` of the whole run."""
-        runner = RouteRunner(self.pair, num_drafts)
+        runner = RouteRunner(self.pair, num_drafts, self.settings.tree_size)
         batches = make_batches(prompts.prompts, batch_size, runner.pad_token_id, self.device)
         names = ["ar", *(name for name in ROUTES if name in self.settings.routes and name != "ar")]
         served = [name for name in names if runner.why_not_served(ROUTES[name], batch_size) is None]

@@ -137,7 +137,7 @@ class Measurement:
             return "memory ran out; lower the batch size, `--context` or `--max-new-tokens`"
         except torch._dynamo.exc.TorchDynamoException as error:
             return f"torch.compile failed: {str(error).strip().splitlines()[0]}"
-        if route.name.endswith("_compiled") and (reason := self.runner.compile_failure()) is not None:
+        if route.name.endswith("_compiled") and (reason := self.runner.compile_failure(route)) is not None:
             return f"torch.compile failed: {reason}"  # Our rounds ran, but as they stand: another route's figure.
         if route.name != "ar":
             record.compare(record.texts, self.records["ar"].texts)

@@ -84,7 +84,7 @@ DEFAULT_TREE_SIZE = 64
 
 
 class RouteRunner:
-    """Runs any route of one pair at one K.
+    """Runs any route of one pair at one K and, where it drafts a tree, one tree size.
 
     Between calls the target has the mixin, as in every [`Pair`].
     """
@@ -145,9 +145,9 @@ class RouteRunner:
             return f"the adaptive schedule chooses up to a K of {COUNTS[1:]}, not {self.num_drafts}"
         return None
 
-    def compile_failure(self) -> str | None:
+    def compile_failure(self, route: Route) -> str | None:
         """Why our rounds could not be compiled, if so."""
-        return workspace_of(self.target, self.draft).failure
+        return workspace_of(self.target, self.arguments[route.name].get("assistant_model", self.draft)).failure
 
     def generate(self, route: Route, inputs: dict[str, torch.Tensor], max_new_tokens: int, **kwargs: Any) -> Any:
         """Generate greedily by `route`; `kwargs` go to `generate`."""

@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -82,7 +83,8 @@ class AnswerFile:
 
     Args:
         path (`Path`):
-            A `.jsonl` file; `path` with `.manifest.json` behind it is its manifest.
+            A `.jsonl` file; `path` with `.manifest.json` behind it is its manifest, and with `.counts.json` behind it
+            says how often each token is in the answers, for `trim_vocabulary`.
         identity (`dict[str, Any]`):
             The target and the settings that the answers come from; a file holds answers of one identity.
         end_token_ids (`Sequence[int]`):
@@ -101,6 +103,7 @@ class AnswerFile:
         self.path, self.identity, self.end_token_ids, self.restart = path, identity, end_token_ids, restart
         self.runs: list[dict[str, Any]] = []
         self.counts, self.done = Counts(), set[tuple[str, int]]()
+        self.token_counts = Counter[int]()
         self.sha256 = hashlib.sha256()
 
     def __enter__(self) -> AnswerFile:
@@ -128,8 +131,14 @@ class AnswerFile:
         mend(self.path)
         self.sha256 = sha256_of(self.path)
         for row in read_rows(self.path):
-            self.done.add((digest_of(row["id"]), row["sample"]))
-            self.counts.add_row(row, self.end_token_ids)
+            self.take(row)
+
+    def take(self, row: dict[str, Any]) -> None:
+        """Count a row that is on the disk."""
+        self.done.add((digest_of(row["id"]), row["sample"]))
+        self.counts.add_row(row, self.end_token_ids)
+        for answer in answer_ids(row):
+            self.token_counts.update(answer)
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         """Write rows; they are on the disk when this returns."""
@@ -140,8 +149,7 @@ class AnswerFile:
         self.sha256.update(data)
         tokens_before = self.counts.tokens
         for row in rows:
-            self.done.add((digest_of(row["id"]), row["sample"]))
-            self.counts.add_row(row, self.end_token_ids)
+            self.take(row)
         self.counts.new_rows += len(rows)
         self.counts.waiting -= len(rows)
         self.counts.new_tokens += self.counts.tokens - tokens_before
@@ -159,14 +167,28 @@ class AnswerFile:
             "acceptance_length": round(stats.acceptance_length, 4) if stats.num_rounds else None,
             "runs": runs,
         }
-        with whole_file(manifest_path(self.path)) as written, written.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        write_on_disk(counts_path(self.path), {"token_counts": dict(self.token_counts.most_common())}, indent=None)
+        write_on_disk(manifest_path(self.path), manifest, indent=2)
+
+
+def write_on_disk(path: Path, content: dict[str, Any], indent: int | None) -> None:
+    """Write a JSON file whole or not at all; it is on the disk when this returns."""
+    with whole_file(path) as written, written.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def manifest_path(path: Path) -> Path:
     return path.with_name(path.name + ".manifest.json")
+
+
+def counts_path(path: Path) -> Path:
+    return path.with_name(path.name + ".counts.json")
+
+
+def files_of(path: Path) -> tuple[Path, Path, Path]:
+    return path, manifest_path(path), counts_path(path)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -232,7 +254,7 @@ def mend(path: Path) -> None:
 
 
 def move_aside(path: Path) -> bool:
-    """Rename a file of answers that holds any, and its manifest, to a free one of `name.1.jsonl`, `name.2.jsonl`, …
+    """Rename a file of answers that holds any, and what lies beside it, to a free one of `name.1.jsonl`, ….
 
     Returns:
         Whether there was something to move.
@@ -241,7 +263,7 @@ def move_aside(path: Path) -> bool:
         return False
     names = (path.with_name(f"{path.stem}.{n}{path.suffix}") for n in itertools.count(1))
     free = next(name for name in names if not name.exists() and not manifest_path(name).exists())
-    for old, new in ((path, free), (manifest_path(path), manifest_path(free))):
+    for old, new in zip(files_of(path), files_of(free), strict=True):
         if old.exists():
             old.rename(new)
     return True
