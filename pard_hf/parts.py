@@ -1,7 +1,8 @@
 """What lies beside a draft checkpoint: a correction head, a trimmed vocabulary.
 
-Each has a safetensors file and a JSON file of its own, so `model.safetensors` and `config.json` stay the ordinary PARD
-checkpoint that vLLM and TensorRT-LLM load.
+Each has a folder with a safetensors file and a JSON file of its own, so the checkpoint stays the ordinary PARD one
+that vLLM and TensorRT-LLM load: they take every safetensors file in its folder for the
+draft's, and look into no other.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from .correction_head import CorrectionHead
 from .trimmed_vocabulary import TrimmedVocabulary
 
 CORRECTION_HEAD, TRIMMED_VOCABULARY = PARTS = "correction_head", "trimmed_vocabulary"
-PART_FILES = tuple(f"{part}.{kind}" for part in PARTS for kind in ("json", "safetensors"))
+SETTINGS_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+PART_FILES = tuple(f"{part}/{name}" for part in PARTS for name in (SETTINGS_FILE, WEIGHTS_FILE))
 HEAD_SETTINGS = ("vocab_size", "hidden_size", "rank", "num_candidates")
 # How close a draft's hidden states must be to those a head was trained on: 16 bit and quantization change them little.
 LEAST_COSINE = 0.97
@@ -51,11 +53,12 @@ def save_parts(draft: Any, folder: Path, weights: dict[str, torch.Tensor] | None
             Names and tensors of the whole draft, parts included, where they are not in the draft itself.
     """
     for part in PARTS:
-        files = [folder / f"{part}.{kind}" for kind in ("json", "safetensors")]
+        files = [folder / part / name for name in (SETTINGS_FILE, WEIGHTS_FILE)]
         if getattr(draft, part) is None:
             for file in files:
                 file.unlink(missing_ok=True)
             continue
+        files[0].parent.mkdir(exist_ok=True)
         settings, tensors = CONTENTS[part](draft)
         if weights is not None and part == CORRECTION_HEAD:
             tensors = {name.partition(".")[2]: t for name, t in weights.items() if name.startswith(f"{part}.")}
@@ -94,21 +97,21 @@ def load_parts(draft: Any, name: str, wanted: tuple[str, ...] = PARTS, **kwargs:
     arguments = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
     for part in wanted:
         found = cached_file(
-            name, f"{part}.json", **arguments,
+            name, f"{part}/{SETTINGS_FILE}", **arguments,
             _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )  # fmt: skip
         if found is None:
             setattr(draft, part, None)
             continue
-        weights = cached_file(name, f"{part}.safetensors", **arguments)
+        weights = cached_file(name, f"{part}/{WEIGHTS_FILE}", **arguments)
         try:
             settings = json.loads(Path(found).read_text(encoding="utf-8"))
             tensors = load_file(weights)
             LOADERS[part](draft, settings, tensors)
         except (KeyError, TypeError, AttributeError, RuntimeError, json.JSONDecodeError, SafetensorError) as error:
             raise ValueError(
-                f"Expected `{part}.json` and `{part}.safetensors` as `save_pretrained` writes them beside a draft, "
+                f"Expected `{part}/{SETTINGS_FILE}` and `{part}/{WEIGHTS_FILE}` as `save_pretrained` writes them, "
                 f"got others ({type(error).__name__}: {error}). Save them again, or load the draft without its "
                 f"{part.replace('_', ' ')} (`{part}=False`)."
             ) from error

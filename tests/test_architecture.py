@@ -109,7 +109,7 @@ ALLOWED = {
     "hub/snippets": set(),
     "hub/card_sections": {"hub/measurements", "hub/model_card", "hub/published", "hub/snippets"},
     "hub/model_card": {"hub/card_sections", "hub/known_drafts", "hub/measurements"},
-    "hub/checkpoint": {"draft_model", "hub/errors"},
+    "hub/checkpoint": {"draft_model", "hub/errors", "parts"},
     "hub/known_drafts": {"hub/checkpoint"},
     "hub/card_sources": {"hub/checkpoint", "hub/known_drafts", "hub/model_card", "pair"},
     "hub/upload": {

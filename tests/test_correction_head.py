@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from pard_hf import PardDraftModel, with_pard
 from pard_hf.correction_head import CorrectedPlaces, CorrectionHead
 from pard_hf.hub.export import export_draft
-from pard_hf.parts import PART_FILES
+from pard_hf.parts import PART_FILES, SETTINGS_FILE, WEIGHTS_FILE
 from pard_hf.training.cod import build_rows, keep_rows
 from pard_hf.training.objective import correction_of
 
@@ -86,7 +86,7 @@ def test_head_lies_beside_an_ordinary_checkpoint(headed, tmp_path):
 
 def test_saving_without_a_head_leaves_none_of_an_earlier_one(headed, tmp_path):
     headed.save_pretrained(tmp_path)
-    assert (tmp_path / "correction_head.json").exists()
+    assert (tmp_path / PART_FILES[0]).exists()
 
     make_draft(make_model("llama", seed=6)).save_pretrained(tmp_path)
 
@@ -104,8 +104,7 @@ def test_head_survives_16_bit(headed, tmp_path):
 def put_head_beside(headed, other, folder):
     headed.save_pretrained(folder / "headed")
     other.save_pretrained(folder / "other")
-    for name in ("correction_head.json", "correction_head.safetensors"):
-        shutil.copy(folder / "headed" / name, folder / "other" / name)
+    shutil.copytree(folder / "headed/correction_head", folder / "other/correction_head")
     return folder / "other"
 
 
@@ -130,7 +129,7 @@ def test_head_of_another_draft_is_refused_by_name(headed, tmp_path, changes, mes
 @pytest.mark.parametrize("damage", ["rank", "not json", "not safetensors", "no weights"])
 def test_damaged_head_is_refused_by_name(headed, tmp_path, damage):
     headed.save_pretrained(tmp_path)
-    settings, weights = tmp_path / "correction_head.json", tmp_path / "correction_head.safetensors"
+    settings, weights = (tmp_path / "correction_head" / name for name in (SETTINGS_FILE, WEIGHTS_FILE))
     if damage == "rank":
         settings.write_text(json.dumps({**json.loads(settings.read_text()), "rank": 4}))
     elif damage == "not json":

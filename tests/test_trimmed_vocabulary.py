@@ -81,7 +81,7 @@ def test_it_is_saved_beside_the_checkpoint(tmp_path):
 
 def test_one_of_another_vocabulary_is_refused(tmp_path):
     make_draft(make_model("llama", seed=5)).trim_vocabulary(KEPT).save_pretrained(tmp_path)
-    settings = tmp_path / "trimmed_vocabulary.json"
+    settings = tmp_path / "trimmed_vocabulary/config.json"
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "vocab_size": 128}))
 
     with pytest.raises(ValueError, match="trimmed vocabulary of 100 tokens, got one of 128"):

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..draft_model import OTHER_MASK_KEYS
+from ..parts import PART_FILES
 from .errors import hub_errors
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -31,7 +32,7 @@ TOKENIZER_FILES = (
     "additional_chat_templates/*",
 )
 TARGET_FILES = ("config.json", *TOKENIZER_FILES)
-DRAFT_FILES = (*TARGET_FILES, "generation_config.json", "*.safetensors", INDEX_FILE)
+DRAFT_FILES = (*TARGET_FILES, *PART_FILES, "generation_config.json", "*.safetensors", INDEX_FILE)
 
 
 def local_folder(name: str | Path, patterns: tuple[str, ...], **kwargs: Any) -> Path:

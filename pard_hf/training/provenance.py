@@ -14,7 +14,8 @@ from .answer_file import manifest_path
 
 SETTINGS_OF_A_RUN = (
     "mask_token_id", "max_length", "overlong", "pack", "num_draft_tokens", "retention_rate", "min_retention_rate",
-    "objective", "cross_entropy_weight", "divergence_weight", "distillation_temperature", "seed",
+    "objective", "cross_entropy_weight", "divergence_weight", "distillation_temperature", "correction_head",
+    "correction_head_rank", "seed",
 )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from ..draft_model import PardDraftModel
 from ..generation.stats import DecodingStats
 from ..hub.checkpoint import mend_checkpoint
 from ..language_model_head import check_head
-from ..parts import CORRECTION_HEAD
+from ..parts import CORRECTION_HEAD, WEIGHTS_FILE
 from .data_collator import DataCollatorForPard
 from .head import give_own_rate, prepare_head
 from .objective import Objective
@@ -254,7 +254,7 @@ class PardTrainer(Trainer):
         """Bring the correction head back, in place: it lies beside a checkpoint's weights."""
         if self.args.correction_head is not None:
             draft = self.accelerator.unwrap_model(self.model)
-            draft.correction_head.load_state_dict(load_file(f"{folder}/{CORRECTION_HEAD}.safetensors"))
+            draft.correction_head.load_state_dict(load_file(f"{folder}/{CORRECTION_HEAD}/{WEIGHTS_FILE}"))
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
