@@ -18,7 +18,7 @@ from pard_hf.evaluation.routes import ROUTES
 from pard_hf.web.bench import FIRST_ROUTES, MOST_PROMPTS, prompt_sets
 from pard_hf.web.html import conversation
 from pard_hf.web.pairs import BUNDLED, KINDS, PairName, PairShelf
-from pard_hf.web.settings import MOST_DRAFT_TOKENS, MOST_NEW_TOKENS
+from pard_hf.web.settings import MOST_DRAFT_TOKENS, MOST_NEW_TOKENS, MOST_NODES
 from pard_hf.web.visits import NO_ROUNDS, Visits
 
 EXAMPLES = {
@@ -140,16 +140,17 @@ class Page:
             return [kind, target, draft], gr.Button("Load models"), gr.Button("Stop loading")
 
     def lay_out_settings(self) -> list[Any]:
-        """How to generate: K, length, temperature, top-p, seed."""
+        """How to generate: K, length, temperature, top-p, seed, tree size."""
         ends = f"Where a text ends at the latest: 1 to {MOST_NEW_TOKENS}."
         with gr.Row():
             k = slider(1, MOST_DRAFT_TOKENS, 8, "K", "Tokens the draft proposes a round.")
+            tree = slider(0, MOST_NODES, 0, "Tree", "Continuations checked a round; 0: one chain of K.")
             length = gr.Number(128, label="Max new tokens", info=ends)
         with gr.Row():
             temperature = gr.Number(0, label="Temperature", info="0 always takes the likeliest token; to 2.")
             top_p = gr.Number(1, label="Top-p", info="Draw from the likeliest tokens of this share only.")
             seed = gr.Number(0, label="Seed", info="The same seed draws the same text.")
-        return [k, length, temperature, top_p, seed]
+        return [k, length, temperature, top_p, seed, tree]
 
     def lay_out_race(self) -> None:
         """Both routes side by side."""

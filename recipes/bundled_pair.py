@@ -1,4 +1,4 @@
-"""Make the bundled pair from permissively licensed text: tokenizer, targets, their answers, draft.
+"""Make the bundled pair from permissively licensed text: tokenizer, targets, their answers, draft, correction head.
 
     make bundled-pair DATA=../shared/data/train
 
@@ -315,6 +315,27 @@ def adapt_draft(answers: Path, start: Path, out: Path, steps: int) -> None:
     tokenizer.save_pretrained(out)
 
 
+def train_head(answers: Path, draft_dir: Path, out: Path, steps: int) -> None:
+    """A correction head on the draft, which stays as it is, on the same answers."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(draft_dir)
+    rows = tokenize_rows(tokenizer, read_rows(answers), MAX_ROW_TOKENS, skip_bad_rows=True)
+    arguments = PardTrainingArguments(
+        str(out / "checkpoints"),
+        correction_head="frozen",
+        num_draft_tokens=NUM_ASSISTANT_TOKENS,
+        max_steps=steps,
+        per_device_train_batch_size=32,
+        warmup_steps=min(30, steps // 10),
+        train_sampling_strategy="group_by_length",
+        **TRAINER,
+    )
+    draft = PardDraftModel.from_pretrained(draft_dir, dtype=torch.float32)
+    trainer = PardTrainer(draft, arguments, train_dataset=rows)
+    trainer.train(resume_from_checkpoint=any(out.glob("checkpoints/checkpoint-*")) or None)
+    draft.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
 def package(target_dir: Path, draft_dir: Path, out: Path) -> None:
     """Write the pair as it ships: bfloat16, small files, a tokenizer beside each."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(target_dir)
@@ -337,6 +358,7 @@ def main() -> None:
     parser.add_argument("--settle-steps", type=int, default=180, help="optimizer steps against repetition, a turn")
     parser.add_argument("--draft-base-steps", type=int, default=700, help="language modeling of the draft's base")
     parser.add_argument("--draft-steps", type=int, default=6000, help="adaptation of the draft")
+    parser.add_argument("--head-steps", type=int, default=1800, help="training of its correction head")
     args = parser.parse_args()
     tokenizer_dir, target_dir = args.work / "tokenizer", args.work / "target"
     if not (tokenizer_dir / "tokenizer.json").exists():
@@ -356,7 +378,10 @@ def main() -> None:
     answer_training_prompts(args.data, settled_dir, answers, ADAPTING_PROMPTS)
     if not (draft_dir / "model.safetensors").exists():
         adapt_draft(answers, base_dir, draft_dir, args.draft_steps)
-    package(settled_dir, draft_dir, args.out)
+    head_dir = args.work / "draft-with-head"
+    if not (head_dir / "model.safetensors").exists():
+        train_head(answers, draft_dir, head_dir, args.head_steps)
+    package(settled_dir, head_dir, args.out)
     make_wide_target(args)
 
 

@@ -194,7 +194,7 @@ def test_a_cancelled_request_does_not_hold_up_the_server(address):
     job.cancel()
 
     assert urllib.request.urlopen(address, timeout=10).status == 200
-    status, *_ = client.predict("def f():\n", 8, 8, 0, 1, 0, api_name="/race")
+    status, *_ = client.predict("def f():\n", 8, 8, 0, 1, 0, 0, api_name="/race")
     assert "alert" not in status
 
 
@@ -226,7 +226,7 @@ def test_k_out_of_range_gets_a_sentence(address):
     client = Client(address, verbose=False)
 
     for k in (0, 99, None, 2.5, "many"):
-        status, *_ = client.predict("def f():\n", k, 8, 0, 1, 0, api_name="/race")
+        status, *_ = client.predict("def f():\n", k, 8, 0, 1, 0, 0, api_name="/race")
         assert 'role="alert"' in status, (k, status)
         assert "K" in status
 
@@ -406,7 +406,7 @@ def test_fifty_requests_of_ten_visitors_are_answered_and_not_mixed(served, pair)
 
     def texts_of(user):
         client = Client(address, verbose=False)
-        return [client.predict(prompt, 8, 24, 0, 1, 0, api_name="/race")[:4] for prompt in prompts[user]]
+        return [client.predict(prompt, 8, 24, 0, 1, 0, 0, api_name="/race")[:4] for prompt in prompts[user]]
 
     texts_of(0)
     before = resident_bytes(app.pid)

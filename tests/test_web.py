@@ -13,9 +13,9 @@ from pard_hf import load_pair
 from pard_hf.pair import PairPaths
 from pard_hf.web import html, room
 from pard_hf.web.baton import Baton
-from pard_hf.web.bench import FIRST_ROUTES, BenchJob, prompt_file, prompt_sets, report, to_json
+from pard_hf.web.bench import FIRST_ROUTES, BenchJob, prompt_file, prompt_sets, report
 from pard_hf.web.chat import MOST_CACHES, Chat, ChatTurn
-from pard_hf.web.inside import look_inside
+from pard_hf.web.inside import look_at_tree, look_inside
 from pard_hf.web.job import DEVICE, Job, Stopped
 from pard_hf.web.pairs import FOLDER, HUB, KINDS, MOST_LOADED, PairName, PairShelf
 from pard_hf.web.race import Race
@@ -53,7 +53,15 @@ def plain(pair, ids, settings):
 
 
 @pytest.mark.parametrize(
-    "settings", [Settings(), Settings(1), Settings(16, 40), Settings(8, 30, 0.8, 0.9, 3), Settings(max_new_tokens=1)]
+    "settings",
+    [
+        Settings(),
+        Settings(tree_size=16),
+        Settings(1),
+        Settings(16, 40),
+        Settings(8, 30, 0.8, 0.9, 3),
+        Settings(max_new_tokens=1),
+    ],
 )
 @pytest.mark.parametrize("prompt", [CODE, QUESTION])
 def test_both_lanes_of_a_race_say_what_plain_generate_says_alone(pair, prompt, settings):
@@ -235,12 +243,42 @@ def test_looking_inside_shows_the_rounds_that_ran(pair, settings):
         look_inside(pair, ids, rounds, len(rounds) + 1, settings)
 
 
+@pytest.mark.parametrize("tree_size", [4, 24])
+def test_looking_inside_a_tree_lights_the_path_that_was_accepted(pair, tree_size):
+    settings = Settings(8, 60, tree_size=tree_size)
+    ids = encoded_prompt(pair, QUESTION, settings)
+    rounds = run(Race(pair, ids, settings)).view().pard.rounds
+    assert any(round_.accepted for round_ in rounds)
+
+    for number, round_ in enumerate(rounds, start=1):
+        nodes = look_at_tree(pair, ids, rounds, number, settings)
+        said = []
+        lit = [node for node in nodes if node.is_accepted]
+        while lit:
+            assert len(lit) == 1
+            said.append(lit[0].token)
+            assert all(child.probability <= lit[0].probability + 1e-6 for child in lit[0].children)
+            children = lit[0].children
+            lit = [child for child in children if child.is_accepted]
+
+        assert tuple(said) == round_.accepted
+        if nodes:
+            assert html.count(nodes) == tree_size
+            shown = html.tree_list(pair.tokenizer, nodes, number, len(rounds))
+            assert shown.count("<li>") == tree_size
+            assert shown.count("pard-lit") == len(said)
+    with pytest.raises(ValueError, match="Expected a round"):
+        look_at_tree(pair, ids, rounds, len(rounds) + 1, settings)
+
+
 def test_a_round_without_room_had_no_proposals(pair):
     settings = Settings(8, 1)
     ids = encoded_prompt(pair, CODE, settings)
     rounds = run(Race(pair, ids, settings)).view().pard.rounds
 
     assert look_inside(pair, ids, rounds, 1, settings) == []
+    assert look_at_tree(pair, ids, rounds, 1, settings) == []
+    assert "nothing proposed" in html.tree_list(pair.tokenizer, [], 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -257,6 +295,8 @@ def test_a_round_without_room_had_no_proposals(pair):
         ((8, 128, 1, 0, 0), "Expected Top-p from 0.01 to 1, got 0"),
         ((8, 128, 1, 1, -1), "Expected Seed from 0"),
         ((8, 128, 1, 1, "seven"), "Expected a number in the field Seed, got 'seven'"),
+        ((8, 128, 0, 1, 0, 65), "Expected Tree from 0 to 64, got 65"),
+        ((8, 128, 0, 1, 0, None), "Expected a number in the field Tree, got nothing"),
         ((True, 128, 1, 1, 1), "Expected a number in the field K, got True"),
         ((8, 128, 1, 1, 10**400), "Expected Seed from 0 to 4294967295, got one of hundreds of digits"),
     ],
@@ -501,7 +541,7 @@ def test_what_anybody_said_is_escaped(pair):
     race.transcripts[0].rounds = race.transcripts[1].rounds
     view = race.view()
 
-    shown = html.tinted_text(pair.tokenizer, view.pard, 8) + html.plain_text(pair.tokenizer, view.plain)
+    shown = html.tinted_text(pair.tokenizer, view.pard, "8 proposals") + html.plain_text(pair.tokenizer, view.plain)
     shown += (
         html.conversation([{"role": "user", "content": bad}])
         + html.message(bad)
@@ -541,7 +581,7 @@ def measured(pair):
 
 
 def test_a_benchmark_is_that_of_the_shell(measured):
-    result = json.loads(to_json(measured))
+    result = json.loads(measured.result.to_json())
 
     assert result["command"] == (
         "pard bench --prompts demo --limit 2 --repeats 1 --max-new-tokens 12 --num-assistant-tokens 4 "

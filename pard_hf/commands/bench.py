@@ -104,7 +104,7 @@ def measure(args: argparse.Namespace, prompt_sets: dict[str, Any], console: Any)
     with progress_bar(console) as advance:
         result = BenchmarkResult(conditions, Benchmark(pair, settings, advance).run(prompt_sets, finished, keep))
     if partial is not None:
-        write_whole(args.output, json.dumps(result.to_dict(), ensure_ascii=False, indent=1) + "\n")
+        write_whole(args.output, result.to_json())
         partial.remove()
     if args.plots:
         write_plots(result, args.output)

@@ -31,7 +31,8 @@ def run(args: argparse.Namespace) -> int:
     for number, prompt in enumerate(DEMO_PROMPTS, start=1):
         print(f"[{number}/{len(DEMO_PROMPTS)}] {prompt.rstrip()}")
         inputs = pad_left([encode_prompt(pair.tokenizer, prompt)], pad_token_id(pair.target))
-        result = race(pair, inputs, args.num_assistant_tokens, args.max_new_tokens, args.repeats)
+        settings = args.num_assistant_tokens, args.max_new_tokens, args.repeats, args.assistant_tree_size
+        result = race(pair, inputs, *settings)
         results.append(result)
         print(f"\n{UNDERLINE if sys.stdout.isatty() else ''}plain generate{RESET if sys.stdout.isatty() else ''}")
         print(result.plain_text.rstrip())

@@ -87,6 +87,7 @@ def generate(args: argparse.Namespace, pair: Any, inputs: dict[str, Any], **kwar
         **kwargs,
         max_new_tokens=args.max_new_tokens,
         num_assistant_tokens=args.num_assistant_tokens,
+        assistant_tree_size=args.assistant_tree_size,
         assistant_model=pair.draft,
         return_dict_in_generate=True,
     )

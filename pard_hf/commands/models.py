@@ -19,6 +19,9 @@ def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-assistant-tokens", type=int, help="K, draft tokens proposed a round (default: the draft's own)"
     )
+    parser.add_argument(
+        "--assistant-tree-size", type=int, help="N, nodes of a tree verified a round; 0 = chain (default: the draft's)"
+    )
 
 
 def load(args: argparse.Namespace) -> Any:

@@ -52,7 +52,14 @@ class RaceResult:
         )
 
 
-def race(pair: Pair, inputs: Any, num_assistant_tokens: int, max_new_tokens: int, repeats: int = 3) -> RaceResult:
+def race(
+    pair: Pair,
+    inputs: Any,
+    num_assistant_tokens: int,
+    max_new_tokens: int,
+    repeats: int = 3,
+    tree_size: int | None = None,
+) -> RaceResult:
     """Run both routes alternately and take the median time of each; the first run of each is not timed.
 
     Args:
@@ -60,12 +67,18 @@ def race(pair: Pair, inputs: Any, num_assistant_tokens: int, max_new_tokens: int
             Target, draft and tokenizer.
         inputs:
             Model inputs of one prompt, `input_ids` of shape `(1, length)`.
+        tree_size (`int`, *optional*):
+            N, nodes of a round's tree; by default the draft's own, a chain where it has none.
     """
     inputs = {name: tensor.to(pair.target.device) for name, tensor in inputs.items()}
     common = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": True}
     routes: dict[str, dict[str, Any]] = {
         "plain": {},
-        "pard": {"assistant_model": pair.draft, "num_assistant_tokens": num_assistant_tokens},
+        "pard": {
+            "assistant_model": pair.draft,
+            "num_assistant_tokens": num_assistant_tokens,
+            "assistant_tree_size": tree_size,
+        },
     }
     seconds: dict[str, list[float]] = {name: [] for name in routes}
     outputs: dict[str, Any] = {}

@@ -6,6 +6,7 @@ medians over repeats, ranges `[least, most]`.
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -142,6 +143,10 @@ class BenchmarkResult:
 
     def to_dict(self) -> dict[str, Any]:
         return {**self.conditions, "cells": [cell.to_dict() for cell in self.cells]}
+
+    def to_json(self) -> str:
+        """As files hold it."""
+        return json.dumps(self.to_dict(), ensure_ascii=False, indent=1) + "\n"
 
 
 def for_json(values: Any) -> Any:

@@ -6,7 +6,7 @@ device for a value, so that it can run as it stands or compiled (`compilation.py
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -53,14 +53,21 @@ def draft_step(
     Proposals are a chain of `num_drafts` tokens, or the `tree_size` most probable prefixes.
     """
     scores, hidden = score_step(draft, rows, width, num_drafts, num_visible, vocab_size)
-    device = rows.tokens.device
+    return proposals_from(draft.model, scores, hidden, tree_size, rows.tokens.device)
+
+
+def proposals_from(
+    draft: Any, scores: torch.Tensor, hidden: torch.Tensor | None, tree_size: int, device: torch.device
+) -> Proposals:
+    """The best that logits `[B, K, vocab_size]` of a draft, and its correction head, say; on `device`."""
+    num_drafts = scores.shape[1]
     if tree_size == 0:
-        tokens, scores = draft.model.chain(scores, hidden, best)
+        tokens, scores = draft.chain(scores, hidden, best)
         return Proposals(tokens.to(device), num_drafts, scores.to(device))
-    if hidden is None or draft.model.correction_head is None:
+    if hidden is None or draft.correction_head is None:
         tree = tree_of_marginals(scores, tree_size)
     else:
-        places = CorrectedPlaces(draft.model.correction_head, hidden, scores)
+        places = CorrectedPlaces(draft.correction_head, hidden, scores)
         tree = best_prefixes(places.candidates, places.logprobs, tree_size)
     tree = Tree(*(values.to(device) for values in tree))
     return Proposals(tree.tokens, num_drafts, tree=tree, on_path=ancestors(tree, num_drafts))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import tempfile
 from collections.abc import Sequence
 from html import escape
@@ -61,6 +60,7 @@ class BenchJob(Job):
             *("bench", "--prompts", prompts, "--limit", str(whole("Prompts", limit, 1, MOST_PROMPTS))),
             *("--repeats", str(whole("Repeats", repeats, 1, 5)), "--max-new-tokens", str(settings.max_new_tokens)),
             *("--num-assistant-tokens", str(settings.num_assistant_tokens)),
+            *(("--assistant-tree-size", str(settings.tree_size)) if settings.tree_size else ()),
             *("--routes", *routes),
         ]
         if name.kind != BUNDLED:
@@ -136,8 +136,3 @@ def cell_table(cell: CellResult) -> str:
     wrong = [difference_sentence(r.route, r.difference) for r in cell.routes if r.difference is not None]
     title = f"{cell.prompts}: {cell.num_prompts} prompts, K = {cell.num_assistant_tokens}"
     return table(title, ("route", *SPEED_HEADINGS), rows) + "".join(message(text, True) for text in [*left, *wrong])
-
-
-def to_json(job: BenchJob) -> str:
-    """The result as `pard bench` writes it."""
-    return json.dumps(job.result.to_dict(), ensure_ascii=False, indent=1) + "\n"

@@ -8,11 +8,10 @@ import weakref
 from collections import OrderedDict
 from typing import Any
 
-import torch
-
 from ..generation.stats import DecodingStats
 from ..pair import Pair
 from ..training.chat import next_prompt
+from .generate import generate
 from .job import Job
 from .settings import Settings, check_length, checked_prompt
 from .transcript import Transcript
@@ -33,12 +32,16 @@ class Chat:
     def prompt(self, pair: Pair, text: str) -> list[int]:
         """Token ids up to where the answer to `text` begins; those of earlier turns stay as they are."""
         messages = [*self.messages, {"role": "user", "content": text}]
-        same = self.target is not None and self.target() is pair.target
-        return next_prompt(pair.tokenizer, messages, self.past if same else [], self.answer if same else [])
+        is_ours = self.is_with(pair)
+        return next_prompt(pair.tokenizer, messages, self.past if is_ours else [], self.answer if is_ours else [])
+
+    def is_with(self, pair: Pair) -> bool:
+        """Whether the last answer was this target's."""
+        return self.target is not None and self.target() is pair.target
 
     def usable_cache(self, pair: Pair, ids: list[int]) -> Any:
         """The cache of earlier turns where it is this target's and of these very ids, else `None`."""
-        if self.cache is None or self.target is None or self.target() is not pair.target:
+        if self.cache is None or not self.is_with(pair):
             return None
         length = self.cache.get_seq_length()
         return self.cache if 0 < length < len(ids) and ids[:length] == (self.past + self.answer)[:length] else None
@@ -91,19 +94,8 @@ class ChatTurn(Job):
 
     def generate(self) -> None:
         output, start = None, time.perf_counter()
-        torch.manual_seed(self.settings.seed)
-        ids = torch.tensor([self.ids], device=self.pair.target.device)
         try:
-            output = self.pair.target.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                past_key_values=self.cache,
-                **self.settings.arguments(),
-                assistant_model=self.pair.draft,
-                num_assistant_tokens=self.settings.num_assistant_tokens,
-                streamer=self.transcript,
-                return_dict_in_generate=True,
-            )
+            output = generate(self.pair, self.ids, self.settings, past_key_values=self.cache, streamer=self.transcript)
             self.stats = output.stats
         finally:
             self.seconds = time.perf_counter() - start

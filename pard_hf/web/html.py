@@ -9,7 +9,7 @@ from typing import Any
 from ..evaluation.prompts import repeated_share
 from ..generation.stats import DecodingStats
 from .chat import ChatTurn
-from .inside import Proposal
+from .inside import Node, Proposal
 from .race import Lane, RaceView
 
 # Share of repeated 4-grams from which a text is said to repeat itself.
@@ -52,14 +52,14 @@ def plain_text(tokenizer: Any, lane: Lane) -> str:
     return f'<pre class="pard-text" tabindex="0" aria-label="text of plain generate">{escape(text)}</pre>'
 
 
-def tinted_text(tokenizer: Any, lane: Lane, num_assistant_tokens: int) -> str:
+def tinted_text(tokenizer: Any, lane: Lane, proposals: str) -> str:
     """What ours said: each round's accepted run tinted, its bonus token underlined, the round said on hovering."""
     groups = [group for round_ in lane.rounds for group in (round_.accepted, (round_.bonus,))]
     texts = pieces(tokenizer, groups)
     spans = []
     for number, round_ in enumerate(lane.rounds):
         accepted, bonus = texts[2 * number], texts[2 * number + 1]
-        title = f"round {number + 1}: {len(round_.accepted)} of {num_assistant_tokens} proposals accepted"
+        title = f"round {number + 1}: {len(round_.accepted)} of {proposals} accepted"
         if accepted:
             spans.append(f'<span class="pard-accepted pard-{number % 2}" title="{title}">{escape(accepted)}</span>')
         spans.append(f'<span class="pard-bonus" title="{title}, then the target\'s own token">{escape(bonus)}</span>')
@@ -140,6 +140,35 @@ def proposals_table(tokenizer: Any, proposals: Sequence[Proposal], number: int, 
     return table(
         f"Round {number} of {num_rounds}: one draft forward proposed, one target forward answered", headings, rows
     )
+
+
+def tree_list(tokenizer: Any, nodes: Sequence[Node], number: int, num_rounds: int) -> str:
+    """The tree of a round as nested lists, the accepted path lit."""
+    if not nodes:
+        return f"<p>Round {number} of {num_rounds} had room for the target's own token alone: nothing proposed.</p>"
+    caption = (
+        f"Round {number} of {num_rounds}: {count(nodes)} continuations in one draft forward, checked in one target "
+        "forward. Each with the draft's probability of getting there; what the target said is lit."
+    )
+    return (
+        f'<div class="pard-scroll pard-tree" tabindex="0" role="region" aria-label="tree of round {number}">'
+        f"<p>{escape(caption)}</p>{branches(tokenizer, nodes)}</div>"
+    )
+
+
+def branches(tokenizer: Any, nodes: Sequence[Node]) -> str:
+    """Nodes and what follows each."""
+    items = ""
+    for node in nodes:
+        kind, verdict = (' class="pard-lit"', " accepted") if node.is_accepted else ("", "")
+        following = branches(tokenizer, node.children) if node.children else ""
+        said = f"{code(tokenizer, node.token)} {node.probability:.1%}{verdict}"
+        items += f"<li><span{kind}>{said}</span>{following}</li>"
+    return f"<ul>{items}</ul>"
+
+
+def count(nodes: Sequence[Node]) -> int:
+    return sum(1 + count(node.children) for node in nodes)
 
 
 def table(caption: str, headings: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from ..generation.steps import proposals_from
 from ..pair import Pair
 from .settings import Settings
-from .transcript import Round
+from .transcript import Round, tokens_of
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,7 @@ def look_inside(
     Raises:
         ValueError: There is no such round.
     """
-    if not 1 <= number <= len(rounds):
-        raise ValueError(f"Expected a round from 1 to {len(rounds)}, got {number}. Choose one in this range.")
-    said = [token for round_ in rounds[: number - 1] for token in round_.tokens]
-    num_drafts = min(settings.num_assistant_tokens, settings.max_new_tokens - len(said) - 1)
+    said, num_drafts = before_round(rounds, number, settings)
     if num_drafts < 1:
         return []  # The last token of a text needs no proposal.
     device = pair.target.device
@@ -82,6 +80,70 @@ def look_inside(
         )
         for place, token in enumerate(tokens.tolist())
     ]
+
+
+def before_round(rounds: Sequence[Round], number: int, settings: Settings) -> tuple[list[int], int]:
+    """What was said before a round, and how many places it proposed for."""
+    if not 1 <= number <= len(rounds):
+        raise ValueError(f"Expected a round from 1 to {len(rounds)}, got {number}. Choose one in this range.")
+    said = tokens_of(rounds[: number - 1])
+    return said, min(settings.num_assistant_tokens, settings.max_new_tokens - len(said) - 1)
+
+
+@dataclass
+class Node:
+    """One proposal of a tree.
+
+    Args:
+        token (`int`) and probability (`float`):
+            What the draft proposed, and how probable it thought the path that far.
+        is_accepted (`bool`):
+            Whether the target said it as well.
+        children (`list[Node]`):
+            The most probable first.
+    """
+
+    token: int
+    probability: float
+    is_accepted: bool = False
+    children: list[Node] = field(default_factory=list)
+
+
+@torch.no_grad()
+def look_at_tree(
+    pair: Pair, prompt: Sequence[int], rounds: Sequence[Round], number: int, settings: Settings
+) -> list[Node]:
+    """Draft the tree of one round again, with the path that was accepted; returns the nodes behind the root.
+
+    Raises:
+        ValueError: There is no such round.
+    """
+    said, num_drafts = before_round(rounds, number, settings)
+    if num_drafts < 1:
+        return []
+    draft = pair.draft
+    masks = [draft.mask_token_id] * (num_drafts - 1)
+    ids = draft.readable(torch.tensor([[*prompt, *said, *masks]], device=draft.device))
+    logits, hidden = draft.places(num_drafts, input_ids=ids, use_cache=False)
+    scores = draft.proposal_scores(logits, pair.target.config.get_text_config().vocab_size)
+    tree = proposals_from(draft, scores, hidden, settings.tree_size, draft.device).tree
+    assert tree is not None
+    nodes = [Node(-1, 1.0)]
+    tokens, parents, depths = (values[0].tolist() for values in tree)
+    for token, parent, depth in zip(tokens, parents, depths, strict=True):
+        row = scores[:, depth - 1].float()
+        if depth > 1 and hidden is not None and draft.correction_head is not None:
+            previous = torch.tensor([nodes[parent].token], device=draft.device)
+            row = row + draft.correction_head(hidden[:, depth - 1], previous)[:, : row.shape[1]]
+        nodes.append(Node(token, nodes[parent].probability * float(row.softmax(-1)[0, token])))
+        nodes[parent].children.append(nodes[-1])
+    at: Node | None = nodes[0]
+    for token in rounds[number - 1].accepted:
+        # In 16 bit a tree that is drafted again may lack a node.
+        at = next((child for child in at.children if child.token == token), None) if at is not None else None
+        if at is not None:
+            at.is_accepted = True
+    return nodes[0].children
 
 
 def verdict_of(place: int, token: int, this: Round) -> str:

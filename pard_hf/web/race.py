@@ -6,15 +6,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
-
-from ..evaluation.batches import pad_left, pad_token_id
+from ..evaluation.batches import pad_token_id
 from ..generation.stats import DecodingStats
 from ..pair import Pair
 from .baton import Baton
+from .generate import generate
 from .job import Job
 from .settings import Settings
-from .transcript import Round, Transcript
+from .transcript import Round, Transcript, tokens_of
 
 PLAIN, PARD = 0, 1
 
@@ -29,7 +28,7 @@ class Lane:
 
     @property
     def tokens(self) -> list[int]:
-        return [token for round_ in self.rounds for token in round_.tokens]
+        return tokens_of(self.rounds)
 
     @property
     def tokens_per_second(self) -> float:
@@ -94,30 +93,14 @@ class Race(Job):
         """Generate by one route, whenever it is its turn."""
         try:
             self.baton.take(lane)
-            torch.manual_seed(self.settings.seed)
-            output = self.generate(lane)
+            output = generate(
+                self.pair, self.ids, self.settings, uses_draft=lane == PARD, streamer=self.transcripts[lane],
+                pad_token_id=pad_token_id(self.pair.target),
+            )  # fmt: skip
             output.past_key_values = None  # Nobody goes on from here, and the race is looked at for a while.
             self.outputs[lane] = output
         finally:
             self.baton.release(lane, has_finished=True)
-
-    def generate(self, lane: int) -> Any:
-        draft = (
-            {}
-            if lane == PLAIN
-            else {
-                "assistant_model": self.pair.draft,
-                "num_assistant_tokens": self.settings.num_assistant_tokens,
-            }
-        )
-        inputs = pad_left([self.ids], pad_token_id(self.pair.target))
-        return self.pair.target.generate(
-            **{name: tensor.to(self.pair.target.device) for name, tensor in inputs.items()},
-            **self.settings.arguments(),
-            **draft,
-            streamer=self.transcripts[lane],
-            return_dict_in_generate=True,
-        )
 
     def stop(self) -> None:
         super().stop()

@@ -11,6 +11,7 @@ from ..pair import Pair
 from ..positions import num_positions
 
 MOST_DRAFT_TOKENS = 16
+MOST_NODES = 64
 MOST_NEW_TOKENS = 1024
 MOST_CHARACTERS = 20_000
 LEAST_TEMPERATURE = 0.01  # Logits over less are infinite; 0 itself is greedy.
@@ -29,6 +30,8 @@ class Settings:
             Share of the probability that may be drawn from.
         seed (`int`):
             For sampling.
+        tree_size (`int`):
+            N, nodes of a round's tree; 0 for a chain.
     """
 
     num_assistant_tokens: int = 8
@@ -36,10 +39,17 @@ class Settings:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    tree_size: int = 0
 
     @classmethod
     def checked(
-        cls, num_assistant_tokens: Any, max_new_tokens: Any, temperature: Any, top_p: Any, seed: Any
+        cls,
+        num_assistant_tokens: Any,
+        max_new_tokens: Any,
+        temperature: Any,
+        top_p: Any,
+        seed: Any,
+        tree_size: Any = 0,
     ) -> Settings:
         """Make settings from what a page sent.
 
@@ -52,7 +62,13 @@ class Settings:
             temperature=number("Temperature", temperature, 0, 2),
             top_p=number("Top-p", top_p, 0.01, 1),
             seed=whole("Seed", seed, 0, 2**32 - 1),
+            tree_size=whole("Tree", tree_size, 0, MOST_NODES),
         )
+
+    @property
+    def proposals(self) -> str:
+        """What a round proposes, in words."""
+        return f"{self.tree_size} nodes" if self.tree_size else f"{self.num_assistant_tokens} proposals"
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of `generate()`, the draft's aside."""

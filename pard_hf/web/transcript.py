@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,11 @@ class Round:
     @property
     def tokens(self) -> tuple[int, ...]:
         return (*self.accepted, self.bonus)
+
+
+def tokens_of(rounds: Iterable[Round]) -> list[int]:
+    """All that was said in some rounds."""
+    return [token for round_ in rounds for token in round_.tokens]
 
 
 @dataclass
@@ -56,4 +61,4 @@ class Transcript:
 
     @property
     def tokens(self) -> list[int]:
-        return [token for round_ in list(self.rounds) for token in round_.tokens]
+        return tokens_of(list(self.rounds))

@@ -19,9 +19,9 @@ import torch
 
 from ..pair import Pair
 from . import html
-from .bench import BenchJob, progress, prompt_file, report, to_json
+from .bench import BenchJob, progress, prompt_file, report
 from .chat import Chat, ChatTurn
-from .inside import Proposal, look_inside
+from .inside import look_at_tree, look_inside
 from .job import Job, Stopped
 from .pairs import PairName, PairShelf
 from .race import Race
@@ -67,11 +67,15 @@ class LookJob(Job):
     def __init__(self, pair: Pair, race: FinishedRace, number: int):
         super().__init__(self.look)
         self.pair, self.race, self.number = pair, race, number
-        self.proposals: list[Proposal] = []
+        self.shown = ""
 
     def look(self) -> None:
-        race = self.race
-        self.proposals = look_inside(self.pair, race.ids, race.rounds, self.number, race.settings)
+        race, tokenizer = self.race, self.pair.tokenizer
+        looked = self.pair, race.ids, race.rounds, self.number, race.settings
+        if race.settings.tree_size:
+            self.shown = html.tree_list(tokenizer, look_at_tree(*looked), self.number, len(race.rounds))
+        else:
+            self.shown = html.proposals_table(tokenizer, look_inside(*looked), self.number, len(race.rounds))
 
 
 def spoken(num_outputs: int) -> Callable[..., Any]:
@@ -153,7 +157,7 @@ class Visits:
         """Banner and both lanes of a race as they are now."""
         view, tokenizer = job.view(), job.pair.tokenizer
         plain = html.lane_figures(view.plain) + html.plain_text(tokenizer, view.plain)
-        ours = html.pard_figures(view) + html.tinted_text(tokenizer, view.pard, job.settings.num_assistant_tokens)
+        ours = html.pard_figures(view) + html.tinted_text(tokenizer, view.pard, job.settings.proposals)
         return html.banner(view, job.pair.target.dtype == torch.float32), plain, ours
 
     def after_race(self, name: PairName, job: Race) -> tuple[Any, ...]:
@@ -163,11 +167,11 @@ class Visits:
         return finished, 1, self.inside(job.pair, finished, 1), html.stats_bars(view.stats)
 
     def inside(self, pair: Pair, race: FinishedRace, number: int) -> str:
-        """The table of a round, computed when the device is free."""
+        """A round's proposals, computed when the device is free."""
         job = LookJob(pair, race, number)
         for _ in job.watch():
             pass
-        return html.proposals_table(pair.tokenizer, job.proposals, number, len(race.rounds))
+        return job.shown
 
     @spoken(2)
     def look(self, race: FinishedRace | None, number: Any, request: gr.Request) -> Iterator[tuple[Any, ...]]:
@@ -254,7 +258,7 @@ class Visits:
         folder = tempfile.mkdtemp()
         try:
             path = Path(folder) / "bench.json"
-            path.write_text(to_json(job), encoding="utf-8")
+            path.write_text(job.result.to_json(), encoding="utf-8")
             yield html.message("Measured."), report(job), gr.DownloadButton(value=path, interactive=True)
         finally:
             shutil.rmtree(folder)  # Gradio has its own copy by now.
