@@ -246,12 +246,7 @@ def test_k_out_of_range_gets_a_sentence(address):
     ],
 )
 def test_bad_models_get_a_sentence(page, kind, target, draft, sentence):
-    unfold(page, "Models")
-    page.get_by_role("radio", name=kind).check()
-    fill(page, "Target", target)
-    fill(page, "Draft", draft)
-
-    page.get_by_role("button", name="Load models").click()
+    load_models(page, kind, target, draft)
 
     expect(page.locator("#status [role=alert]")).to_contain_text(sentence)
     page.locator("#start-race").click()
@@ -259,16 +254,20 @@ def test_bad_models_get_a_sentence(page, kind, target, draft, sentence):
     expect(page.locator("#banner")).to_contain_text("Identical texts")
 
 
-@pytest.mark.parametrize(
-    ("kind", "target", "draft"), [("Hub id", "org/target", "org/draft"), ("local folder", "target", "draft")]
-)
-def test_models_of_the_hub_and_of_folders_are_loaded(page, pair, kind, target, draft):
+def load_models(page, kind, target, draft):
+    """Name a pair on the page and press the button."""
     unfold(page, "Models")
     page.get_by_role("radio", name=kind).check()
     fill(page, "Target", target)
     fill(page, "Draft", draft)
-
     page.get_by_role("button", name="Load models").click()
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "draft"), [("Hub id", "org/target", "org/draft"), ("local folder", "target", "draft")]
+)
+def test_models_of_the_hub_and_of_folders_are_loaded(page, pair, kind, target, draft):
+    load_models(page, kind, target, draft)
 
     expect(page.locator("#status")).to_contain_text(f"Ready: {target} with {draft}; target of 4.0 M parameters")
     race_to_the_end(page, pair, "What is 2 + 2?\n")
@@ -303,6 +302,17 @@ def test_rounds_can_be_looked_into(page, pair):
     page.keyboard.press("ArrowUp")
     expect(page.locator("#inside caption")).to_contain_text("Round 2 of")
     assert page.locator("#inside tbody tr").first.inner_text().split("\t")[3] in ("accepted", "rejected")
+
+
+def test_a_tree_is_looked_into(page, pair):
+    unfold(page, "Settings")
+    fill(page, "Tree", 16)
+    race_to_the_end(page, pair, "Sara has 5 bags of 6 marbles. How many marbles?\n")
+
+    open_tab(page, "Look inside")
+
+    expect(page.locator("#inside .pard-tree li")).to_have_count(16)
+    expect(page.locator("#inside .pard-lit").first).to_contain_text("accepted")
 
 
 def test_a_chat_keeps_what_was_read(page):

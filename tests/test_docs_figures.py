@@ -80,6 +80,29 @@ def rows_of_batches():
         yield row(f"`{name}`", *(e for r in found for e in (f"{r['tokens_per_second']:.0f}", r["speedup"])))
 
 
+def rows_of_trees():
+    for name in SETS:
+        lengths = result("trees")["sets"][name]["acceptance_lengths"]
+        for way, title in (("", "draft alone"), (" + head", "with the head")):
+            ways = ["chain" + way, *(f"tree {size}{way}" for size in (8, 16, 32, 64))]
+            yield row(f"`{name}`", title, *(lengths[key] for key in ways))
+
+
+def rows_of_heads():
+    for run in result("adaptation_correction_head")["runs"]:
+        lengths = run["points"][-1]["acceptance_length"]
+        ways = (" chain", " head", " tree 64", " head, tree 64")
+        yield row(run["run"], *(lengths[f"bundled{way}_{name}"] for name in SETS for way in ways))
+
+
+def rows_of_tree_routes():
+    for name in SETS:
+        for size in (8, 64):
+            routes = cells(f"bundled_tree_{size}")[name, 1]
+            order = ("tier2", "head", "tree", "tree_head", "adaptive")
+            yield row(f"`{name}`", f"{size}", *(routes[route]["speedup"] for route in order))
+
+
 def rows_published():
     targets = (("Llama 3.1 8B", "A100"), ("Llama 3.3 70B", "H20"), ("Qwen3 8B", "A100"))
     figures = [figure for part in PUBLISHED.values() for figure in part if "V1 engine" in figure.engine]
@@ -94,6 +117,9 @@ TABLES = {
     rows_of_positions: "docs/choosing-k.md",
     rows_of_verify_ratios: "docs/choosing-k.md",
     rows_of_schedules: "docs/choosing-k.md",
+    rows_of_trees: "docs/trees.md",
+    rows_of_heads: "docs/trees.md",
+    rows_of_tree_routes: "docs/trees.md",
     rows_published: "docs/limits.md",
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..evaluation.prompts import repeated_share
 from ..generation.stats import DecodingStats
+from ..incremental_text import IncrementalText
 from .chat import ChatTurn
 from .inside import Node, Proposal
 from .race import Lane, RaceView
@@ -25,24 +26,12 @@ def message(text: str, is_error: bool = False) -> str:
 def pieces(tokenizer: Any, groups: Sequence[Sequence[int]]) -> list[str]:
     """The text of each group of tokens; together they are the text of all.
 
-    Decoded together, since a character may need bytes of several tokens; it then shows in the last of its groups.
+    A character that needs tokens of several groups shows in the last of them.
     """
-    texts: list[str] = []
-    ids: list[int] = []
-    shown = ""
-    for group in groups:
-        ids += group
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        if text.endswith("\ufffd"):
-            texts.append("")
-            continue
-        texts.append(text[len(shown) :])
-        shown = text
-        if text.endswith("\n"):  # Decode no more than a line again and again; the break keeps its neighbour's space.
-            ids = ids[-1:]
-            shown = tokenizer.decode(ids, skip_special_tokens=True)
-    if texts and groups:  # A text that was cut inside a character.
-        texts[-1] += tokenizer.decode(ids, skip_special_tokens=True)[len(shown) :]
+    text = IncrementalText(tokenizer)
+    texts = [text.add(group) for group in groups]
+    if texts:
+        texts[-1] += text.rest()
     return texts
 
 
