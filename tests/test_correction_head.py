@@ -188,11 +188,14 @@ def test_training_reads_the_gold_token_before():
 CYCLES = [{"input_ids": [1, *[3 + (start + 7 * i) % 90 for i in range(16)], 2]} for start in range(24)]
 
 
+@pytest.mark.parametrize("objective", ["ce", "kd", "cat"])
 @pytest.mark.parametrize("mode", ["frozen", "joint"])
-def test_training_teaches_the_head(tmp_path, mode):
+def test_training_teaches_the_head(tmp_path, mode, objective):
+    """With a teacher that says what the rows say: the objectives want the same."""
+    teacher = make_trainer(tmp_path / "teacher", 80, CYCLES, num_draft_tokens=1).model if objective != "ce" else None
     trainer = make_trainer(
-        tmp_path, 60, CYCLES, correction_head=mode, correction_head_rank=32, learning_rate=1e-3,
-        correction_head_learning_rate=1e-2, logging_steps=5,
+        tmp_path, 60, CYCLES, trainer={"target": teacher}, correction_head=mode, correction_head_rank=32,
+        learning_rate=1e-3, correction_head_learning_rate=1e-2, logging_steps=5, objective=objective,
     )  # fmt: skip
     before = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
 

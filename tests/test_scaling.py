@@ -138,7 +138,8 @@ def test_new_weights_are_random_and_repeatable():
     assert relative_error(small, other) < 1e-5
 
 
-def test_bundled_pair_says_the_same_and_accepts_the_same(bundled):
+@pytest.mark.parametrize("tree_size", [0, 24])
+def test_bundled_pair_says_the_same_and_accepts_the_same(bundled, tree_size):
     big = enlarge_pair(
         bundled,
         Shape("llama", 320, 640, 14, 10, 5, 64, 3000, False),
@@ -152,12 +153,18 @@ def test_bundled_pair_says_the_same_and_accepts_the_same(bundled):
         inputs = bundled.tokenizer(text, return_tensors="pt", return_token_type_ids=False)
         outputs = [
             pair.target.generate(
-                **inputs, assistant_model=pair.draft, max_new_tokens=32, do_sample=False, return_dict_in_generate=True
+                **inputs,
+                assistant_model=pair.draft,
+                assistant_tree_size=tree_size,
+                max_new_tokens=32,
+                do_sample=False,
+                return_dict_in_generate=True,
             )
             for pair in (bundled, big)
         ]
         assert torch.equal(outputs[0].sequences, outputs[1].sequences)
         assert outputs[0].stats == outputs[1].stats
+        assert big.draft.correction_head.gate.weight[:, 96:].any()  # New weights are read, and read zeros.
         assert min(outputs[1].stats.num_rounds, outputs[1].stats.num_accepted) > 2
         plain = big.target.generate(**inputs, max_new_tokens=32, do_sample=False)
         assert torch.equal(plain, outputs[1].sequences)

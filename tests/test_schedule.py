@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import make_draft, make_model, make_prompts, make_self_draft
+from families import add_head, make_draft, make_model, make_prompts, make_self_draft
 
 from pard_hf import with_pard
 from pard_hf.generation.decoding import PardDecoder
@@ -99,6 +99,72 @@ def test_acceptance_is_that_of_the_rounds():
 
     assert costs.tokens(Choice(4)) == pytest.approx(3.0, abs=0.1)
     assert costs.tokens(Choice(0)) == 1.0
+
+
+def simulate_trees(cost, tokens, most=64, rounds=600):
+    """As `simulate`, where a tree of N nodes accepts `tokens(N)` on average."""
+    generator = torch.Generator().manual_seed(0)
+    schedule, seconds, said, chosen = AdaptiveSchedule(8, RoundCosts(), most), 0.0, 0, []
+    for _ in range(rounds):
+        choice = schedule.choose(1)
+        mean = tokens(choice.tree_size) if choice.num_drafts else 0.0
+        accepted = min(int(mean + torch.rand(1, generator=generator).item()), choice.num_drafts)
+        schedule.record(1, choice, cost(choice.num_proposals), [accepted])
+        seconds, said = seconds + cost(choice.num_proposals), said + accepted + 1
+        chosen.append(choice)
+    return said / seconds, chosen
+
+
+@pytest.mark.parametrize(
+    ("slope", "expected"),
+    [(0.001, {32, 64}), (0.03, {4, 8, 16}), (0.8, {0})],
+)
+def test_tree_grows_as_far_as_rows_are_cheap(slope, expected):
+    """Each doubling of the tree is worth less; what a row costs decides how far it pays."""
+
+    def cost(num_rows):
+        return 1.0 + (0.2 + slope * num_rows if num_rows else 0.0)
+
+    def tokens(size):
+        return 2.0 if size == 0 else {4: 1.8, 8: 2.5, 16: 3.0, 32: 3.4, 64: 3.8}[size]
+
+    rate, chosen = simulate_trees(cost, tokens)
+
+    sizes = [choice.tree_size for choice in chosen[-100:]]
+    assert sum(size in expected for size in sizes) >= 80
+    options = [(1.0, 0)] + [(1 + tokens(size), size or count) for size in (0, 4, 8, 16, 32, 64) for count in (8,)]
+    assert rate >= 0.85 * max(said / cost(rows) for said, rows in options)
+
+
+def test_trees_that_were_not_tried_lie_between_those_that_were():
+    costs = RoundCosts()
+    for _ in range(200):
+        costs.add_accepted(Choice(8), 2)
+        costs.add_accepted(Choice(8, 64), 6)
+
+    lengths = [costs.tokens(Choice(8, size)) for size in (0, 4, 8, 16, 32, 64)]
+
+    assert lengths == sorted(lengths)
+    assert lengths[0] == pytest.approx(3.0, abs=0.1)
+    assert lengths[-1] == pytest.approx(7.0, abs=0.1)
+
+
+def test_adaptive_trees_say_what_plain_generate_says():
+    target, prompts = make_model("llama"), make_prompts(3)
+    draft = add_head(make_self_draft(target), 0.3)
+    expected = target.generate(**prompts, max_new_tokens=80, do_sample=False)
+
+    for _ in range(3):
+        got = with_pard(target).generate(
+            **prompts,
+            max_new_tokens=80,
+            do_sample=False,
+            assistant_model=draft,
+            num_assistant_tokens=8,
+            assistant_tree_size=32,
+            num_assistant_tokens_schedule="adaptive",
+        )
+        assert torch.equal(got, expected)
 
 
 def test_constant_stays():

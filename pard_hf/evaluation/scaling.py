@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from ..correction_head import CorrectionHead
 from ..draft_model import PardDraftModel
 from ..generation.mixin import with_pard
 from ..pair import Pair
@@ -117,6 +118,8 @@ def enlarge(
     big.generation_config = copy.deepcopy(model.generation_config)
     if isinstance(model, PardDraftModel):
         PardDraftModel.from_causal_lm(big, model.mask_token_id, model.num_assistant_tokens)
+        if model.correction_head is not None:
+            big.correction_head = enlarge_head(model.correction_head, big, generator)
     return big
 
 
@@ -288,6 +291,19 @@ def place_attention(attention: Any, source: Any) -> None:
     # New query heads that share a value which is not silent write nothing.
     outputs[:, : num_live * big_group, :dim] = 0
     outputs[:hidden_size, heads, :dim] = source.o_proj.weight.unflatten(1, (-1, dim)).to(outputs)
+
+
+def enlarge_head(small: CorrectionHead, big: Any, generator: torch.Generator) -> CorrectionHead:
+    """A correction head that corrects as before: it reads the old coordinates, and new tokens are never candidates."""
+    with torch.device("meta"):
+        head = CorrectionHead(big.config.vocab_size, big.config.hidden_size, small.rank, small.num_candidates)
+    head.to(big.dtype).to_empty(device=big.device)
+    for name, weight in head.named_parameters():
+        source = small.get_parameter(name)
+        fill(weight, source, generator)
+        weight[tuple(slice(0, size) for size in source.shape)] = source.to(weight)
+    head.gate.weight[:, small.hidden_size : small.hidden_size + NUM_CONSTANTS] = 0
+    return head.eval()
 
 
 def place_mlp(mlp: Any, source: Any) -> None:

@@ -131,6 +131,11 @@ class PardTrainer(Trainer):
             )
         if args.eval_strategy != "no" and evaluator is None:
             raise ValueError("Expected an `evaluator` with an `eval_strategy`, got none. Pass one, or take 'no'.")
+        if args.correction_head is not None and args.fsdp:
+            raise ValueError(
+                "Expected a correction head to be trained with whole weights on each device, got FSDP. Take DDP: drafts "
+                "are small."
+            )
         prepare_head(model, args.correction_head, args.correction_head_rank)
         self.objective = Objective(
             args.objective, args.cross_entropy_weight, args.divergence_weight, args.distillation_temperature, target
