@@ -133,8 +133,8 @@ class PardTrainer(Trainer):
             raise ValueError("Expected an `evaluator` with an `eval_strategy`, got none. Pass one, or take 'no'.")
         if args.correction_head is not None and args.fsdp:
             raise ValueError(
-                "Expected a correction head to be trained with whole weights on each device, got FSDP. Take DDP: drafts "
-                "are small."
+                "Expected a correction head to be trained with whole weights on each device, got FSDP. Take DDP: "
+                "drafts are small."
             )
         prepare_head(model, args.correction_head, args.correction_head_rank)
         self.objective = Objective(
