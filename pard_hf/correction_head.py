@@ -86,8 +86,10 @@ class CorrectedPlaces:
     """
 
     def __init__(self, head: CorrectionHead, hidden: torch.Tensor, scores: torch.Tensor):
-        self.head, self.scores = head, scores.float()
-        self.gates = head.gate(hidden).sigmoid()
+        # A draft may be spread over devices; the head lies on one.
+        weight = head.gate.weight
+        self.head, self.scores = head, scores.to(weight.device, torch.float32)
+        self.gates = head.gate(hidden.to(weight)).sigmoid()
         self.best, self.candidates = self.scores.topk(min(head.num_candidates, scores.shape[-1]), dim=-1)
         # A target may have more rows than the draft; nobody proposes them, and no row of the head is theirs.
         self.columns = self.candidates.clamp(max=head.vocab_size - 1)

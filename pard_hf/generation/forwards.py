@@ -70,7 +70,8 @@ class Forwards:
             law = process_positions(processors, places.float()).softmax(dim=-1)
             return torch.multinomial(law.flatten(0, 1), 1).view(logits.shape[:-1])
 
-        tokens, scores = model.chain(scores, hidden, choose)
+        device = self.batch.rows.tokens.device
+        tokens, scores = (values.to(device) for values in model.chain(scores, hidden, choose))
         return Proposals(tokens, tokens.shape[1], process_positions(processors, scores.float()))
 
     def verify(
