@@ -111,7 +111,7 @@ ALLOWED = {
     "hub/model_card": {"hub/card_sections", "hub/known_drafts", "hub/measurements"},
     "hub/checkpoint": {"draft_model", "hub/errors", "parts"},
     "hub/known_drafts": {"hub/checkpoint"},
-    "hub/card_sources": {"hub/checkpoint", "hub/known_drafts", "hub/model_card", "pair"},
+    "hub/card_sources": {"hub/checkpoint", "hub/known_drafts", "hub/model_card", "pair", "parts"},
     "hub/upload": {
         "draft_model",
         "hub/checkpoint",

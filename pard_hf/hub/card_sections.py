@@ -150,6 +150,9 @@ def checkpoint_rows(source: CardSource) -> dict[str, Any]:
     if "hidden_size" in text:
         rows["layers × width"] = f"{text.get('num_hidden_layers')} × {text['hidden_size']}"
     rows["parameters"] = f"{source.num_parameters:,}" if source.num_parameters else None
+    if source.correction_head:
+        rank = source.correction_head.get("rank")
+        rows["correction head"] = f"rank {rank}, in the folder `correction_head`; serving engines draft without it"
     rows["vocabulary"] = f"{text['vocab_size']:,}" if "vocab_size" in text else None
     rows["positions"] = text.get("max_position_embeddings")
     rows["weights"] = config.get("dtype") or config.get("torch_dtype")

@@ -11,12 +11,16 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from ..pair import bundled_pair
+from ..parts import CORRECTION_HEAD, SETTINGS_FILE
 from .checkpoint import local_folder, read_json, tensor_shapes, weight_files
 from .known_drafts import KNOWN_DRAFTS, KnownDraft, find_known_draft
 from .model_card import CardSource
 
 BUNDLED = ("bundled-draft", "bundled-target")
-CARD_FILES = ("config.json", "generation_config.json", "provenance.json", "README.md")
+CARD_FILES = (
+    *("config.json", "generation_config.json", "provenance.json", "README.md"),
+    f"{CORRECTION_HEAD}/{SETTINGS_FILE}",
+)
 SAID = ("license", "license_name", "license_link", "language", "datasets", "base_model")
 
 
@@ -55,6 +59,7 @@ def card_source(name: str, results: Sequence[str | Path] = (), **said: Any) -> C
         config=read_json(folder, "config.json"),
         num_assistant_tokens=optional_json(drafting, "generation_config.json").get("num_assistant_tokens"),
         num_parameters=num_parameters(folder),
+        correction_head=optional_json(folder / CORRECTION_HEAD, SETTINGS_FILE),
         provenance=optional_json(folder, "provenance.json"),
         results=load_results(results, "bundled" if is_bundled else shown),
         metadata={**said_in(about / "README.md"), **metadata},

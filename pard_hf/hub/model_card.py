@@ -33,6 +33,8 @@ class CardSource:
             Content of config.json; empty where the checkpoint was not read.
         num_assistant_tokens (`int`, *optional*):
             K of its generation_config.json.
+        correction_head (`dict`, *optional*):
+            The settings of the head beside it, where there is one.
         num_parameters (`int`, *optional*):
             Counted in the headers of its weights.
         provenance (`dict`):
@@ -58,6 +60,7 @@ class CardSource:
     config: dict[str, Any] = field(default_factory=dict)
     num_assistant_tokens: int | None = None
     num_parameters: int | None = None
+    correction_head: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     results: tuple[dict[str, Any], ...] = ()
     known: KnownDraft | None = None
