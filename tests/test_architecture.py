@@ -16,6 +16,7 @@ ALLOWED = {
     "generation/stats": set(),
     "training/cod": set(),
     "subclass": set(),
+    "incremental_text": set(),
     "positions": set(),
     "sharing": set(),
     "correction_head": set(),

@@ -123,7 +123,7 @@ def test_long_prompts_are_read_in_parts(batch_size, monkeypatch):
     target, prompts = make_model("llama"), make_prompts(batch_size)
     draft = make_draft(make_model("llama", seed=5))
     expected = target.generate(**prompts, max_new_tokens=20, do_sample=False)
-    monkeypatch.setattr("pard_hf.generation.decoding.PREFILL_CHUNK", 4)
+    monkeypatch.setattr("pard_hf.generation.forwards.PREFILL_CHUNK", 4)
     monkeypatch.setattr(batch_module, "PREFILL_CHUNK", 4)
     widths = record(target, lambda kwargs: kwargs["input_ids"].shape[1])
 
