@@ -78,13 +78,16 @@ def test_compiled_trees_and_heads_are_eager(family, batch_size, tree_size):
     assert graphs() == num_graphs
 
 
-def test_inductor_is_eager():
+@pytest.mark.parametrize("tree_size", [0, 8])
+def test_inductor_is_eager(tree_size):
     target, prompts = make_model("llama"), make_prompts(2)
-    draft = make_draft(make_model("llama", seed=5))
+    draft = add_head(make_draft(make_model("llama", seed=5)), 0.3)
     expected = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
 
-    output = pard(target, draft, prompts, compile_config=None, cache_implementation="static")
+    compiled = {"compile_config": None, "cache_implementation": "static", "assistant_tree_size": tree_size}
+    output = pard(target, draft, prompts, **compiled)
 
+    assert workspace_of(target, draft).failure is None
     assert torch.equal(output.sequences, expected)
     assert output.compile_seconds > 0
 

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from pard_hf import PardGenerateOutput, PardGenerationMixin, with_pard, without_pard
+from pard_hf.generation.compilation import warn_once
 
 NEW_TOKENS = 24
 
@@ -485,14 +486,17 @@ def test_padded_vocabulary_works_and_other_vocabularies_do_not():
 
 
 @pytest.mark.parametrize("arguments", [{}, {"do_sample": True, "top_k": 5}])
-def test_hybrid_target_goes_through_the_stock_loop(arguments):
+def test_hybrid_target_goes_through_the_stock_loop(arguments, tree_size, caplog):
     """Convolution states have no slots; the host's own cache can roll them back, one row at a time."""
+    warn_once.cache_clear()
     target, prompts = make_hybrid(), make_prompts(1)
     draft = make_draft(make_model("llama", seed=3))
 
     expected, got = compare(target, draft, prompts, **arguments)
 
     assert got.stats.num_rounds > 0
+    compare(target, draft, prompts, **arguments)
+    assert caplog.text.count("a chain is drafted instead of a tree") == (1 if tree_size else 0)  # Once, not each time.
     if not arguments:
         assert torch.equal(got.sequences, expected.sequences)
 

@@ -271,8 +271,9 @@ def branching(
     depths = positions[:, -num_nodes:].gather(1, node - 1)
     position = torch.where(is_node, depths, slot)
     sees_text = slot <= torch.minimum(positions, root).clamp(min=0).unsqueeze(2)
-    sees_node = on_path[:, 1:].gather(2, node.unsqueeze(1).expand(-1, num_nodes, -1)) & is_node.unsqueeze(1)
-    sees_node = torch.nn.functional.pad(sees_node, (0, 0, positions.shape[1] - num_nodes, 0))
+    # Text sees of the tree what its root sees, which is no node.
+    seen = torch.arange(1 - positions.shape[1] + num_nodes, num_nodes + 1, device=positions.device).clamp(min=0)
+    sees_node = on_path[:, seen].gather(2, node.unsqueeze(1).expand(-1, len(seen), -1)) & is_node.unsqueeze(1)
     return slots, position[:, None, None], (sees_text | sees_node).unsqueeze(1)
 
 

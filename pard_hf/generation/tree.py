@@ -152,9 +152,9 @@ def walk(tree: Tree, on_path: torch.Tensor, choices: torch.Tensor, num_depths: i
     Returns:
         Tokens `[B, K + 1]` as every `verify_*` returns them, and the path.
     """
-    is_wrong = torch.nn.functional.pad(tree.tokens != choices.gather(1, tree.parents), (1, 0))
+    is_wrong = tree.tokens != choices.gather(1, tree.parents)
     # Siblings differ, so what is right all the way from the root is a single path.
-    is_accepted = ~(on_path & is_wrong.unsqueeze(1)).any(dim=-1)[:, 1:]
+    is_accepted = ~(on_path[:, 1:, 1:] & is_wrong.unsqueeze(1)).any(dim=-1)
     depths = torch.arange(1, num_depths + 1, device=choices.device)
     at_depth = is_accepted.unsqueeze(1) & (tree.depths.unsqueeze(1) == depths.unsqueeze(1))
     nodes = at_depth.long().argmax(dim=-1) + 1
