@@ -147,18 +147,22 @@ class PardDraftModel(DraftingModel):
         if not isinstance(model, PardDraftModel):
             base: Any = type(model)
             model.__class__ = draft_class(base)
-            for part in PARTS:
+        for part in PARTS:
+            if not hasattr(model, part):
                 setattr(model, part, None)
         return model
 
-    def save_pretrained(self, save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, **kwargs: Any
+    ) -> None:
         """Save as the base model does; correction head and trimmed vocabulary get files of their own beside it."""
         weights = state_dict
         if needs_hidden_states(self):
             weights = self.state_dict() if state_dict is None else state_dict
             state_dict = {name: tensor for name, tensor in weights.items() if not is_of_part(name)}
-        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
-        if Path(save_directory).is_dir():  # The host reports a path that is a file, and saves nothing.
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        # The host reports a path that is a file, and saves nothing.
+        if is_main_process and Path(save_directory).is_dir():
             save_parts(self, Path(save_directory), weights)
 
     def trim_vocabulary(self, token_ids: Iterable[int] | str | Path, keep: int | None = None) -> PardDraftModel:

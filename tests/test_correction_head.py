@@ -1,6 +1,8 @@
 """The correction head: what it computes, how it is saved, whose it is, and how it is trained."""
 
+import copy
 import json
+import pickle
 import shutil
 
 import pytest
@@ -8,12 +10,13 @@ import torch
 from families import add_head, make_draft, make_model, make_prompts
 from safetensors import safe_open
 from test_trainer import make_trainer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from pard_hf import PardDraftModel, with_pard
 from pard_hf.correction_head import CorrectedPlaces, CorrectionHead
 from pard_hf.hub.export import export_draft
 from pard_hf.parts import PART_FILES, SETTINGS_FILE, WEIGHTS_FILE
+from pard_hf.sharing import without_head
 from pard_hf.training.cod import build_rows, keep_rows
 from pard_hf.training.objective import correction_of
 
@@ -92,6 +95,33 @@ def test_saving_without_a_head_leaves_none_of_an_earlier_one(headed, tmp_path):
 
     assert not any((tmp_path / name).exists() for name in PART_FILES)
     assert PardDraftModel.from_pretrained(tmp_path).correction_head is None
+
+
+def test_only_the_main_process_writes(headed, tmp_path):
+    headed.save_pretrained(tmp_path, False)
+
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_copies_and_pickles_keep_their_own_head(headed):
+    ids = make_prompts(1)["input_ids"]
+    for twin in (copy.deepcopy(headed), pickle.loads(pickle.dumps(headed))):
+        assert torch.equal(twin.draft(ids), headed.draft(ids))
+        assert twin.correction_head is not headed.correction_head
+    bare = without_head(headed)
+    assert bare.correction_head is None
+    assert headed.correction_head is not None
+    assert bare.get_input_embeddings() is headed.get_input_embeddings()
+
+
+def test_class_of_ones_own_has_a_place_for_a_head():
+    class OwnDraft(PardDraftModel, LlamaForCausalLM):
+        pass
+
+    draft = PardDraftModel.from_causal_lm(OwnDraft(make_model("llama").config), 99, 5)
+
+    assert draft.correction_head is None
+    assert draft.draft(make_prompts(1)["input_ids"]).shape == (1, 5, 100)
 
 
 def test_head_survives_16_bit(headed, tmp_path):
