@@ -19,12 +19,14 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from .drafting import DraftingModel
 from .hub.errors import hub_errors
 from .language_model_head import check_head
-from .parts import CORRECTION_HEAD, PARTS, TRIMMED_VOCABULARY, is_of_part, load_parts, needs_hidden_states, save_parts
+from .parts import CORRECTION_HEAD, PARTS, TRIMMED_VOCABULARY, is_of_part, load_parts, save_parts, without_parts
 from .positions import check_num_assistant_tokens, croppable_cache
 from .subclass import subclass_named_as
 from .trimmed_vocabulary import TrimmedVocabulary, kept_token_ids
 
 DEFAULT_NUM_ASSISTANT_TOKENS = 12
+# What `save_pretrained(push_to_hub=True)` may say of the upload.
+HUB_ARGUMENTS = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "revision", "tags")
 # Keys under which other tools look for a mask token, some before `pard_token`: a checkpoint holds none of them.
 OTHER_MASK_KEYS = ("mask_token_id", "ptd_token_id", "dspark_noise_token_id", "dflash_config")
 
@@ -156,14 +158,18 @@ class PardDraftModel(DraftingModel):
         self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, **kwargs: Any
     ) -> None:
         """Save as the base model does; correction head and trimmed vocabulary get files of their own beside it."""
-        weights = state_dict
-        if needs_hidden_states(self):
-            weights = self.state_dict() if state_dict is None else state_dict
+        weights = state_dict or {}
+        if state_dict is not None:
             state_dict = {name: tensor for name, tensor in weights.items() if not is_of_part(name)}
-        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        is_pushed = kwargs.pop("push_to_hub", False)  # The host would upload before the parts are there.
+        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        with without_parts(self):
+            super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
         # The host reports a path that is a file, and saves nothing.
         if is_main_process and Path(save_directory).is_dir():
             save_parts(self, Path(save_directory), weights)
+            if is_pushed:
+                self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), token=kwargs.get("token"), **hub)
 
     def trim_vocabulary(self, token_ids: Iterable[int] | str | Path, keep: int | None = None) -> PardDraftModel:
         """Draft over some tokens only, in place: a smaller head product, and the output stays what it was.

@@ -8,6 +8,8 @@ draft's, and look into no other.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,19 @@ HEAD_SETTINGS = ("vocab_size", "hidden_size", "rank", "num_candidates")
 # How close a draft's hidden states must be to those a head was trained on: 16 bit and quantization change them little.
 LEAST_COSINE = 0.97
 HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
+
+
+@contextmanager
+def without_parts(draft: Any) -> Iterator[None]:
+    """Take the parts off a draft for a while: what runs meanwhile sees the ordinary model."""
+    parts = {part: getattr(draft, part) for part in PARTS}
+    for part in PARTS:
+        setattr(draft, part, None)
+    try:
+        yield
+    finally:
+        for part, module in parts.items():
+            setattr(draft, part, module)
 
 
 def is_of_part(name: str) -> bool:
@@ -52,6 +67,7 @@ def save_parts(draft: Any, folder: Path, weights: dict[str, torch.Tensor] | None
         weights (`dict[str, torch.Tensor]`, *optional*):
             Names and tensors of the whole draft, parts included, where they are not in the draft itself.
     """
+    fit_parts(draft)
     for part in PARTS:
         files = [folder / part / name for name in (SETTINGS_FILE, WEIGHTS_FILE)]
         if getattr(draft, part) is None:
@@ -60,11 +76,22 @@ def save_parts(draft: Any, folder: Path, weights: dict[str, torch.Tensor] | None
             continue
         files[0].parent.mkdir(exist_ok=True)
         settings, tensors = CONTENTS[part](draft)
-        if weights is not None and part == CORRECTION_HEAD:
-            tensors = {name.partition(".")[2]: t for name, t in weights.items() if name.startswith(f"{part}.")}
+        given = {name.partition(".")[2]: t for name, t in (weights or {}).items() if name.startswith(f"{part}.")}
+        if part == CORRECTION_HEAD and given:
+            tensors = given
         files[0].write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, files[1], {"format": "pt"})
         files[1].chmod(files[0].stat().st_mode)
+
+
+def fit_parts(draft: Any) -> None:
+    """Give the parts the draft's number of rows, where that has changed; a trimmed vocabulary stays trimmed."""
+    num_rows = draft.config.get_text_config().vocab_size
+    head, vocabulary = draft.correction_head, draft.trimmed_vocabulary
+    if head is not None and head.vocab_size != num_rows:
+        draft.correction_head = head.resized(num_rows).train(head.training)
+    if vocabulary is not None and vocabulary.vocab_size != num_rows:
+        draft.trimmed_vocabulary = TrimmedVocabulary(draft, vocabulary.token_ids[vocabulary.token_ids < num_rows])
 
 
 def contents_of_head(draft: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -80,6 +107,10 @@ def contents_of_vocabulary(draft: Any) -> tuple[dict[str, Any], dict[str, torch.
 
 
 CONTENTS = {CORRECTION_HEAD: contents_of_head, TRIMMED_VOCABULARY: contents_of_vocabulary}
+
+
+# What reading a damaged part ends in.
+BROKEN = (KeyError, IndexError, TypeError, AttributeError, RuntimeError, json.JSONDecodeError, SafetensorError)
 
 
 def load_parts(draft: Any, name: str, wanted: tuple[str, ...] = PARTS, **kwargs: Any) -> None:
@@ -109,7 +140,7 @@ def load_parts(draft: Any, name: str, wanted: tuple[str, ...] = PARTS, **kwargs:
             settings = json.loads(Path(found).read_text(encoding="utf-8"))
             tensors = load_file(weights)
             LOADERS[part](draft, settings, tensors)
-        except (KeyError, TypeError, AttributeError, RuntimeError, json.JSONDecodeError, SafetensorError) as error:
+        except BROKEN as error:
             raise ValueError(
                 f"Expected `{part}/{SETTINGS_FILE}` and `{part}/{WEIGHTS_FILE}` as `save_pretrained` writes them, "
                 f"got others ({type(error).__name__}: {error}). Save them again, or load the draft without its "
@@ -123,21 +154,24 @@ def load_head(draft: Any, settings: dict[str, Any], tensors: dict[str, torch.Ten
         if settings[size] != getattr(config, size):
             raise ValueError(
                 f"Expected a correction head for a {size} of {getattr(config, size)}, got one for {settings[size]}. "
-                "It belongs to another draft: take that draft's folder, or pass `correction_head=False`."
+                "It belongs to another draft: take that draft's folder, remove this one's `correction_head`, or pass "
+                "`correction_head=False`."
             )
     head = CorrectionHead(**{name: settings[name] for name in HEAD_SETTINGS})
     head.load_state_dict(tensors)
-    draft.correction_head = head.to(draft.device, draft.dtype).eval()
+    devices = [parameter.device for parameter in draft.parameters()]
+    real = next((device for device in devices if device.type != "meta"), torch.device("cpu"))
+    draft.correction_head = head.to(real, draft.dtype).eval()
     expected = torch.tensor(settings["base_signature"])
-    if draft.device.type == "meta":
+    if any(device.type == "meta" for device in devices):  # Offloaded, or without weights: nothing to compare with.
         return
     got = torch.tensor(signature_of(draft))
     if torch.nn.functional.cosine_similarity(expected, got, dim=0) < LEAST_COSINE:
         draft.correction_head = None
         raise ValueError(
             "Expected a correction head that was trained on this draft's weights, got one of another draft of the "
-            "same shape. Load the draft it was saved with, pass `correction_head=False`, or train one with "
-            "`pard train --correction-head`."
+            "same shape. Load the draft it was saved with, remove the folder `correction_head` or pass "
+            "`correction_head=False`, or train a head with `pard train --correction-head`."
         )
 
 

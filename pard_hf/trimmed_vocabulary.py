@@ -45,7 +45,7 @@ class TrimmedVocabulary(nn.Module):
 
     def logits(self, model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
         """From last hidden states `(..., hidden_size)` to logits `(..., vocab_size)`, -inf where nothing was kept."""
-        kept = head_of(model, self.head)(hidden)
+        kept = head_of(model, self.head)(hidden.to(self.head.weight.device))
         whole = kept.new_full((*kept.shape[:-1], self.vocab_size), -torch.inf)
         return whole.index_copy(-1, self.token_ids, kept)
 

@@ -26,8 +26,10 @@ class Repo:
     commits: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"0" * 40: {}})
     branches: dict[str, str] = field(default_factory=lambda: {"main": "0" * 40})
 
-    def add_commit(self, branch: str, files: dict[str, bytes]) -> str:
+    def add_commit(self, branch: str, files: dict[str, bytes | None]) -> str:
+        """Put files on a branch; `None` takes one away."""
         tree = {**self.commits[self.branches[branch]], **files}
+        tree = {name: content for name, content in tree.items() if content is not None}
         sha = hashlib.sha1(f"{len(self.commits)}{sorted(tree)}".encode()).hexdigest()
         self.commits[sha], self.branches[branch] = tree, sha
         return sha
@@ -226,6 +228,8 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif operation["key"] == "lfsFile":
                 files[value["path"]] = self.hub.large_files[value["oid"]]
+            elif operation["key"] == "deletedFile":
+                files[value["path"]] = None
         sha = repo.add_commit(revision, files)
         self.answer({"commitUrl": f"{self.hub.url}/{repo_id}/commit/{sha}", "commitOid": sha})
 

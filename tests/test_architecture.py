@@ -48,7 +48,7 @@ ALLOWED = {
         "generation/schedule",
         "positions",
     },
-    "generation/call": {"draft_model"},
+    "generation/call": {"draft_model", "generation/compilation"},
     "generation/noise": set(),
     "generation/rows": set(),
     "generation/request": set(),
@@ -120,9 +120,10 @@ ALLOWED = {
         "hub/errors",
         "hub/export",
         "hub/model_card",
+        "parts",
     },
     "hub/engines": {"draft_model", "hub/checkpoint", "training/mask_token"},
-    "hub/export": {"draft_model", "hub/checkpoint", "hub/engines", "trimmed_vocabulary"},
+    "hub/export": {"draft_model", "hub/checkpoint", "hub/engines"},
 }
 
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from test_trainer import make_trainer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from pard_hf import PardDraftModel, with_pard
+from pard_hf import PardDraftModel, PardTrainer, PardTrainingArguments, with_pard
 from pard_hf.correction_head import CorrectedPlaces, CorrectionHead
 from pard_hf.hub.export import export_draft
 from pard_hf.parts import PART_FILES, SETTINGS_FILE, WEIGHTS_FILE
@@ -95,6 +95,43 @@ def test_saving_without_a_head_leaves_none_of_an_earlier_one(headed, tmp_path):
 
     assert not any((tmp_path / name).exists() for name in PART_FILES)
     assert PardDraftModel.from_pretrained(tmp_path).correction_head is None
+
+
+def test_weights_that_name_no_head_leave_it_its_own(headed, tmp_path):
+    weights = {name: tensor for name, tensor in headed.state_dict().items() if "correction_head" not in name}
+
+    headed.save_pretrained(tmp_path, state_dict=weights)
+
+    ids = make_prompts(1)["input_ids"]
+    assert torch.equal(PardDraftModel.from_pretrained(tmp_path).draft(ids), headed.draft(ids))
+
+
+def test_head_follows_a_draft_that_grows(headed, tmp_path):
+    headed.resize_token_embeddings(112)
+
+    headed.save_pretrained(tmp_path)
+
+    assert PardDraftModel.from_pretrained(tmp_path).correction_head.vocab_size == 112
+
+
+def test_seed_makes_the_head(tmp_path):
+    heads = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(len(heads))
+        trainer = make_trainer(tmp_path, 1, correction_head="frozen", seed=seed)
+        heads.append(trainer.model.correction_head.previous.weight)
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+
+
+@pytest.mark.parametrize("mode", ["frozen", "joint"])
+def test_batch_without_a_label_has_a_gradient_of_zero(tmp_path, mode):
+    rows = [{"input_ids": [1, 5, 6, 7, 2], "loss_mask": [0] * 5}] * 8
+    trainer = make_trainer(tmp_path, 1, rows, correction_head=mode)
+
+    trainer.train()
+
+    assert not trainer.model.correction_head.output.weight.any()
 
 
 def test_only_the_main_process_writes(headed, tmp_path):
@@ -269,8 +306,13 @@ def test_resumed_run_ends_in_the_same_head(tmp_path):
 
 
 def test_training_without_a_head_leaves_an_old_one_off(tmp_path, headed):
-    trainer = make_trainer(tmp_path, 1)
-    assert trainer.model.correction_head is None
+    plain = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True}
+    frozen = PardTrainingArguments(**plain, correction_head="frozen", correction_head_rank=8)
+    PardTrainer(headed, frozen, train_dataset=CYCLES)
+    assert not headed.get_input_embeddings().weight.requires_grad
+    PardTrainer(headed, PardTrainingArguments(**plain), train_dataset=CYCLES)
+    assert headed.correction_head is None
+    assert headed.get_input_embeddings().weight.requires_grad
     with pytest.raises(ValueError, match="frozen, joint"):
         make_trainer(tmp_path, 1, correction_head="sometimes")
 

@@ -103,6 +103,19 @@ def rows_of_tree_routes():
             yield row(f"`{name}`", f"{size}", *(routes[route]["speedup"] for route in order))
 
 
+def rows_of_compiled_trees():
+    for name in SETS:
+        routes = cells("bundled_tree_8")[name, 1]
+        yield row(f"`{name}`", *(routes[route]["speedup"] for route in ("tier2_compiled", "tree_head_compiled")))
+
+
+def rows_of_tree_batches():
+    for name in SETS:
+        for route, title in (("tier2", "chain of 8"), ("adaptive", "adaptive, up to 64 nodes")):
+            speedups = (cells("bundled_tree_batches")[name, size][route]["speedup"] for size in (1, 2, 4, 8, 16))
+            yield row(f"`{name}`", title, *speedups)
+
+
 def rows_published():
     targets = (("Llama 3.1 8B", "A100"), ("Llama 3.3 70B", "H20"), ("Qwen3 8B", "A100"))
     figures = [figure for part in PUBLISHED.values() for figure in part if "V1 engine" in figure.engine]
@@ -120,6 +133,8 @@ TABLES = {
     rows_of_trees: "docs/trees.md",
     rows_of_heads: "docs/trees.md",
     rows_of_tree_routes: "docs/trees.md",
+    rows_of_compiled_trees: "docs/trees.md",
+    rows_of_tree_batches: "docs/trees.md",
     rows_published: "docs/limits.md",
 }
 

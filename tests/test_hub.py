@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import MASK_TOKEN_ID, make_draft, make_model
+from families import MASK_TOKEN_ID, add_head, make_draft, make_model
 from hub_server import READER, WRITER, publish, running_hub
 
 from pard_hf import PardDraftModel
@@ -59,6 +59,7 @@ def folders(tmp_path_factory, small_tokenizer):
     save_draft(root / "other", small_tokenizer, seed=4)
     save_draft(root / "trained", small_tokenizer)
     (root / "trained" / "provenance.json").write_text(json.dumps({"base": "org/small", "step": 30}))
+    add_head(save_draft(root / "headed", small_tokenizer), 0.5).save_pretrained(root / "headed")
     make_model("llama").save_pretrained(root / "plain")
     save_target(root / "target", small_tokenizer)
     return root
@@ -88,6 +89,13 @@ def answers(folders, hub):
         "push private": ("push", [str(folders / "draft"), "org/mine"], {"token": WRITER, "private": True}),
         "push again": ("push_again", ["org/draft", "org/copy"], {"token": WRITER}),
         "push trained": ("push", [str(folders / "trained"), "org/trained"], {"token": WRITER}),
+        "push with a head": ("push", [str(folders / "headed"), "org/headed"], {"token": WRITER}),
+        "load a head": ("load", ["org/headed"], {}),
+        "push without the head": (
+            *("push", [str(folders / "draft"), "org/headed"]),
+            {"token": WRITER, "commit_message": "Leave the head off"},
+        ),
+        "load without the head": ("load", ["org/headed"], {}),
         "export": ("export", ["org/draft", str(folders / "exported")], {}),
         "for a Hub id": ("load_for", ["org/Qwen3-tuned"], {}),
         "for a folder": ("load_for", [str(folders / "target")], {"num_assistant_tokens": 3}),
@@ -145,6 +153,21 @@ def test_pushed_repository_holds_what_engines_need(answers, hub):
     assert b'"org/draft"' in files["README.md"]
     for path, content in files.items():
         assert str(Path.home()).encode() not in content, path
+
+
+def test_heads_are_pushed_loaded_and_taken_away_again(answers, hub, folders):
+    """A head that stayed behind would be loaded with a draft that it was not trained on."""
+    first, second = list(hub.repos["org/headed"].commits.values())[1:]
+    assert {name for name in first if "/" in name} == {
+        "correction_head/config.json",
+        "correction_head/model.safetensors",
+    }
+    assert b"correction head" in first["README.md"]
+    ids = torch.tensor([[5, 6, 7]])
+    headed = PardDraftModel.from_pretrained(folders / "headed")
+    assert answers["load a head"]["value"]["proposals"] == headed.draft(ids).argmax(-1).tolist()
+    assert not any("/" in name for name in second)
+    assert answers["load without the head"]["value"] == answers["load"]["value"]
 
 
 def test_a_push_is_one_commit(answers, hub):

@@ -5,10 +5,12 @@ import itertools
 import pytest
 import torch
 from families import FAMILIES, make_draft, make_model, make_prompts, make_self_draft
+from transformers import GenerationConfig
 
 from pard_hf import with_pard, without_pard
 from pard_hf.correction_head import CorrectedPlaces, CorrectionHead
 from pard_hf.generation.cache import SlotCache
+from pard_hf.generation.compilation import warn_once
 from pard_hf.generation.tree import (
     Tree,
     ancestors,
@@ -52,6 +54,7 @@ def check_best(tree, row, found, num_nodes):
     assert len(set(paths)) == len(paths) == min(num_nodes, len(found))
     wanted = sorted(found.values(), reverse=True)[: len(paths)]
     assert sorted((found[path] for path in paths), reverse=True) == pytest.approx(wanted, abs=1e-4)
+    assert tree.logprobs[row].tolist() == pytest.approx([found[path] for path in paths], abs=1e-4)
 
 
 @pytest.mark.parametrize("num_nodes", [1, 2, 5, 8, 17, 64])
@@ -196,7 +199,7 @@ def test_nodes_of_a_depth_share_their_noise():
 def test_child_of_nothing_is_none():
     empty = torch.zeros(2, 0, dtype=torch.long)
 
-    nodes, is_there = child_with(Tree(empty, empty, empty), torch.tensor([0, 0]), torch.tensor([4, 5]))
+    nodes, is_there = child_with(Tree(empty, empty, empty, empty.float()), torch.tensor([0, 0]), torch.tensor([4, 5]))
 
     assert not is_there.any()
     assert nodes.tolist() == [0, 0]
@@ -275,6 +278,9 @@ def test_size_comes_from_the_call_then_the_configs():
     draft.generation_config.assistant_tree_size = 24
     assert drafted() > 2 * chain
     assert drafted(assistant_tree_size=0) == chain
+    target.generation_config.assistant_tree_size = 0
+    assert drafted() == chain
+    assert drafted(generation_config=GenerationConfig(assistant_tree_size=24)) > 2 * chain
 
 
 def test_size_is_saved_with_the_draft(tmp_path):
@@ -287,6 +293,7 @@ def test_size_is_saved_with_the_draft(tmp_path):
 
 
 def test_ratio_test_drafts_a_chain(caplog):
+    warn_once.cache_clear()
     target, draft = with_pard(make_model("llama")), make_draft(make_model("llama", seed=5))
     torch.manual_seed(0)
     arguments = {"max_new_tokens": 8, "do_sample": True, "verification": "ratio_test", "return_dict_in_generate": True}

@@ -17,6 +17,7 @@ import torch
 
 from ..pair import Pair
 from ..positions import check_num_assistant_tokens, num_positions
+from ..sharing import without_head
 from .batches import PromptBatch, make_batches
 from .figures import route_result
 from .measurement import Measurement
@@ -109,6 +110,7 @@ class Benchmark:
     ):
         self.pair, self.settings, self.advance = pair, settings, advance
         self.device = pair.target.device
+        self.headless = without_head(pair.draft)
         self.counts = settings.num_assistant_tokens or (pair.draft.num_assistant_tokens,)
         for num_drafts in self.counts:
             check_num_assistant_tokens(num_drafts, pair.target.config, pair.draft.config)
@@ -193,7 +195,7 @@ class Benchmark:
 
     def measure(self, prompts: EncodedSet, batch_size: int, num_drafts: int, share: float) -> CellResult:
         """Measure one cell, `share` of the whole run."""
-        runner = RouteRunner(self.pair, num_drafts, self.settings.tree_size)
+        runner = RouteRunner(self.pair, num_drafts, self.settings.tree_size, self.headless)
         batches = make_batches(prompts.prompts, batch_size, runner.pad_token_id, self.device)
         names = ["ar", *(name for name in ROUTES if name in self.settings.routes and name != "ar")]
         served = [name for name in names if runner.why_not_served(ROUTES[name], batch_size) is None]

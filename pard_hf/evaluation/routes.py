@@ -86,20 +86,23 @@ DEFAULT_TREE_SIZE = 64
 class RouteRunner:
     """Runs any route of one pair at one K and, where it drafts a tree, one tree size.
 
+    What is compiled belongs to a draft as an object, so runners of one pair share `headless`, the one without a head.
     Between calls the target has the mixin, as in every [`Pair`].
     """
 
-    def __init__(self, pair: Pair, num_assistant_tokens: int, tree_size: int = DEFAULT_TREE_SIZE):
+    def __init__(
+        self, pair: Pair, num_assistant_tokens: int, tree_size: int = DEFAULT_TREE_SIZE, headless: Any = None
+    ):
         self.target, self.draft = pair.target, pair.draft
+        self.headless = headless or without_head(pair.draft)
         self.num_drafts, self.tree_size = num_assistant_tokens, tree_size
         self.pad_token_id = pad_token_id(pair.target)
         self.arguments = self.arguments_of_routes()
 
     def arguments_of_routes(self) -> dict[str, dict[str, Any]]:
         """What each route adds to the arguments of `generate`."""
-        headless = without_head(self.draft)
         size = {"num_assistant_tokens": self.num_drafts, "num_assistant_tokens_schedule": "constant"}
-        constant = {"assistant_model": headless, **size, "assistant_tree_size": 0}
+        constant = {"assistant_model": self.headless, **size, "assistant_tree_size": 0}
         head = {**constant, "assistant_model": self.draft}
         tree = {**constant, "assistant_tree_size": self.tree_size}
         both = {**head, "assistant_tree_size": self.tree_size}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import logging
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +11,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from ..draft_model import PardDraftModel
-
-logger = logging.getLogger(__name__)
+from .compilation import warn_once
 
 VERIFICATIONS = ("sample_and_match", "ratio_test")
 MOST_NODES = 1024
@@ -42,20 +41,20 @@ settings_of_call: ContextVar[CallSettings] = ContextVar("settings_of_call", defa
 
 
 def settings_for(
-    verification: str, tree_size: int | None, generation_config: GenerationConfig | None, assistant: Any
+    verification: str, tree_size: int | None, configs: Sequence[GenerationConfig | None], assistant: Any
 ) -> CallSettings:
-    """The settings of a call: what it names itself, then its generation config, then the draft's.
+    """The settings of a call: what it names itself, then its generation config, the target's own, and the draft's.
 
     Raises:
         ValueError: One of them is nothing we know.
     """
     draft_config = assistant.generation_config if isinstance(assistant, PardDraftModel) else None
-    for config in (generation_config, draft_config):
+    for config in (*configs, draft_config):
         if tree_size is None:
             tree_size = getattr(config, "assistant_tree_size", None)
     settings = CallSettings(verification, 0 if tree_size is None else tree_size)
     if settings.tree_size and verification == "ratio_test":
-        logger.warning("The ratio test is made for one path: a chain is drafted instead of a tree.")
+        warn_once("The ratio test is made for one path: a chain is drafted instead of a tree.")
         return CallSettings(verification)
     return settings
 

@@ -65,7 +65,7 @@ class PardGenerationMixin(GenerationMixin):
                 seed) or `"ratio_test"` (speculative sampling; the same distribution).
             assistant_tree_size (`int`, *optional*):
                 N, nodes of the tree that the target verifies in a round; 0 for a chain of K proposals. Defaults to the
-                `assistant_tree_size` of the generation config, then of the draft's, then to 0.
+                `assistant_tree_size` of the generation config, the target's own or the draft's, and else to 0.
 
         Returns:
             As the host's `generate`; with `return_dict_in_generate=True` a [`PardGenerateOutput`], which has `.stats`.
@@ -73,7 +73,9 @@ class PardGenerationMixin(GenerationMixin):
         Raises:
             ValueError: The call or the pair of models cannot be served; nothing was changed.
         """
-        settings = settings_for(verification, assistant_tree_size, generation_config, assistant_model)
+        settings = settings_for(
+            verification, assistant_tree_size, (generation_config, self.generation_config), assistant_model
+        )
         if isinstance(assistant_model, PardDraftModel):
             generation_config = with_draft_defaults(assistant_model, generation_config, kwargs)
         reset = settings_of_call.set(settings)

@@ -33,11 +33,14 @@ class Tree(NamedTuple):
             0 for the root, `i + 1` for the node in column `i`; always an earlier column.
         depths (`torch.LongTensor` of shape `(batch_size, N)`):
             Steps from the root, from 1.
+        logprobs (`torch.FloatTensor` of shape `(batch_size, N)`):
+            How probable the draft finds the path to each node; the best first.
     """
 
     tokens: torch.Tensor
     parents: torch.Tensor
     depths: torch.Tensor
+    logprobs: torch.Tensor
 
 
 class Path(NamedTuple):
@@ -83,13 +86,13 @@ def best_prefixes(candidates: torch.Tensor, logprobs: Logprobs, num_nodes: int) 
         levels.append((scores, tokens, parents, torch.full_like(tokens, depth + 1)))
     pool, tokens, parents, depths = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
     # Stable: equally probable prefixes stay in the order of their lengths, so no node comes before its parent.
-    order = pool.sort(dim=-1, descending=True, stable=True).indices[:, :num_nodes]
-    ranks = torch.full_like(pool, 0, dtype=torch.long).scatter(
+    pool, order = (values[:, :num_nodes] for values in pool.sort(dim=-1, descending=True, stable=True))
+    ranks = torch.zeros_like(tokens).scatter(
         1, order, torch.arange(1, order.shape[1] + 1, device=order.device).expand_as(order)
     )
     ranks = torch.nn.functional.pad(ranks, (1, 0))
     tokens, parents, depths = (values.gather(1, order) for values in (tokens, parents, depths))
-    return Tree(tokens, ranks.gather(1, parents), depths)
+    return Tree(tokens, ranks.gather(1, parents), depths, pool)
 
 
 def tree_of_marginals(scores: torch.Tensor, num_nodes: int) -> Tree:
@@ -108,7 +111,7 @@ def tree_of_marginals(scores: torch.Tensor, num_nodes: int) -> Tree:
 def chain_as_tree(tokens: torch.Tensor) -> Tree:
     """Proposals `[B, K]` one behind the other, as a tree of width one."""
     places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    return Tree(tokens, places, places + 1)
+    return Tree(tokens, places, places + 1, torch.zeros_like(tokens, dtype=torch.float32))
 
 
 def ancestors(tree: Tree, num_depths: int) -> torch.Tensor:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from ..draft_model import PardDraftModel
-from ..trimmed_vocabulary import TrimmedVocabulary
 from .checkpoint import (
     DRAFT_FILES,
     TARGET_FILES,
@@ -74,7 +73,6 @@ def export_draft(
         fit_vocabulary(model, vocab_size(read_json(target_folder, "config.json")), tokenizer_folder)
     elif pad_vocab_to is not None:
         pad_vocabulary(model, pad_vocab_to)
-    fit_parts(model)
     output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as beside:
         written = Path(beside) / "draft"
@@ -128,16 +126,6 @@ def fit_vocabulary(model: PardDraftModel, num_rows: int, tokenizer_folder: Path)
             f"below {num_rows}, on the target's tokenizer."
         )
     model.resize_token_embeddings(num_rows, mean_resizing=False)
-
-
-def fit_parts(model: PardDraftModel) -> None:
-    """Give what lies beside the checkpoint the draft's number of rows; a trimmed vocabulary stays trimmed."""
-    num_rows = model.config.get_text_config().vocab_size
-    if model.correction_head is not None:
-        model.correction_head = model.correction_head.resized(num_rows).eval()
-    if model.trimmed_vocabulary is not None:
-        kept = model.trimmed_vocabulary.token_ids
-        model.trimmed_vocabulary = TrimmedVocabulary(model, kept[kept < num_rows])
 
 
 @torch.no_grad()

@@ -7,10 +7,11 @@ import logging
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from transformers import PreTrainedTokenizerBase
 
 from ..draft_model import PardDraftModel
+from ..parts import CORRECTION_HEAD, PART_FILES, SETTINGS_FILE
 from .checkpoint import TOKENIZER_FILES, local_folder, mend_config, read_json, tokenizer_files
 from .engines import check_draft
 from .errors import hub_errors
@@ -80,12 +81,19 @@ def push_draft(
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             if not api.file_exists(repo_id, "README.md", revision=revision):
                 write_card(draft, repo_id, folder, tags)
+            stale = [  # A head of an earlier draft would be loaded with this one.
+                name for name in PART_FILES
+                if not (folder / name).exists() and api.file_exists(repo_id, name, revision=revision)
+            ]  # fmt: skip
             return api.create_commit(
                 repo_id,
                 [
-                    CommitOperationAdd(path_in_repo=path.relative_to(folder).as_posix(), path_or_fileobj=path)
-                    for path in sorted(folder.rglob("*"))
-                    if path.is_file()
+                    *(
+                        CommitOperationAdd(path_in_repo=path.relative_to(folder).as_posix(), path_or_fileobj=path)
+                        for path in sorted(folder.rglob("*"))
+                        if path.is_file()
+                    ),
+                    *(CommitOperationDelete(path_in_repo=name) for name in stale),
                 ],
                 commit_message=commit_message,
                 commit_description=commit_description,
@@ -129,6 +137,7 @@ def write_card(draft: PardDraftModel, repo_id: str, folder: Path, tags: list[str
             config=read_json(folder, "config.json"),
             num_assistant_tokens=draft.num_assistant_tokens,
             provenance=provenance,
+            correction_head=read_json(folder / CORRECTION_HEAD, SETTINGS_FILE) if draft.correction_head else {},
             tags=tuple(tags or ()),
         )
     )

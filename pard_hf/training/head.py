@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from transformers import PreTrainedConfig
 
 from ..correction_head import CorrectionHead
 from ..draft_model import PardDraftModel
+
+logger = logging.getLogger(__name__)
 
 MODES = ("frozen", "joint")
 
@@ -22,6 +25,12 @@ def check_mode(mode: str | None) -> None:
     """Raise a `ValueError` for a way to train a head that we do not have."""
     if mode is not None and mode not in MODES:
         raise ValueError(f"Expected `correction_head` to be one of {', '.join(MODES)}, got {mode!r}.")
+
+
+def check_rank(rank: int) -> None:
+    """Raise a `ValueError` for a head without width."""
+    if rank < 1:
+        raise ValueError(f"Expected `correction_head_rank` of at least 1, got {rank}. 64 to 256 are common.")
 
 
 def prepare_head(draft: PardDraftModel, mode: str | None, rank: int) -> None:
@@ -39,8 +48,13 @@ def prepare_head(draft: PardDraftModel, mode: str | None, rank: int) -> None:
             "Load it with `trimmed_vocabulary=False` and trim it afterwards."
         )
     if mode is None:
-        draft.correction_head = None
+        if draft.correction_head is not None:
+            logger.warning("The draft's correction head is left off: what it was trained on is about to change.")
+            draft.correction_head = None
+        if not any(parameter.requires_grad for parameter in draft.parameters()):
+            draft.requires_grad_(True)  # A frozen head was trained on it before.
         return
+    check_rank(rank)
     config = draft.config.get_text_config()
     if draft.correction_head is None:
         head = CorrectionHead(config.vocab_size, config.hidden_size, rank)

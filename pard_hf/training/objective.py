@@ -84,6 +84,9 @@ class Objective:
             correction=correction_of(draft, batch, is_label), **teacher,
         )  # fmt: skip
         total = self.weights[0] * losses.cross_entropy + self.weights[1] * losses.divergence
+        head = getattr(draft, "correction_head", None)
+        if head is not None and not is_label.any():  # Even then its gradient is zero, not missing.
+            total = total + 0.0 * sum(parameter.sum() for parameter in head.parameters())
         return total / (is_label.sum().clamp(min=1) if num_items is None else num_items)
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -23,7 +23,7 @@ from ..draft_model import PardDraftModel
 from ..generation.stats import DecodingStats
 from ..hub.checkpoint import mend_checkpoint
 from ..language_model_head import check_head
-from ..parts import CORRECTION_HEAD, WEIGHTS_FILE
+from ..parts import CORRECTION_HEAD, WEIGHTS_FILE, is_of_part
 from .data_collator import DataCollatorForPard
 from .head import give_own_rate, prepare_head
 from .objective import Objective
@@ -63,10 +63,7 @@ class PardTrainingArguments(TrainingArguments):
         default=3e-3, metadata={"help": "Of the correction head, which begins from nothing."}
     )
     # The collator reads columns that no model's forward names.
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Keep False: rows are built from all columns."}
-    )
-
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Keep False: rows are built of all."})
     restore_callback_states_from_checkpoint: bool = field(
         default=True, metadata={"help": "A resumed run goes on with its clock, and with early stopping's patience."}
     )
@@ -131,11 +128,7 @@ class PardTrainer(Trainer):
             )
         if args.eval_strategy != "no" and evaluator is None:
             raise ValueError("Expected an `evaluator` with an `eval_strategy`, got none. Pass one, or take 'no'.")
-        if args.correction_head is not None and args.fsdp:
-            raise ValueError(
-                "Expected a correction head to be trained with whole weights on each device, got FSDP. Take DDP: "
-                "drafts are small."
-            )
+        set_seed(args.seed)  # The host does so too, when the head is made already.
         prepare_head(model, args.correction_head, args.correction_head_rank)
         self.objective = Objective(
             args.objective, args.cross_entropy_weight, args.divergence_weight, args.distillation_temperature, target
@@ -158,6 +151,11 @@ class PardTrainer(Trainer):
             check_head(target)
         # The host wants a data set wherever it evaluates; ours lies in the evaluator.
         super().__init__(model, args, eval_dataset=() if evaluator else None, **kwargs)
+        if args.correction_head is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "Expected a correction head to be trained with whole weights on each device, got FSDP or DeepSpeed. "
+                "Take DDP: drafts are small."
+            )
         self.model_accepts_loss_kwargs = True  # Labels are counted over the step, and handed to `compute_loss`.
         self._loss_shifts_labels = False
         self.evaluator, self.provenance = evaluator, provenance
@@ -254,6 +252,10 @@ class PardTrainer(Trainer):
         super()._load_best_model()
         self.load_head(self.state.best_model_checkpoint)
         self.loaded_step = self.state.best_global_step
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if not is_of_part(name)]
+        super()._issue_warnings_after_load(load_result)
 
     def load_head(self, folder: str) -> None:
         """Bring the correction head back, in place: it lies beside a checkpoint's weights."""

@@ -129,13 +129,9 @@ def look_at_tree(
     tree = proposals_from(draft, scores, hidden, settings.tree_size, draft.device).tree
     assert tree is not None
     nodes = [Node(-1, 1.0)]
-    tokens, parents, depths = (values[0].tolist() for values in tree)
-    for token, parent, depth in zip(tokens, parents, depths, strict=True):
-        row = scores[:, depth - 1].float()
-        if depth > 1 and hidden is not None and draft.correction_head is not None:
-            previous = torch.tensor([nodes[parent].token], device=draft.device)
-            row = row + draft.correction_head(hidden[:, depth - 1], previous)[:, : row.shape[1]]
-        nodes.append(Node(token, nodes[parent].probability * float(row.softmax(-1)[0, token])))
+    drafted = (values[0].tolist() for values in (tree.tokens, tree.parents, tree.logprobs.exp()))
+    for token, parent, probability in zip(*drafted, strict=True):
+        nodes.append(Node(token, probability))
         nodes[parent].children.append(nodes[-1])
     at: Node | None = nodes[0]
     for token in rounds[number - 1].accepted:
