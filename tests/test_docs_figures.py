@@ -98,21 +98,21 @@ def rows_of_heads():
 def rows_of_tree_routes():
     for name in SETS:
         for size in (8, 64):
-            routes = cells(f"bundled_tree_{size}")[name, 1]
+            routes = cells(f"trees/bundled_tree_{size}")[name, 1]
             order = ("tier2", "head", "tree", "tree_head", "adaptive")
             yield row(f"`{name}`", f"{size}", *(routes[route]["speedup"] for route in order))
 
 
 def rows_of_compiled_trees():
     for name in SETS:
-        routes = cells("bundled_tree_8")[name, 1]
+        routes = cells("trees/bundled_tree_8")[name, 1]
         yield row(f"`{name}`", *(routes[route]["speedup"] for route in ("tier2_compiled", "tree_head_compiled")))
 
 
 def rows_of_tree_batches():
     for name in SETS:
         for route, title in (("tier2", "chain of 8"), ("adaptive", "adaptive, up to 64 nodes")):
-            speedups = (cells("bundled_tree_batches")[name, size][route]["speedup"] for size in (1, 2, 4, 8, 16))
+            speedups = (cells("trees/bundled_tree_batches")[name, size][route]["speedup"] for size in (1, 2, 4, 8, 16))
             yield row(f"`{name}`", title, *speedups)
 
 
@@ -167,7 +167,7 @@ def defaults_of_training():
 @pytest.mark.parametrize("document", sorted(DOCS.glob("*.md")), ids=lambda path: path.name)
 def test_decimals_come_from_files_that_are_linked(document):
     text = " ".join(prose_of(document.read_text(encoding="utf-8")).split())
-    linked = re.findall(r"results/(\w+)\.json", text)
+    linked = re.findall(r"results/([\w/]+)\.json", text)
     known = {figure for name in linked for figure in decimals_in(result(name))}
     known |= {figure.speedup for figures in PUBLISHED.values() for figure in figures}
     known |= defaults_of_training()
@@ -218,7 +218,8 @@ def identical_shares(value):
 
 def test_every_committed_result_is_identical_in_float32():
     """What limits.md says of them."""
-    found = {path.stem: set(identical_shares(result(path.stem))) for path in RESULTS.glob("*.json")}
+    names = (path.relative_to(RESULTS).with_suffix("").as_posix() for path in RESULTS.rglob("*.json"))
+    found = {name: set(identical_shares(result(name))) for name in names}
 
     assert found["bundled_routes"] == {1.0}
     assert all(shares <= {1.0} for shares in found.values())
