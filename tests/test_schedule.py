@@ -167,6 +167,20 @@ def test_adaptive_trees_say_what_plain_generate_says():
         assert torch.equal(got, expected)
 
 
+def test_looks_compile_nothing():
+    """What promises most may have to be compiled; what is only looked at again is not."""
+    costs = RoundCosts()
+    schedule, chosen = AdaptiveSchedule(16, costs, 64), []
+    for _ in range(600):
+        choice = schedule.choose(1, lambda choice: choice in chosen)
+        chosen.append(choice)
+        schedule.record(1, choice, 1.0 + 0.001 * choice.num_proposals, [min(choice.num_drafts, 6)])
+
+    assert len(set(chosen)) <= 6
+    ends = {Choice(16, 64), Choice(16), Choice(0)}
+    assert ends <= set(chosen)
+
+
 def test_constant_stays():
     assert {ConstantSchedule(5).choose(size) for size in (1, 4)} == {Choice(5)}
 
@@ -212,7 +226,7 @@ def test_plain_rounds_do_not_spoil_the_draft():
     class Alternating(ConstantSchedule):
         count = 0
 
-        def choose(self, batch_size):
+        def choose(self, batch_size, is_ready):
             self.count += 1
             return Choice(0 if self.count % 3 else 1)
 

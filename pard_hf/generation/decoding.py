@@ -123,13 +123,17 @@ class PardDecoder:
         while any(self.active):
             self.compact()
             if any(self.active):
-                choice = self.schedule.choose(self.work)
+                choice = self.schedule.choose(self.work, self.is_ready)
                 self.batch.make_room(self.sizes_for(self.longest(), choice))
                 self.round(choice)
         while self.pending:  # Every row had ended before these began.
             self.settle(*self.pending.popleft())
         self.noise.rewind()
         self.batch.reunite()
+
+    def is_ready(self, choice: Choice) -> bool:
+        """Whether a round of the present batch is compiled for a choice, or need not be."""
+        return self.steps.is_ready(target_step, self.batch.shape(choice))
 
     def sizes_for(self, longest: int, choice: Choice) -> tuple[int, int]:
         """Slots that a round needs in the draft's and the target's cache."""

@@ -7,7 +7,7 @@ cost on this machine at this batch size against how many of them have been accep
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from math import log
 from typing import NamedTuple
 
@@ -55,6 +55,11 @@ class Choice(NamedTuple):
         return Choice(min(self.num_drafts, num_drafts), self.tree_size if num_drafts > 0 else 0)
 
 
+def always(choice: Choice) -> bool:
+    """Every choice runs without being compiled first."""
+    return True
+
+
 class ConstantSchedule:
     """The same choice every round.
 
@@ -68,8 +73,15 @@ class ConstantSchedule:
     def __init__(self, num_assistant_tokens: int, tree_size: int = 0):
         self.largest = Choice(num_assistant_tokens, tree_size)
 
-    def choose(self, work: Hashable) -> Choice:
-        """What the next round proposes; rounds of equal `work` cost about the same."""
+    def choose(self, work: Hashable, is_ready: Callable[[Choice], bool] = always) -> Choice:
+        """What the next round proposes.
+
+        Args:
+            work (`Hashable`):
+                Rounds of equal work cost about the same.
+            is_ready (`Callable`, *optional*):
+                Whether a choice runs without being compiled first.
+        """
         return self.largest
 
     def record(self, work: Hashable, choice: Choice, seconds: float | None, num_accepted: list[int]) -> None:
@@ -179,7 +191,7 @@ class AdaptiveSchedule(ConstantSchedule):
         cost = self.costs.cost(work, choice)
         return self.costs.tokens(choice) / cost if cost else 0.0
 
-    def choose(self, work: Hashable) -> Choice:
+    def choose(self, work: Hashable, is_ready: Callable[[Choice], bool] = always) -> Choice:
         # The ends first: everything between them can then be told from a line.
         for choice in (self.largest, Choice(self.largest.num_drafts), Choice(0)):
             if not self.costs.is_known(work, choice):
@@ -189,7 +201,8 @@ class AdaptiveSchedule(ConstantSchedule):
         num_looks, rest = divmod(self.costs.num_rounds, LOOK_EVERY)
         if rest == LOOK_EVERY - 1:
             least = LOOK_SHARE * rates[best] if num_looks % 4 else 0.0
-            others = [choice for choice in self.choices if choice != best and rates[choice] >= least]
+            # What promises most is worth compiling; what is only looked at again is not.
+            others = [c for c in self.choices if c != best and rates[c] >= least and is_ready(c)]
             if others:
                 return min(others, key=lambda choice: self.costs.last_tried.get((work, choice), 0))
         return best
