@@ -306,7 +306,9 @@ def test_rounds_can_be_looked_into(page, pair):
 
 def test_a_tree_is_looked_into(page, pair):
     unfold(page, "Settings")
-    fill(page, "Tree", 16)
+    nodes = page.get_by_label("number input for Tree")
+    nodes.fill("16")
+    nodes.blur()
     race_to_the_end(page, pair, "Sara has 5 bags of 6 marbles. How many marbles?\n")
 
     open_tab(page, "Look inside")
