@@ -26,7 +26,7 @@ from .trimmed_vocabulary import TrimmedVocabulary, kept_token_ids
 
 DEFAULT_NUM_ASSISTANT_TOKENS = 12
 # What `save_pretrained(push_to_hub=True)` may say of the upload.
-HUB_ARGUMENTS = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "revision", "tags")
+PUSH_ARGUMENTS = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "revision", "tags")
 # Keys under which other tools look for a mask token, some before `pard_token`: a checkpoint holds none of them.
 OTHER_MASK_KEYS = ("mask_token_id", "ptd_token_id", "dspark_noise_token_id", "dflash_config")
 
@@ -162,7 +162,7 @@ class PardDraftModel(DraftingModel):
         if state_dict is not None:
             state_dict = {name: tensor for name, tensor in weights.items() if not is_of_part(name)}
         is_pushed = kwargs.pop("push_to_hub", False)  # The host would upload before the parts are there.
-        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        hub = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs}
         with without_parts(self):
             super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
         # The host reports a path that is a file, and saves nothing.

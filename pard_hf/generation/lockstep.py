@@ -16,7 +16,7 @@ from .decoding import PardDecoder
 from .processors import is_prefix_free
 from .request import DecodingRequest
 from .steps import Proposals, keep_step
-from .tree import Path, chain_as_tree, child_with
+from .tree import chain_as_tree, child_with
 
 # Criteria decided on the device, row by row; any other is called as plain `generate` calls it.
 KNOWN_CRITERIA = {EosTokenCriteria, MaxLengthCriteria}
@@ -77,8 +77,7 @@ class LockstepDecoder(PardDecoder):
             path.append(nodes)
         num_grown = len(processed)
         if proposals.tree is not None and path:
-            accepted = torch.stack(path, dim=1)
-            keep_step(self.batch.target, self.batch.rows, Path(accepted, emitted))
+            keep_step(self.batch.target, self.batch.rows, torch.stack(path, dim=1))
         self.batch.rows.append(self.columns[:, -num_grown:], num_grown)
         if self.recording is not None:
             self.recording.add(torch.stack(processed, dim=1), torch.stack(raw, dim=1), self.batch.row_ids)

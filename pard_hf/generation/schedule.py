@@ -143,9 +143,10 @@ class RoundCosts:
                 passed[depth] += num_accepted > depth
 
     def shares(self, tree_size: int) -> list[float]:
-        """Of a tree size that was tried, the share of rounds reaching each depth that get past it."""
-        shares, share = [], 0.7
-        for tried, passed in zip(self.tried[tree_size], self.passed[tree_size], strict=True):
+        """Of a tree size, the share of rounds reaching each depth that get past it; a guess where none was tried."""
+        shares, share, nothing = [], 0.7, [0.0] * COUNTS[-1]
+        tried_and_passed = (counts.get(tree_size, nothing) for counts in (self.tried, self.passed))
+        for tried, passed in zip(*tried_and_passed, strict=True):
             share = (passed + PRIOR * share) / (tried + PRIOR)
             shares.append(share)
         return shares
@@ -156,8 +157,6 @@ class RoundCosts:
         What one more doubling of a tree adds falls slowly, so tree sizes count by their logarithm.
         """
         sizes = sorted(self.tried) or [0]
-        if not self.tried:
-            self.add_accepted(Choice(0), 0)
         below = max((size for size in sizes if size <= choice.tree_size), default=sizes[0])
         above = min((size for size in sizes if size >= choice.tree_size), default=sizes[-1])
         weight = 0.0

@@ -15,7 +15,7 @@ from ..drafting import best
 from .role import Role
 from .rows import Rows
 from .schedule import Choice
-from .tree import Path, Tree, ancestors, best_prefixes, choose_at_nodes, tree_of_marginals, walk
+from .tree import Tree, ancestors, best_prefixes, choose_at_nodes, tree_of_marginals, walk
 from .verification import count_emitted, verify_greedy, verify_sample_and_match
 
 
@@ -120,7 +120,7 @@ def accept_step(
     if proposals.tree is not None and proposals.on_path is not None:
         choices = choose_at_nodes(proposals.tree, scores, noise)
         tokens, path = walk(proposals.tree, proposals.on_path, choices, proposals.num_depths)
-        keep_step(target, rows, path)
+        keep_step(target, rows, path.nodes)
         return append_step(rows, tokens, path.num_matched, eos_token_id), path.nodes
     if noise is None:
         tokens, num_matched = verify_greedy(proposals.tokens, scores)
@@ -129,10 +129,10 @@ def accept_step(
     return append_step(rows, tokens, num_matched, eos_token_id), None
 
 
-def keep_step(target: Role, rows: Rows, path: Path) -> None:
-    """Put the accepted path's keys and values where its tokens stand in the text."""
+def keep_step(target: Role, rows: Rows, nodes: torch.Tensor) -> None:
+    """Put keys and values of the accepted nodes, `[B, K]`, where their tokens stand in the text."""
     roots = rows.positions(rows.lengths.unsqueeze(1) - 1).squeeze(1)
-    target.cache.keep_path(roots.to(target.model.device), path.nodes.to(target.model.device))
+    target.cache.keep_path(roots.to(target.model.device), nodes.to(target.model.device))
 
 
 def append_step(

@@ -27,12 +27,6 @@ def check_mode(mode: str | None) -> None:
         raise ValueError(f"Expected `correction_head` to be one of {', '.join(MODES)}, got {mode!r}.")
 
 
-def check_rank(rank: int) -> None:
-    """Raise a `ValueError` for a head without width."""
-    if rank < 1:
-        raise ValueError(f"Expected `correction_head_rank` of at least 1, got {rank}. 64 to 256 are common.")
-
-
 def prepare_head(draft: PardDraftModel, mode: str | None, rank: int) -> None:
     """Give a draft the head that is to be trained, and say which weights are.
 
@@ -54,7 +48,6 @@ def prepare_head(draft: PardDraftModel, mode: str | None, rank: int) -> None:
         if not any(parameter.requires_grad for parameter in draft.parameters()):
             draft.requires_grad_(True)  # A frozen head was trained on it before.
         return
-    check_rank(rank)
     config = draft.config.get_text_config()
     if draft.correction_head is None:
         head = CorrectionHead(config.vocab_size, config.hidden_size, rank)

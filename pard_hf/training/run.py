@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, EarlyS
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..conditions import conditions_of, shown_model
+from ..correction_head import CorrectionHead
 from ..draft_model import DEFAULT_NUM_ASSISTANT_TOKENS, PardDraftModel
 from ..pair import named_dtype
 from ..parts import CORRECTION_HEAD, load_parts
@@ -22,7 +23,7 @@ from .checks import check_base, check_lengths, check_same_tokenizer, check_templ
 from .data import read_rows, tokenize_rows
 from .data_collator import DataCollatorForPard
 from .head import check_mode as check_head_mode
-from .head import check_rank, is_adapted
+from .head import is_adapted
 from .mask_token import check_mask_token, choose_mask_token
 from .objective import Objective
 from .packing import pack_rows
@@ -186,7 +187,7 @@ def check_before_loading(spec: TrainingSpec, tokenizer: Any, args: PardTrainingA
         target=spec.target,  # Its name will do.
     )
     check_head_mode(args.correction_head)
-    check_rank(args.correction_head_rank)
+    CorrectionHead(1, 1, args.correction_head_rank)
     config = AutoConfig.from_pretrained(spec.base)
     if args.correction_head == "frozen" and not is_adapted(config):
         raise ValueError(

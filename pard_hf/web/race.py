@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from ..evaluation.batches import pad_token_id
 from ..generation.stats import DecodingStats
 from ..pair import Pair
 from .baton import Baton
@@ -94,9 +93,8 @@ class Race(Job):
         try:
             self.baton.take(lane)
             output = generate(
-                self.pair, self.ids, self.settings, uses_draft=lane == PARD, streamer=self.transcripts[lane],
-                pad_token_id=pad_token_id(self.pair.target),
-            )  # fmt: skip
+                self.pair, self.ids, self.settings, uses_draft=lane == PARD, streamer=self.transcripts[lane]
+            )
             output.past_key_values = None  # Nobody goes on from here, and the race is looked at for a while.
             self.outputs[lane] = output
         finally:
