@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+import argparse
+import copy
+import multiprocessing
+import os
 import re
+import signal
+import sys
+import warnings
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+import transformers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-VOCAB_SIZE = 100
+from pard_hf import PardDraftModel, with_pard, without_pard
+
+VOCAB_SIZE, MASK_TOKEN_ID = 100, 99
 MOST_LAYERS = 4
-NEW_TOKENS = 20
+NEW_TOKENS, NUM_ASSISTANT_TOKENS = 20, 5
+SECONDS = 60  # For one call of `generate()`.
+FAULTS = ("WRONG", "CRASH", "SILENT")
 GREEDY = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+# Batch size and settings of `generate()`.
+CASES: dict[str, tuple[int, dict[str, Any]]] = {
+    "one text": (1, {}),
+    "ragged batch": (3, {}),
+    "tree": (1, {"assistant_tree_size": 8}),
+    "same seed": (1, {"do_sample": True}),
+}
 # Seeds and standard deviations, of matrices and of embeddings, to try.
 DRAWS = (
     *((0, 0.25, 0.25), (0, 0.6, 0.25), (0, 0.25, 1.0), (0, 0.6, 1.0), (0, 1.0, 1.0), (0, 1.0, 0.1)),
@@ -49,7 +72,7 @@ LIMITS = {
 TWO_KINDS = ["sliding_attention", "full_attention"] * 2
 LATENT = {
     **{"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8},
-    **{"head_dim": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
+    **{"head_dim": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
 }
 INDEXER = {"n_heads": 2, "kv_heads": 1, "head_dim": 8, "budget": 64, "compress_ratio": 4}
 # What the rules leave open, by the config's `model_type`.
@@ -71,6 +94,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gemma4_text": {"global_head_dim": 8},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "hrm_text": {"num_layers_per_stack": None, "num_hidden_layers": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "nemotron": {"num_key_value_heads": 2},
     "qwen4_exp_text": {f"indexer_{name}": value for name, value in INDEXER.items()},
@@ -117,6 +141,10 @@ def tiny_fields(config: PreTrainedConfig) -> dict[str, Any]:
         changes["num_hidden_layers"] = len(layers)
     if fields.get("head_dim", 0) is None:
         changes["head_dim"] = 8
+    if "use_sliding_window" in fields:
+        changes |= {"use_sliding_window": True, "sliding_window": 9}
+    if "sliding_window" in fields and set(fields.get("layer_types") or ()) == {"full_attention"}:
+        changes["layer_types"] = ["sliding_attention", "full_attention"]
     if "kv_lora_rank" in fields:  # Latent attention has a key for every query head.
         changes["num_key_value_heads"] = changes["num_attention_heads"]
     if "tie_word_embeddings" in fields:  # Tied, most models of this size repeat the last token.
@@ -161,3 +189,141 @@ def prompts(batch_size: int) -> dict[str, torch.Tensor]:
     ids = torch.randint(3, VOCAB_SIZE - 1, (3, 12), generator=torch.Generator().manual_seed(3))
     mask = torch.stack([torch.arange(12) >= padding for padding in (0, 5, 9)]).long()
     return {"input_ids": (ids * mask)[:batch_size], "attention_mask": mask[:batch_size]}
+
+
+class RecitingLM(LlamaForCausalLM):
+    """Proposes the texts it is given, but for every fourth token: rounds accept a few tokens and reject the rest."""
+
+    texts: list[list[int]]
+
+    def forward(self, input_ids=None, position_ids=None, logits_to_keep=0, **kwargs):
+        output = super().forward(input_ids=input_ids, position_ids=position_ids, **kwargs)
+        logits = torch.full_like(output.logits, -10.0)
+        for row, positions in enumerate(position_ids.expand(len(input_ids), -1).tolist()):
+            text = self.texts[row % len(self.texts)]
+            for column, position in enumerate(positions):
+                token = text[position + 1] if position + 1 < len(text) and position % 4 else 3
+                logits[row, column, token] = 10.0
+        output.logits = logits[:, -logits_to_keep:] if logits_to_keep else logits
+        return output
+
+
+def reciting_draft(vocab_size: int) -> PardDraftModel:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=vocab_size, max_position_embeddings=256, pad_token_id=0, **sizes)
+    return PardDraftModel.from_causal_lm(RecitingLM(config).eval(), vocab_size - 1, NUM_ASSISTANT_TOKENS)
+
+
+@dataclass
+class Verdict:
+    """What `generate()` with a draft did for one family: by case, who decoded, or what went wrong."""
+
+    family: str
+    model: str = ""
+    loops: dict[str, str] = field(default_factory=dict)
+    reason: str = ""
+    as_draft: str = ""
+    not_run: str = ""
+
+    @property
+    def served(self) -> str:
+        """The loop that served every case, or else the one of the greedy text alone."""
+        return "not run" if self.not_run else self.loops["one text"]
+
+    @property
+    def faults(self) -> list[str]:
+        return [f"{case}: {loop}" for case, loop in self.loops.items() if loop in FAULTS]
+
+
+def sweep(config_class: type[PreTrainedConfig]) -> Verdict:
+    """Compare `generate()` with drafts of several kinds to plain `generate()`, in every case."""
+    verdict = Verdict(config_class.__name__)
+    try:
+        with time_limit():
+            target = varied_model(config_class)
+            plain = {case: plain_text(target, *settings) for case, settings in CASES.items()}
+    except Exception as error:
+        verdict.not_run = in_words(error)
+        return verdict
+    verdict.model = type(target).__name__
+    reciting = reciting_draft(target.config.get_text_config().vocab_size)
+    drafts = [reciting]
+    try:
+        drafts.append(PardDraftModel.from_causal_lm(copy.deepcopy(target), MASK_TOKEN_ID, NUM_ASSISTANT_TOKENS))
+    except ValueError as error:
+        verdict.as_draft = in_words(error)
+    for case, (batch_size, settings) in CASES.items():
+        mask = prompts(batch_size)["attention_mask"]
+        texts = zip(plain[case].tolist(), (mask == 0).sum(-1).tolist(), strict=True)
+        reciting.texts = [text[padding:] for text, padding in texts]
+        for draft in drafts:
+            loop, words = drafted(target, draft, plain[case], batch_size, settings)
+            if loop in FAULTS and not verdict.faults:
+                verdict.reason = words
+            if draft is reciting or loop in FAULTS:
+                verdict.loops[case], verdict.reason = loop, verdict.reason or words
+            elif loop != verdict.loops[case]:
+                verdict.as_draft = words
+    return verdict
+
+
+def plain_text(target: PreTrainedModel, batch_size: int, settings: dict[str, Any]) -> torch.Tensor:
+    torch.manual_seed(5)
+    settings = {name: value for name, value in settings.items() if not name.startswith("assistant")}
+    output = target.generate(**prompts(batch_size), **GREEDY | settings, return_dict_in_generate=True, output_logits=True)
+    if not all(torch.isfinite(logits).all() for logits in output.logits):
+        raise ArithmeticError("logits are not finite")
+    return output.sequences
+
+
+def drafted(
+    target: PreTrainedModel, draft: PardDraftModel, plain: torch.Tensor, batch_size: int, settings: dict[str, Any]
+) -> tuple[str, str]:
+    """Who decoded, and why not our loop; or what went wrong."""
+    torch.manual_seed(5)
+    try:
+        with time_limit(), warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            output = with_pard(target).generate(
+                **prompts(batch_size), **GREEDY | settings, assistant_model=draft, return_dict_in_generate=True
+            )
+    except Exception as error:
+        # Words of ours say what was expected; any other exception is an accident.
+        is_refusal = isinstance(error, ValueError) and str(error).startswith("Expected ")
+        return ("refused" if is_refusal else "CRASH"), in_words(error)
+    finally:
+        without_pard(target)
+    stats = output.stats
+    if not torch.equal(output.sequences, plain):
+        return "WRONG", f"{stats.loop} loop: {first_difference(output.sequences, plain)}"
+    if (stats.num_rounds > 0) != (stats.loop != "none"):
+        return "WRONG", f"{stats.num_rounds} rounds by the loop {stats.loop!r}"
+    if stats.loop == "none" and not any(stats.fallback_reason in str(warning.message) for warning in seen):
+        return "SILENT", stats.fallback_reason
+    return ("own" if stats.loop == "lockstep" else stats.loop), stats.fallback_reason or ""
+
+
+def first_difference(sequences: torch.Tensor, plain: torch.Tensor) -> str:
+    if sequences.shape != plain.shape:
+        return f"{tuple(sequences.shape)} for {tuple(plain.shape)}"
+    row, column = (sequences != plain).nonzero()[0].tolist()
+    return f"row {row} differs from column {column} on"
+
+
+def in_words(error: Exception) -> str:
+    words = " ".join(str(error).split())
+    return words if words.startswith("Expected ") else f"{type(error).__name__}: {words}"
+
+
+class time_limit:
+    """Raise a `TimeoutError` in what takes longer than `SECONDS`."""
+
+    def __enter__(self):
+        signal.signal(signal.SIGALRM, self.ring)
+        signal.alarm(SECONDS)
+
+    def ring(self, *_):
+        raise TimeoutError(f"took more than {SECONDS} s")
+
+    def __exit__(self, *_):
+        signal.alarm(0)
