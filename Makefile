@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DATA ?= ../shared/data/train
 WORKERS ?= 2
 
-.PHONY: demo app test test-app screenshots quality style bundled-pair cards space clean
+.PHONY: demo app test test-app compatibility test-families screenshots quality style bundled-pair cards space clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,7 +20,14 @@ app: $(VENV)/installed
 
 # Tests use one thread each: as many files at a time as WORKERS says.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q -m "not browser" -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -q -m "not browser and not families" -n $(WORKERS) --dist loadfile
+
+# Every family of transformers, and what docs/compatibility.md says of it.
+test-families: $(VENV)/installed
+	$(BIN)/python -m pytest -q -m families
+
+compatibility: $(VENV)/installed
+	$(BIN)/python tests/every_family.py --write docs/compatibility.md
 
 # Drives the web demo in the Chromium that is found on the path, or that CHROMIUM names.
 test-app: $(VENV)/installed

@@ -1,9 +1,11 @@
-"""Every family of `AutoModelForCausalLM`: a tiny random model of each, and what `generate()` does with a draft there."""
+"""Every family of `AutoModelForCausalLM`: a tiny random model of each, and what `generate()` does with a draft."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import io
 import multiprocessing
 import os
 import re
@@ -23,7 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from pard_hf import PardDraftModel, with_pard, without_pard
 
-VOCAB_SIZE, MASK_TOKEN_ID = 100, 99
+VOCAB_SIZE = 100
 MOST_LAYERS = 4
 NEW_TOKENS, NUM_ASSISTANT_TOKENS = 20, 5
 SECONDS = 60  # For one call of `generate()`.
@@ -34,8 +36,11 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "one text": (1, {}),
     "ragged batch": (3, {}),
     "tree": (1, {"assistant_tree_size": 8}),
+    "batch of trees": (3, {"assistant_tree_size": 8}),
     "same seed": (1, {"do_sample": True}),
 }
+# Those in which the family drafts for itself, too.
+OWN_DRAFT = ("one text", "batch of trees")
 # Seeds and standard deviations, of matrices and of embeddings, to try.
 DRAWS = (
     *((0, 0.25, 0.25), (0, 0.6, 0.25), (0, 0.25, 1.0), (0, 0.6, 1.0), (0, 1.0, 1.0), (0, 1.0, 0.1)),
@@ -86,7 +91,13 @@ CHANGES: dict[str, dict[str, Any]] = {
         },
     },
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}},
-    "dory": {"layer_types": TWO_KINDS, "num_hidden_layers": 4, "n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1},
+    "dory": {
+        "layer_types": TWO_KINDS,
+        "num_hidden_layers": 4,
+        "n_input_layers": 1,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 1,
+    },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots3_note_text": {f"swa_{name}": value for name, value in LATENT.items()},
@@ -103,7 +114,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "xlm": {"is_encoder": False, "causal": True},
     "xlstm": {"hidden_size": 64, "embedding_dim": 64, "qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"], "num_hidden_layers": 4},
+    "zamba": {
+        **{"attention_hidden_size": 64, "attention_head_dim": 16},
+        **{"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
+    },
     "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16, "num_key_value_heads": 4},
 }
 
@@ -174,7 +188,7 @@ def tiny_model(
 
 
 def varied_model(config_class: type[PreTrainedConfig]) -> PreTrainedModel:
-    """The first model whose text is not a few tokens over and over: how large weights must be is the family's matter."""
+    """The first model whose text is not a few tokens over and over: how large weights must be differs by family."""
     variety: dict[tuple[int, float, float], int] = {}
     for draw in DRAWS:
         model = tiny_model(config_class, *draw)
@@ -192,7 +206,10 @@ def prompts(batch_size: int) -> dict[str, torch.Tensor]:
 
 
 class RecitingLM(LlamaForCausalLM):
-    """Proposes the texts it is given, but for every fourth token: rounds accept a few tokens and reject the rest."""
+    """Proposes the texts it is given, every fourth token as a second guess only.
+
+    Rounds accept a few tokens and reject the rest; trees go on from nodes that do not stand beside their parents.
+    """
 
     texts: list[list[int]]
 
@@ -202,8 +219,9 @@ class RecitingLM(LlamaForCausalLM):
         for row, positions in enumerate(position_ids.expand(len(input_ids), -1).tolist()):
             text = self.texts[row % len(self.texts)]
             for column, position in enumerate(positions):
-                token = text[position + 1] if position + 1 < len(text) and position % 4 else 3
+                token = text[position + 1] if position + 1 < len(text) else 3
                 logits[row, column, token] = 10.0
+                logits[row, column, 4 + token % 7] += 0.0 if position % 4 else 21.0
         output.logits = logits[:, -logits_to_keep:] if logits_to_keep else logits
         return output
 
@@ -227,50 +245,60 @@ class Verdict:
 
     @property
     def served(self) -> str:
-        """The loop that served every case, or else the one of the greedy text alone."""
-        return "not run" if self.not_run else self.loops["one text"]
+        """The loop of all cases, or else of the single greedy text; `"not run"` where plain `generate()` fails."""
+        if self.not_run:
+            return "not run"
+        return next((loop for loop in self.loops.values() if loop in FAULTS), self.loops["one text"])
 
     @property
-    def faults(self) -> list[str]:
-        return [f"{case}: {loop}" for case, loop in self.loops.items() if loop in FAULTS]
+    def row(self) -> str:
+        """Its line in the table of `docs/compatibility.md`."""
+        cells = [f"`{self.family}`", *(self.loops.get(case, "") for case in CASES)]
+        cells += ["" if self.not_run else "refused" if self.as_draft else "yes"]
+        return "| " + " | ".join([*cells, (self.not_run or self.reason or self.as_draft).replace("|", "\\|")]) + " |"
 
 
-def sweep(config_class: type[PreTrainedConfig]) -> Verdict:
-    """Compare `generate()` with drafts of several kinds to plain `generate()`, in every case."""
-    verdict = Verdict(config_class.__name__)
-    try:
-        with time_limit():
-            target = varied_model(config_class)
-            plain = {case: plain_text(target, *settings) for case, settings in CASES.items()}
-    except Exception as error:
-        verdict.not_run = in_words(error)
-        return verdict
-    verdict.model = type(target).__name__
-    reciting = reciting_draft(target.config.get_text_config().vocab_size)
-    drafts = [reciting]
-    try:
-        drafts.append(PardDraftModel.from_causal_lm(copy.deepcopy(target), MASK_TOKEN_ID, NUM_ASSISTANT_TOKENS))
-    except ValueError as error:
-        verdict.as_draft = in_words(error)
-    for case, (batch_size, settings) in CASES.items():
-        mask = prompts(batch_size)["attention_mask"]
-        texts = zip(plain[case].tolist(), (mask == 0).sum(-1).tolist(), strict=True)
-        reciting.texts = [text[padding:] for text, padding in texts]
-        for draft in drafts:
-            loop, words = drafted(target, draft, plain[case], batch_size, settings)
-            if loop in FAULTS and not verdict.faults:
+def sweep(family: str) -> Verdict:
+    """Compare `generate()` with drafts of two kinds to plain `generate()`, in every case."""
+    verdict = Verdict(family)
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with time_limit():
+                target = varied_model(families()[family])
+                plain = {case: plain_text(target, *settings) for case, settings in CASES.items()}
+        except Exception as error:
+            verdict.not_run = in_words(error)
+            return verdict
+        verdict.model = type(target).__name__
+        vocab_size = target.config.get_text_config().vocab_size
+        reciting, itself = reciting_draft(vocab_size), None
+        try:
+            itself = PardDraftModel.from_causal_lm(copy.deepcopy(target), vocab_size - 1, NUM_ASSISTANT_TOKENS)
+        except ValueError as error:
+            verdict.as_draft = in_words(error)
+        for case, (batch_size, settings) in CASES.items():
+            padding = (prompts(batch_size)["attention_mask"] == 0).sum(-1).tolist()
+            reciting.texts = [text[start:] for text, start in zip(plain[case].tolist(), padding, strict=True)]
+            loop, words = drafted(target, reciting, plain[case], batch_size, settings)
+            if itself is not None and case in OWN_DRAFT and loop not in FAULTS:
+                loop_of_its_own, other_words = drafted(target, itself, plain[case], batch_size, settings)
+                if loop_of_its_own in FAULTS:
+                    loop, words = loop_of_its_own, f"as its own draft: {other_words}"
+                elif loop_of_its_own != loop:
+                    verdict.as_draft = other_words
+            verdict.loops[case] = loop
+            if loop in FAULTS and verdict.served == loop or not verdict.reason:
                 verdict.reason = words
-            if draft is reciting or loop in FAULTS:
-                verdict.loops[case], verdict.reason = loop, verdict.reason or words
-            elif loop != verdict.loops[case]:
-                verdict.as_draft = words
     return verdict
 
 
 def plain_text(target: PreTrainedModel, batch_size: int, settings: dict[str, Any]) -> torch.Tensor:
     torch.manual_seed(5)
     settings = {name: value for name, value in settings.items() if not name.startswith("assistant")}
-    output = target.generate(**prompts(batch_size), **GREEDY | settings, return_dict_in_generate=True, output_logits=True)
+    output = target.generate(
+        **prompts(batch_size), **GREEDY | settings, return_dict_in_generate=True, output_logits=True
+    )
     if not all(torch.isfinite(logits).all() for logits in output.logits):
         raise ArithmeticError("logits are not finite")
     return output.sequences
@@ -327,3 +355,74 @@ class time_limit:
 
     def __exit__(self, *_):
         signal.alarm(0)
+
+
+def sweep_all(names: list[str]) -> list[Verdict]:
+    """Sweep families in processes of one thread each."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=context, initializer=prepare_process) as pool:
+        return list(pool.map(sweep, names))
+
+
+def prepare_process() -> None:
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+
+
+HEADER = """# Compatibility: every family
+
+Every entry of `AutoModelForCausalLM` in transformers {version}: a tiny random model of each, whose text varies, with a
+draft whose proposals are right in part and with itself as draft, against plain `generate()` of the untouched model.
+`make compatibility` runs this and writes this page, `make test-families` compares.
+
+| | families |
+|---|---|
+{counts}
+
+- **own**: our loop, the text of plain `generate()`.
+- **stock**: the assisted loop of transformers, with a warning that says why; the text of plain `generate()`. One text
+  at a time, chains for trees.
+- **none**: the draft is not used, with a warning that says why.
+- **refused**: a `ValueError` that says why, before anything is touched.
+- **not run**: plain `generate()` cannot run a model of this class alone on a text.
+
+| config class | {cases} | as a draft | why |
+|---|{dashes}---|---|
+"""
+KINDS = {
+    "own": "served by our loop",
+    "stock": "served by the assisted loop of transformers",
+    "none": "generated without the draft",
+    "refused": "refused",
+    "not run": "not run",
+    **{fault: fault for fault in FAULTS},
+}
+
+
+def page(verdicts: list[Verdict]) -> str:
+    """The text of `docs/compatibility.md`."""
+    counts = Counter(verdict.served for verdict in verdicts)
+    lines = [f"| {words} | {counts[kind]} |" for kind, words in KINDS.items() if counts[kind]]
+    header = HEADER.format(
+        version=transformers.__version__,
+        counts="\n".join([*lines, f"| all | {len(verdicts)} |"]),
+        cases=" | ".join(CASES),
+        dashes="---|" * len(CASES),
+    )
+    return header + "\n".join(verdict.row for verdict in verdicts) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("families", nargs="*", help="names of config classes; all of the mapping by default")
+    parser.add_argument("--write", type=Path, help="file for the page; on the screen by default")
+    arguments = parser.parse_args()
+    text = page(sweep_all(arguments.families or sorted(families(), key=str.lower)))
+    if arguments.write:
+        arguments.write.write_text(text)
+    else:
+        sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main()
