@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -54,7 +55,9 @@ LIMITS = {
     r"^(eos|forced_eos|decoder_start)_token_id": 2,
     r"^(pad|sep|cls|mask|unk|eod|im_end)_token_id": 0,
     r"_token_(id|index)$|_index$": 90,
-    r"index_topk": 64,  # Below it a sparse attention reads all keys: past it, indexers of this size tie.
+    # Sparse attention that reads all keys: where it has to choose, models of this size have ties to choose from, and
+    # plain `generate()` depends on how many tokens a forward has.
+    r"index_topk|keep_window": 64,
     r"window|local_attention$": 9,
     r"chunk_size|chunk_length|block_size": 16,
     r"(hidden|decoder|encoder|num|^n|mem|input|output)_?(hidden_)?(layers|layer|blocks)$|num_layers_per_stack": 2,
@@ -253,9 +256,14 @@ class Verdict:
     @property
     def row(self) -> str:
         """Its line in the table of `docs/compatibility.md`."""
-        cells = [f"`{self.family}`", *(self.loops.get(case, "") for case in CASES)]
-        cells += ["" if self.not_run else "refused" if self.as_draft else "yes"]
-        return "| " + " | ".join([*cells, (self.not_run or self.reason or self.as_draft).replace("|", "\\|")]) + " |"
+        return f"| `{self.family}` | " + " | ".join(self.loops.get(case, "not run") for case in CASES) + " |"
+
+    @property
+    def why(self) -> str:
+        """What kept it from our loop, without the names of its classes."""
+        words = self.not_run or self.reason or (self.as_draft and f"As a draft: {self.as_draft}")
+        words = re.sub(r"`\w+Config`", "its config", words.replace(f"`{self.model}`", "the model"))
+        return words[:1].upper() + words[1:]
 
 
 def sweep(family: str) -> Verdict:
@@ -371,8 +379,8 @@ def prepare_process() -> None:
 
 HEADER = """# Compatibility: every family
 
-Every entry of `AutoModelForCausalLM` in transformers {version}: a tiny random model of each, whose text varies, with a
-draft whose proposals are right in part and with itself as draft, against plain `generate()` of the untouched model.
+Every entry of `AutoModelForCausalLM` in transformers {version}: a tiny random model of each, whose text varies, with
+a draft whose proposals are right in part and with itself as draft, against plain `generate()` of the untouched model.
 `make compatibility` runs this and writes this page, `make test-families` compares.
 
 | | families |
@@ -380,14 +388,19 @@ draft whose proposals are right in part and with itself as draft, against plain 
 {counts}
 
 - **own**: our loop, the text of plain `generate()`.
-- **stock**: the assisted loop of transformers, with a warning that says why; the text of plain `generate()`. One text
-  at a time, chains for trees.
+- **stock**: the assisted loop of transformers, with a warning that says why, the text of plain `generate()`. It takes
+  one text at a time, and chains for trees.
 - **none**: the draft is not used, with a warning that says why.
 - **refused**: a `ValueError` that says why, before anything is touched.
-- **not run**: plain `generate()` cannot run a model of this class alone on a text.
+- **not run**: plain `generate()` does not run a tiny model of this class on a text.
 
-| config class | {cases} | as a draft | why |
-|---|{dashes}---|---|
+| config class | {cases} |
+|---|{dashes}
+{rows}
+
+## Why not by our loop
+
+{reasons}
 """
 KINDS = {
     "own": "served by our loop",
@@ -403,13 +416,24 @@ def page(verdicts: list[Verdict]) -> str:
     """The text of `docs/compatibility.md`."""
     counts = Counter(verdict.served for verdict in verdicts)
     lines = [f"| {words} | {counts[kind]} |" for kind, words in KINDS.items() if counts[kind]]
-    header = HEADER.format(
+    return HEADER.format(
         version=transformers.__version__,
         counts="\n".join([*lines, f"| all | {len(verdicts)} |"]),
         cases=" | ".join(CASES),
         dashes="---|" * len(CASES),
+        rows="\n".join(verdict.row for verdict in verdicts),
+        reasons="\n".join(reasons(verdicts)),
     )
-    return header + "\n".join(verdict.row for verdict in verdicts) + "\n"
+
+
+def reasons(verdicts: list[Verdict]) -> list[str]:
+    """What kept families from our loop, each with its families."""
+    names: dict[str, list[str]] = {}
+    for verdict in verdicts:
+        if verdict.why:
+            names.setdefault(verdict.why, []).append(f"`{verdict.family}`")
+    points = (f"- {why}: {', '.join(families)}" for why, families in sorted(names.items()))
+    return [textwrap.fill(point, 119, subsequent_indent="  ", break_on_hyphens=False) for point in points]
 
 
 def main() -> None:

@@ -37,6 +37,8 @@ def test_a_family_is_exact_or_says_no(family):
     assert verdict.loops.keys() == CASES.keys()
     assert verdict.reason or set(verdict.loops.values()) == {"own"}, verdict
     assert verdict.row in committed().splitlines()
+    points = [" ".join(point.split()) for point in committed().split("\n- ")]
+    assert not verdict.why or any(p.startswith(f"{verdict.why}: ") and f"`{family}`" in p for p in points)
 
 
 def test_the_page_has_every_family():
