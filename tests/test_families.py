@@ -30,6 +30,9 @@ def committed() -> str:
 
 @pytest.mark.parametrize("family", FAST)
 def test_a_family_is_exact_or_says_no(family):
+    if family not in families():
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
+
     verdict = sweep(family)
 
     assert not verdict.not_run
