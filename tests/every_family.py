@@ -248,10 +248,11 @@ class Verdict:
 
     @property
     def served(self) -> str:
-        """The loop of all cases, or else of the single greedy text; `"not run"` where plain `generate()` fails."""
+        """The loop of a single text, or `"in part"` where that is ours and other cases are not served by it."""
         if self.not_run:
             return "not run"
-        return next((loop for loop in self.loops.values() if loop in FAULTS), self.loops["one text"])
+        loop = next((loop for loop in self.loops.values() if loop in FAULTS), self.loops["one text"])
+        return "in part" if loop == "own" and set(self.loops.values()) != {"own"} else loop
 
     @property
     def row(self) -> str:
@@ -404,6 +405,7 @@ a draft whose proposals are right in part and with itself as draft, against plai
 """
 KINDS = {
     "own": "served by our loop",
+    "in part": "served by our loop in part of the cases",
     "stock": "served by the assisted loop of transformers",
     "none": "generated without the draft",
     "refused": "refused",
