@@ -187,8 +187,8 @@ def mend_checkpoint(folder: Path) -> None:
 
 
 def mend_config(folder: Path) -> None:
-    """Leave one mask key in config.json, and say the rope as readers on transformers 4 expect it as well."""
-    config = without_keys(read_json(folder, "config.json"), OTHER_MASK_KEYS)
+    """Leave one mask key in config.json and no other method's K; say the rope as transformers 4 reads it, too."""
+    config = without_keys(read_json(folder, "config.json"), (*OTHER_MASK_KEYS, "n_predict"))
     config |= legacy_rope(config)
     content = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(content, encoding="utf-8")
