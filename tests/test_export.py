@@ -438,6 +438,7 @@ BROKEN = {
     "n_predict that K does not fit": (edit(n_predict=3), VLLM, True, "`n_predict`.*got 3.*`pard export`"),
     "n_predict that K fits": (edit(n_predict=2), VLLM, False, "`n_predict`"),
     "n_predict larger than K": (edit(n_predict=9), VLLM, False, "`n_predict`"),
+    "n_predict of none": (edit(n_predict=0), VLLM, True, "`n_predict`"),
     "n_predict in words": (edit(n_predict="3"), VLLM, True, "`n_predict`"),
     "unknown quantization": (edit(quantization_config={"quant_method": "qtip"}), VLLM, True, "`quant_method`.*'qtip'"),
     "quantization read by vLLM 0.16 only": (
@@ -544,6 +545,14 @@ def test_family_that_vllm_turns_into_mtp_layers(draft_folder, model_type, archit
 
     assert [(finding.engine, finding.is_blocking) for finding in said] == ([(VLLM, True)] if is_turned else [])
     assert not is_turned or repr(model_type) in said[0].message
+
+
+def test_n_predict_beside_no_k(draft_folder):
+    """Nobody knows what K will be: only one that every K is a multiple of is harmless."""
+    edit_config(draft_folder, "generation_config.json", remove=["num_assistant_tokens"])
+    for value, is_blocking in ((1, False), (2, True)):
+        edit_config(draft_folder, n_predict=value)
+        assert any(finding.is_blocking for finding in check_draft(draft_folder)) == is_blocking
 
 
 def test_mtp_layers_that_the_config_declares(draft_folder):

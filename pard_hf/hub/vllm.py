@@ -152,9 +152,9 @@ def n_predict_rules(config: dict[str, Any], num_drafts: int | None) -> Iterator[
     value = config.get("n_predict")
     if value is None:
         return
-    fits = isinstance(value, int) and (
-        value == 1 or bool(num_drafts and (num_drafts <= value or not num_drafts % value))
-    )
+    fits = value == 1
+    if type(value) is int and value > 1 and num_drafts is not None:
+        fits = num_drafts <= value or num_drafts % value == 0
     yield (
         not fits,
         f"Expected no `n_predict` in config.json, got {value!r}: vLLM refuses a larger `num_speculative_tokens` that "
@@ -175,7 +175,7 @@ def quantization_rules(config: dict[str, Any]) -> Iterator[tuple[bool, str]]:
         yield (
             True,
             f"Expected weights that are not quantized or a `quant_method` that vLLM 0.33 knows, got {method!r}: "
-            "quantize the exported draft with one of " + ", ".join(sorted(QUANTIZATIONS)) + ".",
+            "quantize the draft with one of those, such as 'compressed-tensors', 'awq', 'gptq' or 'fp8'.",
         )
 
 
@@ -213,4 +213,4 @@ def max_model_len(config: dict[str, Any], tokenizer_folder: Path) -> float:
             return float(original)
         if kind not in SCALED_ROPES and "gemma3" not in str(config.get("model_type")):
             factor = rope.get("factor") or factor
-    return min((float(number) for number in numbers if type(number) in (int, float)), default=float("inf")) * factor
+    return min((float(number) for number in numbers if isinstance(number, int | float)), default=float("inf")) * factor
