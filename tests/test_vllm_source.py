@@ -40,7 +40,7 @@ def is_turned(override, model_type, architecture):
     config.model_type = model_type
     try:
         config = override(config)
-    except (AttributeError, ValueError):  # It looked for layers that this config does not have.
+    except (AssertionError, AttributeError, ValueError):  # It looked for layers that this config does not have.
         return True
     return (config.model_type, config.architectures) != (model_type, [architecture])
 
