@@ -617,6 +617,24 @@ def test_positions_are_counted_as_vllm_counts_them(draft_folder, target_folder, 
     assert reach is None or f"made for {reach} positions" in said[0].message
 
 
+def test_target_whose_config_leaves_the_vocabulary_to_its_class(draft_folder, target_folder):
+    """As published Gemma 3 does: engines read the config through its class."""
+    config = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "num_hidden_layers": 2}}
+    (target_folder / "config.json").write_text(json.dumps(config))
+    size = AutoConfig.from_pretrained(target_folder).get_text_config().vocab_size
+
+    said = [finding.message for finding in check_draft(draft_folder, target_folder)]
+
+    assert any(f"the target's {size}, got {VOCAB_SIZE}" in message for message in said)
+    assert not any("inf" in message.split() for message in said)
+
+
+def test_target_that_says_no_number_of_positions(draft_folder, target_folder):
+    edit_config(target_folder, remove=["max_position_embeddings"])
+
+    assert not any("positions" in finding.message for finding in check_draft(draft_folder, target_folder))
+
+
 @pytest.mark.parametrize("key", ["vision_config", "audio_config"])
 def test_target_that_reads_images(draft_folder, target_folder, key):
     edit_config(target_folder, **{key: {}})

@@ -237,7 +237,7 @@ def target_findings(config: dict[str, Any], target_config: dict[str, Any], targe
             "`pard export --target …`.",
         )
     reach, needed = (max_model_len(side, target_folder) for side in (config, target_config))
-    if reach < needed:
+    if reach < needed < float("inf"):
         yield Finding(
             "both",
             False,
