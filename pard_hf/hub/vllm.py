@@ -213,4 +213,6 @@ def max_model_len(config: dict[str, Any], tokenizer_folder: Path) -> float:
             return float(original)
         if kind not in SCALED_ROPES and "gemma3" not in str(config.get("model_type")):
             factor = rope.get("factor") or factor
-    return min((float(number) for number in numbers if isinstance(number, int | float)), default=float("inf")) * factor
+    # Tokenizers that know no limit are saved with one of 10 ** 30.
+    said = [float(number) for number in numbers if isinstance(number, int | float) and number < 10**15]
+    return min(said, default=float("inf")) * factor
