@@ -447,7 +447,7 @@ BROKEN = {
         True,
         "'bitsandbytes'",
     ),
-    "nameless quantization": (edit(quantization_config={"bits": 4}), VLLM, True, "`quant_method`.*None"),
+    "nameless quantization": (edit(quantization_config={"bits": 4}), VLLM, False, "`quant_method`, got none"),
     "M-RoPE": (
         edit(rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}),
         VLLM,

@@ -171,7 +171,13 @@ def quantization_rules(config: dict[str, Any]) -> Iterator[tuple[bool, str]]:
     if quantization is None:
         return
     method = quantization_method(quantization)
-    if method not in QUANTIZATIONS:
+    if not method:
+        yield (
+            False,
+            "`quantization_config` should name a `quant_method`, got none: vLLM reads the weights as not quantized. "
+            "Name it, or remove the key where they are not.",
+        )
+    elif method not in QUANTIZATIONS:
         yield (
             True,
             f"Expected weights that are not quantized or a `quant_method` that vLLM 0.33 knows, got {method!r}: "
