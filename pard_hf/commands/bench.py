@@ -136,7 +136,7 @@ def load_for_benchmark(args: argparse.Namespace) -> Any:
     """Load the pair that the flags name, enlarged where `--scale` asks for it."""
     from transformers.utils import logging
 
-    from ..pair import check_device, default_device, fastest_dtype, load_pair, named_dtype
+    from ..pair import check_device, default_device, load_pair, weight_dtype
     from ..positions import num_positions
 
     logging.disable_progress_bar()
@@ -147,8 +147,8 @@ def load_for_benchmark(args: argparse.Namespace) -> Any:
 
     device = args.device or default_device()
     check_device(device)
-    dtype = fastest_dtype(device) if args.dtype == "auto" else named_dtype(args.dtype)
     small = load_pair(args.target, args.draft, "float32", "cpu")
+    dtype = weight_dtype(small.target.name_or_path, args.dtype, device)
     # Rotary positions go on as far as anyone asks; without `--context` the enlarged pair has plenty.
     positions = None
     if args.context is not None:
