@@ -81,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(args: argparse.Namespace, prompt_sets: dict[str, Any], console: Any) -> int:
     """Measure, show and write everything; returns the exit code."""
-    from ..evaluation.benchmark import Benchmark, differences, is_exact
+    from ..evaluation.agreement import is_exact
+    from ..evaluation.benchmark import Benchmark, differences
     from ..evaluation.partial import PartialFile
     from ..evaluation.plots import write_plots
     from ..evaluation.report import difference_sentence, progress_bar, show_cell
