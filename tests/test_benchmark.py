@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 import transformers
-from families import add_head, make_draft, make_model, make_self_draft
-from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, LlamaConfig, LlamaForCausalLM
+from families import add_head, make_draft, make_forgetful, make_model, make_self_draft
+from transformers import CompileConfig, LlamaForCausalLM
 from transformers.cache_utils import StaticLayer
 
 from pard_hf import with_pard
@@ -499,22 +499,6 @@ def test_16_bit_shows_plain_generate_against_itself(pair, batch_size, other):
     assert CellResult.from_dict(json.loads(json.dumps(cell.to_dict()))).to_dict() == cell.to_dict()
 
 
-class ForgetfulConfig(LlamaConfig):
-    model_type = "forgetful_llama"
-
-
-class ForgetfulLlama(LlamaForCausalLM):
-    """Says something else where it reads several tokens in the middle of a text, as only a verify does."""
-
-    config_class = ForgetfulConfig
-
-    def forward(self, input_ids=None, position_ids=None, **kwargs):
-        output = super().forward(input_ids=input_ids, position_ids=position_ids, **kwargs)
-        if input_ids.shape[1] > 1 and int(position_ids.min()) > 0:
-            output.logits = output.logits.roll(1, dims=-1)
-        return output
-
-
 @pytest.fixture
 def folders(tmp_path, bundled_like_tokenizer):
     def save(target):
@@ -531,14 +515,7 @@ def folders(tmp_path, bundled_like_tokenizer):
 
 
 def test_other_texts_than_plain_ones_end_with_3(folders, capsys):
-    AutoConfig.register("forgetful_llama", ForgetfulConfig, exist_ok=True)
-    AutoModelForCausalLM.register(ForgetfulConfig, ForgetfulLlama, exist_ok=True)
-    model = make_model("llama")
-    config = ForgetfulConfig(**{k: v for k, v in model.config.to_dict().items() if k != "model_type"})
-    forgetful = ForgetfulLlama(config).eval()
-    forgetful.load_state_dict(model.state_dict())
-    forgetful.generation_config.eos_token_id = None
-    command = folders(forgetful)
+    command = folders(make_forgetful())
 
     assert main([*command, "--routes", "tier2"]) == 3
 

@@ -8,15 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .models import add_model_arguments
+from .models import EXIT_DIFFERENT, add_model_arguments
 
 # What must agree before a run may go on with an earlier one's cells; its sets, batch sizes and K may be others.
 RESUMED = (
     *("target", "draft", "scale", "commit", "versions", "device", "dtype", "decoding"),
     *("routes", "repeats", "max_new_tokens", "limit", "seed", "context", "assistant_tree_size"),
 )
-# Outputs that had to be equal were not.
-EXIT_DIFFERENT = 3
 
 
 def add(commands: Any) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+# Outputs that had to be equal were not.
+EXIT_DIFFERENT = 3
+
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", help="folder or Hub id of the target model (default: the bundled target)")

@@ -6,11 +6,41 @@ can win: there plain `generate` leaves its own texts, too.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .batches import pad_token_id
+
+# What stands beside gaps.
+GAP = "gap: how far the plain model prefers its best token where texts part, the largest"
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How many texts are identical, and the logit gaps of the others; agreements on several texts add up."""
+
+    num_identical: int
+    num_texts: int = 1
+    logit_gaps: tuple[float, ...] = ()
+
+    def __add__(self, other: Agreement) -> Agreement:
+        return Agreement(
+            self.num_identical + other.num_identical,
+            self.num_texts + other.num_texts,
+            self.logit_gaps + other.logit_gaps,
+        )
+
+    def __str__(self) -> str:
+        gap = f", gap {max(self.logit_gaps):.2g}" if self.logit_gaps else ""
+        return f"{self.num_identical}/{self.num_texts}{gap}"
+
+
+def agreement(target: Any, prompt: list[int], expected: list[int], got: list[int]) -> Agreement:
+    """Compare one text with plain `generate`'s."""
+    gap = None if got == expected else logit_gap(target, prompt, expected, got)
+    return Agreement(int(got == expected), logit_gaps=() if gap is None else (gap,))
 
 
 def is_exact(dtype: torch.dtype) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from .agreement import GAP
 from .results import CellResult, Difference, Regrouped, RouteResult
 from .routes import ROUTES
 
@@ -110,7 +111,7 @@ def rounding_sentence(cell: CellResult, regrouped: Regrouped) -> str:
     beside = "" if compiled is None else f" · eager against compiled: identical {agreement(compiled)}"
     return (
         f"plain generate against itself: one row against a batch of {sizes[1]}: identical {agreement(regrouped)}"
-        f"{beside} (gap: how far the plain model prefers its best token where texts part, the largest)"
+        f"{beside} ({GAP})"
     )
 
 
