@@ -12,6 +12,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from .correction_head import CorrectedPlaces, CorrectionHead
+from .host import cache_argument, logits_argument
 from .language_model_head import head_of
 from .parts import needs_hidden_states
 from .positions import check_num_assistant_tokens, croppable_cache, num_positions
@@ -44,7 +45,7 @@ class DraftingModel(PreTrainedModel):
     def places(self, num_places: int, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the draft; logits `[B, num_places, V]` of the last places, and their hidden states where a head asks."""
         if not needs_hidden_states(self):
-            return self(**inputs, logits_to_keep=num_places).logits[:, -num_places:], None
+            return self(**inputs, **logits_argument(self, num_places)).logits[:, -num_places:], None
         hidden = self.base_model(**inputs).last_hidden_state[:, -num_places:]
         if self.trimmed_vocabulary is not None:
             return self.trimmed_vocabulary.logits(self, hidden), hidden
@@ -129,8 +130,8 @@ class DraftingModel(PreTrainedModel):
             input_ids=self.readable(torch.cat([input_ids[:, num_past:], masks], dim=1)),
             attention_mask=None if bool(visible.all()) else visible,
             position_ids=positions[:, num_past:],
-            past_key_values=past_key_values,
             use_cache=True,
+            **{cache_argument(self): past_key_values},
         )
         past_key_values.crop(-(num_drafts - 1))
         return self.chain(self.proposal_scores(logits), hidden, best)[1]

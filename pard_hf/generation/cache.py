@@ -93,10 +93,20 @@ class SlotLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.slots.flat_rows is not None, "`place` comes before a forward"
+        self.widen(torch.promote_types(self.dtype, key_states.dtype))
         rows = self.slots.flat_rows.to(self.device)
-        self.keys.index_copy_(0, rows, key_states.transpose(1, 2).flatten(0, 1))
-        self.values.index_copy_(0, rows, value_states.transpose(1, 2).flatten(0, 1))
+        self.keys.index_copy_(0, rows, self.stored(key_states))
+        self.values.index_copy_(0, rows, self.stored(value_states))
         return self.read(self.keys), self.read(self.values)
+
+    def widen(self, dtype: torch.dtype) -> None:
+        """Hold entries in a wider type from here on: as `DynamicCache`, which concatenates, where autocast changes."""
+        if dtype != self.dtype:
+            self.dtype, self.keys, self.values = dtype, self.keys.to(dtype), self.values.to(dtype)
+
+    def stored(self, states: torch.Tensor) -> torch.Tensor:
+        """Lay out `[batch_size, num_heads, query_length, head_dim]` as the buffers are, in their type."""
+        return states.transpose(1, 2).flatten(0, 1).to(self.dtype)
 
     def read(self, states: torch.Tensor) -> torch.Tensor:
         """View stored `states` as `[batch_size, num_heads, num_visible, head_dim]`."""
