@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..host import input_device
 from .batches import pad_token_id
 
 # What stands beside gaps.
@@ -72,7 +73,7 @@ def logit_gap(target: Any, prompt: list[int], expected: list[int], got: list[int
     position = first_difference(expected, got)
     if position >= len(got):
         return None
-    ids = torch.tensor([[*prompt, *expected[:position]]], device=target.device)
+    ids = torch.tensor([[*prompt, *expected[:position]]], device=input_device(target))
     output = target.generate(
         ids,
         attention_mask=torch.ones_like(ids),
