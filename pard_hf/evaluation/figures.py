@@ -10,6 +10,7 @@ from statistics import median
 
 from .measurement import RouteRecord
 from .results import RouteResult
+from .routes import COMPILED_BY_HOST
 
 
 def route_result(
@@ -39,7 +40,7 @@ def route_result(
         compile_seconds=record.compile_seconds,
         peak_memory=record.peak_memory,
     )
-    if record.route.name == "ar_plus":
+    if record.route.name in COMPILED_BY_HOST:
         result.compile_seconds = max(record.warm_up_seconds - median(record.seconds), 0.0)
     if "ar_plus" in records:
         compiled_speedups = ratios(rates, tokens_per_second(records["ar_plus"]))
