@@ -59,8 +59,8 @@ class RouteResult:
         acceptance_length (`float`, *optional*):
             τ, tokens a round with the bonus token. Other counts as in [`DecodingStats`].
         compile_seconds (`float`, *optional*):
-            Spent compiling before anything was timed; where the host compiles, what the warm-up took longer than a timed
-            run.
+            Spent compiling before anything was timed; where the host compiles, what the warm-up took longer than a
+            timed run.
         seconds_per_round (`float`, *optional*):
             Wall time of the timed runs without their first rounds, over the number of other rounds.
         draft_seconds (`float`, *optional*), verify_seconds and loop_seconds:
