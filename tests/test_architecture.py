@@ -138,7 +138,8 @@ ALLOWED = {
         "hub/model_card",
         "parts",
     },
-    "hub/engines": {"draft_model", "hub/checkpoint", "training/mask_token"},
+    "hub/vllm": {"hub/checkpoint"},
+    "hub/engines": {"draft_model", "hub/checkpoint", "hub/vllm", "training/mask_token"},
     "hub/export": {"draft_model", "hub/checkpoint", "hub/engines"},
 }
 
