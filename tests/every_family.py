@@ -263,8 +263,7 @@ class Verdict:
     def why(self) -> str:
         """What kept it from our loop, without the names of its classes."""
         words = self.not_run or self.reason or (self.as_draft and f"As a draft: {self.as_draft}")
-        words = re.sub(r"`\w+Config`", "its config", words.replace(f"`{self.model}`", "the model"))
-        return words[:1].upper() + words[1:]
+        return re.sub(r"`\w+Config`", "`<config>`", words.replace(f"`{self.model}`", "`<model>`")).rstrip(".")
 
 
 def sweep(family: str) -> Verdict:
@@ -380,7 +379,7 @@ def prepare_process() -> None:
 
 HEADER = """# Compatibility: every family
 
-Every entry of `AutoModelForCausalLM` in transformers {version}: a tiny random model of each, whose text varies, with
+Every entry of `AutoModelForCausalLM` in transformers `{version}`: a tiny random model of each, whose text varies, with
 a draft whose proposals are right in part and with itself as draft, against plain `generate()` of the untouched model.
 `make compatibility` runs this and writes this page, `make test-families` compares.
 

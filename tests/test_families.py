@@ -23,7 +23,7 @@ FAST = [
 def committed() -> str:
     """The page, where it speaks of the installed transformers."""
     text = PAGE.read_text()
-    if f"in transformers {transformers.__version__}:" not in text:
+    if f"in transformers `{transformers.__version__}`:" not in text:
         pytest.skip(f"docs/compatibility.md is about another transformers than {transformers.__version__}")
     return text
 
@@ -47,7 +47,7 @@ def test_a_family_is_exact_or_says_no(family):
 def test_the_page_has_every_family():
     rows = [line.split("`")[1] for line in committed().splitlines() if line.startswith("| `")]
 
-    assert Counter(rows) == Counter(families())
+    assert sorted(rows) == sorted(families())
 
 
 @pytest.mark.families
