@@ -37,7 +37,7 @@ ALLOWED = {
         "subclass",
         "trimmed_vocabulary",
     },
-    "generation/cache": set(),
+    "generation/cache": {"host"},
     "generation/processors": set(),
     "generation/tree": {"generation/verification"},
     "generation/candidate_generator": {
