@@ -6,11 +6,14 @@ import json
 import pytest
 import torch
 from families import make_model
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import TrainerCallback
 
 from pard_hf import DecodingStats, PardDraftModel, PardTrainer, PardTrainingArguments
 from pard_hf.evaluation.acceptance import AcceptanceEvaluator
 from pard_hf.training.packing import pack_rows
+from pard_hf.training.progress import TrainingClock
+from pard_hf.training.row_attention import check_attention
 
 ROWS = [{"input_ids": [1, *[(5 * start + 7 * i) % 80 + 3 for i in range(14)], 2]} for start in range(8)]
 
@@ -199,6 +202,15 @@ def test_untrainable_models_are_refused(tmp_path):
         )
 
 
+def test_flex_attention_is_refused_by_the_device_that_trains(tmp_path):
+    """A draft still lies on the CPU when it is handed over; the trainer moves it."""
+    draft = PardDraftModel.from_causal_lm(make_model("llama", attn_implementation="flex_attention"), 99)
+
+    check_attention(draft, device=torch.device("cuda"))
+    with pytest.raises(ValueError, match="backward pass, got a CPU"):
+        PardTrainer(draft, PardTrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+
+
 def test_evaluation_is_the_decoding_loop(tmp_path):
     """The draft learns what its target says; blocks grow, the best checkpoint is kept, table and plot are written."""
     target = make_model("llama", seed=5, initializer_range=0.3)
@@ -276,3 +288,18 @@ def test_full_disk_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 6
     assert [folder.name for folder in tmp_path.glob("*") if folder.is_dir()] == ["checkpoint-6"]
+
+
+def test_the_clock_counts_where_the_batch_is_and_waits_for_nothing():
+    """On a device a step adds up there; only what is logged is read. A fake tensor refuses to be read or mixed."""
+    with FakeTensorMode():
+        rows = [torch.zeros((2, 3), dtype=torch.long, device="cuda") for _ in range(2)]
+        clock = TrainingClock()
+        clock.count(*rows)
+        clock.count(*rows)
+
+    clock = TrainingClock(num_tokens=5, num_rows=7)
+    clock.count(torch.tensor([[0, 1, 1, -1]]), torch.tensor([[0, 0, 1, 0]]))
+    clock.count(torch.tensor([[0, -1]]), torch.tensor([[0, 0]]))
+    assert clock.figures() == {"train_seconds": 0.0, "num_tokens": 8, "num_rows": 11}
+    assert clock.state()["attributes"] == {"seconds": 0.0, "num_tokens": 8, "num_rows": 11}

@@ -84,7 +84,8 @@ def gold_logprobs(head: Head, hidden: torch.Tensor, following: torch.Tensor, voc
     values = hidden.new_zeros(len(hidden), dtype=torch.float32)
     for rows in chunks(len(hidden), vocab_size):
         logits = head(hidden[rows]).float()
-        values[rows] = logits.gather(-1, following[rows].unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
+        said = following[rows].unsqueeze(-1).to(logits.device)
+        values[rows] = (logits.gather(-1, said).squeeze(-1) - logits.logsumexp(dim=-1)).to(values.device)
     return values
 
 

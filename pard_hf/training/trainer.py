@@ -144,11 +144,9 @@ class PardTrainer(Trainer):
             ),
         )
         is_packed = "text_lengths" in next(iter(kwargs.get("train_dataset") or ()), {})
-        check_attention(model, is_packed)
-        check_head(model)
+        check_attention(model, is_packed, device=args.device)
         if target is not None and args.objective != "ce":
             check_attention(target.eval().requires_grad_(False), is_packed, is_teacher=True)
-            check_head(target)
         # The host wants a data set wherever it evaluates; ours lies in the evaluator.
         super().__init__(model, args, eval_dataset=() if evaluator else None, **kwargs)
         if args.correction_head is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
@@ -161,6 +159,9 @@ class PardTrainer(Trainer):
         self.evaluator, self.provenance = evaluator, provenance
         if target is not None and self.place_model_on_device and getattr(target, "hf_device_map", None) is None:
             target.to(args.device)
+        check_head(model)
+        if target is not None and args.objective != "ce":
+            check_head(target)
         # The clock comes last: it starts again when tables and plots are written.
         for callback in (EpochOfCollator(self.data_collator), MetricsFile(), TrainingClock()):
             self.add_callback(callback)
