@@ -13,6 +13,7 @@ import pytest
 import torch
 from families import make_model
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from pard_hf import DecodingStats, PardDraftModel
 from pard_hf.cli import main
@@ -118,6 +119,8 @@ def test_bad_settings_end_before_weights_are_loaded(base, data, tmp_path, monkey
         "no teacher": {"divergence_weight": 1.0},
         "`retention_rate` in": {"retention_rate": 2.0},
         "a dtype such as": {"spec": {"dtype": "float23"}},
+        "weights by name, got 'auto'": {"spec": {"dtype": "auto"}},
+        "such as 'float32'.* got 'bfloat61'": {"spec": {"target": str(base), "target_dtype": "bfloat61"}},
         "got output_dir": {"output_dir": "elsewhere"},
         "label_smoothing_factor": {"label_smoothing_factor": 0.1},
         "of `PardTrainingArguments`, got learning_rat": {"learning_rat": 1.0},
@@ -227,6 +230,51 @@ def test_card_speaks_of_the_checkpoint_that_is_kept(base, data, tmp_path):
     for name, weight in weights(tmp_path / "draft/checkpoints/checkpoint-2").items():
         assert torch.equal(weights(tmp_path / "draft")[name], weight), name
     assert (tmp_path / "draft/model.safetensors").stat().st_mode & 0o044
+
+
+def test_evaluations_need_not_fall_on_saves(base, data, tmp_path):
+    """As `--eval-steps 3` asks beside the default `--save-steps`: the best draft is saved when it is found."""
+    spec = {"target": str(base)}
+    evaluated = Scripted((3, 1), (0, 4), (3, 1))
+    train(base, data, tmp_path / "draft", 8, evaluated, spec, eval_steps=3, save_steps=7, save_total_limit=5)
+
+    assert history(tmp_path / "draft", 8, "eval_some_acceptance_length").tolist() == [1.25, 2.0, 1.25]
+    assert json.loads((tmp_path / "draft/provenance.json").read_text())["step"] == 6
+    for name, weight in weights(tmp_path / "draft/checkpoints/checkpoint-6").items():
+        assert torch.equal(weights(tmp_path / "draft")[name], weight), name
+
+
+def test_kept_draft_needs_an_evaluation(base, data, tmp_path):
+    with pytest.raises(ValueError, match="Expected evaluations to keep the best draft by"):
+        train(base, data, tmp_path / "draft", load_best_model_at_end=True)
+
+
+@pytest.mark.parametrize(
+    "flag", ["--eval-steps", "--save-steps", "--batch-size", "--gradient-accumulation-steps", "--max-length"]
+)
+def test_counts_are_refused_by_their_flag(base, data, tmp_path, capsys, flag):
+    evaluated = ("--target", str(base), "--eval-prompts", str(data))
+    assert main([*command(base, data, tmp_path / "draft", *evaluated)[3:], flag, "0"]) == 2
+    assert f"`{flag}` of at least 1, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("named", "expected"), [(None, torch.float32), ("bfloat16", torch.bfloat16)])
+def test_target_has_a_dtype_of_its_own(base, data, tmp_path, named, expected):
+    """The checkpoint's is bfloat16; a CPU computes in float32 unless told otherwise, whatever the draft's."""
+    target, seen = tmp_path / "target", []
+    make_model("llama", vocab_size=104).to(torch.bfloat16).save_pretrained(target)
+    AutoTokenizer.from_pretrained(base).save_pretrained(target)
+
+    class Seen(Scripted):
+        def prepare(self, tokenizer, longest):
+            return lambda target: seen.append(target.dtype) or self.measure
+
+    spec = {"target": str(target), "dtype": "bfloat16" if named is None else "float32", "target_dtype": named}
+    train(base, data, tmp_path / "draft", 1, Seen((3, 1)), spec, objective="kd")
+
+    assert seen == [expected]
+    settings = json.loads((tmp_path / "draft/provenance.json").read_text())["settings"]
+    assert settings["target_dtype"] == str(expected).removeprefix("torch.")
 
 
 def last_checkpoint(folder):

@@ -53,6 +53,10 @@ class TrainingSpec:
             Fill sequences of `max_length` tokens with rows that do not see each other.
         target (`str`, *optional*):
             Folder or Hub id of the target: the teacher of `"kd"` and `"cat"`, and what evaluations decode with.
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            Of the draft's weights.
+        target_dtype (`str`, *optional*):
+            Of the target's; by default what its checkpoint says, and float32 on a CPU.
         chat_template (`Path`, *optional*):
             A file with the chat template to train with, instead of the base model's own.
         early_stopping_patience (`int`, *optional*):
@@ -70,6 +74,7 @@ class TrainingSpec:
     pack: bool = False
     target: str | None = None
     dtype: str = "float32"
+    target_dtype: str | None = None
     attention: str = "sdpa"
     chat_template: Path | None = None
     early_stopping_patience: int | None = None
@@ -126,7 +131,9 @@ def train_draft(
         rows = pack_rows(rows, spec.max_length)
         logger.warning("Packed %d rows into %d sequences.", counts["num_rows"], len(rows))
     base = load(spec.base, spec.dtype, attn_implementation=spec.attention)
-    target = load(spec.target, spec.dtype) if spec.target and (make_evaluator or args.objective != "ce") else None
+    target = None
+    if spec.target and (make_evaluator or args.objective != "ce"):
+        target = load(spec.target, spec.target_dtype or ("float32" if args.device.type == "cpu" else "auto"))
     trainer = PardTrainer(
         draft_of(spec, base, mask_token_id, args),
         args,
@@ -135,7 +142,7 @@ def train_draft(
         train_dataset=rows,
         processing_class=tokenizer,
     )
-    provenance = trainer.provenance = provenance_of(spec, trainer, counts)
+    provenance = trainer.provenance = provenance_of(spec, trainer, counts, target)
     if spec.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(spec.early_stopping_patience))
     return run(spec, trainer, provenance)
@@ -170,7 +177,10 @@ def check_before_loading(spec: TrainingSpec, tokenizer: Any, args: PardTrainingA
     """Everything that can be known from configs and tokenizers; returns the mask token's id."""
     vocab_size = check_base(spec.base, tokenizer, spec.max_length)
     check_lengths(args.num_draft_tokens, spec.max_length)
-    named_dtype(spec.dtype)
+    if spec.dtype == "auto":
+        raise ValueError("Expected the dtype of the draft's weights by name, got 'auto'. 'float32' trains best.")
+    for dtype in {spec.dtype, spec.target_dtype} - {None, "auto"}:
+        named_dtype(str(dtype))
     if spec.target is not None:
         target_tokenizer = AutoTokenizer.from_pretrained(spec.target)
         check_same_tokenizer(tokenizer, target_tokenizer, spec.target)
@@ -220,7 +230,7 @@ def load(name: str, dtype: str, **kwargs: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **kwargs)
 
 
-def provenance_of(spec: TrainingSpec, trainer: PardTrainer, counts: dict[str, int]) -> Provenance:
+def provenance_of(spec: TrainingSpec, trainer: PardTrainer, counts: dict[str, int], target: Any) -> Provenance:
     """What is written beside every checkpoint of a run."""
     args = trainer.args
     settings = {
@@ -228,6 +238,7 @@ def provenance_of(spec: TrainingSpec, trainer: PardTrainer, counts: dict[str, in
         "max_length": spec.max_length,
         "overlong": spec.overlong,
         "pack": spec.pack,
+        "target_dtype": None if target is None else str(target.dtype).removeprefix("torch."),
         **{
             name: getattr(args, name)
             for name in (

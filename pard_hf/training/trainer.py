@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -24,7 +24,7 @@ from ..generation.stats import DecodingStats
 from ..hub.checkpoint import mend_checkpoint
 from ..language_model_head import check_head
 from ..parts import CORRECTION_HEAD, WEIGHTS_FILE, is_of_part
-from .data_collator import DataCollatorForPard
+from .data_collator import DataCollatorForPard, EpochOfCollator
 from .head import give_own_rate, prepare_head
 from .objective import Objective
 from .progress import MetricsFile, TrainingClock
@@ -74,7 +74,12 @@ class PardTrainingArguments(TrainingArguments):
         if self.metric_for_best_model is None:
             self.metric_for_best_model: str | None = "acceptance_length"
             self.greater_is_better = True
+        # The trainer saves the best draft when it finds it, so saves need not fall on evaluations as the host wants.
+        keeps_best, self.load_best_model_at_end = self.load_best_model_at_end, False
         super().__post_init__()
+        self.load_best_model_at_end = keeps_best
+        if keeps_best and self.eval_strategy == "no":
+            raise ValueError("Expected evaluations to keep the best draft by, got none. Give an `eval_strategy`.")
         if self.n_gpu > 1:
             logger.warning("One of %d GPUs is used; for all, `accelerate launch -m pard_hf.cli train …`.", self.n_gpu)
             self._n_gpu = 1
@@ -299,17 +304,6 @@ class PardTrainer(Trainer):
             (run_dir / "unfinished").rmdir()
             rotate_checkpoints(str(run_dir), limit, self.state.best_model_checkpoint, use_mtime=True)
         self.accelerator.wait_for_everyone()
-
-
-class EpochOfCollator(TrainerCallback):
-    """Tells the collator which pass over the rows it is in, so that each drops others."""
-
-    def __init__(self, collator: Any):
-        self.collator = collator
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if hasattr(self.collator, "epoch"):
-            self.collator.epoch = int(state.epoch or 0)
 
 
 def metrics_of(sets: dict[str, DecodingStats]) -> dict[str, float]:
