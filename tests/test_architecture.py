@@ -12,6 +12,7 @@ PACKAGE = Path(pard_hf.__file__).parent
 # What each module of ours may import of ours; a folder stands for all its modules.
 ALLOWED = {
     "files": set(),
+    "json_lines": set(),
     "generation/verification": set(),
     "generation/stats": set(),
     "training/cod": set(),

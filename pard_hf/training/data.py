@@ -6,16 +6,14 @@ Loss falls on text, on responses and on assistant turns, and on the end token th
 
 from __future__ import annotations
 
-import gzip
-import json
 import logging
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from ..json_lines import numbered_lines, parse_line, why_no_text
 from .chat import encode_marked, has_marks, next_prompt, written_answer
 
 logger = logging.getLogger(__name__)
@@ -101,8 +99,7 @@ def read_rows(
     Raises:
         ValueError: A line is no JSON object with one of the known shapes; the message names the line.
     """
-    lines = ((number, line) for number, line in numbered_lines(Path(path)) if line.strip())
-    return check_rows(lines, f"line {{}} of `{path}`", kind, skip_bad_rows, skipped)
+    return check_rows(numbered_lines(Path(path)), f"line {{}} of `{path}`", kind, skip_bad_rows, skipped)
 
 
 def check_rows(
@@ -110,7 +107,7 @@ def check_rows(
 ) -> Iterator[Row]:
     """The rows among numbered lines, or numbered objects, that are of one kind; errors as for [`read_rows`]."""
     for number, value in numbered:
-        row, problem = parse(value) if isinstance(value, bytes) else (value, None)
+        row, problem = parse_line(value) if isinstance(value, bytes) else (value, why_no_text(value))
         problem = problem or kind.problem_of(row)
         if problem is None:
             row = Row(row)
@@ -125,25 +122,6 @@ def check_rows(
                 f"Expected a JSON object with {kind.fields} in {place.format(number)}, but {problem}. Mend it, or "
                 "pass `--skip-bad-rows` to go on without it."
             )
-
-
-def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a plain or gzipped file, from 1; a file that breaks off is named."""
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        try:
-            yield from enumerate(file, start=1)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"Expected `{path}` to be a whole gzip file, but: {error}. Fetch it again.") from error
-
-
-def parse(line: bytes) -> tuple[Any, str | None]:
-    """Parse one line; returns the value and why there is none, if so."""
-    try:
-        return json.loads(line.decode("utf-8-sig")), None
-    except UnicodeDecodeError as error:
-        return None, f"byte {error.start} is no UTF-8"
-    except json.JSONDecodeError as error:
-        return None, f"it is no JSON ({error.msg} at column {error.colno})"
 
 
 def messages_of(row: dict[str, Any]) -> list[dict[str, str]] | None:
@@ -209,6 +187,12 @@ def tokenize_rows(
     num_overlong = number = 0
     for number, row in enumerate(rows, start=1):
         place = place_of(row, number)
+        problem = None if isinstance(row, Row) else why_no_text(row)
+        if problem is not None and not skip_bad_rows:
+            raise ValueError(f"Expected a row of text in {place}, but {problem}. Mend the row, or skip bad rows.")
+        if problem is not None:
+            logger.warning("%s skipped: %s", place, problem)
+            continue
         try:
             encoded = encode_row(tokenizer, row)
         except Exception as error:  # Templates raise what they like at turns they do not know.

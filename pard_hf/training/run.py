@@ -16,6 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..conditions import conditions_of, shown_model
 from ..correction_head import CorrectionHead
 from ..draft_model import DEFAULT_NUM_ASSISTANT_TOKENS, PardDraftModel
+from ..files import read_text
 from ..pair import named_dtype
 from ..parts import CORRECTION_HEAD, load_parts
 from ..positions import num_positions
@@ -113,7 +114,7 @@ def train_draft(
     """
     tokenizer = AutoTokenizer.from_pretrained(spec.base)
     if spec.chat_template is not None:
-        tokenizer.chat_template = spec.chat_template.read_text(encoding="utf-8")
+        tokenizer.chat_template = read_text(spec.chat_template)
     args = training_arguments(spec, evaluation is not None, arguments)
     mask_token_id = check_before_loading(spec, tokenizer, args)
     make_evaluator = evaluation.prepare(tokenizer, longest_text(spec)) if evaluation else None
