@@ -91,13 +91,16 @@ def test_short_row_is_named_by_file_and_line(tokenizer, tmp_path):
         tokenize_rows(tokenizer, read_rows(path), max_length=6)
 
 
-def test_turns_without_a_template_are_all_learned(tokenizer):
-    turns = [("user", "ab"), ("assistant", "cd"), ("user", "ef"), ("assistant", "gh")]
+def test_messages_without_a_template_are_refused(tokenizer, tmp_path):
+    """Nothing would tell who says what: such rows were trained on as one text."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "ab", "response": "cd"}\n' + json.dumps(CHAT) + "\n")
 
-    example = encode_row(tokenizer, {"messages": [{"role": role, "content": text} for role, text in turns]})
-
-    assert decode(tokenizer, example["input_ids"]) == "abcd</s>efgh</s>"
-    assert learned(tokenizer, example) == "cd</s>gh</s>"
+    with pytest.raises(ValueError, match="line 2 of .*rows.jsonl`.*no chat template.*--chat-template.*`prompt`"):
+        tokenize_rows(tokenizer, read_rows(path), 64)
+    assert len(tokenize_rows(tokenizer, read_rows(path), 64, skip_bad_rows=True)) == 1
+    tokenizer.chat_template = TEMPLATE
+    assert len(tokenize_rows(tokenizer, read_rows(path), 64)) == 2
 
 
 def test_short_row_is_named(tokenizer):

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -179,18 +178,30 @@ class Answerer:
                 conversations are logged and left out.
         """
         for conversation in conversations:
-            messages = [message for turn in conversation.turns for message in (*turn, PLACEHOLDER)]
-            try:
-                encode_prompt(self.tokenizer, messages[:-1])
-            except TemplateError as error:
-                if not skip_bad_rows:
-                    raise ValueError(
-                        f"Expected a conversation that the target's chat template can write in {conversation.place}, "
-                        f"but: {error}. Mend it, or pass `--skip-bad-rows` to go on without it."
-                    ) from error
-                logger.warning("%s skipped: %s", conversation.place, error)
-            else:
+            problem = self.why_not_written(conversation)
+            if problem is None:
                 yield conversation
+            elif skip_bad_rows:
+                logger.warning("%s skipped: %s", conversation.place, problem)
+            else:
+                raise ValueError(
+                    f"Expected a conversation that the target's chat template can write in {conversation.place}, but "
+                    f"{problem}. Mend it, or pass `--skip-bad-rows` to go on without it."
+                )
+
+    def why_not_written(self, conversation: Conversation) -> str | None:
+        """Say what keeps the chat template from writing a conversation; `None` when nothing does."""
+        messages = [message for turn in conversation.turns for message in (*turn, PLACEHOLDER)]
+        if self.tokenizer.chat_template is None and len(messages) > 2:
+            return (
+                "the target's tokenizer has no chat template, which would say whose words are whose (a row with one "
+                "`prompt` needs none)"
+            )
+        try:
+            encode_prompt(self.tokenizer, messages[:-1])
+        except Exception as error:  # Templates raise what they like at turns they do not know.
+            return f"it fails: {error}"
+        return None
 
     def dialogues(self, conversations: Iterable[Conversation], done: set[tuple[str, int]]) -> list[Dialogue]:
         """What is still to be answered, conversations of as many turns and like length together, longest first."""

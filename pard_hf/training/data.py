@@ -162,6 +162,19 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> dict[
     return {"input_ids": past + answer, "loss_mask": loss_mask}
 
 
+def why_not_encoded(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> str | None:
+    """Say why a row cannot become tokens, and what to do; `None` when it can."""
+    problem = None if isinstance(row, Row) else why_no_text(row)
+    if problem is not None:
+        return f"{problem}. Mend the row, or pass `--skip-bad-rows` to go on without it."
+    if tokenizer.chat_template is None and messages_of(row) is row.get("messages") is not None:
+        return (
+            "it has `messages`, and the tokenizer has no chat template that would write who says what. Give one with "
+            "`--chat-template`, name a `--target` that has one, or write rows with `prompt` and `response`."
+        )
+    return None
+
+
 def tokenize_rows(
     tokenizer: PreTrainedTokenizerBase,
     rows: Iterable[dict[str, Any]],
@@ -187,9 +200,9 @@ def tokenize_rows(
     num_overlong = number = 0
     for number, row in enumerate(rows, start=1):
         place = place_of(row, number)
-        problem = None if isinstance(row, Row) else why_no_text(row)
+        problem = why_not_encoded(tokenizer, row)
         if problem is not None and not skip_bad_rows:
-            raise ValueError(f"Expected a row of text in {place}, but {problem}. Mend the row, or skip bad rows.")
+            raise ValueError(f"Expected a row that can be encoded in {place}, but {problem}")
         if problem is not None:
             logger.warning("%s skipped: %s", place, problem)
             continue

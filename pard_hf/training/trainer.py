@@ -75,7 +75,8 @@ class PardTrainingArguments(TrainingArguments):
             self.metric_for_best_model: str | None = "acceptance_length"
             self.greater_is_better = True
         # The trainer saves the best draft when it finds it, so saves need not fall on evaluations as the host wants.
-        keeps_best, self.load_best_model_at_end = self.load_best_model_at_end, False
+        keeps_best: bool = self.load_best_model_at_end
+        self.load_best_model_at_end: bool = False
         super().__post_init__()
         self.load_best_model_at_end = keeps_best
         if keeps_best and self.eval_strategy == "no":
