@@ -13,7 +13,7 @@ import pytest
 import torch
 from families import make_model
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from pard_hf import DecodingStats, PardDraftModel
 from pard_hf.cli import main
@@ -128,6 +128,26 @@ def test_bad_settings_end_before_weights_are_loaded(base, data, tmp_path, monkey
     }.items():
         with pytest.raises(ValueError, match=problem):
             train(base, arguments.pop("data", data), out, **arguments)
+
+
+def test_vocabulary_that_is_all_used_keeps_its_size(base, data, tmp_path, bundled_like_tokenizer, capsys):
+    """`auto` takes a special token that nobody writes, and rows that contain it are named."""
+    bundled_like_tokenizer.add_special_tokens({"additional_special_tokens": ["<gh_stars>", "<empty>", "<end>", "<x>"]})
+    bundled_like_tokenizer.save_pretrained(base)
+    config = GenerationConfig.from_pretrained(base)
+    config.eos_token_id = [2, 103]
+    config.save_pretrained(base)
+    words = [*command(base, data, tmp_path / "draft")[3:], "--mask-token-id", "auto", "--max-steps", "1"]
+
+    assert main(words) == 0
+    draft = PardDraftModel.from_pretrained(tmp_path / "draft")
+    assert (draft.mask_token_id, draft.config.vocab_size) == (102, 104)
+    data.write_text('{"text": "ab"}\n{"text": "a<end>"}\n')
+    assert main([*words, "--restart"]) == 2
+    assert f"line 2 of `{data}`, but it has the mask token 102 ('<end>')" in capsys.readouterr().err
+    assert main([*words[:-4], "--mask-token-id", "103", "--max-steps", "1", "--restart"]) == 2
+    assert "got 103, which is '<x>', which the model's config names" in capsys.readouterr().err
+    assert main([*words[:-4], "--mask-token-id", "100", "--max-steps", "1", "--restart"]) == 0
 
 
 def test_tokenizer_of_another_model_is_refused(base, data, tmp_path):

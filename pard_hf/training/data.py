@@ -181,6 +181,7 @@ def tokenize_rows(
     max_length: int,
     skip_bad_rows: bool = False,
     overlong: str = "truncate",
+    mask_token_id: int | None = None,
 ) -> list[dict[str, Any]]:
     """Encode rows for training; each example says in `place` which row it is.
 
@@ -189,10 +190,13 @@ def tokenize_rows(
             Tokens of the longest example.
         overlong (`str`, *optional*, defaults to `"truncate"`):
             What happens to longer rows: `"truncate"` cuts them, `"drop"` leaves them out. They are counted in the log.
+        mask_token_id (`int`, *optional*):
+            A token that no row may contain.
 
     Raises:
-        ValueError: A row has fewer than 2 tokens or nothing to learn within `max_length`; its file and line, or its
-            number, are named. With `skip_bad_rows` such rows are logged and left out.
+        ValueError: A row cannot be encoded, contains the mask token, or has fewer than 2 tokens or nothing to learn
+            within `max_length`; its file and line, or its number, are named. With `skip_bad_rows` such rows are logged
+            and left out.
     """
     if overlong not in ("truncate", "drop"):
         raise ValueError(f"Expected `overlong` to be 'truncate' or 'drop', got {overlong!r}.")
@@ -221,6 +225,16 @@ def tokenize_rows(
         if num_tokens > max_length and overlong == "drop":
             continue
         example = {name: values[:max_length] for name, values in encoded.items()}
+        if mask_token_id in example["input_ids"]:
+            token = tokenizer.convert_ids_to_tokens(mask_token_id)
+            problem = f"it has the mask token {mask_token_id} ({token!r})"
+            if not skip_bad_rows:
+                raise ValueError(
+                    f"Expected a row that never contains the mask token in {place}, but {problem}. Name another with "
+                    "`--mask-token-id`, or pass `--skip-bad-rows` to go on without the row."
+                )
+            logger.warning("%s skipped: %s", place, problem)
+            continue
         if len(example["input_ids"]) >= 2 and any(example["loss_mask"][1:]):
             examples.append({**example, "place": place})
         elif skip_bad_rows:

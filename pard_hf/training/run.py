@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, GenerationConfig
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..conditions import conditions_of, shown_model
@@ -25,7 +26,7 @@ from .data import read_rows, tokenize_rows
 from .data_collator import DataCollatorForPard
 from .head import check_mode as check_head_mode
 from .head import is_adapted
-from .mask_token import check_mask_token, choose_mask_token
+from .mask_token import check_mask_token, choose_mask_token, ids_named_in
 from .objective import Objective
 from .packing import pack_rows
 from .provenance import Provenance, check_same_run
@@ -124,6 +125,7 @@ def train_draft(
         spec.max_length,
         spec.skip_bad_rows,
         spec.overlong,
+        mask_token_id,
     )
     if not rows:
         raise ValueError(f"Expected training rows in {', '.join(map(str, spec.data))}, got none.")
@@ -208,8 +210,9 @@ def check_before_loading(spec: TrainingSpec, tokenizer: Any, args: PardTrainingA
     DataCollatorForPard(0, args.num_draft_tokens, args.retention_rate, args.min_retention_rate)
     if spec.mask_token_id is None and is_adapted(config):
         return config.pard_token
+    named_ids = ids_named_in(*(c for name in (spec.base, spec.target) if name for c in configs_of(name)))
     if spec.mask_token_id is None:
-        mask_token_id, why = choose_mask_token(tokenizer, vocab_size)
+        mask_token_id, why = choose_mask_token(tokenizer, vocab_size, named_ids)
         logger.warning("Mask token %d: %s.", mask_token_id, why)
         return mask_token_id
     if not 0 <= spec.mask_token_id < vocab_size:
@@ -217,8 +220,17 @@ def check_before_loading(spec: TrainingSpec, tokenizer: Any, args: PardTrainingA
             f"Expected `--mask-token-id` to be an id in [0, {vocab_size}), got {spec.mask_token_id}. `auto` "
             "chooses one."
         )
-    check_mask_token(tokenizer, spec.mask_token_id)
+    check_mask_token(tokenizer, spec.mask_token_id, named_ids)
     return spec.mask_token_id
+
+
+def configs_of(name: str) -> Iterator[Any]:
+    """The configs of a checkpoint, of the model and of generation, where it has that."""
+    config = AutoConfig.from_pretrained(name)
+    yield config
+    yield config.get_text_config()
+    with contextlib.suppress(OSError):
+        yield GenerationConfig.from_pretrained(name)
 
 
 def longest_text(spec: TrainingSpec) -> int:
