@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import make_model
+from families import add_head, make_model
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig
 
@@ -148,6 +148,27 @@ def test_vocabulary_that_is_all_used_keeps_its_size(base, data, tmp_path, bundle
     assert main([*words[:-4], "--mask-token-id", "103", "--max-steps", "1", "--restart"]) == 2
     assert "got 103, which is '<x>', which the model's config names" in capsys.readouterr().err
     assert main([*words[:-4], "--mask-token-id", "100", "--max-steps", "1", "--restart"]) == 0
+
+
+@pytest.mark.parametrize("mode", [None, "frozen"])
+def test_what_lies_beside_a_draft_is_not_lost_in_silence(base, data, tmp_path, caplog, mode):
+    """A head belongs to one draft's hidden states, a trimmed vocabulary to its rows: training changes both."""
+    draft = add_head(PardDraftModel.from_causal_lm(make_model("llama", vocab_size=104), 102, 5), 0.5)
+    draft.trim_vocabulary(range(60)).save_pretrained(base)
+
+    train(base, data, tmp_path / "new", 1, correction_head=mode, correction_head_rank=8)
+
+    assert ("base's correction head is left off" in caplog.text) == (mode is None)
+    assert ("--correction-head joint" in caplog.text) == (mode is None)
+    assert "base's trimmed vocabulary is left off" in caplog.text
+    assert (tmp_path / "new/correction_head/config.json").exists() == (mode == "frozen")
+    assert PardDraftModel.from_pretrained(base).correction_head is not None
+
+
+@pytest.mark.parametrize("out", ["base", "base/../base"])
+def test_base_is_not_written_over(base, data, tmp_path, out):
+    with pytest.raises(ValueError, match="Expected an `--output` beside the base model"):
+        train(base, data, tmp_path / out)
 
 
 def test_tokenizer_of_another_model_is_refused(base, data, tmp_path):

@@ -19,7 +19,7 @@ from ..correction_head import CorrectionHead
 from ..draft_model import DEFAULT_NUM_ASSISTANT_TOKENS, PardDraftModel
 from ..files import read_text
 from ..pair import named_dtype
-from ..parts import CORRECTION_HEAD, load_parts
+from ..parts import CORRECTION_HEAD, TRIMMED_VOCABULARY, load_parts, settings_of_part
 from ..positions import num_positions
 from .checks import check_base, check_lengths, check_same_tokenizer, check_template
 from .data import read_rows, tokenize_rows
@@ -178,6 +178,11 @@ def training_arguments(spec: TrainingSpec, is_evaluated: bool, arguments: dict[s
 
 def check_before_loading(spec: TrainingSpec, tokenizer: Any, args: PardTrainingArguments) -> int:
     """Everything that can be known from configs and tokenizers; returns the mask token's id."""
+    if spec.output.resolve() == Path(spec.base).resolve():
+        raise ValueError(
+            f"Expected an `--output` beside the base model, got `{spec.output}` for both: the finished draft would be "
+            "written over the base. Name another folder."
+        )
     vocab_size = check_base(spec.base, tokenizer, spec.max_length)
     check_lengths(args.num_draft_tokens, spec.max_length)
     if spec.dtype == "auto":
@@ -207,6 +212,7 @@ def check_before_loading(spec: TrainingSpec, tokenizer: Any, args: PardTrainingA
             f"Expected a draft as the base of a frozen correction head, got `{spec.base}`, whose config has no "
             "`pard_token`. Adapt it first, or train both with `--correction-head joint`."
         )
+    say_what_is_left_off(spec.base, args.correction_head)
     DataCollatorForPard(0, args.num_draft_tokens, args.retention_rate, args.min_retention_rate)
     if spec.mask_token_id is None and is_adapted(config):
         return config.pard_token
@@ -222,6 +228,21 @@ def check_before_loading(spec: TrainingSpec, tokenizer: Any, args: PardTrainingA
         )
     check_mask_token(tokenizer, spec.mask_token_id, named_ids)
     return spec.mask_token_id
+
+
+def say_what_is_left_off(base: str, head_mode: str | None) -> None:
+    """Warn of what lies beside a draft and will not lie beside the one that is trained from it."""
+    if head_mode is None and settings_of_part(base, CORRECTION_HEAD):
+        logger.warning(
+            "The base's correction head is left off: it belongs to the hidden states of a draft that is about to "
+            "change. Train it along with `--correction-head joint`, or a new one on the finished draft with "
+            "`--correction-head frozen`."
+        )
+    if settings_of_part(base, TRIMMED_VOCABULARY):
+        logger.warning(
+            "The base's trimmed vocabulary is left off: training takes all rows. Trim the finished draft again "
+            "(`draft.trim_vocabulary`)."
+        )
 
 
 def configs_of(name: str) -> Iterator[Any]:
