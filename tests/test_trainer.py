@@ -202,6 +202,14 @@ def test_untrainable_models_are_refused(tmp_path):
         )
 
 
+def test_what_could_not_be_saved_is_not_trained(tmp_path, tiny_draft):
+    """Said before the first step, not at the first checkpoint."""
+    tiny_draft.model.layers[1].mlp.extra = torch.nn.Linear(3, 3)
+
+    with pytest.raises(ValueError, match="mlp.extra.*another draft"):
+        PardTrainer(tiny_draft, PardTrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+
+
 def test_flex_attention_is_refused_by_the_device_that_trains(tmp_path):
     """A draft still lies on the CPU when it is handed over; the trainer moves it."""
     draft = PardDraftModel.from_causal_lm(make_model("llama", attn_implementation="flex_attention"), 99)

@@ -23,6 +23,7 @@ from ..draft_model import PardDraftModel
 from ..generation.stats import DecodingStats
 from ..hub.checkpoint import mend_checkpoint
 from ..language_model_head import check_head
+from ..loadable import check_loadable
 from ..parts import CORRECTION_HEAD, WEIGHTS_FILE, is_of_part
 from .data_collator import DataCollatorForPard, EpochOfCollator
 from .head import give_own_rate, prepare_head
@@ -134,6 +135,7 @@ class PardTrainer(Trainer):
             )
         if args.eval_strategy != "no" and evaluator is None:
             raise ValueError("Expected an `evaluator` with an `eval_strategy`, got none. Pass one, or take 'no'.")
+        check_loadable(model, {n: weight for n, weight in model.state_dict().items() if not is_of_part(n)})
         set_seed(args.seed)  # The host does so too, when the head is made already.
         prepare_head(model, args.correction_head, args.correction_head_rank)
         self.objective = Objective(
