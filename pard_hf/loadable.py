@@ -1,7 +1,7 @@
 """Whether a live model comes back as it is when it is saved and loaded: the weights its class makes of its config.
 
 Knows names and shapes; knows nothing of drafts. What the class does not have (an adapter, a parametrization) would be
-left unread, what it has and the model lacks (a layer taken out) would be made up at random, with no more than a warning.
+left unread, and what it has and the model lacks (a layer taken out) would be made up at random.
 """
 
 from __future__ import annotations
