@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, P
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .drafting import DraftingModel
+from .host import CACHE_NAME, cache_in, parameters_of
 from .hub.errors import hub_errors
 from .language_model_head import check_head
 from .loadable import check_loadable
@@ -222,16 +223,16 @@ class PardDraftModel(DraftingModel):
         max_new_tokens: int,
         logits_processor: Any = (),
         attention_mask: torch.Tensor | None = None,
-        past_key_values: DynamicCache | None = None,
-        **_: Any,
+        **others: Any,
     ) -> GenerateDecoderOnlyOutput:
         """Answer one call of the stock loop; `max_new_tokens` is K, fewer near the end.
 
         Scores are returned as the proposals were drawn from them: the host's ratio test needs their very law.
         """
-        if past_key_values is None:
-            past_key_values = croppable_cache(self.config)
-        drafted = self.draft(input_ids, attention_mask, max_new_tokens, past_key_values).float()
+        past: DynamicCache | None = cache_in(others)
+        if past is None:
+            past = croppable_cache(self.config)
+        drafted = self.draft(input_ids, attention_mask, max_new_tokens, past).float()
         scores: tuple[torch.Tensor, ...] = ()
         for column in range(max_new_tokens):
             step = drafted[:, column]
@@ -243,7 +244,7 @@ class PardDraftModel(DraftingModel):
                 token = step.argmax(dim=-1, keepdim=True)
             scores += (step,)
             input_ids = torch.cat([input_ids, token], dim=1)
-        return GenerateDecoderOnlyOutput(sequences=input_ids, scores=scores, past_key_values=past_key_values)
+        return GenerateDecoderOnlyOutput(sequences=input_ids, scores=scores, **{CACHE_NAME: past})
 
 
 @cache
@@ -263,4 +264,5 @@ def draft_class(base: type[PreTrainedModel]) -> type[PardDraftModel]:
 
     made = subclass_named_as(base, PardDraftModel, draft_class)
     made.forward = forward
+    made.takes_num_logits = "logits_to_keep" in parameters_of(base.forward)
     return made

@@ -12,6 +12,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from .correction_head import CorrectedPlaces, CorrectionHead
+from .host import cache_argument, input_device
 from .language_model_head import head_of
 from .parts import needs_hidden_states
 from .positions import check_num_assistant_tokens, croppable_cache, num_positions
@@ -26,6 +27,13 @@ class DraftingModel(PreTrainedModel):
 
     correction_head: CorrectionHead | None
     trimmed_vocabulary: TrimmedVocabulary | None
+    # Whether the forward can be asked for its last rows of logits only.
+    takes_num_logits: bool
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go; offloaded weights lie on the meta device between two forwards."""
+        return input_device(self)
 
     @property
     def mask_token_id(self) -> int:
@@ -44,7 +52,9 @@ class DraftingModel(PreTrainedModel):
     def places(self, num_places: int, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the draft; logits `[B, num_places, V]` of the last places, and their hidden states where a head asks."""
         if not needs_hidden_states(self):
-            return self(**inputs, logits_to_keep=num_places).logits[:, -num_places:], None
+            if self.takes_num_logits:
+                inputs["logits_to_keep"] = num_places
+            return self(**inputs).logits[:, -num_places:], None
         hidden = self.base_model(**inputs).last_hidden_state[:, -num_places:]
         if self.trimmed_vocabulary is not None:
             return self.trimmed_vocabulary.logits(self, hidden), hidden
@@ -129,8 +139,8 @@ class DraftingModel(PreTrainedModel):
             input_ids=self.readable(torch.cat([input_ids[:, num_past:], masks], dim=1)),
             attention_mask=None if bool(visible.all()) else visible,
             position_ids=positions[:, num_past:],
-            past_key_values=past_key_values,
             use_cache=True,
+            **{cache_argument(self): past_key_values},
         )
         past_key_values.crop(-(num_drafts - 1))
         return self.chain(self.proposal_scores(logits), hidden, best)[1]

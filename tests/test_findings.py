@@ -217,7 +217,7 @@ def test_positional_assistant_and_none_for_the_count():
     assert len(output.stats.histogram) == 5
 
 
-def test_stats_are_there_even_without_a_draft(caplog):
+def test_stats_are_there_even_without_a_draft():
     target = make_gpt_neo()
 
     output = with_pard(target).generate(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from families import make_draft, make_model, make_prompts, make_scripted_draft, make_self_draft, texts_of
 from transformers import (
+    CompileConfig,
     DynamicCache,
     GenerationConfig,
     LogitsProcessor,
@@ -340,7 +341,7 @@ def test_static_caches_do_no_harm(cache):
     target, prompts = make_model("llama"), make_prompts(1)
     draft = make_self_draft(target)
     expected = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
-    given = {"cache_implementation": "static"}
+    given = {"cache_implementation": "static", "compile_config": CompileConfig(backend="eager")}
     if cache == "object":
         given = {"past_key_values": StaticCache(config=target.config, max_cache_len=64)}
 
@@ -497,17 +498,22 @@ def test_hybrid_target_goes_through_the_stock_loop(arguments, tree_size, caplog)
     assert got.stats.num_rounds > 0
     compare(target, draft, prompts, **arguments)
     assert caplog.text.count("a chain is drafted instead of a tree") == (1 if tree_size else 0)  # Once, not each time.
-    if not arguments:
-        assert torch.equal(got.sequences, expected.sequences)
+    assert got.stats.loop == "stock"
+    assert "keeps more than keys and values" in got.stats.fallback_reason
+    assert torch.equal(got.sequences, expected.sequences)
 
 
-def test_what_no_loop_serves_is_generated_without_the_draft(caplog):
+def test_what_no_loop_serves_is_generated_without_the_draft():
     target, prompts = make_hybrid(), make_prompts(3)
 
-    expected, got = compare(target, make_draft(make_model("llama", seed=3)), prompts)
+    with pytest.warns(UserWarning, match="without the draft") as warned:
+        expected, got = compare(target, make_draft(make_model("llama", seed=3)), prompts)
 
     assert torch.equal(got.sequences, expected.sequences)
-    assert "without the draft" in caplog.text
+    assert got.stats.num_rounds == 0
+    assert got.stats.loop == "none"
+    assert got.stats.fallback_reason in str(warned[0].message)
+    assert warned[0].filename == __file__
 
 
 def make_hybrid():

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..host import cache_of
+
 # Bytes copied at a time, far beyond any cache of the device, and how often; the median counts.
 NUM_COPIED = {"cpu": 2**28, "cuda": 2**30}
 NUM_COPIES = 9
@@ -77,7 +79,7 @@ class CacheLayerSize:
 def cache_layer_sizes(model: PreTrainedModel) -> list[CacheLayerSize]:
     """The size of every layer's cache, as one forward over a single token shows it."""
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    layers = model(input_ids=token, use_cache=True).past_key_values.layers
+    layers = cache_of(model(input_ids=token, use_cache=True)).layers
     return [
         CacheLayerSize(
             sum(t.numel() * t.element_size() for t in (layer.keys, layer.values)),

@@ -94,9 +94,19 @@ class SlotLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.slots.flat_rows is not None, "`place` comes before a forward"
         rows = self.slots.flat_rows.to(self.device)
-        self.keys.index_copy_(0, rows, key_states.transpose(1, 2).flatten(0, 1))
-        self.values.index_copy_(0, rows, value_states.transpose(1, 2).flatten(0, 1))
+        self.keys = self.written(self.keys, rows, key_states)
+        self.values = self.written(self.values, rows, value_states)
         return self.read(self.keys), self.read(self.values)
+
+    def written(self, buffer: torch.Tensor, rows: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """Write states into a buffer, in place where their types agree.
+
+        Under autocast keys and values may differ in type, and two calls on one cache may: the wider one is kept, as by
+        `DynamicCache`, which concatenates.
+        """
+        dtype = torch.promote_types(buffer.dtype, states.dtype)
+        buffer = buffer.to(dtype)
+        return buffer.index_copy_(0, rows, states.transpose(1, 2).flatten(0, 1).to(dtype))
 
     def read(self, states: torch.Tensor) -> torch.Tensor:
         """View stored `states` as `[batch_size, num_heads, num_visible, head_dim]`."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import GenerationConfig
@@ -19,10 +19,16 @@ MOST_NODES = 1024
 
 @dataclass(frozen=True)
 class CallSettings:
-    """How tokens are verified, and how many nodes a round's tree has (0 for a chain)."""
+    """How tokens are verified, how many nodes a round's tree has (0 for a chain), and what else the caller passed.
+
+    transformers adds model arguments of its own, other ones in each version; only the caller's can be unknown to us.
+    """
 
     verification: str = VERIFICATIONS[0]
     tree_size: int = 0
+    keywords: frozenset[str] = frozenset()
+    # Filled where the draft reaches a loop that knows drafts.
+    was_seen: list[bool] = field(default_factory=list, compare=False)
 
     def __post_init__(self) -> None:
         if self.verification not in VERIFICATIONS:
@@ -41,7 +47,11 @@ settings_of_call: ContextVar[CallSettings] = ContextVar("settings_of_call", defa
 
 
 def settings_for(
-    verification: str, tree_size: int | None, configs: Sequence[GenerationConfig | None], assistant: Any
+    verification: str,
+    tree_size: int | None,
+    configs: Sequence[GenerationConfig | None],
+    assistant: Any,
+    keywords: Iterable[str] = (),
 ) -> CallSettings:
     """The settings of a call: what it names itself, then its generation config, the target's own, and the draft's.
 
@@ -52,10 +62,10 @@ def settings_for(
     for config in (*configs, draft_config):
         if tree_size is None:
             tree_size = getattr(config, "assistant_tree_size", None)
-    settings = CallSettings(verification, 0 if tree_size is None else tree_size)
+    settings = CallSettings(verification, 0 if tree_size is None else tree_size, frozenset(keywords))
     if settings.tree_size and verification == "ratio_test":
         warn_once("The ratio test is made for one path: a chain is drafted instead of a tree.")
-        return CallSettings(verification)
+        return replace(settings, tree_size=0)
     return settings
 
 

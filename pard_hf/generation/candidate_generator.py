@@ -3,11 +3,60 @@
 from __future__ import annotations
 
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from ..draft_model import PardDraftModel
+from ..host import input_device
 from ..positions import croppable_cache
+from .noise import Noise
 from .stats import DecodingStats
+from .verification import sample_with_noise
+
+
+class StockSampling(LogitsProcessor):
+    """Draws, inside the stock loop, the tokens that plain `generate` would draw under the same seed.
+
+    The loop asks for the scores at every position of a block, accepted or not, and draws noise for all of them. Here a
+    position has its noise however often it is asked about, and the loop, told to be greedy, finds one token to take.
+
+    Args:
+        processors ([`LogitsProcessorList`]):
+            Those of the call; each must be a function of its two arguments.
+        noise ([`Noise`]):
+            In the order of positions.
+        num_prompt_tokens (`int`):
+            Columns before the first new token.
+        keeps_scores (`bool`):
+            Whether [`scores`] is asked for in the end.
+    """
+
+    def __init__(self, processors: LogitsProcessorList, noise: Noise, num_prompt_tokens: int, keeps_scores: bool):
+        self.original, self.noise, self.keeps_scores = processors, noise, keeps_scores
+        self.num_prompt_tokens = self.length = num_prompt_tokens
+        self.latest: dict[int, torch.Tensor] = {}
+
+    def processors(self) -> LogitsProcessorList:
+        """Return what the stock loop is to be given for the call's own processors."""
+        return LogitsProcessorList([self])
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Leave one token of `scores` `[1, V]` at the position behind `input_ids`: the one that is drawn."""
+        position = input_ids.shape[1]
+        scores = self.original(input_ids, scores)
+        if self.keeps_scores:
+            self.latest[position] = scores.clone()
+        token = sample_with_noise(scores, self.noise.at(position - self.length, scores.shape[-1]))
+        return torch.full_like(scores, -torch.inf).scatter(-1, token.unsqueeze(-1), 0.0)
+
+    def advance(self, length: int) -> None:
+        """Take note that the text has grown to `length` columns."""
+        self.noise.use(length - self.length)
+        self.length = length
+
+    def scores(self, length: int) -> tuple[torch.Tensor, ...]:
+        """Return the scores `[1, V]` of every new token; what was asked last about a position was its own text."""
+        return tuple(self.latest[position] for position in range(self.num_prompt_tokens, length))
 
 
 class PardCandidateGenerator(CandidateGenerator):
@@ -27,6 +76,8 @@ class PardCandidateGenerator(CandidateGenerator):
             The target's vocabulary size: no id at or above it is proposed.
         attention_mask (`torch.LongTensor` of shape `(1, sequence_length)`, *optional*):
             0 for the prompt's left padding.
+        sampling ([`StockSampling`], *optional*):
+            Of a sampled call; told how far the text has grown.
     """
 
     requires_model_outputs = False
@@ -38,24 +89,28 @@ class PardCandidateGenerator(CandidateGenerator):
         max_length: int,
         vocab_size: int,
         attention_mask: torch.Tensor | None = None,
+        sampling: StockSampling | None = None,
     ):
         self.draft = draft
         self.num_assistant_tokens = num_assistant_tokens
         self.max_length = max_length
         self.vocab_size = vocab_size
         self.attention_mask = attention_mask
+        self.sampling = sampling
         self.cache = croppable_cache(draft.config)
-        self.stats = DecodingStats()
+        self.stats = DecodingStats(loop="stock")
         self.num_drafted = 0
 
     def get_candidates(self, input_ids: torch.LongTensor, **kwargs: object) -> tuple[torch.LongTensor, None]:
         """Return `input_ids` of shape `(1, length)` with up to K proposals appended, and no logits."""
         length = input_ids.shape[1]
+        if self.sampling is not None:
+            self.sampling.advance(length)
         self.num_drafted = min(self.num_assistant_tokens, self.max_length - length - 1)
         if self.num_drafted < 1 or length == 0:
             self.num_drafted = 0
             return input_ids, None
-        ids = input_ids.to(self.draft.device)
+        ids = input_ids.to(input_device(self.draft))
         mask = self.attention_mask
         if mask is not None:
             mask = torch.nn.functional.pad(mask.to(ids.device), (0, length - mask.shape[1]), value=1)

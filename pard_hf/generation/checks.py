@@ -13,18 +13,18 @@ from transformers import AutoTokenizer, DynamicCache, GenerationConfig, PreTrain
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..draft_model import PardDraftModel
+from ..host import cache_in, forward_parameters, is_callers, is_recurrent, mask_length, masks_itself
 from ..positions import check_num_assistant_tokens, num_positions
-from .attention import NAME as PACKED
 from .cache import attention_windows
 from .schedule import check_schedule
 
 # Vocabularies of one family are padded to multiples of 64 to 1024 rows; a larger difference is another tokenizer.
 MOST_PADDING_ROWS = 1024
-# Models that derive positions from a 2-D mask or from the cache's length, or bring a cache of their own.
-OWN_POSITIONS = {"bloom", "mpt", "gpt_neo", "openai-gpt", "gpt_neox_japanese", "minimax"}
-# Model arguments our loop makes itself; with any other (images, token types …) another loop takes over.
-KNOWN_MODEL_KWARGS = {
+# Model arguments our loop makes itself; where the caller passes any other (images, token types …) another loop takes
+# over. What transformers adds on its own is no concern: it adds more in every version.
+KNOWN_KEYWORDS = {
     "attention_mask",
+    "cache",
     "inputs_embeds",
     "logits_to_keep",
     "past_key_values",
@@ -40,7 +40,7 @@ def check_mode(target: PreTrainedModel, generation_config: GenerationConfig) -> 
             f"Expected a decoder-only target, got the encoder-decoder `{type(target).__name__}`. Generate without "
             "`assistant_model`."
         )
-    if target._is_stateful:
+    if is_recurrent(target):
         raise ValueError(
             f"Expected a target whose cache can drop rejected tokens, got the recurrent `{type(target).__name__}`. "
             "Generate without `assistant_model`."
@@ -62,6 +62,11 @@ def check_pair(
 
     Text cannot become wrong either way; this is about drafting at all. Rows that only pad a vocabulary may differ.
     """
+    if drops_caches(draft):
+        raise ValueError(
+            "Expected a draft that can keep a cache, got one in training mode with gradient checkpointing. Call "
+            "`draft.eval()` or `draft.gradient_checkpointing_disable()` first."
+        )
     check_num_assistant_tokens(num_assistant_tokens, target.config, draft.config)
     if tokenizer is not None and draft_tokenizer is not None:
         compare_vocabularies(regular_vocabulary(tokenizer), regular_vocabulary(draft_tokenizer))
@@ -77,6 +82,11 @@ def check_pair(
             "the draft of the target's family; if only padding rows differ, pass `tokenizer=` and "
             "`assistant_tokenizer=` to show it."
         )
+
+
+def drops_caches(model: PreTrainedModel) -> bool:
+    """Say whether a model computes without a cache, as layers under gradient checkpointing do while training."""
+    return model.training and getattr(model, "is_gradient_checkpointing", False)
 
 
 def compare_vocabularies(target: dict[str, int], draft: dict[str, int]) -> None:
@@ -142,8 +152,7 @@ def full_attention_mask(
     mask = model_kwargs.get("attention_mask")
     if mask is not None:
         return mask.long()
-    length = getattr(generation_config, "_mask_length", input_ids.shape[1])
-    return input_ids.new_ones(len(input_ids), length)
+    return input_ids.new_ones(len(input_ids), mask_length(generation_config, input_ids.shape[1]))
 
 
 def check_prompt(
@@ -156,14 +165,14 @@ def check_prompt(
 ) -> None:
     """Raise a `ValueError` for a prompt that plain decoding would get wrong too, or that does not fit."""
     num_columns, embeds = input_ids.shape[1], model_kwargs.get("inputs_embeds")
-    past = model_kwargs.get("past_key_values")
-    num_past = past.get_seq_length() if past is not None and getattr(past, "_is_user_defined", False) else 0
+    past = cache_in(model_kwargs)
+    num_past = past.get_seq_length() if is_callers(past) else 0
     if num_columns == 0 and embeds is None:
         raise ValueError("Expected a prompt of at least one token, got none. Start from the model's `bos_token_id`.")
     if num_columns and embeds is not None:
         raise ValueError("Expected `input_ids` or `inputs_embeds` with a draft, got both. Pass one of them.")
     if num_past and embeds is not None:
-        raise ValueError("Expected no `inputs_embeds` after `past_key_values` with a draft. Pass token ids instead.")
+        raise ValueError("Expected no `inputs_embeds` after an earlier cache with a draft. Pass token ids instead.")
     if (mask[:, -1] == 0).any():
         raise ValueError(
             "Expected a left-padded batch, got padding at the end of a row. Set `tokenizer.padding_side = 'left'`."
@@ -177,7 +186,7 @@ def check_prompt(
     if not num_past and mask.shape[1] != known:
         raise ValueError(
             f"Expected an `attention_mask` over the {known} columns of the prompt, got {mask.shape[1]}. A longer mask "
-            "needs the `past_key_values` it speaks of."
+            "needs the cache it speaks of."
         )
     new = max_length - num_columns
     text, draft_text = (int(part.sum(-1).max()) for part in (mask, mask[:, mask.shape[1] - num_columns :]))
@@ -189,8 +198,14 @@ def check_prompt(
             )
 
 
-def why_no_draft(target: PreTrainedModel, length: int, generation_config: GenerationConfig) -> str | None:
+def why_no_draft(
+    target: PreTrainedModel, length: int, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+) -> str | None:
     """Say why no loop with a draft gives the text of plain decoding; `None` when one does."""
+    if cache_in(model_kwargs) is None:
+        return f"`generate` prepares no cache for `{type(target).__name__}`"
+    if drops_caches(target):
+        return f"`{type(target).__name__}` is in training mode with gradient checkpointing, which keeps no cache"
     config = target.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):
@@ -208,12 +223,17 @@ def why_not_slots(
     generation_config: GenerationConfig,
     synced_gpus: bool,
     model_kwargs: dict[str, Any],
+    keywords: frozenset[str],
 ) -> str | None:
     """Say why our own cache and loop cannot serve a call; `None` when they can."""
     for model in (target, draft):
-        if getattr(model.config, "alibi", False) or model.config.model_type in OWN_POSITIONS:
-            return f"`{type(model).__name__}` makes its positions or its cache itself"
-        if model.config._attn_implementation not in ("sdpa", PACKED, "eager"):
+        if "position_ids" not in forward_parameters(model):
+            return f"`{type(model).__name__}` takes no `position_ids`: it counts positions by its cache"
+        if getattr(model.config, "alibi", False):
+            return f"`{type(model).__name__}` attends by distances (ALiBi), which it counts by its cache"
+        if masks_itself(model):
+            return f"`{type(model).__name__}` masks attention by the length of its cache"
+        if model.config._attn_implementation not in ("sdpa", "eager"):
             return f"`{model.config._attn_implementation}` takes no mask by position"
         try:
             attention_windows(model.config)
@@ -227,11 +247,11 @@ def why_not_slots(
         return "Attentions and hidden states are split by the stock loop only"
     if generation_config.cache_implementation in ("offloaded", "quantized"):
         return f"`cache_implementation={generation_config.cache_implementation!r}` is the stock loop's"
-    other = {name for name, value in model_kwargs.items() if value is not None} - KNOWN_MODEL_KWARGS
+    other = {name for name in keywords if model_kwargs.get(name) is not None} - KNOWN_KEYWORDS
     if other:
         return f"Model arguments {sorted(other)} are passed on by the stock loop only"
-    past = model_kwargs.get("past_key_values")
-    if getattr(past, "_is_user_defined", False) and not is_readable(past):
+    past = cache_in(model_kwargs)
+    if is_callers(past) and not is_readable(past):
         return f"A `{type(past).__name__}` cannot be taken over"
     if not has_usual_positions(mask, model_kwargs.get("position_ids")):
         return "`position_ids` differ from those the attention mask implies"

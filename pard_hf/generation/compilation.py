@@ -20,6 +20,7 @@ import torch
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 
+from ..host import can_compile
 from .cache import SlotCache
 from .linear import streamed_linear
 from .rows import Rows
@@ -105,7 +106,7 @@ class CompiledSteps(EagerSteps):
 
     def __init__(self, workspace: Workspace, config: CompileConfig, model: PreTrainedModel):
         self.workspace, self.config = workspace, config
-        self.place = (model.dtype, str(model.device))
+        self.place = (model.dtype, str(model.device), autocast_dtype(model.device))
         self.kind = (
             *self.place,
             str(config.backend),
@@ -165,6 +166,11 @@ class CompiledSteps(EagerSteps):
 
     def begin_round(self) -> None:
         torch.compiler.cudagraph_mark_step_begin()
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The type that autocast computes in on a device; `None` outside of it."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def compile_part(part: Any, config: CompileConfig) -> Callable[..., Any]:
@@ -245,8 +251,10 @@ def warn_once(message: str) -> None:
 def why_not_compiled(target: PreTrainedModel, draft: PreTrainedModel) -> str | None:
     """Say why the rounds of a pair cannot be compiled; `None` when they can."""
     for model in (target, draft):
-        if not getattr(model, "_can_compile_fullgraph", False):
+        if not can_compile(model):
             return f"`{type(model).__name__}` cannot be compiled as one graph"
+        if any(parameter.is_meta for parameter in model.parameters()):
+            return f"Parts of `{type(model).__name__}` are offloaded"
         placed = {str(device) for device in getattr(model, "hf_device_map", {}).values()}
         if placed & {"cpu", "disk"} and len(placed) > 1 or "disk" in placed:
             return f"Parts of `{type(model).__name__}` are offloaded"

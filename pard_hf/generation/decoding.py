@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..draft_model import PardDraftModel
+from .attention import grouped_attention
 from .batch import Batch
 from .clock import NoClock, clock_of_call
 from .compilation import EagerSteps
@@ -46,6 +47,8 @@ class PardDecoder:
         schedule ([`ConstantSchedule`]):
             Chooses K and the tree before each round, at most the request's.
     """
+
+    loop = "own"
 
     def __init__(
         self,
@@ -91,7 +94,7 @@ class PardDecoder:
 
     def load_past(self) -> torch.Tensor | int:
         """Take over the target's earlier cache; returns how many of each row's tokens it already holds."""
-        past = self.request.past_key_values
+        past = self.request.past
         num_past = past.get_seq_length() if past is not None else 0
         if not num_past:
             return 0
@@ -111,7 +114,7 @@ class PardDecoder:
 
     @property
     def stats(self) -> DecodingStats:
-        return DecodingStats(tuple(self.histogram), self.num_drafted)
+        return DecodingStats(tuple(self.histogram), self.num_drafted, self.loop)
 
     def remaining(self, row: int) -> int:
         """Tokens the row may still emit, as far as the host knows."""
@@ -128,7 +131,6 @@ class PardDecoder:
                 self.round(choice)
         while self.pending:  # Every row had ended before these began.
             self.settle(*self.pending.popleft())
-        self.noise.rewind()
         self.batch.reunite()
 
     def is_ready(self, choice: Choice) -> bool:
@@ -153,11 +155,12 @@ class PardDecoder:
         start, compile_seconds, work = time.perf_counter(), self.steps.compile_seconds, self.work
         self.steps.begin_round()
         proposals = self.forwards.nothing()
-        if num_drafts:
-            proposals = self.forwards.propose(self.steps_now, self.draft_width, self.longest(), choice)
-        self.clock.mark("draft")
-        longest = self.longest() + self.host_offset
-        logits = self.forwards.verify(self.steps_now, self.target_width, longest, proposals, choice)
+        with grouped_attention():
+            if num_drafts:
+                proposals = self.forwards.propose(self.steps_now, self.draft_width, self.longest(), choice)
+            self.clock.mark("draft")
+            longest = self.longest() + self.host_offset
+            logits = self.forwards.verify(self.steps_now, self.target_width, longest, proposals, choice)
         self.clock.mark("verify")
         accepted = self.advance(proposals, logits)
         is_typical &= compile_seconds == self.steps.compile_seconds
@@ -215,11 +218,13 @@ class PardDecoder:
         if event is not None:
             event.synchronize()
         emitted, finished, *columns = outcome.T.tolist()
-        self.noise.use(emitted[0])
+        if self.request.streamer is None:
+            self.noise.use(emitted[0])
         if self.recording is not None:
             self.recording.settle(emitted)
         if self.request.streamer is not None:
             for column in range(emitted[0]):
+                self.noise.use(1)  # A streamer that raises leaves the generator where the text ends.
                 self.stream(torch.tensor(columns[column][:1]), is_accepted=column < emitted[0] - 1)
         self.account(emitted, emitted, choice)
         self.active = [not done for done in finished]

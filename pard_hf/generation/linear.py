@@ -22,7 +22,10 @@ FEWEST_PARAMETERS = 50_000_000
 
 
 class StreamedLinear(TorchFunctionMode):
-    """Computes `linear` over few rows with the weight on the left; everything else is as it was."""
+    """Computes `linear` over few rows with the weight on the left; everything else is as it was.
+
+    Quantized weights are subclasses of a tensor with a product of their own, and keep it.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -30,7 +33,8 @@ class StreamedLinear(TorchFunctionMode):
         if func is torch.nn.functional.linear and not kwargs:
             rows, weight, *bias = args
             num_rows = rows.numel() // rows.shape[-1]
-            if 1 < num_rows <= MOST_ROWS and rows.dtype == weight.dtype == torch.float32:
+            is_plain = type(rows) is torch.Tensor and type(weight) in (torch.Tensor, torch.nn.Parameter)
+            if is_plain and 1 < num_rows <= MOST_ROWS and rows.dtype == weight.dtype == torch.float32:
                 product = torch.mm(weight, rows.reshape(num_rows, -1).t()).t()
                 if bias and bias[0] is not None:
                     product = product + bias[0]

@@ -25,6 +25,8 @@ KNOWN_CRITERIA = {EosTokenCriteria, MaxLengthCriteria}
 class LockstepDecoder(PardDecoder):
     """A `PardDecoder` whose rows all grow by the same number of tokens a round."""
 
+    loop = "lockstep"
+
     def __init__(self, target: Any, draft: Any, request: DecodingRequest, *args: Any):
         super().__init__(target, draft, request, *args)
         self.columns = request.input_ids

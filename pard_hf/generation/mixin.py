@@ -5,29 +5,32 @@ Translates one `generate()` call into a `DecodingRequest`, and back. Only here a
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass
+import copy
+import sys
+import warnings
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
 
 from ..draft_model import PardDraftModel
+from ..host import CACHE_NAME, cache_in, is_callers, pad_token_id, warn_where_untested, with_host_names
 from ..subclass import subclass_named_as
-from .attention import packed_attention
 from .call import VERIFICATIONS, settings_for, settings_of_call, with_draft_defaults
-from .candidate_generator import PardCandidateGenerator
+from .candidate_generator import PardCandidateGenerator, StockSampling
 from .checks import check_mode, check_pair, check_prompt, full_attention_mask, why_no_draft, why_not_slots
 from .compilation import schedule_for, steps_for, warn_once
 from .decoding import PardDecoder
 from .lockstep import KNOWN_CRITERIA, decoder_for
+from .noise import Noise
 from .output import PardGenerateOutput
+from .processors import is_stateless
 from .request import DecodingRequest
 from .stats import DecodingStats
-
-logger = logging.getLogger(__name__)
 
 
 class PardGenerationMixin(GenerationMixin):
@@ -73,14 +76,23 @@ class PardGenerationMixin(GenerationMixin):
         Raises:
             ValueError: The call or the pair of models cannot be served; nothing was changed.
         """
+        kwargs = with_host_names(kwargs)
         settings = settings_for(
-            verification, assistant_tree_size, (generation_config, self.generation_config), assistant_model
+            verification, assistant_tree_size, (generation_config, self.generation_config), assistant_model, kwargs
         )
-        if isinstance(assistant_model, PardDraftModel):
+        is_drafted = isinstance(assistant_model, PardDraftModel)
+        if is_drafted:
+            warn_where_untested()
             generation_config = with_draft_defaults(assistant_model, generation_config, kwargs)
+        elif hasattr(getattr(assistant_model, "config", None), "pard_token"):
+            warnings.warn(
+                "This assistant is a PARD draft that was loaded as an ordinary model: it drafts token by token. Load "
+                "it with `PardDraftModel.from_pretrained` to draft all tokens in one forward.",
+                stacklevel=2,
+            )
         reset = settings_of_call.set(settings)
         try:
-            return super().generate(
+            output = super().generate(
                 inputs,
                 generation_config,
                 logits_processor,
@@ -93,6 +105,9 @@ class PardGenerationMixin(GenerationMixin):
             )
         finally:
             settings_of_call.reset(reset)
+        if is_drafted and not settings.was_seen:
+            warn_unused("This way of generating takes no draft")
+        return output
 
     def _validate_generation_mode(
         self, generation_mode: Any, generation_config: GenerationConfig, generation_mode_kwargs: dict[str, Any]
@@ -141,7 +156,9 @@ class PardGenerationMixin(GenerationMixin):
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        """Choose the route: our loop, the host's, or no draft at all where neither is exact."""
+        """Choose the route: our loop, that of transformers, or no draft at all where neither is exact."""
+        settings = settings_of_call.get()
+        settings.was_seen.append(True)
         mask = full_attention_mask(input_ids, generation_config, model_kwargs)
         max_length = min(c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria))
         check_prompt(self, draft, input_ids, mask, max_length, model_kwargs)
@@ -151,11 +168,12 @@ class PardGenerationMixin(GenerationMixin):
             "generation_config": generation_config,
             "streamer": streamer,
         }
-        no_draft = why_no_draft(self, mask.shape[1] + max_length - input_ids.shape[1], generation_config)
-        no_slots = why_not_slots(self, draft, mask, generation_config, synced_gpus, model_kwargs)
+        length = mask.shape[1] + max_length - input_ids.shape[1]
+        no_draft = why_no_draft(self, length, generation_config, model_kwargs)
+        no_slots = why_not_slots(self, draft, mask, generation_config, synced_gpus, model_kwargs, settings.keywords)
         if no_draft is None and no_slots is None:
             request = self._request(input_ids, mask, max_length, **prepared, model_kwargs=model_kwargs)
-            with packed_attention(self, draft), steps_for(self, draft, generation_config) as steps:
+            with steps_for(self, draft, generation_config) as steps:
                 schedule = schedule_for(self, draft, generation_config, steps, request.tree_size)
                 decoder = decoder_for(request)(self, draft, request, steps, schedule)
                 decoder.run()
@@ -166,16 +184,18 @@ class PardGenerationMixin(GenerationMixin):
             and len(input_ids) == 1
             and input_ids.shape[1] > 0
             and model_kwargs["use_cache"]
-            and not getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False)
+            and not is_callers(cache_in(model_kwargs))
             and {type(criterion) for criterion in stopping_criteria} <= KNOWN_CRITERIA
+            and is_stateless(logits_processor)
         )
-        if stock_is_exact:
-            logger.info("%s; using the stock assisted loop.", no_slots)
-            if settings_of_call.get().tree_size:
-                warn_once(f"{no_slots}: a chain is drafted instead of a tree.")
-            return self._stock_loop(input_ids, draft, prepared, model_kwargs)
-        logger.warning("%s; generating without the draft: the same output, only slower.", no_draft or no_slots)
-        return with_stats(self._sample(input_ids, **prepared, **model_kwargs), DecodingStats())
+        if stock_is_exact and no_slots is not None:
+            chain = "; a chain is drafted instead of a tree" if settings.tree_size else ""
+            warn_once(f"{no_slots}: drafting in the assisted loop of transformers{chain}.")
+            return self._stock_loop(input_ids, draft, prepared, model_kwargs, no_slots)
+        reason = no_draft or no_slots or "There is no loop for this call"
+        warn_unused(reason)
+        output = self._sample(input_ids, **prepared, **model_kwargs)
+        return with_stats(output, DecodingStats(loop="none", fallback_reason=reason))
 
     def _request(
         self,
@@ -190,16 +210,16 @@ class PardGenerationMixin(GenerationMixin):
     ) -> DecodingRequest:
         """What `generate()` prepared, as our loop reads it."""
         ends = [c.eos_token_id.to(input_ids.device) for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
-        pad, returns_dict = generation_config._pad_token_tensor, generation_config.return_dict_in_generate
+        returns_dict, past = generation_config.return_dict_in_generate, cache_in(model_kwargs)
         return DecodingRequest(
             input_ids=input_ids,
             attention_mask=mask,
             num_assistant_tokens=generation_config.num_assistant_tokens,
             max_length=max_length,
-            pad_token_id=None if pad is None else int(pad),
+            pad_token_id=pad_token_id(generation_config),
             eos_token_id=torch.cat(ends) if ends else None,
             inputs_embeds=model_kwargs.get("inputs_embeds"),
-            past_key_values=model_kwargs.get("past_key_values"),
+            past=past,
             do_sample=generation_config.do_sample,
             ratio_test=generation_config.do_sample and settings_of_call.get().verification == "ratio_test",
             tree_size=settings_of_call.get().tree_size,
@@ -208,14 +228,14 @@ class PardGenerationMixin(GenerationMixin):
             streamer=streamer,
             output_scores=returns_dict and generation_config.output_scores,
             output_logits=returns_dict and generation_config.output_logits,
-            returns_cache=returns_dict or getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False),
+            returns_cache=returns_dict or is_callers(past),
         )
 
     def _collect(self, decoder: PardDecoder, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> Any:
         """Hand a finished decoder's results over as plain `generate` would."""
         if decoder.request.streamer is not None:
             decoder.request.streamer.end()
-        cache = model_kwargs.get("past_key_values")
+        cache = cache_in(model_kwargs)
         if decoder.request.returns_cache:
             # A static cache made for this call was never filled; what was asked back is what happened.
             cache = cache if isinstance(cache, DynamicCache) else DynamicCache(config=self.config)
@@ -226,20 +246,44 @@ class PardGenerationMixin(GenerationMixin):
             sequences=decoder.sequences(),
             scores=decoder.outputs(0) if decoder.request.output_scores else None,
             logits=decoder.outputs(1) if decoder.request.output_logits else None,
-            past_key_values=cache,
             stats=decoder.stats,
             compile_seconds=decoder.steps.compile_seconds,
+            **{CACHE_NAME: cache},
         )
 
     def _stock_loop(
-        self, input_ids: torch.Tensor, draft: PardDraftModel, prepared: dict[str, Any], model_kwargs: dict[str, Any]
+        self,
+        input_ids: torch.Tensor,
+        draft: PardDraftModel,
+        prepared: dict[str, Any],
+        model_kwargs: dict[str, Any],
+        reason: str,
     ) -> Any:
-        """Serve by the host's assisted loop a call that our cache cannot."""
-        generators: list[PardCandidateGenerator] = []
-        output = super()._assisted_decoding(
-            input_ids, **prepared, assistant_model=BoundDraft(draft, generators), **model_kwargs
-        )
-        return with_stats(output, generators[0].stats)
+        """Serve by the assisted loop of transformers a call that our cache cannot.
+
+        Sampled tokens are drawn by us, with the noise plain `generate` would draw: that loop only compares.
+        """
+        sampling = None
+        if prepared["generation_config"].do_sample:
+            noise = Noise(input_ids.device, is_ordered=True)
+            config = copy.copy(prepared["generation_config"])
+            sampling = StockSampling(
+                prepared["logits_processor"], noise, input_ids.shape[1], keeps_scores=bool(config.output_scores)
+            )
+            config.do_sample = False
+            prepared = {**prepared, "logits_processor": sampling.processors(), "generation_config": config}
+        past = cache_in(model_kwargs)
+        if type(past) is DynamicCache and all(type(layer) is DynamicLayer for layer in past.layers):
+            # Layers as they are written: half of an encoder-decoder leaves some unused, and those cannot be cropped.
+            model_kwargs = {**model_kwargs, CACHE_NAME: DynamicCache()}
+        bound = BoundDraft(draft, sampling, [])
+        output = super()._assisted_decoding(input_ids, **prepared, assistant_model=bound, **model_kwargs)
+        if sampling is not None:
+            sequences = output if isinstance(output, torch.Tensor) else output.sequences
+            sampling.advance(sequences.shape[1])
+            if not isinstance(output, torch.Tensor) and output.scores is not None:
+                output.scores = sampling.scores(sequences.shape[1])
+        return with_stats(output, replace(bound.generators[0].stats, fallback_reason=reason))
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         bound = kwargs.get("assistant_model")
@@ -252,6 +296,7 @@ class PardGenerationMixin(GenerationMixin):
             config.max_length,
             self.config.get_text_config().vocab_size,
             kwargs["model_kwargs"].get("attention_mask"),
+            bound.sampling,
         )
         bound.generators.append(generator)
         return generator
@@ -262,6 +307,7 @@ class BoundDraft:
     """A draft on its way through the stock loop, and the generators made from it: the loop does not return them."""
 
     draft: PardDraftModel
+    sampling: StockSampling | None
     generators: list[PardCandidateGenerator]
 
 
@@ -270,6 +316,22 @@ def with_stats(output: Any, stats: DecodingStats) -> Any:
     if not isinstance(output, GenerateDecoderOnlyOutput):
         return output
     return PardGenerateOutput(**output, stats=stats)
+
+
+def warn_unused(reason: str) -> None:
+    """Say that a call was given a draft and did without."""
+    warnings.warn(
+        f"{reason}; generating without the draft: the same output, only slower.", stacklevel=level_of_caller()
+    )
+
+
+def level_of_caller() -> int:
+    """The stack level, as `warnings.warn` counts it, of the code that called `generate()`."""
+    packages = (__package__.partition(".")[0], "transformers", "torch")
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in packages:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def with_pard(target: PreTrainedModel) -> PreTrainedModel:

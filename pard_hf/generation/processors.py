@@ -25,6 +25,32 @@ PREFIX_FREE = tuple(
 )
 
 
+# Functions of the prefix and the scores, without a memory: it does not matter how often they are called, and for which
+# tokens that are refused afterwards.
+STATELESS = PREFIX_FREE + tuple(
+    getattr(logits_process, name)
+    for name in (
+        "EncoderNoRepeatNGramLogitsProcessor",
+        "EncoderRepetitionPenaltyLogitsProcessor",
+        "ExponentialDecayLengthPenalty",
+        "ForcedBOSTokenLogitsProcessor",
+        "ForcedEOSTokenLogitsProcessor",
+        "MinLengthLogitsProcessor",
+        "MinNewTokensLengthLogitsProcessor",
+        "NoBadWordsLogitsProcessor",
+        "NoRepeatNGramLogitsProcessor",
+        "RepetitionPenaltyLogitsProcessor",
+        "SequenceBiasLogitsProcessor",
+        "SuppressTokensAtBeginLogitsProcessor",
+    )
+)
+
+
+def is_stateless(processors: LogitsProcessorList) -> bool:
+    """Say whether every processor is known to be a function of its two arguments."""
+    return all(type(processor) in STATELESS for processor in processors)
+
+
 def is_prefix_free(processors: LogitsProcessorList) -> bool:
     """Say whether every processor ignores the tokens before a position."""
     return all(type(processor) in PREFIX_FREE for processor in processors)

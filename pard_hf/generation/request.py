@@ -17,7 +17,7 @@ class DecodingRequest:
         input_ids (`torch.LongTensor` of shape `(batch_size, num_columns)`):
             Prompt, left-padded; no columns when `inputs_embeds` is given.
         attention_mask (`torch.LongTensor` of shape `(batch_size, mask_length)`):
-            1 for text, 0 for padding. Longer than the prompt where the prompt goes on after `past_key_values`.
+            1 for text, 0 for padding. Longer than the prompt where the prompt goes on after an earlier cache, `past`.
         num_assistant_tokens (`int`):
             K, draft tokens a round, at most.
         tree_size (`int`, *optional*, defaults to 0):
@@ -35,7 +35,7 @@ class DecodingRequest:
     pad_token_id: int | None
     eos_token_id: torch.Tensor | None = None
     inputs_embeds: torch.Tensor | None = None
-    past_key_values: Cache | None = None
+    past: Cache | None = None
     do_sample: bool = False
     ratio_test: bool = False
     logits_processor: LogitsProcessorList = field(default_factory=LogitsProcessorList)

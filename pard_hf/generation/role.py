@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..host import cache_argument, forward_parameters, input_device
 from ..positions import num_positions
 from .cache import SlotCache
 
@@ -17,6 +18,9 @@ class Role:
     def __init__(self, model: PreTrainedModel, cache: SlotCache):
         self.model = model
         self.cache = cache
+        self.device = input_device(model)
+        self.cache_name = cache_argument(model)
+        self.takes_num_logits = "logits_to_keep" in forward_parameters(model)
         self.last_position = num_positions(model.config) - 1
         self.is_eager_attention = model.config._attn_implementation == "eager"
 
@@ -33,7 +37,9 @@ class Role:
         With `on_path` the last columns are nodes of a tree; see [`SlotCache.place`].
         """
         arguments = self.arguments(positions, num_visible, on_path, inputs)
-        logits = self.model(**arguments, logits_to_keep=num_logits).logits
+        if self.takes_num_logits:
+            arguments["logits_to_keep"] = num_logits
+        logits = self.model(**arguments).logits
         self.cache.slots.flat_rows = None  # Compiled code would keep it as a result.
         return logits[:, -num_logits:]
 
@@ -50,16 +56,16 @@ class Role:
         self, positions: torch.Tensor, num_visible: int, on_path: torch.Tensor | None, inputs: dict[str, torch.Tensor]
     ) -> dict[str, Any]:
         """What a forward over the cache takes."""
-        positions = positions.to(self.model.device)
+        positions = positions.to(self.device)
         mask = self.cache.place(positions, num_visible, on_path)
         if self.is_eager_attention:
             mask = as_additive(mask, self.model.dtype)
         return {
-            **{name: tensor.to(self.model.device) for name, tensor in inputs.items()},
+            **{name: tensor.to(self.device) for name, tensor in inputs.items()},
             "attention_mask": mask,
             # Slots past the end of a row are written but never accepted; a learned position table ends before them.
             "position_ids": positions.clamp(min=0, max=self.last_position),
-            "past_key_values": self.cache,
+            self.cache_name: self.cache,
             "use_cache": True,
         }
 

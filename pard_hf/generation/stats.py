@@ -22,10 +22,17 @@ class DecodingStats:
         num_drafted (`int`, *optional*, defaults to 0):
             Draft tokens that could still be accepted when they were proposed; near `max_length` fewer than K a round.
             All nodes of a tree count, though those of one path can be accepted at most.
+        loop (`str`, *optional*):
+            What ran the rounds: `"own"`, `"lockstep"` (our loop, column by column), `"stock"` (the assisted loop of
+            transformers) or `"none"` (plain decoding, the draft was not used); `"mixed"` in a sum of several.
+        fallback_reason (`str`, *optional*):
+            Why a call left our loop; `None` where it did not.
     """
 
     histogram: tuple[int, ...] = ()
     num_drafted: int = 0
+    loop: str | None = None
+    fallback_reason: str | None = None
 
     @property
     def num_rounds(self) -> int:
@@ -59,7 +66,13 @@ class DecodingStats:
         if not isinstance(other, DecodingStats):
             return NotImplemented
         pairs = zip_longest(self.histogram, other.histogram, fillvalue=0)
-        return DecodingStats(tuple(a + b for a, b in pairs), self.num_drafted + other.num_drafted)
+        loops = {self.loop, other.loop} - {None}
+        return DecodingStats(
+            tuple(a + b for a, b in pairs),
+            self.num_drafted + other.num_drafted,
+            "mixed" if len(loops) > 1 else next(iter(loops), None),
+            self.fallback_reason or other.fallback_reason,
+        )
 
     def record(self, num_accepted: int, num_drafted: int) -> DecodingStats:
         """Return these statistics with one more round."""

@@ -98,7 +98,7 @@ def target_step(target: Role, rows: Rows, proposals: Proposals, width: int, num_
         rows.positions(index),
         num_visible,
         num_proposals + 1,
-        None if proposals.on_path is None else proposals.on_path.to(target.model.device),
+        None if proposals.on_path is None else proposals.on_path.to(target.device),
         input_ids=torch.cat([ids, proposals.tokens], dim=1),
     )
     return logits.to(rows.tokens.device, torch.float32)
@@ -132,7 +132,7 @@ def accept_step(
 def keep_step(target: Role, rows: Rows, nodes: torch.Tensor) -> None:
     """Put keys and values of the accepted nodes, `[B, K]`, where their tokens stand in the text."""
     roots = rows.positions(rows.lengths.unsqueeze(1) - 1).squeeze(1)
-    target.cache.keep_path(roots.to(target.model.device), nodes.to(target.model.device))
+    target.cache.keep_path(roots.to(target.device), nodes.to(target.device))
 
 
 def append_step(

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from typing import Any
 
 from ..generation.stats import DecodingStats
+from ..host import cache_of
 from ..pair import Pair
 from ..training.chat import next_prompt
 from .generate import generate
@@ -100,7 +101,7 @@ class ChatTurn(Job):
         finally:
             self.seconds = time.perf_counter() - start
             if output is not None or (self.is_stopped and self.transcript.tokens):
-                cache = None if output is None else output.past_key_values
+                cache = None if output is None else cache_of(output)
                 self.chat.keep(self.pair, self.text, self.ids, self.transcript.tokens, cache)
             self.cache = None
 

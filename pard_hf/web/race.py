@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from ..generation.stats import DecodingStats
+from ..host import CACHE_NAME
 from ..pair import Pair
 from .baton import Baton
 from .generate import generate
@@ -95,7 +96,7 @@ class Race(Job):
             output = generate(
                 self.pair, self.ids, self.settings, uses_draft=lane == PARD, streamer=self.transcripts[lane]
             )
-            output.past_key_values = None  # Nobody goes on from here, and the race is looked at for a while.
+            output[CACHE_NAME] = None  # Nobody goes on from here, and the race is looked at for a while.
             self.outputs[lane] = output
         finally:
             self.baton.release(lane, has_finished=True)

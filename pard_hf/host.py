@@ -1,0 +1,134 @@
+"""Names and differences of the versions of transformers that we serve, in one place.
+
+5.24 calls a model's cache `cache`, in forwards, outputs and arguments alike; before it was `past_key_values`. Models
+with code of their own may keep the older name for longer, so a forward is asked by its signature.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from functools import cache, lru_cache
+from itertools import chain, islice
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+NEWEST_TESTED = "5.24"
+# From the newest to the oldest.
+CACHE_NAMES = ("cache", "past_key_values")
+# What `generate()` calls a cache among the arguments of a model, and its outputs call theirs.
+CACHE_NAME = next(
+    name for name in CACHE_NAMES if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+)
+
+
+def forward_parameters(model: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a model's forward; hooks that wrap it on the instance take the same."""
+    return parameters_of(type(model).forward)
+
+
+@cache
+def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a function, looked up once."""
+    return inspect.signature(function).parameters
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """The name under which a model's forward takes its cache."""
+    parameters = forward_parameters(model)
+    return next((name for name in CACHE_NAMES if name in parameters), CACHE_NAME)
+
+
+def cache_in(arguments: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a model; `None` where there is none."""
+    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+
+
+def cache_of(output: Any) -> Any:
+    """The cache that a model's output, or that of `generate`, holds."""
+    return getattr(output, CACHE_NAME)
+
+
+def with_host_names(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `generate()` with the cache under the name this version takes, whichever the caller used.
+
+    Raises:
+        ValueError: A cache came under both names.
+    """
+    given = [name for name in CACHE_NAMES if arguments.get(name) is not None]
+    if len(given) > 1:
+        raise ValueError(f"Expected one cache, got `{given[0]}` and `{given[1]}`. Pass one of them.")
+    others = {name: value for name, value in arguments.items() if name not in CACHE_NAMES}
+    return {**others, CACHE_NAME: arguments[given[0]]} if given else others
+
+
+def masks_itself(model: PreTrainedModel) -> bool:
+    """Whether a model's attention lays a causal mask of its own over the cache, besides the one it is given.
+
+    Such a mask is a square buffer, cut by the cache's length. Models that look their attention up do not use one.
+    """
+    looks_up = hasattr(sys.modules.get(type(model).__module__), "ALL_ATTENTION_FUNCTIONS")
+    return not looks_up and any(
+        buffer.ndim == 4 and buffer.dtype in (torch.bool, torch.uint8) and buffer.shape[2] == buffer.shape[3]
+        for buffer in model.buffers()
+    )
+
+
+def is_callers(past: Any) -> bool:
+    """Whether the caller passed this cache to `generate()`."""
+    return getattr(past, "_is_user_defined", False)
+
+
+def is_recurrent(model: PreTrainedModel) -> bool:
+    """Whether a model keeps a state that no token can be taken out of."""
+    return model._is_stateful
+
+
+def can_compile(model: PreTrainedModel) -> bool:
+    """Whether the forward of a model compiles as one graph."""
+    return getattr(model, "_can_compile_fullgraph", False)
+
+
+def mask_length(generation_config: GenerationConfig, default: int) -> int:
+    """Columns of the attention mask that `generate()` dropped because it was all ones."""
+    return getattr(generation_config, "_mask_length", default)
+
+
+def pad_token_id(generation_config: GenerationConfig) -> int | None:
+    """The padding token that `generate()` settled on."""
+    pad = generation_config._pad_token_tensor
+    return None if pad is None else int(pad)
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where a model takes its input ids: where its embedding computes, which a hook of accelerate may choose.
+
+    Offloaded weights lie on the meta device between two forwards, so that of the model says nothing.
+    """
+    embedding = model.get_input_embeddings()
+    hook = getattr(embedding, "_hf_hook", None)
+    devices = [getattr(part, "execution_device", None) for part in getattr(hook, "hooks", (hook,))]
+    devices += [parameter.device for parameter in islice(chain(embedding.parameters(), model.parameters()), 1)]
+    device = next(device for device in devices if device is not None)
+    # accelerate numbers its accelerators, and torch reads a number so.
+    return torch.device(device)
+
+
+@lru_cache(maxsize=1)
+def warn_where_untested() -> None:
+    """Say, once, that this version of transformers is newer than what the tests have seen."""
+    installed = Version(transformers.__version__)
+    if installed.release[:2] > Version(NEWEST_TESTED).release:
+        logger.warning(
+            "pard_hf was tested on transformers up to %s and this is %s: compare with plain `generate` once.",
+            NEWEST_TESTED,
+            installed,
+        )
