@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from families import TEMPLATE, make_draft, make_model
 from transformers import AutoTokenizer
 
@@ -88,6 +89,15 @@ def test_a_draft_changes_no_greedy_answer(target, tokenizer, tmp_path):
     assert by_id[0] == by_id[1]
     [run] = manifest_of(tmp_path / "drafted.jsonl")["runs"]
     assert run["acceptance_length"] >= 1
+
+
+def test_a_target_may_be_offloaded(target, tokenizer, tmp_path):
+    write_answers(target, tokenizer, prompts("ab", "cdef"), tmp_path / "whole.jsonl", max_new_tokens=6)
+    cpu_offload(target, execution_device=torch.device("cpu"))
+
+    write_answers(target, tokenizer, prompts("ab", "cdef"), tmp_path / "offloaded.jsonl", max_new_tokens=6)
+
+    assert rows_of(tmp_path / "offloaded.jsonl") == rows_of(tmp_path / "whole.jsonl")
 
 
 def test_samples_differ_and_are_the_same_again(target, tokenizer, tmp_path):

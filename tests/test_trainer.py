@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from families import make_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import TrainerCallback
@@ -118,6 +119,25 @@ def test_a_teacher_is_followed(tmp_path, objective):
     assert losses[-5:].mean() < 0.6 * losses[:5].mean()
     for name, weight in target.state_dict().items():
         assert torch.equal(weight, before[name]), name
+
+
+@pytest.mark.parametrize("objective", ["ce", "kd", "cat"])
+def test_teachers_may_be_offloaded(tmp_path, objective):
+    """Between two forwards their weights lie on the meta device, which is not where ids go."""
+    runs = []
+    for is_offloaded in (False, True):
+        target = make_model("llama", seed=5, initializer_range=0.3)
+        if is_offloaded:
+            cpu_offload(target, execution_device=torch.device("cpu"))
+        evaluator = AcceptanceEvaluator(target, {"some": [[1, 8, 15]]}, 4, 8)
+        trainer = make_trainer(
+            tmp_path, 2, objective=objective, logging_steps=1, eval_strategy="steps", eval_steps=2,
+            trainer={"target": target, "evaluator": evaluator},
+        )  # fmt: skip
+        trainer.train()
+        runs.append([losses_of(trainer), torch.tensor(trainer.state.log_history[-2]["eval_acceptance_length"])])
+
+    torch.testing.assert_close(*runs)
 
 
 class Interrupt(TrainerCallback):

@@ -21,6 +21,7 @@ from ..conditions import shown_model
 from ..draft_model import PardDraftModel
 from ..generation.mixin import with_pard
 from ..generation.stats import DecodingStats
+from ..host import input_device
 from ..pair import bundled_pair
 from ..positions import num_positions
 from .chat import encode_prompt, next_prompt
@@ -231,9 +232,10 @@ class Answerer:
     def generate(self, dialogues: Sequence[Dialogue]) -> list[list[int]]:
         """The next answer of each dialogue, up to and with its end token."""
         prompts = [torch.tensor(dialogue.past) for dialogue in dialogues]
-        ids = pad_sequence(prompts, True, self.pad_token_id, "left").to(self.target.device)
-        mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, 0, "left").to(self.target.device)
-        devices = [self.target.device] if self.target.device.type == "cuda" else []
+        device = input_device(self.target)
+        ids = pad_sequence(prompts, True, self.pad_token_id, "left").to(device)
+        mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, 0, "left").to(device)
+        devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.no_grad():
             torch.manual_seed(self.seed_of(dialogues))
             output = self.target.generate(input_ids=ids, attention_mask=mask, **self.generate_kwargs)
@@ -263,9 +265,14 @@ def model_name(model: PreTrainedModel) -> str:
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """A digest of the first values of every weight: it tells a model from one of the same name trained further."""
+    """A digest of the first values of every weight: it tells a model from one of the same name trained further.
+
+    Of a weight that is offloaded the shape alone counts.
+    """
     sha256 = hashlib.sha256()
     for name, weight in model.named_parameters():
         sha256.update(f"{name}{tuple(weight.shape)}".encode())
+        if weight.is_meta:
+            continue
         sha256.update(weight.detach().flatten()[:16].float().cpu().numpy().tobytes())
     return sha256.hexdigest()[:16]

@@ -165,7 +165,8 @@ class PardTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # Labels are counted over the step, and handed to `compute_loss`.
         self._loss_shifts_labels = False
         self.evaluator, self.provenance = evaluator, provenance
-        if target is not None and self.place_model_on_device and getattr(target, "hf_device_map", None) is None:
+        is_placed = target is None or hasattr(target, "hf_device_map") or any(p.is_meta for p in target.parameters())
+        if target is not None and self.place_model_on_device and not is_placed:
             target.to(args.device)
         check_head(model)
         if target is not None and args.objective != "ce":
