@@ -10,7 +10,8 @@ CORE := tests/test_lossless.py tests/test_targets.py tests/test_supported_calls.
 SUITES ?= $(CORE) tests/test_generation.py tests/test_sampling.py tests/test_batches.py tests/test_tree.py \
   tests/test_cache.py tests/test_draft_model.py tests/test_cod.py tests/test_losses.py tests/test_trainer.py
 
-.PHONY: demo app test test-app test-core-oldest test-oldest test-newest screenshots quality style bundled-pair cards space clean
+.PHONY: demo app test test-app test-core-oldest test-oldest test-newest compatibility test-families screenshots quality \
+	style bundled-pair cards space clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,7 +36,14 @@ app: $(VENV)/installed
 
 # Tests use one thread each: as many files at a time as WORKERS says.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q -m "not browser" -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -q -m "not browser and not families" -n $(WORKERS) --dist loadfile
+
+# Every family of transformers, and what docs/compatibility.md says of it.
+test-families: $(VENV)/installed
+	$(BIN)/python -m pytest -q -m families
+
+compatibility: $(VENV)/installed
+	$(BIN)/python tests/every_family.py --write docs/compatibility.md
 
 test-oldest test-newest: test-%: .venv-%/installed
 	.venv-$*/bin/python -m pytest -q -n $(WORKERS) $(SUITES)
