@@ -297,6 +297,24 @@ def test_cache_of_rows_that_ended_early_is_whole():
     assert torch.equal(ours, plain)
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_cache_holds_an_end_token_that_the_draft_did_not_propose(family):
+    """Rows in lockstep: the row that ends is done, and the others go on past it in the same round."""
+    target, prompts = make_model(family), make_prompts(3)
+    free = target.generate(**prompts, max_new_tokens=12, do_sample=False)
+    script, ends = texts_of(free, prompts["attention_mask"]), [int(free[1, 19])]
+    script[1][-11] = 7
+    draft = make_scripted_draft(script, first_miss=5)
+
+    expected, got = compare(target, draft, prompts, max_new_tokens=8, eos_token_id=ends, streamer=RecordingStreamer())
+
+    assert torch.equal(got.sequences, expected.sequences)
+    assert got.sequences[:, 20].count_nonzero() == 2
+    for ours, plain in zip(got.past_key_values.layers, expected.past_key_values.layers, strict=True):
+        column = 20 - got.sequences.shape[1]  # The last new token of all is in no cache.
+        torch.testing.assert_close(ours.keys[1, :, column], plain.keys[1, :, column], atol=1e-4, rtol=1e-4)
+
+
 def test_new_ids_only_after_a_cache():
     target, prompts = make_model("llama"), make_prompts(1)
     draft = make_self_draft(target)
