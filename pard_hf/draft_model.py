@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, P
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .drafting import DraftingModel
-from .host import CACHE_NAME, cache_in
+from .host import CACHE_NAME, cache_in, parameters_of
 from .hub.errors import hub_errors
 from .language_model_head import check_head
 from .parts import CORRECTION_HEAD, PARTS, TRIMMED_VOCABULARY, is_of_part, load_parts, save_parts, without_parts
@@ -257,4 +257,5 @@ def draft_class(base: type[PreTrainedModel]) -> type[PardDraftModel]:
 
     made = subclass_named_as(base, PardDraftModel, draft_class)
     made.forward = forward
+    made.takes_num_logits = "logits_to_keep" in parameters_of(base.forward)
     return made

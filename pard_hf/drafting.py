@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from .correction_head import CorrectedPlaces, CorrectionHead
-from .host import cache_argument, logits_argument
+from .host import cache_argument, input_device
 from .language_model_head import head_of
 from .parts import needs_hidden_states
 from .positions import check_num_assistant_tokens, croppable_cache, num_positions
@@ -27,6 +27,13 @@ class DraftingModel(PreTrainedModel):
 
     correction_head: CorrectionHead | None
     trimmed_vocabulary: TrimmedVocabulary | None
+    # Whether the forward can be asked for its last rows of logits only.
+    takes_num_logits: bool
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go; offloaded weights lie on the meta device between two forwards."""
+        return input_device(self)
 
     @property
     def mask_token_id(self) -> int:
@@ -45,7 +52,9 @@ class DraftingModel(PreTrainedModel):
     def places(self, num_places: int, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the draft; logits `[B, num_places, V]` of the last places, and their hidden states where a head asks."""
         if not needs_hidden_states(self):
-            return self(**inputs, **logits_argument(self, num_places)).logits[:, -num_places:], None
+            if self.takes_num_logits:
+                inputs["logits_to_keep"] = num_places
+            return self(**inputs).logits[:, -num_places:], None
         hidden = self.base_model(**inputs).last_hidden_state[:, -num_places:]
         if self.trimmed_vocabulary is not None:
             return self.trimmed_vocabulary.logits(self, hidden), hidden

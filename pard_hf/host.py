@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -45,11 +47,6 @@ def cache_argument(model: PreTrainedModel) -> str:
     return next((name for name in CACHE_NAMES if name in parameters), CACHE_NAME)
 
 
-def logits_argument(model: PreTrainedModel, num_logits: int) -> dict[str, int]:
-    """Ask a forward for its last `num_logits` rows of logits only, where it can be asked."""
-    return {"logits_to_keep": num_logits} if "logits_to_keep" in forward_parameters(model) else {}
-
-
 def cache_in(arguments: Mapping[str, Any]) -> Any:
     """The cache among the arguments of a model; `None` where there is none."""
     return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
@@ -71,6 +68,18 @@ def with_host_names(arguments: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"Expected one cache, got `{given[0]}` and `{given[1]}`. Pass one of them.")
     others = {name: value for name, value in arguments.items() if name not in CACHE_NAMES}
     return {**others, CACHE_NAME: arguments[given[0]]} if given else others
+
+
+def masks_itself(model: PreTrainedModel) -> bool:
+    """Whether a model's attention lays a causal mask of its own over the cache, besides the one it is given.
+
+    Such a mask is a square buffer, cut by the cache's length. Models that look their attention up do not use one.
+    """
+    looks_up = hasattr(sys.modules.get(type(model).__module__), "ALL_ATTENTION_FUNCTIONS")
+    return not looks_up and any(
+        buffer.ndim == 4 and buffer.dtype in (torch.bool, torch.uint8) and buffer.shape[2] == buffer.shape[3]
+        for buffer in model.buffers()
+    )
 
 
 def is_callers(past: Any) -> bool:
@@ -107,8 +116,8 @@ def input_device(model: PreTrainedModel) -> torch.device:
     embedding = model.get_input_embeddings()
     hook = getattr(embedding, "_hf_hook", None)
     devices = [getattr(part, "execution_device", None) for part in getattr(hook, "hooks", (hook,))]
-    devices += [parameter.device for parameter in embedding.parameters()]
-    device = next((device for device in devices if device is not None), model.device)
+    devices += [parameter.device for parameter in islice(chain(embedding.parameters(), model.parameters()), 1)]
+    device = next(device for device in devices if device is not None)
     # accelerate numbers its accelerators, and torch reads a number so.
     return torch.device(device)
 

@@ -93,20 +93,20 @@ class SlotLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.slots.flat_rows is not None, "`place` comes before a forward"
-        self.widen(torch.promote_types(self.dtype, key_states.dtype))
         rows = self.slots.flat_rows.to(self.device)
-        self.keys.index_copy_(0, rows, self.stored(key_states))
-        self.values.index_copy_(0, rows, self.stored(value_states))
+        self.keys = self.written(self.keys, rows, key_states)
+        self.values = self.written(self.values, rows, value_states)
         return self.read(self.keys), self.read(self.values)
 
-    def widen(self, dtype: torch.dtype) -> None:
-        """Hold entries in a wider type from here on: as `DynamicCache`, which concatenates, where autocast changes."""
-        if dtype != self.dtype:
-            self.dtype, self.keys, self.values = dtype, self.keys.to(dtype), self.values.to(dtype)
+    def written(self, buffer: torch.Tensor, rows: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """Write states into a buffer, in place where their types agree.
 
-    def stored(self, states: torch.Tensor) -> torch.Tensor:
-        """Lay out `[batch_size, num_heads, query_length, head_dim]` as the buffers are, in their type."""
-        return states.transpose(1, 2).flatten(0, 1).to(self.dtype)
+        Under autocast keys and values may differ in type, and two calls on one cache may: the wider one is kept, as by
+        `DynamicCache`, which concatenates.
+        """
+        dtype = torch.promote_types(buffer.dtype, states.dtype)
+        buffer = buffer.to(dtype)
+        return buffer.index_copy_(0, rows, states.transpose(1, 2).flatten(0, 1).to(dtype))
 
     def read(self, states: torch.Tensor) -> torch.Tensor:
         """View stored `states` as `[batch_size, num_heads, num_visible, head_dim]`."""

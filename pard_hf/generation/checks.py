@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, DynamicCache, GenerationConfig, PreTrain
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..draft_model import PardDraftModel
-from ..host import cache_in, forward_parameters, is_callers, is_recurrent, mask_length
+from ..host import cache_in, forward_parameters, is_callers, is_recurrent, mask_length, masks_itself
 from ..positions import check_num_assistant_tokens, num_positions
 from .cache import attention_windows
 from .schedule import check_schedule
@@ -231,6 +231,8 @@ def why_not_slots(
             return f"`{type(model).__name__}` takes no `position_ids`: it counts positions by its cache"
         if getattr(model.config, "alibi", False):
             return f"`{type(model).__name__}` attends by distances (ALiBi), which it counts by its cache"
+        if masks_itself(model):
+            return f"`{type(model).__name__}` masks attention by the length of its cache"
         if model.config._attn_implementation not in ("sdpa", "eager"):
             return f"`{model.config._attn_implementation}` takes no mask by position"
         try:

@@ -218,11 +218,13 @@ class PardDecoder:
         if event is not None:
             event.synchronize()
         emitted, finished, *columns = outcome.T.tolist()
-        self.noise.use(emitted[0])
+        if self.request.streamer is None:
+            self.noise.use(emitted[0])
         if self.recording is not None:
             self.recording.settle(emitted)
         if self.request.streamer is not None:
             for column in range(emitted[0]):
+                self.noise.use(1)  # A streamer that raises leaves the generator where the text ends.
                 self.stream(torch.tensor(columns[column][:1]), is_accepted=column < emitted[0] - 1)
         self.account(emitted, emitted, choice)
         self.active = [not done for done in finished]

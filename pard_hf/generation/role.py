@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..host import cache_argument, input_device, logits_argument
+from ..host import cache_argument, forward_parameters, input_device
 from ..positions import num_positions
 from .cache import SlotCache
 
@@ -20,6 +20,7 @@ class Role:
         self.cache = cache
         self.device = input_device(model)
         self.cache_name = cache_argument(model)
+        self.takes_num_logits = "logits_to_keep" in forward_parameters(model)
         self.last_position = num_positions(model.config) - 1
         self.is_eager_attention = model.config._attn_implementation == "eager"
 
@@ -36,7 +37,9 @@ class Role:
         With `on_path` the last columns are nodes of a tree; see [`SlotCache.place`].
         """
         arguments = self.arguments(positions, num_visible, on_path, inputs)
-        logits = self.model(**arguments, **logits_argument(self.model, num_logits)).logits
+        if self.takes_num_logits:
+            arguments["logits_to_keep"] = num_logits
+        logits = self.model(**arguments).logits
         self.cache.slots.flat_rows = None  # Compiled code would keep it as a result.
         return logits[:, -num_logits:]
 

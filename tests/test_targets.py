@@ -1,0 +1,376 @@
+"""Targets and calls that do things their own way: the text of plain `generate`, or a refusal in words.
+
+Each case was once wrong or crashed.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+
+import pytest
+import torch
+import transformers
+from families import make_draft, make_model, make_prompts, make_self_draft
+from test_generation import make_hybrid
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from pard_hf import PardDraftModel, with_pard, without_pard
+
+NEW_TOKENS = 20
+SMALL = {"vocab_size": 100, "hidden_size": 32, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+OWN_WAYS = {
+    "falcon": ("Falcon", {"num_hidden_layers": 2, "num_attention_heads": 4, "num_kv_heads": 2, "alibi": False}),
+    "falcon_multi_query": ("Falcon", {"num_hidden_layers": 2, "num_attention_heads": 4, "multi_query": True}),
+    "falcon_new": (
+        "Falcon",
+        {"num_hidden_layers": 2, "num_attention_heads": 4, "num_kv_heads": 2, "new_decoder_architecture": True},
+    ),
+    "falcon_alibi": ("Falcon", {"num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True}),
+    "bloom": ("Bloom", {"n_layer": 2, "n_head": 4}),
+    "mpt": ("Mpt", {"n_layers": 2, "n_heads": 4, "d_model": 32, "max_seq_len": 128, "expansion_ratio": 2}),
+    "gpt_neo": ("GPTNeo", {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]],
+                           "window_size": 6, "max_position_embeddings": 128, "intermediate_size": 48}),
+}  # fmt: skip
+
+
+def make_target(name: str, initializer_range: float = 0.3):
+    torch.manual_seed(0)
+    prefix, settings = OWN_WAYS[name]
+    config = getattr(transformers, f"{prefix}Config")(**SMALL, **settings, initializer_range=initializer_range)
+    return free_of_ends(getattr(transformers, f"{prefix}ForCausalLM")(config).eval())
+
+
+def make_bart():
+    torch.manual_seed(0)
+    config = transformers.BartConfig(
+        vocab_size=100, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48,
+        max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0, is_decoder=True,
+        is_encoder_decoder=False, init_std=0.3,
+    )  # fmt: skip
+    return free_of_ends(transformers.BartForCausalLM(config).eval())
+
+
+def free_of_ends(target):
+    target.generation_config.eos_token_id = target.generation_config.forced_eos_token_id = None
+    target.generation_config.pad_token_id = 0
+    return target
+
+
+def generate_both(target, draft, prompts, **kwargs):
+    """The same call without and with the draft; of a sampled one the same seed."""
+    kwargs = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "return_dict_in_generate": True, **kwargs}
+    torch.manual_seed(5)
+    expected = without_pard(target).generate(**prompts, **kwargs)
+    torch.manual_seed(5)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        got = with_pard(target).generate(**prompts, **kwargs, assistant_model=draft)
+    is_said = any("without the draft" in str(warning.message) for warning in warned)
+    assert is_said == (got.stats.loop == "none")
+    assert (got.stats.fallback_reason is None) == (got.stats.loop in ("own", "lockstep"))
+    assert (got.stats.num_rounds > 0) == (got.stats.loop != "none")
+    return expected, got
+
+
+@pytest.mark.parametrize("arguments", [{}, {"assistant_tree_size": 8}, {"do_sample": True, "top_k": 20}], ids=str)
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("name", [*OWN_WAYS, "bart"])
+def test_text_is_that_of_plain_generate(name, batch_size, arguments):
+    target = make_bart() if name == "bart" else make_target(name)
+    prompts = make_prompts(batch_size)
+    tree_size = arguments.get("assistant_tree_size", 0)
+    arguments = {key: value for key, value in arguments.items() if key != "assistant_tree_size"}
+    if batch_size > 1 and arguments:
+        pytest.skip("rows of a sampled batch keep the distribution only")
+    for draft in (make_draft(make_model("llama", seed=5)), make_self_draft(target)):
+        draft.generation_config.assistant_tree_size = tree_size
+
+        expected, got = generate_both(target, draft, prompts, **arguments)
+
+        assert len(set(expected.sequences[0, 18:].tolist())) > 1
+        assert torch.equal(got.sequences, expected.sequences)
+
+
+def test_falcon_runs_in_our_loop():
+    target = make_target("falcon")
+
+    _, got = generate_both(target, make_self_draft(target), make_prompts(3), num_assistant_tokens=4)
+
+    assert got.stats.loop == "own"
+
+
+class Alternating(LogitsProcessor):
+    """Remembers how often it was called."""
+
+    def __init__(self):
+        self.num_calls = 0
+
+    def __call__(self, input_ids, scores):
+        self.num_calls += 1
+        return scores.index_fill(-1, torch.arange(3, 50) + 40 * (self.num_calls % 2), -torch.inf)
+
+
+@pytest.mark.parametrize("kind", ["guidance", "own", "prefix_function"])
+def test_processors_with_a_memory_are_never_called_for_refused_tokens(kind):
+    """Convolution states have no slots, and the stock loop asks processors about every proposal."""
+    target = make_hybrid()
+    arguments = [
+        {
+            "guidance": {"guidance_scale": 3.0, "negative_prompt_ids": torch.tensor([[5, 6, 7]])},
+            "own": {"logits_processor": LogitsProcessorList([Alternating()])},
+            "prefix_function": {"prefix_allowed_tokens_fn": Counting()},
+        }[kind]
+        for _ in range(2)
+    ]
+    torch.manual_seed(5)
+    kwargs = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "return_dict_in_generate": True}
+    expected = target.generate(**make_prompts(1), **kwargs, **arguments[0])
+
+    with pytest.warns(UserWarning, match="without the draft"):
+        got = with_pard(target).generate(
+            **make_prompts(1), **kwargs, **arguments[1], assistant_model=make_draft(make_model("llama", seed=3))
+        )
+
+    assert torch.equal(got.sequences, expected.sequences)
+
+
+class Counting:
+    """Allows other tokens at every call."""
+
+    def __init__(self):
+        self.num_calls = 0
+
+    def __call__(self, row, input_ids):
+        self.num_calls += 1
+        return list(range(3 + self.num_calls % 40, 60))
+
+
+@pytest.mark.parametrize("output_scores", [False, True])
+@pytest.mark.parametrize("warper", [{"top_k": 9}, {"temperature": 0.7, "repetition_penalty": 1.3}], ids=str)
+def test_stock_loop_samples_what_plain_generate_samples(warper, output_scores):
+    target = make_hybrid()
+    arguments = {"do_sample": True, "output_scores": output_scores, **warper}
+    for draft in (make_draft(make_model("llama", seed=3)), make_draft(make_model("llama", seed=4), 2)):
+        expected, got = generate_both(target, draft, make_prompts(1), **arguments)
+        states = []
+        for model, more in ((without_pard(target), {}), (with_pard(target), {"assistant_model": draft})):
+            torch.manual_seed(3)
+            model.generate(**make_prompts(1), do_sample=True, max_new_tokens=9, **more)
+            states.append(torch.get_rng_state())
+
+        assert got.stats.loop == "stock"
+        assert torch.equal(got.sequences, expected.sequences)
+        assert torch.equal(*states)
+        if output_scores:
+            torch.testing.assert_close(torch.stack(got.scores), torch.stack(expected.scores))
+
+
+@pytest.mark.parametrize("which", ["target", "draft", "both"])
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_offloaded_models_generate(which, where, tmp_path):
+    """Between two forwards offloaded weights lie on the meta device: inputs go where the embedding computes."""
+    accelerate = pytest.importorskip("accelerate")
+    target, draft = make_model("llama"), make_draft(make_model("llama", seed=5))
+    prompts = make_prompts(3)
+    expected = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
+
+    for name, model in (("target", target), ("draft", draft)):
+        if which in (name, "both"):
+            if where == "cpu":
+                accelerate.cpu_offload(model, execution_device="cpu")
+            else:
+                accelerate.disk_offload(model, str(tmp_path / name), execution_device="cpu")
+
+    got = with_pard(target).generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False, assistant_model=draft)
+    assert torch.equal(got, expected)
+
+
+def test_stock_loop_takes_an_offloaded_draft():
+    accelerate = pytest.importorskip("accelerate")
+    target, draft = make_model("llama"), make_draft(make_model("llama", seed=5))
+    prompts = make_prompts(1)
+    expected = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
+    accelerate.cpu_offload(draft, execution_device="cpu")
+
+    got = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False, assistant_model=draft)
+
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("settings", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
+@pytest.mark.parametrize("order", [(False, True), (True, False), (True, True)], ids=str)
+def test_autocast_may_change_between_calls(order, settings):
+    """Buffers of a call without autocast are no place for the entries of one with it, and the other way round."""
+    from transformers import CompileConfig
+
+    if settings:
+        settings = {**settings, "compile_config": CompileConfig(backend="eager")}
+    target, draft = with_pard(make_model("llama")), make_self_draft(make_model("llama"))
+    for uses_autocast in order:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=uses_autocast):
+            got = target.generate(
+                **make_prompts(2), max_new_tokens=6, do_sample=False, assistant_model=draft, **settings
+            )
+        assert got.shape == (2, 24)
+
+
+@pytest.mark.parametrize("order", [(False, True), (True, False)], ids=str)
+def test_autocast_may_change_between_turns(order):
+    target, draft = make_model("llama"), make_self_draft(make_model("llama"))
+    texts = []
+    for model, more in ((without_pard(target), {}), (with_pard(target), {"assistant_model": draft})):
+        ids, past = make_prompts(1)["input_ids"], None
+        for uses_autocast in order:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=uses_autocast):
+                arguments = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, **more}
+                output = model.generate(ids, past_key_values=past, **arguments)
+            past = output.past_key_values
+            ids = torch.cat([output.sequences, torch.tensor([[7, 8]])], dim=1)
+        texts.append((past.layers[0].keys.dtype, past.get_seq_length()))
+    assert texts[0] == texts[1]
+
+
+class Doubled(torch.nn.Parameter):
+    """Weights with a product of their own, as quantized ones have."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.linear:
+            with torch._C.DisableTorchFunctionSubclass():
+                return 2 * func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def test_weights_with_a_product_of_their_own_keep_it():
+    from pard_hf.generation.linear import StreamedLinear
+
+    weight, rows = torch.randn(6, 4), torch.randn(3, 4)
+    expected = torch.nn.functional.linear(rows, Doubled(weight, requires_grad=False))
+
+    with StreamedLinear():
+        got = torch.nn.functional.linear(rows, Doubled(weight, requires_grad=False))
+
+    assert torch.equal(got, expected)
+    torch.testing.assert_close(got.as_subclass(torch.Tensor), 2 * rows @ weight.T)
+
+
+def test_target_that_keeps_no_cache_does_without_the_draft():
+    """While training with gradient checkpointing layers keep nothing."""
+    target, draft = make_model("llama"), make_draft(make_model("llama", seed=5))
+    target.gradient_checkpointing_enable()
+    target.train()
+
+    expected, got = generate_both(target, draft, make_prompts(1))
+
+    assert torch.equal(got.sequences, expected.sequences)
+    assert "gradient checkpointing" in got.stats.fallback_reason
+
+
+def test_draft_that_keeps_no_cache_is_refused():
+    target, draft = make_model("llama"), make_draft(make_model("llama", seed=5))
+    draft.gradient_checkpointing_enable()
+    draft.train()
+
+    with pytest.raises(ValueError, match="gradient checkpointing"):
+        with_pard(target).generate(**make_prompts(1), max_new_tokens=5, assistant_model=draft)
+
+
+def test_draft_loaded_as_an_ordinary_model_is_named(tmp_path):
+    target = with_pard(make_model("llama"))
+    make_draft(make_model("llama", seed=5)).save_pretrained(tmp_path)
+    assistant = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not isinstance(assistant, PardDraftModel)
+
+    with pytest.warns(UserWarning, match=r"PardDraftModel\.from_pretrained"):
+        target.generate(**make_prompts(1), max_new_tokens=5, assistant_model=assistant)
+
+
+def test_way_of_generating_that_takes_no_draft_is_named():
+    target, draft = with_pard(make_model("llama")), make_draft(make_model("llama", seed=5))
+
+    def custom(model, input_ids, generation_config, **kwargs):
+        return input_ids
+
+    with pytest.warns(UserWarning, match="without the draft"):
+        target.generate(**make_prompts(1), max_new_tokens=5, assistant_model=draft, custom_generate=custom)
+
+
+class Broken(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        if input_ids.shape[1] > 21:
+            raise KeyboardInterrupt
+        return scores
+
+
+@pytest.mark.parametrize("stops_by", ["streamer", "processor"])
+def test_random_state_after_an_interrupt_is_that_of_the_tokens_said(stops_by):
+    class Streamer:
+        num_said = 0
+
+        def put(self, tokens):
+            self.num_said += 1
+            if self.num_said > 4:
+                raise KeyboardInterrupt
+
+        def end(self): ...
+
+    more = {
+        "streamer": lambda: {"streamer": Streamer()},
+        "processor": lambda: {"logits_processor": LogitsProcessorList([Broken()])},
+    }[stops_by]
+    target, states = make_model("llama"), []
+    for model, draft in ((without_pard(target), None), (with_pard(target), make_self_draft(make_model("llama")))):
+        torch.manual_seed(3)
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(
+                **make_prompts(1), max_new_tokens=NEW_TOKENS, do_sample=True, assistant_model=draft, **more()
+            )
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+def test_newer_host_than_tested_is_said_once(caplog, monkeypatch):
+    from pard_hf import host
+
+    monkeypatch.setattr(transformers, "__version__", "5.99.0")
+    host.warn_where_untested.cache_clear()
+    for _ in range(2):
+        with_pard(make_model("llama")).generate(
+            **make_prompts(1), max_new_tokens=3, assistant_model=make_draft(make_model("llama", seed=5))
+        )
+    host.warn_where_untested.cache_clear()
+
+    assert sum("tested on transformers up to" in message for message in caplog.messages) == 1
+
+
+def test_arguments_that_transformers_adds_are_no_concern(monkeypatch):
+    """The next version may add another argument to every forward."""
+    target, draft = make_model("llama"), make_self_draft(make_model("llama"))
+    original = type(target)._prepare_cache_for_generation
+
+    def prepare(self, generation_config, model_kwargs, *args, **kwargs):
+        model_kwargs["added_by_the_host"] = torch.zeros(1)
+        return original(self, generation_config, model_kwargs, *args, **kwargs)
+
+    monkeypatch.setattr(type(target), "_prepare_cache_for_generation", prepare)
+
+    output = with_pard(target).generate(
+        **make_prompts(1), max_new_tokens=8, assistant_model=draft, return_dict_in_generate=True
+    )
+
+    assert output.stats.loop == "own"
+
+
+def test_copies_made_during_a_call_are_as_they_were():
+    target, copies = make_model("llama"), []
+    target.register_forward_pre_hook(lambda model, *_: copies.append(copy.deepcopy(model.config)))
+
+    with_pard(target).generate(
+        **make_prompts(1), max_new_tokens=4, assistant_model=make_draft(make_model("llama", seed=5))
+    )
+
+    assert all(config == target.config for config in copies)
+    assert "pard" not in str(copies[0]._attn_implementation)
+    assert sys.modules[type(target).__module__].__name__.endswith("modeling_llama")
