@@ -63,7 +63,7 @@ class Soak:
     """Calls of one pair with one backend, and what the process held after each of some of them."""
 
     def __init__(self, backend: str, seed: int):
-        self.target = with_pard(make_model(0, 2))
+        self.target = with_pard(make_model(0, 1))
         self.draft = PardDraftModel.from_causal_lm(make_model(7, 1), MASK_TOKEN_ID)
         self.backend, self.random, self.lock = backend, random.Random(seed), threading.Lock()
         parts = (BATCH_SIZES, COUNTS, TREE_SIZES)
@@ -215,8 +215,8 @@ def main() -> int:
             runs.append(json.loads(done.stdout.splitlines()[-1]))
     result = {
         "command": shown_command(sys.argv[1:], "python benchmarks/soak.py"),
-        **conditions_of(make_model(0, 2)),
-        "models": "two layers of 32, and one as the draft, 100 tokens, made at random",
+        **conditions_of(make_model(0, 1)),
+        "models": "one layer of 32 each, 100 tokens, made at random",
         "threads": NUM_THREADS,
         "seed": args.seed,
         "has_stopped": all(map(has_stopped, runs)),
