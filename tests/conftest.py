@@ -44,6 +44,14 @@ def pytest_addoption(parser):
     parser.addoption("--screenshots", help="keep the pictures that tests/test_app.py takes in this folder")
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Say what the tests that draw their calls have drawn, also where workers ran them."""
+    for report in terminalreporter.stats.get("passed", []) + terminalreporter.stats.get("failed", []):
+        for name, value in report.user_properties:
+            if name in ("fuzz", "soak"):
+                terminalreporter.write_line(f"{name}: {value}")
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(1)
