@@ -147,8 +147,9 @@ def add_head(draft: PardDraftModel, strength: float = 1.0, seed: int = 7, **sett
     """A correction head of any opinions."""
     torch.manual_seed(seed)
     config = draft.config.get_text_config()
-    draft.correction_head = CorrectionHead(config.vocab_size, config.hidden_size, **{"rank": 8, **settings})
-    torch.nn.init.normal_(draft.correction_head.output.weight, std=strength)
+    head = CorrectionHead(config.vocab_size, config.hidden_size, **{"rank": 8, **settings})
+    torch.nn.init.normal_(head.output.weight, std=strength)
+    draft.correction_head = head.to(draft.device)
     return draft
 
 

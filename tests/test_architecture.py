@@ -62,6 +62,7 @@ ALLOWED = {
     "generation/rows": set(),
     "generation/request": set(),
     "generation/clock": set(),
+    "generation/transfer": set(),
     "generation/schedule": set(),
     "generation/steps": {
         "correction_head",
@@ -87,6 +88,7 @@ ALLOWED = {
         "generation/role",
         "generation/rows",
         "generation/schedule",
+        "generation/transfer",
     },
     "generation/compilation": {
         "generation/cache",
@@ -111,6 +113,7 @@ ALLOWED = {
         "generation/schedule",
         "generation/stats",
         "generation/steps",
+        "generation/transfer",
         "generation/verification",
     },
     "training/data_collator": {"training/cod"},
