@@ -1,9 +1,11 @@
 """Tiny models made on the spot: no downloads, float32, seeded."""
 
+import random
 from pathlib import Path
 
 import pytest
 import torch
+from device import DEVICE, device_at_hand
 from families import character_tokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -33,7 +35,7 @@ TINY = {
 
 def tiny_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**{**TINY, **changes})).eval()
+    return LlamaForCausalLM(LlamaConfig(**{**TINY, **changes})).eval().to(DEVICE)
 
 
 # Tiny matrices: a second thread costs more than it gives, and tests may share the machine.
@@ -42,11 +44,28 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser):
     parser.addoption("--screenshots", help="keep the pictures that tests/test_app.py takes in this folder")
+    parser.addoption("--cases", type=int, help="run at most so many cases of each test, drawn by its name")
+
+
+def pytest_collection_modifyitems(config, items):
+    most = config.getoption("cases")
+    if most is None:
+        return
+    tests = {}
+    for item in items:
+        tests.setdefault((item.path, item.originalname), []).append(item)
+    kept = set()
+    for (_, name), cases in tests.items():
+        kept.update(random.Random(name).sample(cases, min(most, len(cases))))
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 @pytest.fixture(autouse=True)
 def seeded():
-    torch.manual_seed(1)
+    with device_at_hand():
+        torch.manual_seed(1)
+        yield
 
 
 @pytest.fixture

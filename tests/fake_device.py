@@ -53,6 +53,12 @@ class FakeCudaTensor(torch.Tensor):
         kwargs = kwargs or {}
         if func is torch.Tensor.tolist:  # Refused for subclasses before it is dispatched.
             return args[0].cpu().tolist()
+        if func is torch.Tensor.__format__:
+            return format(args[0].cpu(), *args[1:])
+        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):  # Lists become tensors on the way.
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            index = tuple(torch.tensor(part) if isinstance(part, list) else part for part in index)
+            args = (args[0], index, *args[2:])
         if func is torch.nn.functional.scaled_dot_product_attention:  # Its choice of a kernel would ask the device.
             return attention(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
@@ -61,6 +67,9 @@ class FakeCudaTensor(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return run(func, args, kwargs or {})
+
+    def untyped_storage(self) -> Any:
+        return self.held.untyped_storage()
 
     def __repr__(self, **kwargs: Any) -> str:
         return f"FakeCudaTensor({self.held!r})"
@@ -154,7 +163,7 @@ def check_devices(func: Any, args: Any, kwargs: Any) -> None:
     """Refuse operands of the CPU beside those of the device, but for what CUDA kernels take from there."""
     given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
     if func in INDEXING and is_on_device(args[0]):
-        del given["indices"]
+        given["indices"] = [index for index in given["indices"] if index is not None and index.is_meta]
     for argument in func._schema.arguments:
         is_written = argument.alias_info is not None and argument.alias_info.is_write
         is_scalar_taken = torch.Tag.pointwise in func.tags or func in INDEXING

@@ -1,7 +1,7 @@
 """Acceptance is counted alike by the decoding loop and by replaying what it said."""
 
 import pytest
-import torch
+from device import torch
 from families import make_draft, make_model
 
 from pard_hf.evaluation.acceptance import AcceptanceEvaluator

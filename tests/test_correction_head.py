@@ -6,7 +6,7 @@ import pickle
 import shutil
 
 import pytest
-import torch
+from device import DEVICE, torch
 from families import add_head, make_draft, make_model, make_prompts
 from safetensors import safe_open
 from test_trainer import make_trainer
@@ -31,6 +31,7 @@ def test_correction_is_the_formula():
     torch.manual_seed(0)
     head = CorrectionHead(11, 6, rank=3)
     torch.nn.init.normal_(head.output.weight)
+    head.to(DEVICE)
     hidden, previous = torch.randn(4, 6), torch.tensor([3, 0, 10, 3])
 
     got = head(hidden, previous)
@@ -44,6 +45,7 @@ def test_chain_takes_the_best_after_the_one_before():
     torch.manual_seed(0)
     head = CorrectionHead(20, 6, rank=3)
     torch.nn.init.normal_(head.output.weight)
+    head.to(DEVICE)
     hidden, scores = torch.randn(2, 5, 6), torch.randn(2, 5, 20)
 
     with torch.no_grad():
@@ -62,6 +64,7 @@ def test_chain_takes_the_best_after_the_one_before():
 def test_wider_targets_have_rows_without_a_correction():
     head = CorrectionHead(8, 6, rank=3)
     torch.nn.init.normal_(head.output.weight)
+    head.to(DEVICE)
     scores = torch.nn.functional.pad(torch.randn(1, 3, 8), (0, 4), value=-torch.inf)
 
     with torch.no_grad():

@@ -4,7 +4,7 @@ import copy
 import pickle
 
 import pytest
-import torch
+from device import torch
 from families import COMMON, make_draft, make_model, make_prompts, make_scripted_draft, make_self_draft, texts_of
 from transformers import (
     EosTokenCriteria,

@@ -5,7 +5,7 @@ import gc
 
 import families
 import pytest
-import torch
+from device import torch
 from families import make_draft, make_model, make_prompts, make_scripted_draft, make_self_draft, texts_of
 from transformers import (
     DynamicCache,

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
+from device import torch
 from families import make_model
 from safetensors.torch import load_file
 

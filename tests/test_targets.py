@@ -10,8 +10,8 @@ import sys
 import warnings
 
 import pytest
-import torch
 import transformers
+from device import torch
 from families import make_draft, make_model, make_prompts, make_self_draft
 from test_generation import make_hybrid
 from transformers import LogitsProcessor, LogitsProcessorList

@@ -4,13 +4,16 @@ import csv
 import json
 
 import pytest
-import torch
+from device import DEVICE, torch
 from families import make_model
 from transformers import TrainerCallback
 
-from pard_hf import DecodingStats, PardDraftModel, PardTrainer, PardTrainingArguments
+from pard_hf import DecodingStats, PardDraftModel
 from pard_hf.evaluation.acceptance import AcceptanceEvaluator
 from pard_hf.training.packing import pack_rows
+
+pytest.importorskip("accelerate")
+from pard_hf import PardTrainer, PardTrainingArguments
 
 ROWS = [{"input_ids": [1, *[(5 * start + 7 * i) % 80 + 3 for i in range(14)], 2]} for start in range(8)]
 
@@ -25,7 +28,7 @@ def make_trainer(folder, max_steps, rows=ROWS, trainer=None, **arguments):
         "lr_scheduler_type": "constant",
         "report_to": "none",
         "disable_tqdm": True,
-        "use_cpu": True,
+        "use_cpu": DEVICE.type == "cpu",
         "num_draft_tokens": 5,
         "save_strategy": "no",
         **arguments,
