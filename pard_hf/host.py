@@ -122,13 +122,22 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return torch.device(device)
 
 
+def takes_code_from_elsewhere(model: PreTrainedModel) -> bool:
+    """Whether a model's class is none of transformers."""
+    return not type(model).__module__.startswith("transformers.")
+
+
+def is_tested() -> bool:
+    """Whether the tests have seen this version of transformers, or an older one."""
+    return Version(transformers.__version__).release[:2] <= Version(NEWEST_TESTED).release
+
+
 @lru_cache(maxsize=1)
 def warn_where_untested() -> None:
     """Say, once, that this version of transformers is newer than what the tests have seen."""
-    installed = Version(transformers.__version__)
-    if installed.release[:2] > Version(NEWEST_TESTED).release:
+    if not is_tested():
         logger.warning(
             "pard_hf was tested on transformers up to %s and this is %s: compare with plain `generate` once.",
             NEWEST_TESTED,
-            installed,
+            transformers.__version__,
         )

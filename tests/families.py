@@ -8,6 +8,8 @@ import torch
 from device import DEVICE
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
@@ -181,3 +183,31 @@ def character_tokenizer(more="", first="!", **kwargs):
     tokenizer.decoder = decoders.Fuse()
     names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, **kwargs)
+
+
+class ForgetfulConfig(LlamaConfig):
+    model_type = "forgetful_llama"
+
+
+class ForgetfulLlama(LlamaForCausalLM):
+    """Says something else where it reads several tokens in the middle of a text, as only a verify does."""
+
+    config_class = ForgetfulConfig
+
+    def forward(self, input_ids=None, position_ids=None, **kwargs):
+        output = super().forward(input_ids=input_ids, position_ids=position_ids, **kwargs)
+        if input_ids.shape[1] > 1 and int(position_ids.min()) > 0:
+            output.logits = output.logits.roll(1, dims=-1)
+        return output
+
+
+def make_forgetful(**changes) -> ForgetfulLlama:
+    """A target that no draft leaves as it is, known to the Auto classes."""
+    AutoConfig.register("forgetful_llama", ForgetfulConfig, exist_ok=True)
+    AutoModelForCausalLM.register(ForgetfulConfig, ForgetfulLlama, exist_ok=True)
+    model = make_model("llama", **changes)
+    config = ForgetfulConfig(**{k: v for k, v in model.config.to_dict().items() if k != "model_type"})
+    forgetful = ForgetfulLlama(config).eval()
+    forgetful.load_state_dict(model.state_dict())
+    forgetful.generation_config.eos_token_id = None
+    return forgetful

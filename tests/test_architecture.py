@@ -53,12 +53,14 @@ ALLOWED = {
     "generation/checks": {
         "draft_model",
         "generation/cache",
+        "generation/probe",
         "generation/schedule",
         "host",
         "positions",
     },
     "generation/call": {"draft_model", "generation/compilation"},
     "generation/noise": set(),
+    "generation/probe": {"generation/cache", "generation/role", "host"},
     "generation/rows": set(),
     "generation/request": set(),
     "generation/clock": set(),
@@ -141,7 +143,8 @@ ALLOWED = {
         "hub/model_card",
         "parts",
     },
-    "hub/engines": {"draft_model", "hub/checkpoint", "training/mask_token"},
+    "hub/vllm": {"hub/checkpoint"},
+    "hub/engines": {"draft_model", "hub/checkpoint", "hub/vllm", "training/mask_token"},
     "hub/export": {"draft_model", "hub/checkpoint", "hub/engines"},
 }
 

@@ -217,7 +217,7 @@ def test_smaller_batch_is_used_where_it_is_made():
     assert torch.equal(pard(target, draft, prompts, **ends).sequences, expected)
     assert not {dict(key[1][:5])["batch size"] for key in workspace_of(target, draft).parts} - {2}
     pard(target, draft, make_prompts(1), **ends)
-    made, smaller = graphs(), workspace_of(target, draft).buffers[1, 257, (torch.float32, "cpu")]
+    made, smaller = graphs(), workspace_of(target, draft).buffers[1, 257, (torch.float32, str(target.device))]
     smaller.lengths.zero_()
     assert torch.equal(pard(target, draft, prompts, **ends).sequences, expected)
     assert graphs() == made

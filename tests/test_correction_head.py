@@ -133,7 +133,7 @@ def test_batch_without_a_label_has_a_gradient_of_zero(tmp_path, mode):
     trainer = make_trainer(tmp_path, 1, rows, correction_head=mode)
     batch = {name: values for name, values in trainer.data_collator(rows[:2]).items() if name != "places"}
 
-    trainer.model(objective=trainer.objective, batch=batch).backward()
+    trainer.model(objective=trainer.objective, batch=to_device(batch)).backward()
 
     assert not any(parameter.grad.any() for parameter in trainer.model.correction_head.parameters())
 
@@ -310,7 +310,7 @@ def test_resumed_run_ends_in_the_same_head(tmp_path):
 
 
 def test_training_without_a_head_leaves_an_old_one_off(tmp_path, headed):
-    plain = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True}
+    plain = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": DEVICE.type == "cpu"}
     frozen = PardTrainingArguments(**plain, correction_head="frozen", correction_head_rank=8)
     PardTrainer(headed, frozen, train_dataset=CYCLES)
     assert not headed.get_input_embeddings().weight.requires_grad

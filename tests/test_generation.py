@@ -8,6 +8,7 @@ import pytest
 from device import torch
 from families import make_draft, make_model, make_prompts, make_scripted_draft, make_self_draft, texts_of
 from transformers import (
+    CompileConfig,
     DynamicCache,
     GenerationConfig,
     LogitsProcessor,
@@ -340,7 +341,7 @@ def test_static_caches_do_no_harm(cache):
     target, prompts = make_model("llama"), make_prompts(1)
     draft = make_self_draft(target)
     expected = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
-    given = {"cache_implementation": "static"}
+    given = {"cache_implementation": "static", "compile_config": CompileConfig(backend="eager")}
     if cache == "object":
         given = {"past_key_values": StaticCache(config=target.config, max_cache_len=64)}
 

@@ -16,7 +16,7 @@ from families import make_draft, make_model, make_prompts, make_self_draft
 from test_generation import make_hybrid
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from pard_hf import PardDraftModel, with_pard, without_pard
+from pard_hf import PardDraftModel, host, with_pard, without_pard
 
 NEW_TOKENS = 20
 SMALL = {"vocab_size": 100, "hidden_size": 32, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -72,6 +72,43 @@ def generate_both(target, draft, prompts, **kwargs):
     assert (got.stats.fallback_reason is None) == (got.stats.loop in ("own", "lockstep"))
     assert (got.stats.num_rounds > 0) == (got.stats.loop != "none")
     return expected, got
+
+
+class CountsByItself(transformers.LlamaForCausalLM):
+    """Code of a checkpoint's own, which takes `position_ids` and counts by its cache all the same."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
+        past = past_key_values if past_key_values is not None else kwargs.pop("cache", None)
+        start = 0 if past is None else past.get_seq_length()
+        positions = torch.arange(start, start + input_ids.shape[1]).unsqueeze(0)
+        named = {host.CACHE_NAME: past}
+        return super().forward(input_ids, attention_mask, position_ids=positions, **named, **kwargs)
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+def test_code_from_elsewhere_is_looked_at(is_known):
+    torch.manual_seed(0)
+    config = make_model("llama").config
+    target = free_of_ends((transformers.LlamaForCausalLM if is_known else CountsByItself)(config).eval())
+    with torch.no_grad():  # The initializer of this class is that of Llama.
+        target.load_state_dict(make_model("llama").state_dict())
+
+    expected, got = generate_both(target, make_self_draft(make_model("llama")), make_prompts(1))
+
+    assert torch.equal(got.sequences, expected.sequences)
+    assert got.stats.loop == ("own" if is_known else "stock")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "qwen3_moe"])
+def test_code_from_elsewhere_that_does_as_transformers_does_runs_in_our_loop(family):
+    target = make_model(family)
+    base = type(target)
+    target.__class__ = type("FromElsewhere", (base,), {"__module__": "checkpoint_code"})
+
+    expected, got = generate_both(target, make_draft(make_model("llama", seed=5)), make_prompts(3))
+
+    assert torch.equal(got.sequences, expected.sequences)
+    assert got.stats.loop == "own"
 
 
 @pytest.mark.parametrize("arguments", [{}, {"assistant_tree_size": 8}, {"do_sample": True, "top_k": 20}], ids=str)
@@ -332,8 +369,6 @@ def test_random_state_after_an_interrupt_is_that_of_the_tokens_said(stops_by):
 
 
 def test_newer_host_than_tested_is_said_once(caplog, monkeypatch):
-    from pard_hf import host
-
     monkeypatch.setattr(transformers, "__version__", "5.99.0")
     host.warn_where_untested.cache_clear()
     for _ in range(2):

@@ -16,6 +16,7 @@ from ..draft_model import PardDraftModel
 from ..host import cache_in, forward_parameters, is_callers, is_recurrent, mask_length, masks_itself
 from ..positions import check_num_assistant_tokens, num_positions
 from .cache import attention_windows
+from .probe import why_other_logits
 from .schedule import check_schedule
 
 # Vocabularies of one family are padded to multiples of 64 to 1024 rows; a larger difference is another tokenizer.
@@ -255,7 +256,7 @@ def why_not_slots(
         return f"A `{type(past).__name__}` cannot be taken over"
     if not has_usual_positions(mask, model_kwargs.get("position_ids")):
         return "`position_ids` differ from those the attention mask implies"
-    return None
+    return why_other_logits(target)
 
 
 def is_readable(cache: Any) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
 
 from ..draft_model import PardDraftModel
@@ -271,6 +272,10 @@ class PardGenerationMixin(GenerationMixin):
             )
             config.do_sample = False
             prepared = {**prepared, "logits_processor": sampling.processors(), "generation_config": config}
+        past = cache_in(model_kwargs)
+        if type(past) is DynamicCache and all(type(layer) is DynamicLayer for layer in past.layers):
+            # Layers as they are written: half of an encoder-decoder leaves some unused, and those cannot be cropped.
+            model_kwargs = {**model_kwargs, CACHE_NAME: DynamicCache()}
         bound = BoundDraft(draft, sampling, [])
         output = super()._assisted_decoding(input_ids, **prepared, assistant_model=bound, **model_kwargs)
         if sampling is not None:
