@@ -10,7 +10,7 @@ import logging
 import threading
 
 import pytest
-from device import torch
+from device import IS_FAKE, torch
 from families import add_head, make_draft, make_model, make_prompts, make_self_draft
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, LogitsProcessorList
@@ -21,6 +21,7 @@ from pard_hf.generation.decoding import PardDecoder
 from pard_hf.generation.request import DecodingRequest
 from pard_hf.generation.schedule import Choice
 
+pytestmark = pytest.mark.skipif(IS_FAKE, reason="there is nothing to compile for")
 TRACED = {"compile_config": CompileConfig(backend="aot_eager", mode="default"), "disable_compile": False}
 NEW_TOKENS = 30
 
