@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from device import DEVICE, IS_FAKE, device_at_hand
+from device import DEVICE, IS_FAKE
 from families import character_tokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -61,9 +61,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def seeded():
-    with device_at_hand():
-        torch.manual_seed(1)
-        yield
+    torch.manual_seed(1)
 
 
 @pytest.fixture

@@ -1,16 +1,15 @@
 """Where the suites run: on the device that `PARD_TEST_DEVICE` names, `cpu` by default.
 
-`fake-cuda` is the stand-in of `fake_device.py`. Suites that make tensors by hand say `from device import torch`.
+`fake-cuda` is the stand-in of `fake_device.py`, for which nothing is compiled. Suites that make tensors by hand say
+`from device import torch`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import torch as real_torch
 from fake_device import FakeCuda
@@ -52,12 +51,6 @@ def to_device(batch: dict[str, Any]) -> dict[str, Any]:
 
 torch: Any = real_torch if DEVICE.type == "cpu" else TorchOnDevice("torch")
 
-
-@contextmanager
-def device_at_hand() -> Iterator[None]:
-    """Have the device at hand: the stand-in has to be put in place, and has nothing to compile for."""
-    if not IS_FAKE:
-        yield
-        return
-    with mock.patch.dict(os.environ, TORCHDYNAMO_DISABLE="1"), FakeCuda():
-        yield
+if IS_FAKE:  # To the end: suites make tensors while they are collected, too.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    FakeCuda().__enter__()

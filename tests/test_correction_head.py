@@ -6,7 +6,7 @@ import pickle
 import shutil
 
 import pytest
-from device import DEVICE, torch
+from device import DEVICE, IS_FAKE, to_device, torch
 from families import add_head, make_draft, make_model, make_prompts
 from safetensors import safe_open
 from test_trainer import make_trainer
