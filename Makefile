@@ -15,7 +15,8 @@ DEVICE_SUITES ?= $(SUITES) $(patsubst %,tests/test_%.py,device compilation atten
   trimmed_vocabulary verification schedule packing candidate_generator acceptance run)
 PARD_TEST_DEVICE ?= cuda
 
-.PHONY: demo app test test-app test-gpu test-core-oldest test-oldest test-newest screenshots quality style bundled-pair cards space clean
+.PHONY: demo app test test-app test-gpu test-core-oldest test-oldest test-newest compatibility test-families screenshots \
+	quality style bundled-pair cards space clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -40,7 +41,14 @@ app: $(VENV)/installed
 
 # Tests use one thread each: as many files at a time as WORKERS says.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q -m "not browser" -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -q -m "not browser and not families" -n $(WORKERS) --dist loadfile
+
+# Every family of transformers, and what docs/compatibility.md says of it.
+test-families: $(VENV)/installed
+	$(BIN)/python -m pytest -q -m families
+
+compatibility: $(VENV)/installed
+	$(BIN)/python tests/every_family.py --write docs/compatibility.md
 
 test-oldest test-newest: test-%: .venv-%/installed
 	.venv-$*/bin/python -m pytest -q -n $(WORKERS) $(SUITES)

@@ -70,16 +70,52 @@ def with_host_names(arguments: dict[str, Any]) -> dict[str, Any]:
     return {**others, CACHE_NAME: arguments[given[0]]} if given else others
 
 
+def takes_cache(model: PreTrainedModel) -> bool:
+    """Whether a model's forward takes a cache by a name we know."""
+    return any(name in forward_parameters(model) for name in CACHE_NAMES)
+
+
+def takes_images(model: PreTrainedModel) -> bool:
+    """Whether a model reads more than text, and may count what it has read otherwise for that."""
+    return not {"pixel_values", "input_features", "input_values"}.isdisjoint(forward_parameters(model))
+
+
+def looks_attention_up(model: PreTrainedModel) -> bool:
+    """Whether a model attends by a function that it looks up by name, and not by code of its own."""
+    return hasattr(sys.modules.get(type(model).__module__), "ALL_ATTENTION_FUNCTIONS")
+
+
 def masks_itself(model: PreTrainedModel) -> bool:
     """Whether a model's attention lays a causal mask of its own over the cache, besides the one it is given.
 
     Such a mask is a square buffer, cut by the cache's length. Models that look their attention up do not use one.
     """
-    looks_up = hasattr(sys.modules.get(type(model).__module__), "ALL_ATTENTION_FUNCTIONS")
-    return not looks_up and any(
+    return not looks_attention_up(model) and any(
         buffer.ndim == 4 and buffer.dtype in (torch.bool, torch.uint8) and buffer.shape[2] == buffer.shape[3]
         for buffer in model.buffers()
     )
+
+
+def masks_windows(model: PreTrainedModel) -> bool:
+    """Whether the code of a model makes masks for layers that see a part of the text only."""
+    makers = ("create_sliding_window_causal_mask", "create_chunked_causal_mask")
+    modules = {type(module).__module__ for module in model.modules()}
+    return any(hasattr(sys.modules.get(module), maker) for module in modules for maker in makers)
+
+
+def takes_cache_apart(model: PreTrainedModel) -> bool:
+    """Whether a model's own forward handles single layers of its cache, which only an ordinary cache has."""
+    return names_layers_of_cache(type(model.base_model).forward)
+
+
+@cache
+def names_layers_of_cache(function: Callable[..., Any]) -> bool:
+    """Whether the code of a function names layers of a cache."""
+    try:
+        source = inspect.getsource(inspect.unwrap(function))
+    except (OSError, TypeError):  # Code without a file.
+        return False
+    return any(f"{name}.layers" in source for name in CACHE_NAMES)
 
 
 def is_callers(past: Any) -> bool:

@@ -31,7 +31,7 @@ class TorchOnDevice(ModuleType):
         return on_device(value) if name in CONSTRUCTORS else value
 
     def get_rng_state(self) -> real_torch.Tensor:
-        return real_torch.get_device_module(DEVICE).get_rng_state()
+        return real_torch.get_device_module(DEVICE).default_generators[0].get_state()
 
 
 def on_device(constructor: Callable[..., real_torch.Tensor]) -> Callable[..., real_torch.Tensor]:

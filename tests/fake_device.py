@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
@@ -128,6 +129,9 @@ def run(func: Any, args: Any, kwargs: Any) -> Any:
         kwargs = {**kwargs, "pin_memory": False}
     if func is aten.histc.default and not args[0].is_floating_point():  # CUDA counts integers.
         return run(func, (args[0].float(), *args[1:]), kwargs).to(args[0].dtype)
+    if torch.Tag.inplace_view in func.tags:  # As `squeeze_`: what the tensor says of itself changes as well.
+        with no_dispatch():
+            func(*args, **kwargs)
     result = func(*mapped(held_by, args), **{name: mapped(held_by, value) for name, value in kwargs.items()})
     if not lands_here:
         return result
@@ -239,6 +243,8 @@ class FakeCuda(TorchDispatchMode):
             (torch.cuda, "_lazy_init", lambda: None),
             (torch.cuda, "current_device", lambda: 0),
             (torch.cuda, "current_stream", lambda device=None: FakeStream()),
+            # Too old for kernels that models would choose on newer ones.
+            (torch.cuda, "get_device_capability", lambda device=None: (7, 0)),
             (torch.cuda, "synchronize", lambda device=None: None),
             (torch.cuda, "default_generators", (torch.default_generator,)),
             (torch.cuda, "Event", FakeEvent),

@@ -240,17 +240,18 @@ def test_export_brings_the_head_along(tmp_path, num_rows, bundled_like_tokenizer
 def test_training_reads_the_gold_token_before():
     """Each labelled mask row is corrected by the token before the one it predicts, and rows of depth 0 are not."""
     torch.manual_seed(0)
-    ids, is_label = torch.randint(3, 90, (16,)), torch.ones(16, dtype=torch.bool)
+    ids, is_label = torch.randint(3, 90, (16,)).cpu(), torch.ones(16, dtype=torch.bool, device="cpu")
     anchors, depths = keep_rows(is_label, 5, 0.8, 0.3)
     rows = build_rows(ids, is_label, anchors, depths, 99)
     batch = {name: values.unsqueeze(0) for name, values in {**rows, "anchors": anchors, "depths": depths}.items()}
+    batch, ids = to_device(batch), ids.to(DEVICE)
     draft = add_head(make_draft(make_model("llama")), 0.5)
     is_label = batch["labels"] != -100
     hidden = torch.randn(int(is_label.sum()), 32)
 
     got = correction_of(draft, batch, is_label)(hidden, slice(None))
 
-    labelled = zip(anchors[is_label[0]].tolist(), depths[is_label[0]].tolist(), strict=True)
+    labelled = zip(anchors[is_label[0].cpu()].tolist(), depths[is_label[0].cpu()].tolist(), strict=True)
     for row, (anchor, depth) in enumerate(labelled):
         wanted = draft.correction_head(hidden[row], ids[anchor + depth])
         torch.testing.assert_close(got[row], wanted if depth else torch.zeros_like(wanted))

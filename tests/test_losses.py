@@ -69,6 +69,21 @@ def test_chunks_are_the_whole(monkeypatch, chunk_size):
     torch.testing.assert_close(got, expected)
 
 
+def test_gradients_of_many_chunks_are_as_near_as_of_one(monkeypatch):
+    """Under autocast each chunk's gradient is rounded once; their sum, for a head or tied embeddings, is not."""
+    head, hidden, labels = torch.nn.Linear(32, 100, bias=False), torch.randn(512, 32), torch.randint(0, 100, (512,))
+
+    def gradient_of(chunk_size, dtype=None):
+        monkeypatch.setattr(losses, "CHUNK_SIZE", chunk_size)
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is None):
+            loss = row_losses(head, hidden, labels, 100).cross_entropy
+        return torch.autograd.grad(loss, head.weight)[0]
+
+    exact = gradient_of(10**6, torch.float32)
+    one, many = ((gradient_of(size) - exact).norm() / exact.norm() for size in (10**6, 200))
+    assert many < 1.5 * one < 0.005
+
+
 def test_logits_of_all_rows_never_exist(monkeypatch, pair):
     draft, target = pair
     monkeypatch.setattr(losses, "CHUNK_SIZE", 400)

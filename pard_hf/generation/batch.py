@@ -111,7 +111,7 @@ class Batch:
 
     def copy_of(self, cache: SlotCache, num_slots: int) -> SlotCache:
         """A larger cache of the target with the same entries."""
-        copy, everyone = SlotCache(self.target.model.config, num_slots), list(range(len(self)))
+        copy, everyone = SlotCache.of(self.target.model, num_slots), list(range(len(self)))
         copy.copy_rows(cache, everyone, everyone)
         return copy
 

@@ -43,7 +43,7 @@ class EagerSteps:
 
     def cache(self, name: str, model: PreTrainedModel, batch_size: int, num_slots: int) -> SlotCache:
         """An empty cache for one of the two models; `name` tells them apart."""
-        return SlotCache(model.config, num_slots)
+        return SlotCache.of(model, num_slots)
 
     def rows(self, rows: Rows) -> Rows:
         """The rows in buffers that rounds may use."""
@@ -121,7 +121,7 @@ class CompiledSteps(EagerSteps):
         if key in self.workspace.caches:
             self.workspace.caches[key].clear()
         else:
-            self.workspace.caches[key] = SlotCache(model.config, num_slots, is_static=True)
+            self.workspace.caches[key] = SlotCache.of(model, num_slots, is_static=True)
         return self.workspace.caches[key]
 
     def rows(self, rows: Rows) -> Rows:

@@ -28,6 +28,7 @@ from .decoding import PardDecoder
 from .lockstep import KNOWN_CRITERIA, decoder_for
 from .noise import Noise
 from .output import PardGenerateOutput
+from .probe import why_no_blocks
 from .processors import is_stateless
 from .request import DecodingRequest
 from .stats import DecodingStats
@@ -179,6 +180,8 @@ class PardGenerationMixin(GenerationMixin):
                 decoder.run()
                 return self._collect(decoder, generation_config, model_kwargs)
         prepared["synced_gpus"] = synced_gpus
+        if no_draft is None:
+            no_draft = why_no_blocks(self)
         stock_is_exact = (
             no_draft is None
             and len(input_ids) == 1
