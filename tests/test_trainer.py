@@ -16,7 +16,7 @@ from pard_hf.training.progress import TrainingClock
 from pard_hf.training.row_attention import check_attention
 
 accelerate = pytest.importorskip("accelerate")
-from pard_hf import PardTrainer, PardTrainingArguments
+from pard_hf import PardTrainer, PardTrainingArguments  # noqa: E402
 
 ROWS = [{"input_ids": [1, *[(5 * start + 7 * i) % 80 + 3 for i in range(14)], 2]} for start in range(8)]
 
