@@ -10,8 +10,13 @@ CORE := tests/test_lossless.py tests/test_targets.py tests/test_supported_calls.
 SUITES ?= $(CORE) tests/test_generation.py tests/test_sampling.py tests/test_batches.py tests/test_tree.py \
   tests/test_cache.py tests/test_draft_model.py tests/test_cod.py tests/test_losses.py tests/test_trainer.py
 
-.PHONY: demo app test test-app test-core-oldest test-oldest test-newest compatibility test-families screenshots quality \
-	style bundled-pair cards space clean
+# What is run on a device: suites that touch tensors, few cases of each test.
+DEVICE_SUITES ?= $(SUITES) $(patsubst %,tests/test_%.py,device compilation attention linear correction_head \
+  trimmed_vocabulary verification schedule packing candidate_generator acceptance run)
+PARD_TEST_DEVICE ?= cuda
+
+.PHONY: demo app test test-app test-gpu test-core-oldest test-oldest test-newest compatibility test-families screenshots \
+	quality style bundled-pair cards space clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +55,10 @@ test-oldest test-newest: test-%: .venv-%/installed
 
 test-core-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest -q -n $(WORKERS) $(CORE)
+
+# By the python at hand and what it has, for a machine with a GPU: installs nothing, needs no network.
+test-gpu:
+	HF_HUB_OFFLINE=1 PARD_TEST_DEVICE=$(PARD_TEST_DEVICE) $(PYTHON) -m pytest -q --cases 2 $(DEVICE_SUITES)
 
 # Drives the web demo in the Chromium that is found on the path, or that CHROMIUM names.
 test-app: $(VENV)/installed

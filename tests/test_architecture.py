@@ -67,6 +67,7 @@ ALLOWED = {
     "generation/rows": set(),
     "generation/request": set(),
     "generation/clock": set(),
+    "generation/transfer": set(),
     "generation/schedule": set(),
     "generation/steps": {
         "correction_head",
@@ -92,6 +93,7 @@ ALLOWED = {
         "generation/role",
         "generation/rows",
         "generation/schedule",
+        "generation/transfer",
     },
     "generation/compilation": {
         "generation/cache",
@@ -116,6 +118,7 @@ ALLOWED = {
         "generation/schedule",
         "generation/stats",
         "generation/steps",
+        "generation/transfer",
         "generation/verification",
     },
     "training/data_collator": {"training/cod"},

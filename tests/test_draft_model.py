@@ -3,7 +3,7 @@
 import json
 
 import pytest
-import torch
+from device import torch
 from families import FAMILIES, make_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel

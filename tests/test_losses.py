@@ -1,7 +1,7 @@
 """Losses in chunks are the losses of the whole, and each is what its definition says."""
 
 import pytest
-import torch
+from device import DEVICE, to_device, torch
 from families import make_model
 
 from pard_hf import PardDraftModel
@@ -53,7 +53,7 @@ def test_divergence_is_the_definition(temperature):
 @pytest.mark.parametrize("chunk_size", [1, 300, 10**6])
 def test_chunks_are_the_whole(monkeypatch, chunk_size):
     """Values and gradients, for chunks of one row, of some, and one of all."""
-    head, target_head = torch.nn.Linear(8, 50, bias=False), torch.nn.Linear(6, 50, bias=False)
+    head, target_head = (torch.nn.Linear(size, 50, bias=False).to(DEVICE) for size in (8, 6))
     hidden, target_hidden = torch.randn(23, 8, requires_grad=True), torch.randn(9, 6)
     labels, places, weights = torch.randint(0, 50, (23,)), torch.randint(0, 9, (23,)), torch.rand(23)
     logits = head(hidden)
@@ -91,7 +91,7 @@ def test_logits_of_all_rows_never_exist(monkeypatch, pair):
     for model in pair:
         model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.numel()))
 
-    Objective("cat", target=target)(draft, DataCollatorForPard(99)(EXAMPLES)).backward()
+    Objective("cat", target=target)(draft, to_device(DataCollatorForPard(99)(EXAMPLES))).backward()
 
     assert max(sizes) <= 400 < sum(sizes)
 
@@ -101,7 +101,7 @@ def test_objective_is_its_formula(pair, name):
     """One row at a time, by the models' own forwards: no packing, no chunks, no shared teacher."""
     draft, target = pair
     collator = DataCollatorForPard(99, num_draft_tokens=4)
-    loss = draft(objective=Objective(name, target=target), batch=collator(EXAMPLES))
+    loss = draft(objective=Objective(name, target=target), batch=to_device(collator(EXAMPLES)))
 
     total, num_labels = 0.0, 0
     for example in EXAMPLES:
@@ -126,10 +126,11 @@ def test_objective_is_its_formula(pair, name):
 def test_batches_of_a_step_add_up(pair, name):
     draft, target = pair
     objective, collator = Objective(name, target=target), DataCollatorForPard(99)
-    whole = collator(EXAMPLES)
+    whole = to_device(collator(EXAMPLES))
     num_items = (whole["labels"] != -100).sum()
 
-    parts = sum(draft(objective=objective, batch=collator([example]), num_items=num_items) for example in EXAMPLES)
+    batches = [to_device(collator([example])) for example in EXAMPLES]
+    parts = sum(draft(objective=objective, batch=batch, num_items=num_items) for batch in batches)
 
     torch.testing.assert_close(draft(objective=objective, batch=whole), parts)
 

@@ -10,13 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
+from device import DEVICE, torch
 from families import add_head, make_model
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig
 
 from pard_hf import DecodingStats, PardDraftModel
 from pard_hf.cli import main
+
+pytest.importorskip("accelerate")
 from pard_hf.training.run import TrainingSpec, train_draft
 
 FLAGS = ["--mask-token-id", "102", "--max-length", "64", "--device", "cpu", "--learning-rate", "0.01"]
@@ -40,7 +42,12 @@ def data(tmp_path):
 
 
 def train(base, data, out, max_steps=4, evaluation=None, spec=None, **arguments):
-    settings = {"use_cpu": True, "per_device_train_batch_size": 2, "disable_tqdm": True, "save_steps": 2}
+    settings = {
+        "use_cpu": DEVICE.type == "cpu",
+        "per_device_train_batch_size": 2,
+        "disable_tqdm": True,
+        "save_steps": 2,
+    }
     spec = TrainingSpec(str(base), [data], out, **{"mask_token_id": 102, "max_length": 64, **(spec or {})})
     return train_draft(spec, evaluation, max_steps=max_steps, **{**settings, **arguments})
 

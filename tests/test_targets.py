@@ -10,8 +10,8 @@ import sys
 import warnings
 
 import pytest
-import torch
 import transformers
+from device import DEVICE, IS_FAKE, torch
 from families import make_draft, make_model, make_prompts, make_self_draft
 from test_generation import make_hybrid
 from transformers import LogitsProcessor, LogitsProcessorList
@@ -39,7 +39,7 @@ def make_target(name: str, initializer_range: float = 0.3):
     torch.manual_seed(0)
     prefix, settings = OWN_WAYS[name]
     config = getattr(transformers, f"{prefix}Config")(**SMALL, **settings, initializer_range=initializer_range)
-    return free_of_ends(getattr(transformers, f"{prefix}ForCausalLM")(config).eval())
+    return free_of_ends(getattr(transformers, f"{prefix}ForCausalLM")(config).eval().to(DEVICE))
 
 
 def make_bart():
@@ -49,7 +49,7 @@ def make_bart():
         max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0, is_decoder=True,
         is_encoder_decoder=False, init_std=0.3,
     )  # fmt: skip
-    return free_of_ends(transformers.BartForCausalLM(config).eval())
+    return free_of_ends(transformers.BartForCausalLM(config).eval().to(DEVICE))
 
 
 def free_of_ends(target):
@@ -89,7 +89,7 @@ class CountsByItself(transformers.LlamaForCausalLM):
 def test_code_from_elsewhere_is_looked_at(is_known):
     torch.manual_seed(0)
     config = make_model("llama").config
-    target = free_of_ends((transformers.LlamaForCausalLM if is_known else CountsByItself)(config).eval())
+    target = free_of_ends((transformers.LlamaForCausalLM if is_known else CountsByItself)(config).eval().to(DEVICE))
     with torch.no_grad():  # The initializer of this class is that of Llama.
         target.load_state_dict(make_model("llama").state_dict())
 
@@ -216,20 +216,21 @@ def test_offloaded_models_generate(which, where, tmp_path):
     for name, model in (("target", target), ("draft", draft)):
         if which in (name, "both"):
             if where == "cpu":
-                accelerate.cpu_offload(model, execution_device="cpu")
+                accelerate.cpu_offload(model, execution_device=DEVICE)
             else:
-                accelerate.disk_offload(model, str(tmp_path / name), execution_device="cpu")
+                accelerate.disk_offload(model, str(tmp_path / name), execution_device=DEVICE)
 
     got = with_pard(target).generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False, assistant_model=draft)
     assert torch.equal(got, expected)
 
 
+@pytest.mark.skipif(IS_FAKE, reason="the stand-in is not for weights that come and go")
 def test_stock_loop_takes_an_offloaded_draft():
     accelerate = pytest.importorskip("accelerate")
     target, draft = make_model("llama"), make_draft(make_model("llama", seed=5))
     prompts = make_prompts(1)
     expected = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
-    accelerate.cpu_offload(draft, execution_device="cpu")
+    accelerate.cpu_offload(draft, execution_device=DEVICE)
 
     got = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False, assistant_model=draft)
 
@@ -246,7 +247,7 @@ def test_autocast_may_change_between_calls(order, settings):
         settings = {**settings, "compile_config": CompileConfig(backend="eager")}
     target, draft = with_pard(make_model("llama")), make_self_draft(make_model("llama"))
     for uses_autocast in order:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=uses_autocast):
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=uses_autocast):
             got = target.generate(
                 **make_prompts(2), max_new_tokens=6, do_sample=False, assistant_model=draft, **settings
             )
@@ -260,7 +261,7 @@ def test_autocast_may_change_between_turns(order):
     for model, more in ((without_pard(target), {}), (with_pard(target), {"assistant_model": draft})):
         ids, past = make_prompts(1)["input_ids"], None
         for uses_autocast in order:
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=uses_autocast):
+            with torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=uses_autocast):
                 arguments = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, **more}
                 output = model.generate(ids, past_key_values=past, **arguments)
             past = output.past_key_values
@@ -280,6 +281,7 @@ class Doubled(torch.nn.Parameter):
         return super().__torch_function__(func, types, args, kwargs)
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a matter of CPUs")
 def test_weights_with_a_product_of_their_own_keep_it():
     from pard_hf.generation.linear import StreamedLinear
 

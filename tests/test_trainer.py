@@ -4,17 +4,19 @@ import csv
 import json
 
 import pytest
-import torch
-from accelerate import cpu_offload
+from device import DEVICE, torch
 from families import make_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import TrainerCallback
 
-from pard_hf import DecodingStats, PardDraftModel, PardTrainer, PardTrainingArguments
+from pard_hf import DecodingStats, PardDraftModel
 from pard_hf.evaluation.acceptance import AcceptanceEvaluator
 from pard_hf.training.packing import pack_rows
 from pard_hf.training.progress import TrainingClock
 from pard_hf.training.row_attention import check_attention
+
+accelerate = pytest.importorskip("accelerate")
+from pard_hf import PardTrainer, PardTrainingArguments  # noqa: E402
 
 ROWS = [{"input_ids": [1, *[(5 * start + 7 * i) % 80 + 3 for i in range(14)], 2]} for start in range(8)]
 
@@ -29,7 +31,7 @@ def make_trainer(folder, max_steps, rows=ROWS, trainer=None, **arguments):
         "lr_scheduler_type": "constant",
         "report_to": "none",
         "disable_tqdm": True,
-        "use_cpu": True,
+        "use_cpu": DEVICE.type == "cpu",
         "num_draft_tokens": 5,
         "save_strategy": "no",
         **arguments,
@@ -128,7 +130,7 @@ def test_teachers_may_be_offloaded(tmp_path, objective):
     for is_offloaded in (False, True):
         target = make_model("llama", seed=5, initializer_range=0.3)
         if is_offloaded:
-            cpu_offload(target, execution_device=torch.device("cpu"))
+            accelerate.cpu_offload(target, execution_device=DEVICE)
         evaluator = AcceptanceEvaluator(target, {"some": [[1, 8, 15]]}, 4, 8)
         trainer = make_trainer(
             tmp_path, 2, objective=objective, logging_steps=1, eval_strategy="steps", eval_steps=2,
