@@ -233,9 +233,7 @@ def test_shapes_used_long_ago_make_room(monkeypatch):
     target, draft = make_model("llama", num_hidden_layers=1), make_draft(make_model("llama", seed=5))
     kept, dropped = workspace_of(target, draft), []
     prompts = {size: make_prompts(size) for size in (1, 2, 3)}
-    expected = {
-        size: target.generate(**given, max_new_tokens=9, do_sample=False) for size, given in prompts.items()
-    }
+    expected = {size: target.generate(**given, max_new_tokens=9, do_sample=False) for size, given in prompts.items()}
 
     for size, is_new in ((1, True), (2, True), (1, False), (3, True), (1, False), (2, True)):
         output = pard(target, draft, prompts[size], max_new_tokens=9, compile_config=CompileConfig(backend="eager"))
