@@ -72,18 +72,18 @@ def drafts_for_trees(target, prompts, expected, num_assistant_tokens, tree_size)
         yield add_head(make_self_draft(without_pard(target), num_assistant_tokens), strength)
 
 
-@pytest.mark.parametrize("tree_size", [0, 1, 5, 16, 64])
+@pytest.mark.parametrize("tree_size", [0, 1, 7, 64])
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trees_and_heads_are_identical(family, batch_size, tree_size):
     target, prompts = make_model(family), make_prompts(batch_size)
-    expected = plain(target, **prompts, max_new_tokens=NEW_TOKENS)
+    expected = plain(target, **prompts, max_new_tokens=20)
 
     for draft in drafts_for_trees(target, prompts, expected, 5, tree_size):
         got = plain(
             with_pard(target),
             **prompts,
-            max_new_tokens=NEW_TOKENS,
+            max_new_tokens=20,
             assistant_model=draft,
             assistant_tree_size=tree_size,
         )
