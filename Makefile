@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DATA ?= ../shared/data/train
 WORKERS ?= 2
 
-.PHONY: demo app test test-app screenshots quality style bundled-pair cards space clean
+.PHONY: demo app test test-app fuzz soak screenshots quality style bundled-pair cards space clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,13 @@ test: $(VENV)/installed
 # Drives the web demo in the Chromium that is found on the path, or that CHROMIUM names.
 test-app: $(VENV)/installed
 	$(BIN)/python -m pytest -q -m browser
+
+# Ten times as many calls as `make test` draws; PARD_FUZZ_SEED=n draws others.
+fuzz: $(VENV)/installed
+	PARD_FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest -q tests/test_fuzz.py
+
+soak: $(VENV)/installed
+	$(BIN)/python benchmarks/soak.py --output benchmarks/results/soak.json
 
 screenshots: $(VENV)/installed
 	$(BIN)/python -m pytest -q -m browser -k pictures --screenshots docs/images

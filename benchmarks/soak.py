@@ -27,7 +27,7 @@ from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
 from pard_hf import PardDraftModel, with_pard
 from pard_hf.conditions import conditions_of, shown_command
-from pard_hf.generation.compilation import MOST_STEPS, workspace_of
+from pard_hf.generation import compilation
 
 VOCAB_SIZE, MASK_TOKEN_ID = 100, 99
 NUM_THREADS = 2
@@ -130,17 +130,18 @@ class Soak:
             self.errors.append(error)
 
     def sample(self, number: int) -> None:
-        """Keep what the process holds after a call."""
-        kept = workspace_of(self.target, self.draft)
-        slots = [cache.num_slots * key[1] for key, cache in list(kept.caches.items())]
-        sample = {
-            "call": number,
-            "resident_bytes": resident_bytes(),
-            "steps_kept": len(kept.parts),
-            "caches_kept": len(slots),
-            "slots_kept": sum(slots),
-            "steps_compiled": counters["stats"]["unique_graphs"],
-        }
+        """Keep what the process holds between two compiled calls."""
+        kept = compilation.workspace_of(self.target, self.draft)
+        with kept.lock:
+            slots = [cache.num_slots * key[1] for key, cache in kept.caches.items()]
+            sample = {
+                "call": number,
+                "resident_bytes": resident_bytes(),
+                "steps_kept": len(kept.parts),
+                "caches_kept": len(slots),
+                "slots_kept": sum(slots),
+                "steps_compiled": counters["stats"]["unique_graphs"],
+            }
         with self.lock:
             self.samples.append(sample)
 
@@ -182,7 +183,7 @@ def growth(samples: list[dict[str, Any]]) -> dict[str, Any]:
         "resident_megabytes": [round(size / 2**20, 1) for size in memory],
         "resident_share": round(memory[1] / memory[0] - 1, 4),
         "most_steps": max(sample["steps_kept"] for sample in samples),
-        "most_steps_allowed": MOST_STEPS,
+        "most_steps_allowed": compilation.MOST_STEPS,
         "caches_kept": [max(sample["caches_kept"] for sample in part) for part in (third, fourth)],
     }
 

@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary, finalize
 
 import torch
-from torch._C._dynamo.eval_frame import reset_code
+from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 
@@ -199,11 +199,22 @@ def compile_part(part: Any, config: CompileConfig) -> Callable[..., Any]:
     of its own, so that any number of shapes can live side by side and none is looked through for another.
     """
     own = FunctionType(part.__code__.replace(), part.__globals__, part.__name__, part.__defaults__, part.__closure__)
-    # What torch keeps beside the code keeps the code alive: nobody else would ever free it.
-    finalize(own, reset_code, own.__code__).atexit = False
+    finalize(own, forget_code, own.__code__).atexit = False
     return torch.compile(
         own, fullgraph=True, dynamic=False, backend=config.backend, mode=config.mode, options=config.options
     )
+
+
+def forget_code(code: CodeType) -> None:
+    """Free what torch keeps beside a code object that nobody can call any more.
+
+    What it keeps keeps the code alive in turn, and guards live as long as whatever they watch, a function of torch for
+    one: for ever.
+    """
+    guards = [entry.guard_manager for entry in _debug_get_cache_entry_list(code)]
+    reset_code(code)
+    for guard in guards:
+        guard.root = guard.diff_guard_root = None
 
 
 def workspace_of(target: PreTrainedModel, draft: PreTrainedModel) -> Workspace:
