@@ -4,12 +4,33 @@ VENV := .venv
 BIN := $(VENV)/bin
 DATA ?= ../shared/data/train
 WORKERS ?= 2
+# The oldest version of transformers that pyproject.toml admits, and what is run on it and on the newest.
+OLDEST := 5.17.0
+CORE := tests/test_lossless.py tests/test_targets.py tests/test_supported_calls.py
+SUITES ?= $(CORE) tests/test_generation.py tests/test_sampling.py tests/test_batches.py tests/test_tree.py \
+  tests/test_cache.py tests/test_draft_model.py tests/test_cod.py tests/test_losses.py tests/test_trainer.py
 
-.PHONY: demo app test test-app fuzz soak screenshots quality style bundled-pair cards space clean
+# What is run on a device: suites that touch tensors, few cases of each test.
+DEVICE_SUITES ?= $(SUITES) $(patsubst %,tests/test_%.py,device compilation attention linear correction_head \
+  trimmed_vocabulary verification schedule packing candidate_generator acceptance run)
+PARD_TEST_DEVICE ?= cuda
+
+.PHONY: demo app test test-app test-gpu test-core-oldest test-oldest test-newest compatibility test-families fuzz soak screenshots \
+	quality style bundled-pair cards space clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[app,bench,browser,dev,train]'
+	touch $@
+
+# Environments for other versions of transformers, each with whatever else that version asks for.
+.venv-oldest/installed: HOST := transformers==$(OLDEST)
+.venv-newest/installed: HOST := transformers
+.venv-%/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-$*
+	sed '/^transformers\|^huggingface-hub\|^tokenizers/d' constraints.txt > .venv-$*/constraints.txt
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
+	  -c .venv-$*/constraints.txt '$(HOST)' -e '.[dev,train]'
 	touch $@
 
 demo: $(VENV)/installed
@@ -20,7 +41,24 @@ app: $(VENV)/installed
 
 # Tests use one thread each: as many files at a time as WORKERS says.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q -m "not browser" -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -q -m "not browser and not families" -n $(WORKERS) --dist loadfile
+
+# Every family of transformers, and what docs/compatibility.md says of it.
+test-families: $(VENV)/installed
+	$(BIN)/python -m pytest -q -m families
+
+compatibility: $(VENV)/installed
+	$(BIN)/python tests/every_family.py --write docs/compatibility.md
+
+test-oldest test-newest: test-%: .venv-%/installed
+	.venv-$*/bin/python -m pytest -q -n $(WORKERS) $(SUITES)
+
+test-core-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest -q -n $(WORKERS) $(CORE)
+
+# By the python at hand and what it has, for a machine with a GPU: installs nothing, needs no network.
+test-gpu:
+	HF_HUB_OFFLINE=1 PARD_TEST_DEVICE=$(PARD_TEST_DEVICE) $(PYTHON) -m pytest -q --cases 2 $(DEVICE_SUITES)
 
 # Drives the web demo in the Chromium that is found on the path, or that CHROMIUM names.
 test-app: $(VENV)/installed
@@ -56,4 +94,4 @@ space: $(VENV)/installed
 	$(BIN)/python spaces/build.py build/space
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-newest build *.egg-info

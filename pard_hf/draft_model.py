@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, P
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .drafting import DraftingModel
-from .host import CACHE_NAME, cache_in, parameters_of
+from .host import CACHE_NAME, cache_in, names_in_forwards
 from .hub.errors import hub_errors
 from .language_model_head import check_head
+from .loadable import check_loadable
 from .parts import CORRECTION_HEAD, PARTS, TRIMMED_VOCABULARY, is_of_part, load_parts, save_parts, without_parts
 from .positions import check_num_assistant_tokens, croppable_cache
 from .subclass import subclass_named_as
@@ -158,13 +159,19 @@ class PardDraftModel(DraftingModel):
     def save_pretrained(
         self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, **kwargs: Any
     ) -> None:
-        """Save as the base model does; correction head and trimmed vocabulary get files of their own beside it."""
+        """Save as the base model does; correction head and trimmed vocabulary get files of their own beside it.
+
+        Raises:
+            ValueError: The weights are not those that the base model's class would load (live adapters, say).
+        """
         weights = state_dict or {}
         if state_dict is not None:
             state_dict = {name: tensor for name, tensor in weights.items() if not is_of_part(name)}
         is_pushed = kwargs.pop("push_to_hub", False)  # The host would upload before the parts are there.
         hub = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs}
         with without_parts(self):
+            if state_dict or state_dict is None:  # DeepSpeed hands over an empty one and writes the weights itself.
+                check_loadable(self, self.state_dict() if state_dict is None else state_dict)
             super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
         # The host reports a path that is a file, and saves nothing.
         if is_main_process and Path(save_directory).is_dir():
@@ -257,5 +264,5 @@ def draft_class(base: type[PreTrainedModel]) -> type[PardDraftModel]:
 
     made = subclass_named_as(base, PardDraftModel, draft_class)
     made.forward = forward
-    made.takes_num_logits = "logits_to_keep" in parameters_of(base.forward)
+    made.takes_num_logits = "logits_to_keep" in names_in_forwards(base.__mro__)
     return made

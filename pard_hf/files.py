@@ -17,6 +17,16 @@ def whole_file(path: Path) -> Iterator[Path]:
     written.replace(path)
 
 
+def read_text(path: Path) -> str:
+    """The text of a file; a `ValueError` names one that is not in UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"Expected UTF-8 text in `{path}`, got byte {error.start} of another encoding. Save the file as UTF-8."
+        ) from error
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a text file so that it is there in whole or not at all."""
     with whole_file(path) as written:

@@ -30,15 +30,21 @@ CACHE_NAME = next(
 )
 
 
-def forward_parameters(model: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
-    """The parameters of a model's forward; hooks that wrap it on the instance take the same."""
-    return parameters_of(type(model).forward)
+def forward_parameters(model: PreTrainedModel) -> frozenset[str]:
+    """The names of what a model's forward takes; hooks that wrap it on the instance take the same."""
+    return names_in_forwards(type(model).__mro__)
 
 
 @cache
-def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    """The parameters of a function, looked up once."""
-    return inspect.signature(function).parameters
+def names_in_forwards(classes: tuple[Any, ...]) -> frozenset[str]:
+    """What the first forward of some classes takes, and the next ones as far as it passes on what it does not name."""
+    names: set[str] = set()
+    for forward in (owner.__dict__["forward"] for owner in classes if "forward" in owner.__dict__):
+        parameters = inspect.signature(forward).parameters.values()
+        names.update(parameter.name for parameter in parameters)
+        if all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return frozenset(names)
 
 
 def cache_argument(model: PreTrainedModel) -> str:
@@ -70,16 +76,52 @@ def with_host_names(arguments: dict[str, Any]) -> dict[str, Any]:
     return {**others, CACHE_NAME: arguments[given[0]]} if given else others
 
 
+def takes_cache(model: PreTrainedModel) -> bool:
+    """Whether a model's forward takes a cache by a name we know."""
+    return any(name in forward_parameters(model) for name in CACHE_NAMES)
+
+
+def takes_images(model: PreTrainedModel) -> bool:
+    """Whether a model reads more than text, and may count what it has read otherwise for that."""
+    return not {"pixel_values", "input_features", "input_values"}.isdisjoint(forward_parameters(model))
+
+
+def looks_attention_up(model: PreTrainedModel) -> bool:
+    """Whether a model attends by a function that it looks up by name, and not by code of its own."""
+    return hasattr(sys.modules.get(type(model).__module__), "ALL_ATTENTION_FUNCTIONS")
+
+
 def masks_itself(model: PreTrainedModel) -> bool:
     """Whether a model's attention lays a causal mask of its own over the cache, besides the one it is given.
 
     Such a mask is a square buffer, cut by the cache's length. Models that look their attention up do not use one.
     """
-    looks_up = hasattr(sys.modules.get(type(model).__module__), "ALL_ATTENTION_FUNCTIONS")
-    return not looks_up and any(
+    return not looks_attention_up(model) and any(
         buffer.ndim == 4 and buffer.dtype in (torch.bool, torch.uint8) and buffer.shape[2] == buffer.shape[3]
         for buffer in model.buffers()
     )
+
+
+def masks_windows(model: PreTrainedModel) -> bool:
+    """Whether the code of a model makes masks for layers that see a part of the text only."""
+    makers = ("create_sliding_window_causal_mask", "create_chunked_causal_mask")
+    modules = {type(module).__module__ for module in model.modules()}
+    return any(hasattr(sys.modules.get(module), maker) for module in modules for maker in makers)
+
+
+def takes_cache_apart(model: PreTrainedModel) -> bool:
+    """Whether a model's own forward handles single layers of its cache, which only an ordinary cache has."""
+    return names_layers_of_cache(type(model.base_model).forward)
+
+
+@cache
+def names_layers_of_cache(function: Callable[..., Any]) -> bool:
+    """Whether the code of a function names layers of a cache."""
+    try:
+        source = inspect.getsource(inspect.unwrap(function))
+    except (OSError, TypeError):  # Code without a file.
+        return False
+    return any(f"{name}.layers" in source for name in CACHE_NAMES)
 
 
 def is_callers(past: Any) -> bool:
@@ -122,13 +164,22 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return torch.device(device)
 
 
+def takes_code_from_elsewhere(model: PreTrainedModel) -> bool:
+    """Whether a model's class is none of transformers."""
+    return not type(model).__module__.startswith("transformers.")
+
+
+def is_tested() -> bool:
+    """Whether the tests have seen this version of transformers, or an older one."""
+    return Version(transformers.__version__).release[:2] <= Version(NEWEST_TESTED).release
+
+
 @lru_cache(maxsize=1)
 def warn_where_untested() -> None:
     """Say, once, that this version of transformers is newer than what the tests have seen."""
-    installed = Version(transformers.__version__)
-    if installed.release[:2] > Version(NEWEST_TESTED).release:
+    if not is_tested():
         logger.warning(
             "pard_hf was tested on transformers up to %s and this is %s: compare with plain `generate` once.",
             NEWEST_TESTED,
-            installed,
+            transformers.__version__,
         )

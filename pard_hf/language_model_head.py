@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedModel
 
+from .host import input_device
+
 Head = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -31,7 +33,7 @@ def head_of(model: PreTrainedModel, head: Head | None = None) -> Head:
 def check_head(model: PreTrainedModel) -> None:
     """Raise a `ValueError` where a model's logits are something else than its head's output as `head_of` knows it."""
     was_training = model.training
-    ids = torch.tensor([[1, 2]], device=model.device)
+    ids = torch.tensor([[1, 2]], device=input_device(model))
     expected = model.eval()(input_ids=ids, use_cache=False).logits.float()
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     got = head_of(model)(hidden).float()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .draft_model import PardDraftModel
 from .generation.mixin import with_pard
@@ -46,7 +46,8 @@ def load_pair(
         target (`str`, *optional*) and draft (`str`, *optional*):
             Folder or Hub id; both default to the bundled pair, and go together.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
-            `"auto"` is the fastest the device computes in: bfloat16, or float32 on a CPU without bfloat16 units.
+            Of both models. `"auto"` is what the target's checkpoint says; on a CPU it is float32, in which texts are
+            exactly those of plain `generate`.
         device (`str`, *optional*):
             Defaults to the first CUDA device, or the CPU.
 
@@ -70,11 +71,8 @@ def load_target(target: str, dtype: str | torch.dtype = "auto", device: str | No
     """Load a target (with the mixin) and its tokenizer; dtype and device as for [`load_pair`]."""
     device = device or default_device()
     check_device(device)
-    if dtype == "auto":
-        dtype = fastest_dtype(device)
-    elif isinstance(dtype, str):
-        dtype = named_dtype(dtype)
     with hub_errors(target):
+        dtype = weight_dtype(target, dtype, device)
         tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
             target, dtype=dtype, use_safetensors=True, trust_remote_code=False
@@ -95,13 +93,18 @@ def check_device(device: str) -> None:
         raise ValueError(f"Expected a device this machine has, such as 'cpu', got {device!r}: {error}") from error
 
 
-def fastest_dtype(device: str) -> torch.dtype:
-    """The 16-bit type where the device multiplies in it, else float32 (several times faster on such a CPU)."""
-    if not device.startswith("cpu"):
-        return torch.bfloat16
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    has_units = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
-    return torch.bfloat16 if has_units else torch.float32
+def weight_dtype(target: str, dtype: str | torch.dtype, device: str) -> torch.dtype:
+    """The dtype that [`load_pair`] gives both models; a checkpoint that states none counts as float32.
+
+    Raises:
+        OSError: There is no such model.
+        ValueError: The dtype is unknown.
+    """
+    if dtype == "auto":
+        if device.startswith("cpu"):
+            return torch.float32
+        return AutoConfig.from_pretrained(target, trust_remote_code=False).dtype or torch.float32
+    return named_dtype(dtype) if isinstance(dtype, str) else dtype
 
 
 def named_dtype(name: str) -> torch.dtype:

@@ -113,6 +113,15 @@ CONTENTS = {CORRECTION_HEAD: contents_of_head, TRIMMED_VOCABULARY: contents_of_v
 BROKEN = (KeyError, IndexError, TypeError, AttributeError, RuntimeError, json.JSONDecodeError, SafetensorError)
 
 
+def settings_of_part(name: str, part: str, **arguments: Any) -> str | None:
+    """The file of settings of a part that lies beside a checkpoint, a folder or a Hub id; `None` where none does."""
+    return cached_file(
+        name, f"{part}/{SETTINGS_FILE}", **arguments,
+        _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )  # fmt: skip
+
+
 def load_parts(draft: Any, name: str, wanted: tuple[str, ...] = PARTS, **kwargs: Any) -> None:
     """Give a draft the parts that lie beside its checkpoint, where there are any.
 
@@ -127,11 +136,7 @@ def load_parts(draft: Any, name: str, wanted: tuple[str, ...] = PARTS, **kwargs:
     """
     arguments = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
     for part in wanted:
-        found = cached_file(
-            name, f"{part}/{SETTINGS_FILE}", **arguments,
-            _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )  # fmt: skip
+        found = settings_of_part(name, part, **arguments)
         if found is None:
             setattr(draft, part, None)
             continue

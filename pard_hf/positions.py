@@ -21,8 +21,9 @@ def croppable_cache(config: PreTrainedConfig) -> DynamicCache:
 
 
 def num_positions(config: PreTrainedConfig) -> int:
-    """Positions a model was made for; without bound for the few configs that name none."""
-    return getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize)
+    """Positions a model was made for; without bound for the few configs that name none, or a number below 1."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions if positions is not None and positions > 0 else sys.maxsize
 
 
 def check_num_assistant_tokens(num_assistant_tokens: int, *configs: PreTrainedConfig) -> None:

@@ -1,9 +1,11 @@
 """Tiny models made on the spot: no downloads, float32, seeded."""
 
+import random
 from pathlib import Path
 
 import pytest
 import torch
+from device import DEVICE, IS_FAKE
 from families import character_tokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -33,7 +35,7 @@ TINY = {
 
 def tiny_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**{**TINY, **changes})).eval()
+    return LlamaForCausalLM(LlamaConfig(**{**TINY, **changes})).eval().to(DEVICE)
 
 
 # Tiny matrices: a second thread costs more than it gives, and tests may share the machine.
@@ -42,6 +44,19 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser):
     parser.addoption("--screenshots", help="keep the pictures that tests/test_app.py takes in this folder")
+    parser.addoption("--cases", type=int, help="run at most so many cases of each test, drawn by its name")
+
+
+def pytest_collection_modifyitems(config, items):
+    most, tests, kept = config.getoption("cases"), {}, set()
+    for item in items:
+        # The stand-in is not for models that are saved and loaded.
+        if not (IS_FAKE and "tmp_path" in item.fixturenames):
+            tests.setdefault((item.path, item.originalname), []).append(item)
+    for (_, name), cases in tests.items():
+        kept.update(cases if most is None else random.Random(name).sample(cases, min(most, len(cases))))
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 
 import torch
+from device import DEVICE
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
@@ -92,7 +95,9 @@ def make_model(family: str, seed: int = 0, **changes) -> PreTrainedModel:
     # No end token unless a test chooses one: every text has its full length.
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
-    return model
+    if DEVICE.type == "cuda":  # Where calls compile by themselves; tests that want it ask for it.
+        model.generation_config.disable_compile = True
+    return model.to(DEVICE)
 
 
 # Nodes of a round's tree for the drafts made here; 0 leaves the chain.
@@ -117,24 +122,25 @@ class ScriptedLM(LlamaForCausalLM):
 
     def forward(self, input_ids=None, position_ids=None, logits_to_keep=0, **kwargs):
         output = super().forward(input_ids=input_ids, position_ids=position_ids, logits_to_keep=0, **kwargs)
-        logits = torch.full_like(output.logits, -10.0)
-        is_mask = input_ids == self.config.pard_token
-        depths = is_mask.long().cumsum(-1)
+        logits = torch.full(output.logits.shape, -10.0)
+        depths = (input_ids == self.config.pard_token).cumsum(-1).tolist()
+        positions = position_ids.tolist()
         for row in range(len(input_ids)):
             text = self.script[row]
             for column in range(input_ids.shape[1]):
-                following = int(position_ids[row % len(position_ids), column]) + 1
+                following = positions[row % len(positions)][column] + 1
                 token = text[following] if following < len(text) else 3
-                if depths[row, column] >= self.first_miss:
+                if depths[row][column] >= self.first_miss:
                     token = 3 + (token - 2) % (MASK_TOKEN_ID - 3)
                 logits[row, column, token] = 10.0
+        logits = logits.to(output.logits.device)
         output.logits = logits[:, -logits_to_keep:] if logits_to_keep else logits
         return output
 
 
 def make_scripted_draft(script: list[list[int]], first_miss: int, num_assistant_tokens: int = 5) -> PardDraftModel:
     torch.manual_seed(3)
-    draft = make_draft(ScriptedLM(LlamaConfig(**COMMON)).eval(), num_assistant_tokens)
+    draft = make_draft(ScriptedLM(LlamaConfig(**COMMON)).eval().to(DEVICE), num_assistant_tokens)
     draft.script, draft.first_miss = script, first_miss
     return draft
 
@@ -147,8 +153,9 @@ def add_head(draft: PardDraftModel, strength: float = 1.0, seed: int = 7, **sett
     """A correction head of any opinions."""
     torch.manual_seed(seed)
     config = draft.config.get_text_config()
-    draft.correction_head = CorrectionHead(config.vocab_size, config.hidden_size, **{"rank": 8, **settings})
-    torch.nn.init.normal_(draft.correction_head.output.weight, std=strength)
+    head = CorrectionHead(config.vocab_size, config.hidden_size, **{"rank": 8, **settings})
+    torch.nn.init.normal_(head.output.weight, std=strength)
+    draft.correction_head = head.to(draft.device)
     return draft
 
 
@@ -159,7 +166,7 @@ def make_prompts(batch_size: int, longest: int = 18) -> dict[str, torch.Tensor]:
     mask = torch.ones_like(ids)
     for row in range(1, batch_size):
         mask[row, : (longest - 1) * row // max(batch_size - 1, 1)] = 0
-    return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+    return {"input_ids": ids.masked_fill(mask == 0, 0).to(DEVICE), "attention_mask": mask.to(DEVICE)}
 
 
 def texts_of(sequences: torch.Tensor, attention_mask: torch.Tensor) -> list[list[int]]:
@@ -176,3 +183,31 @@ def character_tokenizer(more="", first="!", **kwargs):
     tokenizer.decoder = decoders.Fuse()
     names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, **kwargs)
+
+
+class ForgetfulConfig(LlamaConfig):
+    model_type = "forgetful_llama"
+
+
+class ForgetfulLlama(LlamaForCausalLM):
+    """Says something else where it reads several tokens far into a text, as only a verify does."""
+
+    config_class = ForgetfulConfig
+
+    def forward(self, input_ids=None, position_ids=None, **kwargs):
+        output = super().forward(input_ids=input_ids, position_ids=position_ids, **kwargs)
+        if input_ids.shape[1] > 1 and int(position_ids.min()) > 7:
+            output.logits = output.logits.roll(1, dims=-1)
+        return output
+
+
+def make_forgetful(**changes) -> ForgetfulLlama:
+    """A target that no draft leaves as it is, known to the Auto classes."""
+    AutoConfig.register("forgetful_llama", ForgetfulConfig, exist_ok=True)
+    AutoModelForCausalLM.register(ForgetfulConfig, ForgetfulLlama, exist_ok=True)
+    model = make_model("llama", **changes)
+    config = ForgetfulConfig(**{k: v for k, v in model.config.to_dict().items() if k != "model_type"})
+    forgetful = ForgetfulLlama(config).eval()
+    forgetful.load_state_dict(model.state_dict())
+    forgetful.generation_config.eos_token_id = None
+    return forgetful

@@ -1,7 +1,7 @@
 """Acceptance is counted alike by the decoding loop and by replaying what it said."""
 
 import pytest
-import torch
+from device import to_device, torch
 from families import make_draft, make_model
 
 from pard_hf.evaluation.acceptance import AcceptanceEvaluator
@@ -28,7 +28,7 @@ def test_replay_counts_what_the_loop_counts(pair):
     [stats] = evaluator(draft).values()
 
     def propose(batch):
-        return draft.draft(batch["input_ids"], batch["attention_mask"], 4).argmax(-1)
+        return draft.draft(**to_device(batch), num_assistant_tokens=4).argmax(-1)
 
     counted = replay(propose, PROMPTS, evaluator.texts["some"], batch_size=3)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from families import TEMPLATE, make_draft, make_model
 from transformers import AutoTokenizer
 
@@ -88,6 +89,15 @@ def test_a_draft_changes_no_greedy_answer(target, tokenizer, tmp_path):
     assert by_id[0] == by_id[1]
     [run] = manifest_of(tmp_path / "drafted.jsonl")["runs"]
     assert run["acceptance_length"] >= 1
+
+
+def test_a_target_may_be_offloaded(target, tokenizer, tmp_path):
+    write_answers(target, tokenizer, prompts("ab", "cdef"), tmp_path / "whole.jsonl", max_new_tokens=6)
+    cpu_offload(target, execution_device=torch.device("cpu"))
+
+    write_answers(target, tokenizer, prompts("ab", "cdef"), tmp_path / "offloaded.jsonl", max_new_tokens=6)
+
+    assert rows_of(tmp_path / "offloaded.jsonl") == rows_of(tmp_path / "whole.jsonl")
 
 
 def test_samples_differ_and_are_the_same_again(target, tokenizer, tmp_path):
@@ -240,6 +250,7 @@ def test_training_rows_have_ids_for_each_answer(tmp_path, ids, problem):
 
 def test_prompts_without_room_are_left_out_and_counted(target, tokenizer, out):
     """128 positions: the long prompt has no room at all, the conversation only for its first turn."""
+    tokenizer.chat_template = TEMPLATE
     rows = [*prompts("a" * 120, "b"), {"turns": ["c", "d" * 110, "e"]}]
 
     counts = write_answers(target, tokenizer, rows, out, max_new_tokens=20)
@@ -257,11 +268,26 @@ def test_what_the_template_refuses_is_named(target, tokenizer, out):
     system = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     rows = [*prompts("a"), {"messages": system}]
 
-    with pytest.raises(ValueError, match="row 2, but: no system"):
+    with pytest.raises(ValueError, match="row 2, but it fails: no system"):
         write_answers(target, tokenizer, rows, out, max_new_tokens=3)
     counts = write_answers(target, tokenizer, rows, out, max_new_tokens=3, skip_bad_rows=True)
 
     assert (counts.bad_rows, counts.rows) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"turns": ["c", "d"]}, {"messages": [{"role": role, "content": "x"} for role in ("system", "user")]}],
+)
+def test_roles_need_a_template(target, tokenizer, out, row):
+    """Without one nothing would tell a system's words from a user's, or a question from an answer."""
+    rows = [*prompts("a"), row, {"messages": [{"role": "user", "content": "ab"}]}]
+
+    with pytest.raises(ValueError, match="row 2, but the target's tokenizer has no chat template.*`prompt`"):
+        write_answers(target, tokenizer, rows, out, max_new_tokens=3)
+    assert not out.exists()
+    counts = write_answers(target, tokenizer, rows, out, max_new_tokens=3, skip_bad_rows=True)
+    assert (counts.bad_rows, counts.rows) == (1, 2)
 
 
 def test_an_edited_prompt_is_another(target, tokenizer, out):
@@ -281,6 +307,7 @@ def test_one_process_at_a_time_writes(target, tokenizer, out):
 @pytest.fixture
 def command(tmp_path, tokenizer, out):
     """`pard data` with a tiny pair in folders."""
+    tokenizer.chat_template = TEMPLATE
     for name, model in (("target", make_model("llama")), ("draft", make_draft(make_model("llama", seed=5), 4))):
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)

@@ -3,7 +3,7 @@
 import copy
 
 import pytest
-import torch
+from device import torch
 from families import make_draft, make_model, make_prompts, make_self_draft
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

@@ -1,7 +1,7 @@
 """Rows that finish leave, caches grow with the text, long prompts are read in parts."""
 
 import pytest
-import torch
+from device import torch
 from families import make_draft, make_model, make_prompts, make_self_draft
 
 from pard_hf import with_pard

@@ -5,13 +5,16 @@ import sys
 
 import pytest
 import torch
-from families import make_draft, make_model, make_self_draft
-from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, LlamaConfig, LlamaForCausalLM
+import transformers
+from families import add_head, make_draft, make_forgetful, make_model, make_self_draft
+from transformers import CompileConfig, LlamaForCausalLM
+from transformers.cache_utils import StaticLayer
 
 from pard_hf import with_pard
 from pard_hf.cli import main
 from pard_hf.conditions import shown_command, shown_model
-from pard_hf.evaluation.batches import make_batches
+from pard_hf.evaluation.agreement import first_difference, logit_gap
+from pard_hf.evaluation.batches import make_batches, regroup
 from pard_hf.evaluation.benchmark import Benchmark, BenchmarkSettings
 from pard_hf.evaluation.figures import route_result
 from pard_hf.evaluation.measurement import Measurement, Parts, RouteRecord
@@ -59,6 +62,17 @@ def test_rounds_of_the_stock_loop_are_counted_as_ours_are(pair):
     assert cell.route("tier1").histogram == cell.route("tier2").histogram[: len(cell.route("tier1").histogram)]
     assert cell.route("tier1").acceptance_rate == pytest.approx(cell.route("tier2").acceptance_rate)
     assert cell.route("pld").acceptance_rate is None
+
+
+def test_chains_are_drafted_without_the_head_by_every_loop(pair):
+    """Equal proposals are accepted equally; a head that spoils them shows in its own route alone."""
+    add_head(pair.draft, 3.0)
+
+    [cell] = run(pair, routes=("tier1", "tier2", "head"))
+
+    tier1, tier2, head = (cell.route(name) for name in ("tier1", "tier2", "head"))
+    assert tier1.acceptance_length == tier2.acceptance_length
+    assert head.acceptance_length != tier2.acceptance_length
 
 
 def test_round_streamer_counts_the_forwards_of_the_target(pair):
@@ -162,6 +176,19 @@ def test_batches_are_sorted_padded_and_cut_at_the_end_token():
     assert texts == {1: [4, 2], 2: [4, 4, 4]}
 
 
+def test_regrouped_rows_are_alone_once_and_together_once():
+    rows = [[5], [6, 7, 8], [9, 9], [4], [3, 3]]
+
+    for size, together in ((1, range(5)), (2, (1, 2, 4, 0)), (8, range(5))):
+        found = regroup(rows, make_batches(rows, size, 0, "cpu"), 0)
+        assert {index for batch in found for index in batch.indices} == set(together)
+        assert {len(batch.indices) for batch in found} == {4 if size == 1 else 1}
+        for batch in found:
+            for index, ids, mask in zip(batch.indices, *(t.tolist() for t in batch.inputs.values()), strict=True):
+                assert ids[-sum(mask) :] == rows[index]
+    assert [batch.indices for batch in regroup([[5]], make_batches([[5]], 1, 0, "cpu"), 0)] == [(0, 0, 0, 0)]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -223,6 +250,7 @@ def test_compiled_rounds_are_compared_with_compiled_steps():
     result = route_result(ours, records, num_batches=1, bytes_seconds=0.1)
 
     assert (result.baseline, result.speedup, result.speedup_over_ar_plus) == ("ar_plus", 4, 2)
+    assert result.speedup_over_ar_plus_range == [2, 2]
     assert result.ideal_speedup == pytest.approx(2 / (1 + 0.05 / 0.05))
     assert result.ideal_share == pytest.approx(2.0)
     plain = route_result(ar_plus, records, num_batches=1, bytes_seconds=0.1)
@@ -401,20 +429,74 @@ def test_a_compiler_that_fails_leaves_the_route_out(pair):
     assert not measurement.records["tier2"].differing
 
 
-class ForgetfulConfig(LlamaConfig):
-    model_type = "forgetful_llama"
+def test_the_stock_loop_verifies_compiled_where_the_host_can(pair):
+    """Versions before 5.24 take no static cache there, and the reason is the host's own."""
+    runner = compiling_runner(pair, "eager")
+    measurement = Measurement(runner, make_batches([[5, 6, 7, 5, 6], [5, 6]], 1, runner.pad_token_id, "cpu"), 10)
+
+    measurement.run(["ar", "tier1", "tier1_compiled"], 1, repeats=1)
+
+    if "tier1_compiled" in measurement.not_served:
+        assert f"transformers {transformers.__version__} refuses: " in measurement.not_served["tier1_compiled"]
+        assert not getattr(StaticLayer, "is_croppable", False)
+        return
+    tier1, compiled = measurement.records["tier1"], measurement.records["tier1_compiled"]
+    assert not compiled.differing
+    assert compiled.stats == tier1.stats
+    assert hasattr(pair.target, "_compiled_call")
 
 
-class ForgetfulLlama(LlamaForCausalLM):
-    """Says something else where it reads several tokens in the middle of a text, as only a verify does."""
+def test_routes_the_host_refuses_say_so_in_its_words(bundled_like_tokenizer):
+    """Static caches cannot be cut behind a full window."""
+    target = make_model("mistral")
+    pair = Pair(with_pard(target), make_self_draft(target), bundled_like_tokenizer)
+    runner = compiling_runner(pair, "eager")
+    measurement = Measurement(runner, make_batches([[5, 6, 7] * 8], 1, runner.pad_token_id, "cpu"), 10)
 
-    config_class = ForgetfulConfig
+    measurement.run(["ar", "tier1_compiled", "tier2"], 1, repeats=1)
 
-    def forward(self, input_ids=None, position_ids=None, **kwargs):
-        output = super().forward(input_ids=input_ids, position_ids=position_ids, **kwargs)
-        if input_ids.shape[1] > 1 and int(position_ids.min()) > 0:
+    assert list(measurement.records) == ["ar", "tier2"]
+    assert "refuses: " in measurement.not_served["tier1_compiled"]
+
+
+def test_a_gap_is_what_the_plain_model_prefers_its_token_by(pair):
+    prompt, [cell] = [5, 6, 7], run(pair, routes=("ar",))
+    ids = torch.tensor([prompt])
+    plain = pair.target.generate(ids, max_new_tokens=6, do_sample=False)[0, 3:].tolist()
+    other = [*plain[:4], (plain[4] + 1) % 97, 5]
+    with torch.no_grad():
+        logits = pair.target(torch.tensor([[*prompt, *plain[:4]]])).logits[0, -1]
+
+    assert first_difference(plain, other) == 4
+    assert logit_gap(pair.target, prompt, plain, other) == pytest.approx(
+        float(logits[plain[4]] - logits[other[4]]), abs=1e-5
+    )
+    assert logit_gap(pair.target, prompt, plain, plain[:3]) is None
+    assert cell.regrouped is None  # float32: there is nothing to excuse.
+    assert all(route.logit_gaps is None for route in cell.routes)
+
+
+@pytest.mark.parametrize(("batch_size", "other"), [(1, 4), (2, 1)])
+def test_16_bit_shows_plain_generate_against_itself(pair, batch_size, other):
+    """A target that says something else in a batch than alone, whatever drafts."""
+    forward = pair.target.forward
+
+    def in_batches_otherwise(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        if len(output.logits) > 1:
             output.logits = output.logits.roll(1, dims=-1)
         return output
+
+    pair.target.to(torch.bfloat16).forward = in_batches_otherwise
+    pair.draft.to(torch.bfloat16)
+
+    [cell] = run(pair, routes=("ar",), batch_sizes=(batch_size,))
+
+    assert cell.regrouped.batch_size == other
+    assert cell.regrouped.identical_share == 0
+    assert len(cell.regrouped.logit_gaps) == (3 if other == 4 else 2)  # The third prompt is a batch of its own.
+    assert min(cell.regrouped.logit_gaps) > 0
+    assert CellResult.from_dict(json.loads(json.dumps(cell.to_dict()))).to_dict() == cell.to_dict()
 
 
 @pytest.fixture
@@ -433,23 +515,28 @@ def folders(tmp_path, bundled_like_tokenizer):
 
 
 def test_other_texts_than_plain_ones_end_with_3(folders, capsys):
-    AutoConfig.register("forgetful_llama", ForgetfulConfig, exist_ok=True)
-    AutoModelForCausalLM.register(ForgetfulConfig, ForgetfulLlama, exist_ok=True)
-    model = make_model("llama")
-    config = ForgetfulConfig(**{k: v for k, v in model.config.to_dict().items() if k != "model_type"})
-    forgetful = ForgetfulLlama(config).eval()
-    forgetful.load_state_dict(model.state_dict())
-    forgetful.generation_config.eos_token_id = None
-    command = folders(forgetful)
+    command = folders(make_forgetful())
 
     assert main([*command, "--routes", "tier2"]) == 3
 
     captured = capsys.readouterr()
     tier2 = json.loads(captured.out.splitlines()[-1])["cells"][0]["routes"][1]
     assert tier2["identical_share"] < 1
-    assert {"prompts", "prompt_index", "position", "expected", "got"} == set(tier2["difference"])
-    assert f"set few, prompt 0, new token {tier2['difference']['position']}" in captured.err
-    assert main([*command, "--routes", "pld", "--dtype", "bfloat16"]) == 0  # not ours, and not exact
+    assert {"prompts", "prompt_index", "position", "expected", "got", "logit_gap"} == set(tier2["difference"])
+    assert len(tier2["logit_gaps"]) == round(3 * (1 - tier2["identical_share"]))
+    where = "prompt {prompt_index}, new token {position}".format(**tier2["difference"])
+    assert f"set few, {where}" in captured.err
+    assert f"its logit {tier2['difference']['logit_gap']:.2g} below the best" in captured.err
+
+    assert main([*command, "--routes", "tier2", "--dtype", "bfloat16"]) == 0  # told, and left to the reader
+
+    captured = capsys.readouterr()
+    cell = json.loads(captured.out.splitlines()[-1])["cells"][0]
+    assert cell["routes"][1]["identical_share"] < 1
+    assert max(cell["routes"][1]["logit_gaps"]) > 0
+    assert f"gap {max(cell['routes'][1]['logit_gaps']):.2g}" in captured.err
+    assert set(cell["regrouped"]) == {"batch_size", "identical_share", "logit_gaps"}
+    assert "plain generate against itself: one row against a batch of 4: identical" in captured.err
 
 
 def test_command_goes_on_where_it_was_interrupted(folders, tmp_path, capsys):

@@ -1,6 +1,6 @@
 """The slot cache against the host's dynamic cache, row by row."""
 
-import torch
+from device import torch
 from families import make_model
 from transformers import DynamicCache
 

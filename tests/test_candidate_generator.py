@@ -1,6 +1,6 @@
 """The stock loop's contract."""
 
-import torch
+from device import torch
 from families import make_model, make_prompts, make_self_draft
 
 from pard_hf import PardCandidateGenerator

@@ -2,10 +2,11 @@
 
 import io
 import json
+import re
 
 import pytest
 import torch
-from families import make_draft, make_model
+from families import make_draft, make_forgetful, make_model
 from transformers import AutoTokenizer
 
 from pard_hf.cli import TintedStreamer, main
@@ -107,6 +108,43 @@ def test_demo_says_whether_texts_are_identical(pair_folders, capsys):
 
     out = capsys.readouterr().out
     assert out.count("identical: yes") == 6
+    assert "identical 6/6" in out
+    assert "compiled" not in out  # Nobody measured it on a CPU.
+
+
+def demo_of(target, folders, capsys, *options):
+    target.save_pretrained(folders[1])
+    code = main(["demo", *folders[:4], "--device", "cpu", "--max-new-tokens", "8", "--repeats", "1", *options])
+    return code, *capsys.readouterr()
+
+
+def test_demo_ends_with_3_where_a_float32_text_differs(pair_folders, capsys):
+    code, out, err = demo_of(make_forgetful(max_position_embeddings=256), pair_folders, capsys)
+
+    assert code == 3
+    assert "identical: NO" in out
+    found = re.search(r"all prompts: identical (\d)/6, gap ([\d.e+-]+) ·", out)
+    assert int(found[1]) < 6
+    assert float(found[2]) > 0
+    assert f"Expected the texts of plain `generate` in float32, got {found[1]}/6" in err
+
+
+def test_demo_shows_in_16_bit_whose_rounding_it_is(pair_folders, capsys):
+    options = ("--dtype", "bfloat16")
+    code, out, _ = demo_of(make_forgetful(max_position_embeddings=256), pair_folders, capsys, *options)
+
+    assert code == 0
+    assert re.search(r"all prompts: identical \d/6, gap [\d.]+ ·", out)
+    assert re.search(r"plain generate against itself: one row against a batch of 4: identical \d/6", out)
+
+
+def test_demo_compares_with_compiled_plain_generate_when_asked(pair_folders, capsys):
+    target = make_model("llama", max_position_embeddings=256)
+    with torch.compiler.set_stance("force_eager"):  # All but the compiler, which takes half a minute.
+        code, out, _ = demo_of(target, pair_folders, capsys, "--compiled")
+
+    assert code == 0
+    assert len(re.findall(r"speedup \d+\.\d\d \(\d+\.\d\d over compiled plain\)", out)) == 7
     assert "identical 6/6" in out
 
 

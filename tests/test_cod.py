@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from device import DEVICE, to_device
 from torch.nn.attention.flex_attention import create_mask
 
 from pard_hf.training import row_attention
@@ -137,15 +138,16 @@ def test_unusable_example_is_refused(example):
 
 def test_packed_forward_is_the_inference_forward(tiny_draft):
     """At every kept row the packed training forward gives the logits that drafting gives there."""
-    ids = torch.randint(3, 90, (1, 9))
+    ids = torch.randint(3, 90, (1, 9)).to(DEVICE)
     anchors, depths = keep_rows(torch.tensor([0] + [1] * 8, dtype=torch.bool), 5, 1.0, 1.0)
-    rows = build_rows(ids[0], torch.ones(9, dtype=torch.bool), anchors, depths, tiny_draft.mask_token_id)
+    rows = build_rows(ids[0].cpu(), torch.ones(9, dtype=torch.bool), anchors, depths, tiny_draft.mask_token_id)
+    rows = to_device({**rows, "mask": attention_mask(anchors, depths)})
 
     with torch.no_grad():
         packed = tiny_draft(
             input_ids=rows["input_ids"][None],
             position_ids=rows["position_ids"][None],
-            attention_mask=attention_mask(anchors, depths)[None, None],
+            attention_mask=rows["mask"][None, None],
         ).logits[0]
 
     for row, (anchor, depth) in enumerate(zip(anchors.tolist(), depths.tolist(), strict=True)):
@@ -176,7 +178,7 @@ def test_a_row_hears_only_what_it_may_see(tiny_draft):
     collator = DataCollatorForPard(tiny_draft.mask_token_id, num_draft_tokens=4)
     lengths = [6, 7]
     example = {"input_ids": ids, "text_lengths": lengths}
-    batch = collator([example])
+    batch = to_device(collator([example]))
     mask = attention_mask(batch["anchors"], batch["depths"], batch["starts"])
 
     def hidden(input_ids):
@@ -198,7 +200,7 @@ def test_masks_for_kernels_are_the_rule(tiny_draft, length):
     """The additive mask, written in parts, and FlexAttention's rule say what `attention_mask` says."""
     texts = [{"input_ids": list(range(3, 3 + length)), "loss_mask": [1] * length} for _ in range(3)]
     collator = DataCollatorForPard(MASK, num_draft_tokens=4)
-    batch = collator([pack_rows(texts, 3 * length)[0], {"input_ids": [5, 6, 7]}])
+    batch = to_device(collator([pack_rows(texts, 3 * length)[0], {"input_ids": [5, 6, 7]}]))
     rows = (batch["anchors"], batch["depths"], batch["starts"])
     expected = attention_mask(*rows)
 
@@ -210,4 +212,4 @@ def test_masks_for_kernels_are_the_rule(tiny_draft, length):
     assert torch.equal(additive[:, 0] == 0, expected)
     assert (additive[:, 0][~expected] == torch.finfo(torch.float32).min).all()
     shape = expected.shape
-    assert torch.equal(create_mask(blocks.mask_mod, shape[0], 1, *shape[1:], device="cpu")[:, 0], expected)
+    assert torch.equal(create_mask(blocks.mask_mod, shape[0], 1, *shape[1:], device=DEVICE)[:, 0], expected)

@@ -12,7 +12,7 @@ import threading
 import weakref
 
 import pytest
-import torch
+from device import IS_FAKE, torch
 from families import add_head, make_draft, make_model, make_prompts, make_self_draft
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, LogitsProcessorList
@@ -21,8 +21,10 @@ from pard_hf import with_pard
 from pard_hf.generation.compilation import CompiledSteps, workspace_of
 from pard_hf.generation.decoding import PardDecoder
 from pard_hf.generation.request import DecodingRequest
+from pard_hf.generation.schedule import Choice
 
-TRACED = {"compile_config": CompileConfig(backend="aot_eager", mode="default")}
+pytestmark = pytest.mark.skipif(IS_FAKE, reason="there is nothing to compile for")
+TRACED = {"compile_config": CompileConfig(backend="aot_eager", mode="default"), "disable_compile": False}
 NEW_TOKENS = 30
 
 
@@ -386,24 +388,28 @@ def test_graph_that_breaks_runs_as_it_stands(caplog):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_one_synchronisation_a_round():
+@pytest.mark.parametrize("tree_size", [0, 8])
+def test_one_synchronisation_a_round(tree_size):
     """Rounds wait for the host through one event at most; anything implicit is an error."""
     target = make_model("llama").cuda()
-    draft = make_self_draft(target)
-    prompts = {name: tensor.cuda() for name, tensor in make_prompts(2).items()}
-    request = {"input_ids": prompts["input_ids"], "attention_mask": prompts["attention_mask"], "pad_token_id": 0}
-    decoder = PardDecoder(
-        target,
-        draft,
-        DecodingRequest(**request, num_assistant_tokens=5, max_length=60, eos_token_id=None),
-        CompiledSteps(workspace_of(target, draft), CompileConfig(), target),
+    draft = add_head(make_self_draft(target), 0.3)
+    request = DecodingRequest(
+        **{name: tensor.cuda() for name, tensor in make_prompts(2).items()},
+        num_assistant_tokens=5,
+        tree_size=tree_size,
+        max_length=90,
+        pad_token_id=0,
     )
+    steps = CompiledSteps(workspace_of(target, draft), CompileConfig(), target)
+    decoder = PardDecoder(target, draft, request, steps)
+    choice = Choice(5, tree_size)
     with torch.no_grad():
         for _ in range(3):
-            decoder.round(5)  # Prefill, compiling and the recording of CUDA graphs may wait.
+            decoder.round(choice)  # Prefill, compiling and the recording of CUDA graphs may wait.
         torch.cuda.set_sync_debug_mode("error")
         try:
             for _ in range(3):
-                decoder.round(5)
+                decoder.round(choice)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+    assert decoder.stats.num_rounds >= 2 * 5

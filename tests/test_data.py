@@ -91,13 +91,16 @@ def test_short_row_is_named_by_file_and_line(tokenizer, tmp_path):
         tokenize_rows(tokenizer, read_rows(path), max_length=6)
 
 
-def test_turns_without_a_template_are_all_learned(tokenizer):
-    turns = [("user", "ab"), ("assistant", "cd"), ("user", "ef"), ("assistant", "gh")]
+def test_messages_without_a_template_are_refused(tokenizer, tmp_path):
+    """Nothing would tell who says what: such rows were trained on as one text."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "ab", "response": "cd"}\n' + json.dumps(CHAT) + "\n")
 
-    example = encode_row(tokenizer, {"messages": [{"role": role, "content": text} for role, text in turns]})
-
-    assert decode(tokenizer, example["input_ids"]) == "abcd</s>efgh</s>"
-    assert learned(tokenizer, example) == "cd</s>gh</s>"
+    with pytest.raises(ValueError, match="line 2 of .*rows.jsonl`.*no chat template.*--chat-template.*`prompt`"):
+        tokenize_rows(tokenizer, read_rows(path), 64)
+    assert len(tokenize_rows(tokenizer, read_rows(path), 64, skip_bad_rows=True)) == 1
+    tokenizer.chat_template = TEMPLATE
+    assert len(tokenize_rows(tokenizer, read_rows(path), 64)) == 2
 
 
 def test_short_row_is_named(tokenizer):
@@ -198,3 +201,17 @@ def test_templates_that_fail_name_the_row(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="rows.jsonl`, but it fails: no system turns"):
         tokenize_rows(tokenizer, read_rows(path), 64)
     assert tokenize_rows(tokenizer, read_rows(path), 64, skip_bad_rows=True) == []
+
+
+@pytest.mark.parametrize("line", [{"text": "ab<M>"}, {"prompt": "a", "response": "b", "response_ids": [5, 100]}])
+def test_rows_must_not_contain_the_mask_token(tokenizer, tmp_path, line):
+    """A special token that no chat contains may still stand in somebody's text."""
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<M>"]})
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "ab"}\n' + json.dumps(line) + "\n" + json.dumps({"text": "a" * 9 + "<M>"}) + "\n")
+
+    with pytest.raises(ValueError, match="line 2 of .*rows.jsonl`, but it has the mask token 100 .'<M>'.*--mask-tok"):
+        tokenize_rows(tokenizer, read_rows(path), 8, mask_token_id=100)
+    # What is cut off does no harm.
+    assert len(tokenize_rows(tokenizer, read_rows(path), 8, skip_bad_rows=True, mask_token_id=100)) == 2
+    assert len(tokenize_rows(tokenizer, read_rows(path), 8)) == 3

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-import torch
-from families import make_model
+from device import torch
+from families import FAMILIES, make_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -62,6 +62,102 @@ def test_writes_what_engines_load(amd_folder, tmp_path):
     assert theirs.keys() == ours.keys()
     assert PardDraftModel.from_pretrained(out).num_assistant_tokens == 6
     assert type(AutoModelForCausalLM.from_pretrained(out)).__name__ == "Qwen2ForCausalLM"
+
+
+class LowRank(torch.nn.Module):
+    """What an adapter puts in a linear layer's place, under the names that peft gives."""
+
+    def __init__(self, base_layer, rank=2):
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = torch.nn.ModuleDict({"default": torch.nn.Linear(base_layer.in_features, rank, bias=False)})
+        self.lora_B = torch.nn.ModuleDict({"default": torch.nn.Linear(rank, base_layer.out_features, bias=False)})
+
+    def forward(self, states):
+        return self.base_layer(states) + self.lora_B["default"](self.lora_A["default"](states))
+
+    def merged(self):
+        self.base_layer.weight.data += self.lora_B["default"].weight.data @ self.lora_A["default"].weight.data
+        return self.base_layer
+
+
+def add_adapter(draft):
+    draft.model.layers[1].self_attn.q_proj = LowRank(draft.model.layers[1].self_attn.q_proj)
+
+
+def add_parametrization(draft):
+    torch.nn.utils.parametrizations.weight_norm(draft.model.layers[0].mlp.up_proj)
+
+
+def drop_a_layer(draft):
+    del draft.model.layers[1]
+
+
+def widen(draft):
+    draft.model.embed_tokens = torch.nn.Embedding(104, 32)
+
+
+def leave_the_config_behind(draft):
+    draft.lm_head = torch.nn.Linear(32, 100, bias=True)
+
+
+CHANGES = {
+    "lora_[AB].default.weight": add_adapter,
+    "parametrizations.weight.original": add_parametrization,
+    "model.layers.1": drop_a_layer,
+    "embed_tokens.weight": widen,
+    "lm_head.bias": leave_the_config_behind,
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_would_be_loaded_as_another_draft_is_not_saved(tiny_draft, tmp_path, name):
+    """Names and shapes that the class and the config do not have are lost, or made up, when the draft is loaded."""
+    CHANGES[name](tiny_draft)
+
+    with pytest.raises(ValueError, match=f"Expected the weights of `LlamaForCausalLM`.*{name}.*another draft"):
+        tiny_draft.save_pretrained(tmp_path / "draft")
+    assert not (tmp_path / "draft").exists()
+    with pytest.raises(ValueError, match=name):
+        tiny_draft.save_pretrained(tmp_path / "draft", state_dict=tiny_draft.state_dict())
+
+
+def test_a_merged_adapter_is_saved(tiny_draft, tmp_path):
+    add_adapter(tiny_draft)
+    ids = torch.tensor([[5, 6, 7]])
+    expected = tiny_draft.draft(ids)
+    attention = tiny_draft.model.layers[1].self_attn
+    attention.q_proj = attention.q_proj.merged()
+
+    tiny_draft.save_pretrained(tmp_path)
+
+    torch.testing.assert_close(PardDraftModel.from_pretrained(tmp_path).draft(ids), expected)
+
+
+def test_a_draft_under_peft_is_saved_once_merged(tiny_draft, tmp_path):
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(tiny_draft, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    expected = tiny_draft.draft(torch.tensor([[5, 6, 7]]))
+
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        tiny_draft.save_pretrained(tmp_path / "draft")
+    wrapped.merge_and_unload().save_pretrained(tmp_path / "draft")
+
+    got = PardDraftModel.from_pretrained(tmp_path / "draft").draft(torch.tensor([[5, 6, 7]]))
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_drafts_of_all_families_are_saved(family, is_tied, tmp_path):
+    draft = PardDraftModel.from_causal_lm(make_model(family, tie_word_embeddings=is_tied), 99)
+    state = torch.get_rng_state()
+
+    draft.save_pretrained(tmp_path)
+
+    assert torch.equal(torch.get_rng_state(), state)
+    expected = draft.draft(torch.tensor([[5, 6, 7]]))
+    torch.testing.assert_close(PardDraftModel.from_pretrained(tmp_path).draft(torch.tensor([[5, 6, 7]])), expected)
 
 
 def test_other_mask_keys_are_dropped():

@@ -7,10 +7,11 @@ import pytest
 import torch
 from families import MASK_TOKEN_ID, VOCAB_SIZE, make_draft, make_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from pard_hf import PardDraftModel, bundled_pair
 from pard_hf.cli import main
+from pard_hf.hub import checkpoint
 from pard_hf.hub.engines import Finding, check_draft, would_load
 from pard_hf.hub.export import export_draft
 
@@ -34,6 +35,14 @@ def save_draft(folder, tokenizer, family="llama", dtype=torch.float32, max_shard
     draft.save_pretrained(folder, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder)
     return draft
+
+
+@pytest.fixture
+def snapshot_of(monkeypatch):
+    """Let a folder stand in for a repository of the Hub."""
+    return lambda name, folder: monkeypatch.setattr(
+        checkpoint, "snapshot_download", lambda repo_id, **kwargs: {name: folder}[repo_id]
+    )
 
 
 @pytest.fixture
@@ -172,6 +181,15 @@ def test_stray_mask_keys_are_removed_everywhere(draft_folder, tmp_path):
     assert json.loads(text)["nested"] == {"kept": 1}
 
 
+def test_number_of_tokens_of_another_method_is_removed(draft_folder, tmp_path):
+    edit_config(draft_folder, n_predict=3)
+
+    out = export_draft(draft_folder, tmp_path / "out")
+
+    assert check_draft(out) == []
+    assert "n_predict" not in json.loads((out / "config.json").read_text())
+
+
 def test_rope_is_written_for_readers_of_both_kinds(tmp_path, tokenizer):
     """Engines on transformers 4 read `rope_theta`, and take 10000 where only `rope_parameters` says otherwise."""
     scaling = {"rope_type": "linear", "factor": 2.0}
@@ -237,6 +255,25 @@ def test_what_no_engine_would_load_is_not_written(draft_folder, target_folder, t
     with pytest.raises(ValueError, match="never produces"):
         export_draft(draft_folder, tmp_path / "out", target=target_folder)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["draft", "target"]
+
+
+def test_what_one_engine_would_load_is_written(draft_folder, tmp_path, capsys):
+    """A family that vLLM takes for another kind of draft is still one for TensorRT-LLM and transformers."""
+    save = tmp_path / "mixed"
+    save_draft(save, AutoTokenizer.from_pretrained(draft_folder), "gemma2")
+
+    assert main(["export", str(save), "--output", str(tmp_path / "out")]) == 1
+
+    printed = capsys.readouterr().out
+    assert "vLLM >= 0.16: would not load it" in printed
+    assert "TensorRT-LLM: would load it" in printed
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_export_says_that_its_folder_has_an_unlucky_name(draft_folder, tmp_path, capsys):
+    assert main(["export", str(draft_folder), "--output", str(tmp_path / "dflash-out")]) == 1
+
+    assert "method 'dflash'" in capsys.readouterr().out
 
 
 def test_output_in_use_is_refused(draft_folder, tmp_path):
@@ -398,6 +435,34 @@ BROKEN = {
         False,
         "num_assistant_tokens",
     ),
+    "n_predict that K does not fit": (edit(n_predict=3), VLLM, True, "`n_predict`.*got 3.*`pard export`"),
+    "n_predict that K fits": (edit(n_predict=2), VLLM, False, "`n_predict`"),
+    "n_predict larger than K": (edit(n_predict=9), VLLM, False, "`n_predict`"),
+    "n_predict of none": (edit(n_predict=0), VLLM, True, "`n_predict`"),
+    "n_predict in words": (edit(n_predict="3"), VLLM, True, "`n_predict`"),
+    "unknown quantization": (edit(quantization_config={"quant_method": "qtip"}), VLLM, True, "`quant_method`.*'qtip'"),
+    "quantization read by vLLM 0.16 only": (
+        edit(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        VLLM,
+        True,
+        "'bitsandbytes'",
+    ),
+    "nameless quantization": (edit(quantization_config={"bits": 4}), VLLM, False, "`quant_method`, got none"),
+    "M-RoPE": (
+        edit(rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}),
+        VLLM,
+        True,
+        "M-RoPE",
+    ),
+    "M-RoPE beside the rope": (edit(mrope_section=[2, 1, 1]), VLLM, True, "M-RoPE"),
+    "XD-RoPE": (edit(xdrope_section=[1, 1, 1, 1]), VLLM, True, "M-RoPE"),
+    "layers of two kinds": (
+        edit(layer_types=["sliding_attention", "full_attention"]),
+        VLLM,
+        True,
+        "full_attention, sliding_attention.*--disable-hybrid-kv-cache-manager",
+    ),
+    "recurrent layers": (edit(layer_types=["linear_attention", "full_attention"]), VLLM, True, "one kind"),
     "impossible size": (edit(intermediate_size=-1), BOTH, True, "builds no causal LM"),
     "unknown model": (edit(model_type="never_heard_of"), BOTH, False, "never_heard_of"),
 }
@@ -417,6 +482,168 @@ def test_broken_draft_is_described(draft_folder, case):
     assert str(draft_folder.parent) not in findings[0].message
 
 
+@pytest.mark.parametrize("where", ["folder", "parent", "hub"])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("EAGLE-llama", "eagle"),
+        ("llama_Eagle3", "eagle3"),
+        ("dflash", "dflash"),
+        ("my-DSpark-draft", "dspark"),
+        ("beagle", None),
+        ("flash-eagle2", None),
+    ],
+)
+def test_name_that_vllm_reads_as_another_method(draft_folder, tmp_path, monkeypatch, snapshot_of, name, method, where):
+    """The name goes before `"method": "draft_model"`; a folder on the way counts, of a path as it is given."""
+    if where == "hub":
+        draft = f"org/{name}"
+        snapshot_of(draft, draft_folder)
+    else:
+        draft = tmp_path / name if where == "folder" else tmp_path / name / "checkpoint"
+        shutil.copytree(draft_folder, draft)
+
+    findings = check_draft(draft)
+
+    assert [(finding.engine, finding.is_blocking) for finding in findings] == ([(VLLM, True)] if method else [])
+    assert method is None or f"method '{method}'" in findings[0].message
+    assert str(tmp_path) not in "".join(finding.message for finding in findings)
+    if where == "parent":
+        monkeypatch.chdir(draft.parent)
+        assert would_load(check_draft("checkpoint"), "vLLM")
+        assert any("absolute path" in finding.message for finding in check_draft("checkpoint")) == bool(method)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture", "is_turned"),
+    [
+        ("qwen3_5_text", "Qwen3_5ForCausalLM", True),
+        ("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", True),
+        ("qwen3_next", "Qwen3NextForCausalLM", True),
+        ("glm4_moe", "Glm4MoeForCausalLM", True),
+        ("glm4_moe_lite", "Glm4MoeLiteForCausalLM", True),
+        ("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", True),
+        ("exaone_moe", "ExaoneMoeForCausalLM", True),
+        ("exaone4_5_text", "Exaone4_5ForCausalLM", True),
+        ("mimo", "MiMoForCausalLM", True),
+        ("deepseek_v3", "DeepseekV3ForCausalLM", True),
+        ("longcat_flash", "LongcatFlashForCausalLM", True),
+        ("mimo_mtp", "MiMoMTPModel", True),
+        ("qwen3", "Qwen3ForCausalLM", False),
+        ("qwen3_moe", "Qwen3MoeForCausalLM", False),
+        ("glm4", "Glm4ForCausalLM", False),
+        ("ernie4_5", "Ernie4_5ForCausalLM", False),
+        ("exaone4", "Exaone4ForCausalLM", False),
+        ("deepseek_v2", "DeepseekV2ForCausalLM", False),
+        ("nemotron_h", "NemotronHForCausalLM", False),
+    ],
+)
+def test_family_that_vllm_turns_into_mtp_layers(draft_folder, model_type, architecture, is_turned):
+    edit_config(draft_folder, model_type=model_type, architectures=[architecture])
+
+    said = [finding for finding in check_draft(draft_folder) if "(MTP)" in finding.message]
+
+    assert [(finding.engine, finding.is_blocking) for finding in said] == ([(VLLM, True)] if is_turned else [])
+    assert not is_turned or repr(model_type) in said[0].message
+
+
+def test_n_predict_beside_no_k(draft_folder):
+    """Nobody knows what K will be: only one that every K is a multiple of is harmless."""
+    edit_config(draft_folder, "generation_config.json", remove=["num_assistant_tokens"])
+    for value, is_blocking in ((1, False), (2, True)):
+        edit_config(draft_folder, n_predict=value)
+        assert any(finding.is_blocking for finding in check_draft(draft_folder)) == is_blocking
+
+
+def test_mtp_layers_that_the_config_declares(draft_folder):
+    """NemotronH only where it has such layers."""
+    edit_config(draft_folder, model_type="nemotron_h", num_nextn_predict_layers=1)
+    assert any("(MTP)" in finding.message for finding in check_draft(draft_folder))
+
+
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("part", ["text_config", "thinker_config"])
+def test_mrope_of_a_model_inside_another(draft_folder, part, key):
+    rope = {"full_attention": {"rope_type": "default", "mrope_section": [2, 1, 1]}}
+    inner = {key: rope if key == "rope_parameters" else rope["full_attention"], "vocab_size": VOCAB_SIZE}
+    edit_config(draft_folder, **{part: inner if part == "text_config" else {"text_config": inner}})
+
+    assert any("M-RoPE" in finding.message and finding.is_blocking for finding in check_draft(draft_folder))
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"quant_method": "compressed_tensors"},
+        {"quant_method": "GPTQ", "bits": 4},
+        {"quant_method": "auto-round"},
+        {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}},
+    ],
+)
+def test_quantization_that_vllm_reads(draft_folder, quantization):
+    edit_config(draft_folder, quantization_config=quantization)
+
+    assert check_draft(draft_folder) == []
+
+
+LINEAR_ROPE = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+LLAMA3_ROPE = {**LINEAR_ROPE, "rope_type": "llama3"}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "model_max_length", "reach"),
+    [
+        ({}, {}, None, None),
+        ({}, {"max_position_embeddings": 4096}, None, 128),
+        ({}, {"max_position_embeddings": 4096}, 128, None),
+        ({}, {"max_position_embeddings": 64}, None, None),
+        ({"n_positions": 64}, {}, None, 64),
+        ({"max_position_embeddings": None, "seq_length": 64}, {}, None, 64),
+        ({"max_position_embeddings": None}, {}, None, None),
+        ({"rope_scaling": LINEAR_ROPE}, {"max_position_embeddings": 512}, None, None),
+        ({"rope_parameters": LLAMA3_ROPE}, {"max_position_embeddings": 512}, None, 128),
+        ({}, {"rope_scaling": LINEAR_ROPE}, None, 128),
+    ],
+)
+def test_positions_are_counted_as_vllm_counts_them(draft_folder, target_folder, ours, theirs, model_max_length, reach):
+    """By any of the keys, the rope's factor and the tokenizer that serves both. It loads, and drafts up to there."""
+    edit_config(draft_folder, **ours)
+    edit_config(target_folder, **theirs)
+    edit_config(target_folder, "tokenizer_config.json", model_max_length=model_max_length)
+
+    said = [finding for finding in check_draft(draft_folder, target_folder) if "positions" in finding.message]
+
+    assert [(finding.engine, finding.is_blocking) for finding in said] == ([(BOTH, False)] if reach else [])
+    assert reach is None or f"made for {reach} positions" in said[0].message
+
+
+def test_target_whose_config_leaves_the_vocabulary_to_its_class(draft_folder, target_folder):
+    """As published Gemma 3 does: engines read the config through its class."""
+    config = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "num_hidden_layers": 2}}
+    (target_folder / "config.json").write_text(json.dumps(config))
+    size = AutoConfig.from_pretrained(target_folder).get_text_config().vocab_size
+
+    said = [finding.message for finding in check_draft(draft_folder, target_folder)]
+
+    assert any(f"the target's {size}, got {VOCAB_SIZE}" in message for message in said)
+    assert not any("inf" in message.split() for message in said)
+
+
+def test_target_that_says_no_number_of_positions(draft_folder, target_folder):
+    edit_config(target_folder, remove=["max_position_embeddings"])
+
+    assert not any("positions" in finding.message for finding in check_draft(draft_folder, target_folder))
+
+
+@pytest.mark.parametrize("key", ["vision_config", "audio_config"])
+def test_target_that_reads_images(draft_folder, target_folder, key):
+    edit_config(target_folder, **{key: {}})
+
+    said = [finding for finding in check_draft(draft_folder, target_folder) if "images" in finding.message]
+
+    assert [(finding.engine, finding.is_blocking) for finding in said] == [(VLLM, False)]
+
+
 def test_draft_is_compared_with_the_target(draft_folder, target_folder, tokenizer):
     edit_config(target_folder, max_position_embeddings=4096)
     tokenizer.add_tokens(["new"])
@@ -431,7 +658,7 @@ def test_draft_is_compared_with_the_target(draft_folder, target_folder, tokenize
     ]
     assert "100" in findings[0].message
     assert "pard export" in findings[0].message
-    assert "max_model_len" in findings[1].message
+    assert "--max-model-len 128" in findings[1].message
     assert "1 token" in findings[2].message
     assert not would_load(findings, "vLLM")
     assert would_load(findings, "TensorRT-LLM")

@@ -4,7 +4,7 @@ import copy
 import pickle
 
 import pytest
-import torch
+from device import DEVICE, torch
 from families import COMMON, make_draft, make_model, make_prompts, make_scripted_draft, make_self_draft, texts_of
 from transformers import (
     EosTokenCriteria,
@@ -30,7 +30,7 @@ def both(target, draft, prompts, **kwargs):
 def quiet(target):
     target.generation_config.eos_token_id = None
     target.generation_config.pad_token_id = 0
-    return target.eval()
+    return target.eval().to(DEVICE)
 
 
 def make_chunked(layer_types):

@@ -6,9 +6,10 @@ from contextlib import nullcontext
 
 import families
 import pytest
-import torch
+from device import DEVICE, torch
 from families import make_draft, make_model, make_prompts, make_scripted_draft, make_self_draft, texts_of
 from transformers import (
+    CompileConfig,
     DynamicCache,
     GenerationConfig,
     LogitsProcessor,
@@ -375,7 +376,7 @@ def test_static_caches_do_no_harm(cache):
     target, prompts = make_model("llama"), make_prompts(1)
     draft = make_self_draft(target)
     expected = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
-    given = {"cache_implementation": "static"}
+    given = {"cache_implementation": "static", "compile_config": CompileConfig(backend="eager")}
     if cache == "object":
         given = {"past_key_values": StaticCache(config=target.config, max_cache_len=64)}
 
@@ -430,7 +431,7 @@ def test_mixin_on_a_class():
         pass
 
     plain = make_model("llama")
-    mine = MyModel(plain.config).eval()
+    mine = MyModel(plain.config).eval().to(DEVICE)
     mine.load_state_dict(plain.state_dict())
     mine.generation_config = plain.generation_config
     prompts = make_prompts(3)
@@ -566,7 +567,7 @@ def make_hybrid():
         initializer_range=0.2,
         pad_token_id=0,
     )
-    target = Lfm2ForCausalLM(config).eval()
+    target = Lfm2ForCausalLM(config).eval().to(DEVICE)
     target.generation_config.eos_token_id = None
     target.generation_config.pad_token_id = 0
     return target
@@ -578,7 +579,7 @@ def test_encoder_decoder_target_is_refused():
     config = T5Config(
         vocab_size=100, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0, pad_token_id=0
     )
-    target = with_pard(T5ForConditionalGeneration(config).eval())
+    target = with_pard(T5ForConditionalGeneration(config).eval().to(DEVICE))
 
     with pytest.raises(ValueError, match="decoder-only target"):
         target.generate(torch.tensor([[5, 6]]), assistant_model=make_draft(make_model("llama")))

@@ -14,6 +14,7 @@ from families import MASK_TOKEN_ID, add_head, make_draft, make_model
 from hub_server import READER, WRITER, publish, running_hub
 
 from pard_hf import PardDraftModel
+from pard_hf.hub import upload
 from pard_hf.parts import PART_FILES
 
 PROGRAM = Path(__file__).parent / "programs" / "hub.py"
@@ -304,3 +305,16 @@ def test_what_no_engine_would_load_is_not_pushed(small_tokenizer):
 
     with pytest.raises(ValueError, match="never produces"):
         draft.push_to_hub("org/draft", tokenizer=small_tokenizer)
+
+
+def test_limit_of_one_engine_is_logged_and_pushed_all_the_same(small_tokenizer, caplog, monkeypatch):
+    """vLLM would take it for an EAGLE draft by its name; transformers and TensorRT-LLM draft with it."""
+
+    def reached(**kwargs):
+        raise OSError("the Hub was asked")
+
+    monkeypatch.setattr(upload, "HfApi", reached)
+
+    with pytest.raises(OSError, match="the Hub was asked"):
+        make_draft(make_model("llama"), 4).push_to_hub("org/llama-eagle3", tokenizer=small_tokenizer)
+    assert "method 'eagle3'" in caplog.text

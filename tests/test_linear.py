@@ -1,7 +1,7 @@
 """Linear layers with the weight on the left give the same products."""
 
 import pytest
-import torch
+from device import DEVICE, torch
 from families import make_draft, make_model, make_prompts
 
 from pard_hf import with_pard
@@ -12,7 +12,7 @@ from pard_hf.generation.linear import StreamedLinear, streamed_linear
 @pytest.mark.parametrize("shape", [(1, 1, 16), (1, 9, 16), (3, 7, 16), (4, 40, 16), (5, 16)])
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_products_are_the_same(shape, has_bias):
-    layer, rows = torch.nn.Linear(16, 24, bias=has_bias), torch.randn(*shape)
+    layer, rows = torch.nn.Linear(16, 24, bias=has_bias).to(DEVICE), torch.randn(*shape)
     expected = layer(rows)
 
     with StreamedLinear():
@@ -21,6 +21,7 @@ def test_products_are_the_same(shape, has_bias):
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a matter of CPUs")
 def test_only_large_float32_models_take_part(monkeypatch):
     model, calls = make_model("llama"), []
     monkeypatch.setattr(torch, "mm", lambda *args, mm=torch.mm: calls.append(1) or mm(*args))

@@ -1,7 +1,7 @@
 """Losses in chunks are the losses of the whole, and each is what its definition says."""
 
 import pytest
-import torch
+from device import DEVICE, to_device, torch
 from families import make_model
 
 from pard_hf import PardDraftModel
@@ -53,7 +53,7 @@ def test_divergence_is_the_definition(temperature):
 @pytest.mark.parametrize("chunk_size", [1, 300, 10**6])
 def test_chunks_are_the_whole(monkeypatch, chunk_size):
     """Values and gradients, for chunks of one row, of some, and one of all."""
-    head, target_head = torch.nn.Linear(8, 50, bias=False), torch.nn.Linear(6, 50, bias=False)
+    head, target_head = (torch.nn.Linear(size, 50, bias=False).to(DEVICE) for size in (8, 6))
     hidden, target_hidden = torch.randn(23, 8, requires_grad=True), torch.randn(9, 6)
     labels, places, weights = torch.randint(0, 50, (23,)), torch.randint(0, 9, (23,)), torch.rand(23)
     logits = head(hidden)
@@ -69,6 +69,21 @@ def test_chunks_are_the_whole(monkeypatch, chunk_size):
     torch.testing.assert_close(got, expected)
 
 
+def test_gradients_of_many_chunks_are_as_near_as_of_one(monkeypatch):
+    """Under autocast each chunk's gradient is rounded once; their sum, for a head or tied embeddings, is not."""
+    head, hidden, labels = torch.nn.Linear(32, 100, bias=False), torch.randn(512, 32), torch.randint(0, 100, (512,))
+
+    def gradient_of(chunk_size, dtype=None):
+        monkeypatch.setattr(losses, "CHUNK_SIZE", chunk_size)
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is None):
+            loss = row_losses(head, hidden, labels, 100).cross_entropy
+        return torch.autograd.grad(loss, head.weight)[0]
+
+    exact = gradient_of(10**6, torch.float32)
+    one, many = ((gradient_of(size) - exact).norm() / exact.norm() for size in (10**6, 200))
+    assert many < 1.5 * one < 0.005
+
+
 def test_logits_of_all_rows_never_exist(monkeypatch, pair):
     draft, target = pair
     monkeypatch.setattr(losses, "CHUNK_SIZE", 400)
@@ -76,7 +91,7 @@ def test_logits_of_all_rows_never_exist(monkeypatch, pair):
     for model in pair:
         model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.numel()))
 
-    Objective("cat", target=target)(draft, DataCollatorForPard(99)(EXAMPLES)).backward()
+    Objective("cat", target=target)(draft, to_device(DataCollatorForPard(99)(EXAMPLES))).backward()
 
     assert max(sizes) <= 400 < sum(sizes)
 
@@ -86,7 +101,7 @@ def test_objective_is_its_formula(pair, name):
     """One row at a time, by the models' own forwards: no packing, no chunks, no shared teacher."""
     draft, target = pair
     collator = DataCollatorForPard(99, num_draft_tokens=4)
-    loss = draft(objective=Objective(name, target=target), batch=collator(EXAMPLES))
+    loss = draft(objective=Objective(name, target=target), batch=to_device(collator(EXAMPLES)))
 
     total, num_labels = 0.0, 0
     for example in EXAMPLES:
@@ -111,10 +126,11 @@ def test_objective_is_its_formula(pair, name):
 def test_batches_of_a_step_add_up(pair, name):
     draft, target = pair
     objective, collator = Objective(name, target=target), DataCollatorForPard(99)
-    whole = collator(EXAMPLES)
+    whole = to_device(collator(EXAMPLES))
     num_items = (whole["labels"] != -100).sum()
 
-    parts = sum(draft(objective=objective, batch=collator([example]), num_items=num_items) for example in EXAMPLES)
+    batches = [to_device(collator([example])) for example in EXAMPLES]
+    parts = sum(draft(objective=objective, batch=batch, num_items=num_items) for batch in batches)
 
     torch.testing.assert_close(draft(objective=objective, batch=whole), parts)
 

@@ -4,7 +4,7 @@ Everything runs in float32, where plain `generate` and ours agree to the token.
 """
 
 import pytest
-import torch
+from device import torch
 from families import (
     FAMILIES,
     add_head,

@@ -104,6 +104,18 @@ def test_figures_of_others_are_marked_as_theirs(known):
     assert PUBLISHED.get(known.name) or "None that we have read." in theirs
 
 
+@pytest.mark.parametrize("known", KNOWN_DRAFTS, ids=lambda known: known.name)
+def test_cards_and_docs_agree_on_which_drafts_need_an_export(known):
+    """vLLM wants the target's number of rows, and a checkpoint has one such number for targets that have several."""
+    has_export = f"pard export {known.name} --target {known.example}" in committed(known.name).read_text()
+    lines = (ROOT / "docs" / "serving.md").read_text().splitlines()
+    [said] = [line for line in lines if line.startswith(f"| `{known.name}` |")]
+
+    assert has_export == (len(known.vocab_sizes) > 1)
+    assert said.endswith("| `pard export` |" if has_export else "| as it is |")
+    assert all(f"{size:,}" in said for size in known.vocab_sizes)
+
+
 def test_no_card_names_a_folder_of_this_machine(name):
     assert str(Path.home()) not in committed(name).read_text()
     assert str(ROOT) not in committed(name).read_text()

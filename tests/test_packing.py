@@ -3,7 +3,7 @@
 import random
 
 import pytest
-import torch
+from device import to_device, torch
 from families import make_model
 
 from pard_hf import PardDraftModel
@@ -64,7 +64,7 @@ def test_packed_loss_is_the_unpacked_loss(name, length):
     losses, gradients = [], []
     for examples in (rows, packed):
         draft.zero_grad()
-        loss = draft(objective=objective, batch=collator(examples))
+        loss = draft(objective=objective, batch=to_device(collator(examples)))
         loss.backward()
         losses.append(loss.detach())
         gradients.append({n: p.grad.clone() for n, p in draft.named_parameters()})

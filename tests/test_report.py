@@ -8,7 +8,7 @@ from rich.console import Console
 from pard_hf.evaluation.benchmark import differences
 from pard_hf.evaluation.plots import write_plots
 from pard_hf.evaluation.report import difference_sentence, progress_bar, show_cell
-from pard_hf.evaluation.results import BenchmarkResult, CellResult, Difference, RouteResult, for_json
+from pard_hf.evaluation.results import BenchmarkResult, CellResult, Difference, Regrouped, RouteResult, for_json
 
 
 def make_route(name, speedup=1.0, **values):
@@ -30,6 +30,8 @@ def make_cell(prompts="code", batch_size=1, num_assistant_tokens=4):
     tier2 = make_route(
         "tier2",
         2.5,
+        speedup_over_ar_plus=1.7,
+        speedup_over_ar_plus_range=[1.6, 1.8],
         acceptance_length=3.25,
         acceptance_rate=0.5625,
         position_acceptance=[0.9, 0.6],
@@ -74,7 +76,10 @@ def test_tables_show_what_was_measured_and_what_was_not():
 
     lines = out.getvalue().splitlines()
     row = next(line for line in lines if "PARD tier 2" in line)
-    assert row.split() == "PARD tier 2 250.0 [225.0–275.0] – 50.0 2.50 [2.25–2.75] – 3.25 0.56 100% – –".split()
+    assert (
+        row.split()
+        == "PARD tier 2 250.0 [225.0–275.0] – 50.0 2.50 [2.25–2.75] 1.70 [1.60–1.80] 3.25 0.56 100% – –".split()
+    )
     round_row = [line for line in lines if "PARD tier 2" in line][1]
     assert "1.00 (20%)" in round_row
     assert "3.50 (70%)" in round_row
@@ -84,6 +89,24 @@ def test_tables_show_what_was_measured_and_what_was_not():
     assert "2 too long, left out" in text
     assert "a step of AR 2.00 ms · 19 MB a round · copies at 18.1 GB/s" in text
     assert "PLD: not served: the stock assisted loop takes one text at a time, not 2" in text
+
+
+def test_16_bit_texts_stand_beside_plain_generate_against_itself():
+    out, cell = io.StringIO(), make_cell(batch_size=2)
+    cell.routes[0] = make_route("ar")
+    cell.routes.append(make_route("ar_plus", 1.5))
+    for route, share, gaps in ((cell.route("tier2"), 0.5, [0.125, 0.0625]), (cell.route("ar_plus"), 0.75, [0.25])):
+        route.identical_share, route.logit_gaps = share, gaps
+    cell.regrouped = Regrouped(1, 0.5, [0.03125, 0.0625])
+
+    show_cell(Console(file=out, width=240), cell)
+
+    text = out.getvalue()
+    assert "50% gap 0.12" in next(line for line in text.splitlines() if "PARD tier 2" in line)
+    assert (
+        "one row against a batch of 2: identical 50% gap 0.062 · eager against compiled: identical 75% gap 0.25"
+        in text
+    )
 
 
 def test_tables_are_not_read_as_markup():

@@ -10,12 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from families import make_model
+from device import DEVICE, torch
+from families import add_head, make_model
 from safetensors.torch import load_file
+from transformers import AutoTokenizer, GenerationConfig
 
 from pard_hf import DecodingStats, PardDraftModel
 from pard_hf.cli import main
+
+pytest.importorskip("accelerate")
 from pard_hf.training.run import TrainingSpec, train_draft
 
 FLAGS = ["--mask-token-id", "102", "--max-length", "64", "--device", "cpu", "--learning-rate", "0.01"]
@@ -39,7 +42,12 @@ def data(tmp_path):
 
 
 def train(base, data, out, max_steps=4, evaluation=None, spec=None, **arguments):
-    settings = {"use_cpu": True, "per_device_train_batch_size": 2, "disable_tqdm": True, "save_steps": 2}
+    settings = {
+        "use_cpu": DEVICE.type == "cpu",
+        "per_device_train_batch_size": 2,
+        "disable_tqdm": True,
+        "save_steps": 2,
+    }
     spec = TrainingSpec(str(base), [data], out, **{"mask_token_id": 102, "max_length": 64, **(spec or {})})
     return train_draft(spec, evaluation, max_steps=max_steps, **{**settings, **arguments})
 
@@ -118,6 +126,8 @@ def test_bad_settings_end_before_weights_are_loaded(base, data, tmp_path, monkey
         "no teacher": {"divergence_weight": 1.0},
         "`retention_rate` in": {"retention_rate": 2.0},
         "a dtype such as": {"spec": {"dtype": "float23"}},
+        "weights by name, got 'auto'": {"spec": {"dtype": "auto"}},
+        "such as 'float32'.* got 'bfloat61'": {"spec": {"target": str(base), "target_dtype": "bfloat61"}},
         "got output_dir": {"output_dir": "elsewhere"},
         "label_smoothing_factor": {"label_smoothing_factor": 0.1},
         "of `PardTrainingArguments`, got learning_rat": {"learning_rat": 1.0},
@@ -125,6 +135,47 @@ def test_bad_settings_end_before_weights_are_loaded(base, data, tmp_path, monkey
     }.items():
         with pytest.raises(ValueError, match=problem):
             train(base, arguments.pop("data", data), out, **arguments)
+
+
+def test_vocabulary_that_is_all_used_keeps_its_size(base, data, tmp_path, bundled_like_tokenizer, capsys):
+    """`auto` takes a special token that nobody writes, and rows that contain it are named."""
+    bundled_like_tokenizer.add_special_tokens({"additional_special_tokens": ["<gh_stars>", "<empty>", "<end>", "<x>"]})
+    bundled_like_tokenizer.save_pretrained(base)
+    config = GenerationConfig.from_pretrained(base)
+    config.eos_token_id = [2, 103]
+    config.save_pretrained(base)
+    words = [*command(base, data, tmp_path / "draft")[3:], "--mask-token-id", "auto", "--max-steps", "1"]
+
+    assert main(words) == 0
+    draft = PardDraftModel.from_pretrained(tmp_path / "draft")
+    assert (draft.mask_token_id, draft.config.vocab_size) == (102, 104)
+    data.write_text('{"text": "ab"}\n{"text": "a<end>"}\n')
+    assert main([*words, "--restart"]) == 2
+    assert f"line 2 of `{data}`, but it has the mask token 102 ('<end>')" in capsys.readouterr().err
+    assert main([*words[:-4], "--mask-token-id", "103", "--max-steps", "1", "--restart"]) == 2
+    assert "got 103, which is '<x>', which the model's config names" in capsys.readouterr().err
+    assert main([*words[:-4], "--mask-token-id", "100", "--max-steps", "1", "--restart"]) == 0
+
+
+@pytest.mark.parametrize("mode", [None, "frozen"])
+def test_what_lies_beside_a_draft_is_not_lost_in_silence(base, data, tmp_path, caplog, mode):
+    """A head belongs to one draft's hidden states, a trimmed vocabulary to its rows: training changes both."""
+    draft = add_head(PardDraftModel.from_causal_lm(make_model("llama", vocab_size=104), 102, 5), 0.5)
+    draft.trim_vocabulary(range(60)).save_pretrained(base)
+
+    train(base, data, tmp_path / "new", 1, correction_head=mode, correction_head_rank=8)
+
+    assert ("base's correction head is left off" in caplog.text) == (mode is None)
+    assert ("--correction-head joint" in caplog.text) == (mode is None)
+    assert "base's trimmed vocabulary is left off" in caplog.text
+    assert (tmp_path / "new/correction_head/config.json").exists() == (mode == "frozen")
+    assert PardDraftModel.from_pretrained(base).correction_head is not None
+
+
+@pytest.mark.parametrize("out", ["base", "base/../base"])
+def test_base_is_not_written_over(base, data, tmp_path, out):
+    with pytest.raises(ValueError, match="Expected an `--output` beside the base model"):
+        train(base, data, tmp_path / out)
 
 
 def test_tokenizer_of_another_model_is_refused(base, data, tmp_path):
@@ -227,6 +278,51 @@ def test_card_speaks_of_the_checkpoint_that_is_kept(base, data, tmp_path):
     for name, weight in weights(tmp_path / "draft/checkpoints/checkpoint-2").items():
         assert torch.equal(weights(tmp_path / "draft")[name], weight), name
     assert (tmp_path / "draft/model.safetensors").stat().st_mode & 0o044
+
+
+def test_evaluations_need_not_fall_on_saves(base, data, tmp_path):
+    """As `--eval-steps 3` asks beside the default `--save-steps`: the best draft is saved when it is found."""
+    spec = {"target": str(base)}
+    evaluated = Scripted((3, 1), (0, 4), (3, 1))
+    train(base, data, tmp_path / "draft", 8, evaluated, spec, eval_steps=3, save_steps=7, save_total_limit=5)
+
+    assert history(tmp_path / "draft", 8, "eval_some_acceptance_length").tolist() == [1.25, 2.0, 1.25]
+    assert json.loads((tmp_path / "draft/provenance.json").read_text())["step"] == 6
+    for name, weight in weights(tmp_path / "draft/checkpoints/checkpoint-6").items():
+        assert torch.equal(weights(tmp_path / "draft")[name], weight), name
+
+
+def test_kept_draft_needs_an_evaluation(base, data, tmp_path):
+    with pytest.raises(ValueError, match="Expected evaluations to keep the best draft by"):
+        train(base, data, tmp_path / "draft", load_best_model_at_end=True)
+
+
+@pytest.mark.parametrize(
+    "flag", ["--eval-steps", "--save-steps", "--batch-size", "--gradient-accumulation-steps", "--max-length"]
+)
+def test_counts_are_refused_by_their_flag(base, data, tmp_path, capsys, flag):
+    evaluated = ("--target", str(base), "--eval-prompts", str(data))
+    assert main([*command(base, data, tmp_path / "draft", *evaluated)[3:], flag, "0"]) == 2
+    assert f"`{flag}` of at least 1, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("named", "expected"), [(None, torch.float32), ("bfloat16", torch.bfloat16)])
+def test_target_has_a_dtype_of_its_own(base, data, tmp_path, named, expected):
+    """The checkpoint's is bfloat16; a CPU computes in float32 unless told otherwise, whatever the draft's."""
+    target, seen = tmp_path / "target", []
+    make_model("llama", vocab_size=104).to(torch.bfloat16).save_pretrained(target)
+    AutoTokenizer.from_pretrained(base).save_pretrained(target)
+
+    class Seen(Scripted):
+        def prepare(self, tokenizer, longest):
+            return lambda target: seen.append(target.dtype) or self.measure
+
+    spec = {"target": str(target), "dtype": "bfloat16" if named is None else "float32", "target_dtype": named}
+    train(base, data, tmp_path / "draft", 1, Seen((3, 1)), spec, objective="kd")
+
+    assert seen == [expected]
+    settings = json.loads((tmp_path / "draft/provenance.json").read_text())["settings"]
+    assert settings["target_dtype"] == str(expected).removeprefix("torch.")
 
 
 def last_checkpoint(folder):

@@ -1,7 +1,7 @@
 """The adaptive schedule finds the best K from costs and acceptance alone, and never changes a text."""
 
 import pytest
-import torch
+from device import torch
 from families import add_head, make_draft, make_model, make_prompts, make_self_draft
 
 from pard_hf import with_pard

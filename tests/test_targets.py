@@ -10,13 +10,13 @@ import sys
 import warnings
 
 import pytest
-import torch
 import transformers
+from device import DEVICE, IS_FAKE, torch
 from families import make_draft, make_model, make_prompts, make_self_draft
 from test_generation import make_hybrid
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from pard_hf import PardDraftModel, with_pard, without_pard
+from pard_hf import PardDraftModel, host, with_pard, without_pard
 
 NEW_TOKENS = 20
 SMALL = {"vocab_size": 100, "hidden_size": 32, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -39,7 +39,7 @@ def make_target(name: str, initializer_range: float = 0.3):
     torch.manual_seed(0)
     prefix, settings = OWN_WAYS[name]
     config = getattr(transformers, f"{prefix}Config")(**SMALL, **settings, initializer_range=initializer_range)
-    return free_of_ends(getattr(transformers, f"{prefix}ForCausalLM")(config).eval())
+    return free_of_ends(getattr(transformers, f"{prefix}ForCausalLM")(config).eval().to(DEVICE))
 
 
 def make_bart():
@@ -49,7 +49,7 @@ def make_bart():
         max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0, is_decoder=True,
         is_encoder_decoder=False, init_std=0.3,
     )  # fmt: skip
-    return free_of_ends(transformers.BartForCausalLM(config).eval())
+    return free_of_ends(transformers.BartForCausalLM(config).eval().to(DEVICE))
 
 
 def free_of_ends(target):
@@ -72,6 +72,43 @@ def generate_both(target, draft, prompts, **kwargs):
     assert (got.stats.fallback_reason is None) == (got.stats.loop in ("own", "lockstep"))
     assert (got.stats.num_rounds > 0) == (got.stats.loop != "none")
     return expected, got
+
+
+class CountsByItself(transformers.LlamaForCausalLM):
+    """Code of a checkpoint's own, which takes `position_ids` and counts by its cache all the same."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
+        past = past_key_values if past_key_values is not None else kwargs.pop("cache", None)
+        start = 0 if past is None else past.get_seq_length()
+        positions = torch.arange(start, start + input_ids.shape[1]).unsqueeze(0)
+        named = {host.CACHE_NAME: past}
+        return super().forward(input_ids, attention_mask, position_ids=positions, **named, **kwargs)
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+def test_code_from_elsewhere_is_looked_at(is_known):
+    torch.manual_seed(0)
+    config = make_model("llama").config
+    target = free_of_ends((transformers.LlamaForCausalLM if is_known else CountsByItself)(config).eval().to(DEVICE))
+    with torch.no_grad():  # The initializer of this class is that of Llama.
+        target.load_state_dict(make_model("llama").state_dict())
+
+    expected, got = generate_both(target, make_self_draft(make_model("llama")), make_prompts(1))
+
+    assert torch.equal(got.sequences, expected.sequences)
+    assert got.stats.loop == ("own" if is_known else "stock")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "qwen3_moe"])
+def test_code_from_elsewhere_that_does_as_transformers_does_runs_in_our_loop(family):
+    target = make_model(family)
+    base = type(target)
+    target.__class__ = type("FromElsewhere", (base,), {"__module__": "checkpoint_code"})
+
+    expected, got = generate_both(target, make_draft(make_model("llama", seed=5)), make_prompts(3))
+
+    assert torch.equal(got.sequences, expected.sequences)
+    assert got.stats.loop == "own"
 
 
 @pytest.mark.parametrize("arguments", [{}, {"assistant_tree_size": 8}, {"do_sample": True, "top_k": 20}], ids=str)
@@ -179,20 +216,21 @@ def test_offloaded_models_generate(which, where, tmp_path):
     for name, model in (("target", target), ("draft", draft)):
         if which in (name, "both"):
             if where == "cpu":
-                accelerate.cpu_offload(model, execution_device="cpu")
+                accelerate.cpu_offload(model, execution_device=DEVICE)
             else:
-                accelerate.disk_offload(model, str(tmp_path / name), execution_device="cpu")
+                accelerate.disk_offload(model, str(tmp_path / name), execution_device=DEVICE)
 
     got = with_pard(target).generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False, assistant_model=draft)
     assert torch.equal(got, expected)
 
 
+@pytest.mark.skipif(IS_FAKE, reason="the stand-in is not for weights that come and go")
 def test_stock_loop_takes_an_offloaded_draft():
     accelerate = pytest.importorskip("accelerate")
     target, draft = make_model("llama"), make_draft(make_model("llama", seed=5))
     prompts = make_prompts(1)
     expected = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
-    accelerate.cpu_offload(draft, execution_device="cpu")
+    accelerate.cpu_offload(draft, execution_device=DEVICE)
 
     got = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False, assistant_model=draft)
 
@@ -209,7 +247,7 @@ def test_autocast_may_change_between_calls(order, settings):
         settings = {**settings, "compile_config": CompileConfig(backend="eager")}
     target, draft = with_pard(make_model("llama")), make_self_draft(make_model("llama"))
     for uses_autocast in order:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=uses_autocast):
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=uses_autocast):
             got = target.generate(
                 **make_prompts(2), max_new_tokens=6, do_sample=False, assistant_model=draft, **settings
             )
@@ -223,7 +261,7 @@ def test_autocast_may_change_between_turns(order):
     for model, more in ((without_pard(target), {}), (with_pard(target), {"assistant_model": draft})):
         ids, past = make_prompts(1)["input_ids"], None
         for uses_autocast in order:
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=uses_autocast):
+            with torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=uses_autocast):
                 arguments = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, **more}
                 output = model.generate(ids, past_key_values=past, **arguments)
             past = output.past_key_values
@@ -243,6 +281,7 @@ class Doubled(torch.nn.Parameter):
         return super().__torch_function__(func, types, args, kwargs)
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a matter of CPUs")
 def test_weights_with_a_product_of_their_own_keep_it():
     from pard_hf.generation.linear import StreamedLinear
 
@@ -332,8 +371,6 @@ def test_random_state_after_an_interrupt_is_that_of_the_tokens_said(stops_by):
 
 
 def test_newer_host_than_tested_is_said_once(caplog, monkeypatch):
-    from pard_hf import host
-
     monkeypatch.setattr(transformers, "__version__", "5.99.0")
     host.warn_where_untested.cache_clear()
     for _ in range(2):

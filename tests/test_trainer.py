@@ -4,13 +4,19 @@ import csv
 import json
 
 import pytest
-import torch
+from device import DEVICE, torch
 from families import make_model
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import TrainerCallback
 
-from pard_hf import DecodingStats, PardDraftModel, PardTrainer, PardTrainingArguments
+from pard_hf import DecodingStats, PardDraftModel
 from pard_hf.evaluation.acceptance import AcceptanceEvaluator
 from pard_hf.training.packing import pack_rows
+from pard_hf.training.progress import TrainingClock
+from pard_hf.training.row_attention import check_attention
+
+accelerate = pytest.importorskip("accelerate")
+from pard_hf import PardTrainer, PardTrainingArguments  # noqa: E402
 
 ROWS = [{"input_ids": [1, *[(5 * start + 7 * i) % 80 + 3 for i in range(14)], 2]} for start in range(8)]
 
@@ -25,7 +31,7 @@ def make_trainer(folder, max_steps, rows=ROWS, trainer=None, **arguments):
         "lr_scheduler_type": "constant",
         "report_to": "none",
         "disable_tqdm": True,
-        "use_cpu": True,
+        "use_cpu": DEVICE.type == "cpu",
         "num_draft_tokens": 5,
         "save_strategy": "no",
         **arguments,
@@ -117,6 +123,25 @@ def test_a_teacher_is_followed(tmp_path, objective):
         assert torch.equal(weight, before[name]), name
 
 
+@pytest.mark.parametrize("objective", ["ce", "kd", "cat"])
+def test_teachers_may_be_offloaded(tmp_path, objective):
+    """Between two forwards their weights lie on the meta device, which is not where ids go."""
+    runs = []
+    for is_offloaded in (False, True):
+        target = make_model("llama", seed=5, initializer_range=0.3)
+        if is_offloaded:
+            accelerate.cpu_offload(target, execution_device=DEVICE)
+        evaluator = AcceptanceEvaluator(target, {"some": [[1, 8, 15]]}, 4, 8)
+        trainer = make_trainer(
+            tmp_path, 2, objective=objective, logging_steps=1, eval_strategy="steps", eval_steps=2,
+            trainer={"target": target, "evaluator": evaluator},
+        )  # fmt: skip
+        trainer.train()
+        runs.append([losses_of(trainer), torch.tensor(trainer.state.log_history[-2]["eval_acceptance_length"])])
+
+    torch.testing.assert_close(*runs)
+
+
 class Interrupt(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 7:
@@ -199,6 +224,23 @@ def test_untrainable_models_are_refused(tmp_path):
         )
 
 
+def test_what_could_not_be_saved_is_not_trained(tmp_path, tiny_draft):
+    """Said before the first step, not at the first checkpoint."""
+    tiny_draft.model.layers[1].mlp.extra = torch.nn.Linear(3, 3)
+
+    with pytest.raises(ValueError, match="mlp.extra.*another draft"):
+        PardTrainer(tiny_draft, PardTrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+
+
+def test_flex_attention_is_refused_by_the_device_that_trains(tmp_path):
+    """A draft still lies on the CPU when it is handed over; the trainer moves it."""
+    draft = PardDraftModel.from_causal_lm(make_model("llama", attn_implementation="flex_attention"), 99)
+
+    check_attention(draft, device=torch.device("cuda"))
+    with pytest.raises(ValueError, match="backward pass, got a CPU"):
+        PardTrainer(draft, PardTrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+
+
 def test_evaluation_is_the_decoding_loop(tmp_path):
     """The draft learns what its target says; blocks grow, the best checkpoint is kept, table and plot are written."""
     target = make_model("llama", seed=5, initializer_range=0.3)
@@ -276,3 +318,18 @@ def test_full_disk_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 6
     assert [folder.name for folder in tmp_path.glob("*") if folder.is_dir()] == ["checkpoint-6"]
+
+
+def test_the_clock_counts_where_the_batch_is_and_waits_for_nothing():
+    """On a device a step adds up there; only what is logged is read. A fake tensor refuses to be read or mixed."""
+    with FakeTensorMode():
+        rows = [torch.zeros((2, 3), dtype=torch.long, device="cuda") for _ in range(2)]
+        clock = TrainingClock()
+        clock.count(*rows)
+        clock.count(*rows)
+
+    clock = TrainingClock(num_tokens=5, num_rows=7)
+    clock.count(torch.tensor([[0, 1, 1, -1]]), torch.tensor([[0, 0, 1, 0]]))
+    clock.count(torch.tensor([[0, -1]]), torch.tensor([[0, 0]]))
+    assert clock.figures() == {"train_seconds": 0.0, "num_tokens": 8, "num_rows": 11}
+    assert clock.state()["attributes"] == {"seconds": 0.0, "num_tokens": 8, "num_rows": 11}

@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-import torch
+from device import DEVICE, torch
 from families import FAMILIES, make_draft, make_model, make_prompts, make_self_draft
 from transformers import GenerationConfig
 
@@ -78,6 +78,7 @@ def test_tree_with_a_head_is_the_brute_force_best(num_nodes):
     num_depths, vocab_size = 4, 5
     head = CorrectionHead(vocab_size, 6, rank=3)
     torch.nn.init.normal_(head.output.weight)
+    head.to(DEVICE)
     hidden, scores = torch.randn(2, num_depths, 6), torch.randn(2, num_depths, vocab_size)
     with torch.no_grad():
         places = CorrectedPlaces(head, hidden, scores)
@@ -100,6 +101,7 @@ def test_few_candidates_keep_their_probabilities():
     torch.manual_seed(0)
     head = CorrectionHead(50, 6, rank=3, num_candidates=50)
     torch.nn.init.normal_(head.output.weight, std=0.1)
+    head.to(DEVICE)
     hidden, scores = torch.randn(1, 2, 6), 3 * torch.randn(1, 2, 50)
     with torch.no_grad():
         whole = CorrectedPlaces(head, hidden, scores)

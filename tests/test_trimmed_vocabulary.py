@@ -3,7 +3,7 @@
 import json
 
 import pytest
-import torch
+from device import torch
 from families import add_head, make_draft, make_model, make_prompts, make_self_draft
 
 from pard_hf import PardDraftModel, with_pard

@@ -1,6 +1,6 @@
 """Small cases worked out by hand, and batched results against single rows."""
 
-import torch
+from device import torch
 
 from pard_hf.generation.verification import (
     count_emitted,

@@ -8,15 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .models import add_model_arguments
+from .models import EXIT_DIFFERENT, add_model_arguments
 
 # What must agree before a run may go on with an earlier one's cells; its sets, batch sizes and K may be others.
 RESUMED = (
     *("target", "draft", "scale", "commit", "versions", "device", "dtype", "decoding"),
     *("routes", "repeats", "max_new_tokens", "limit", "seed", "context", "assistant_tree_size"),
 )
-# Outputs that had to be equal were not.
-EXIT_DIFFERENT = 3
 
 
 def add(commands: Any) -> None:
@@ -81,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(args: argparse.Namespace, prompt_sets: dict[str, Any], console: Any) -> int:
     """Measure, show and write everything; returns the exit code."""
-    from ..evaluation.benchmark import Benchmark, differences, is_exact
+    from ..evaluation.agreement import is_exact
+    from ..evaluation.benchmark import Benchmark, differences
     from ..evaluation.partial import PartialFile
     from ..evaluation.plots import write_plots
     from ..evaluation.report import difference_sentence, progress_bar, show_cell
@@ -136,7 +135,7 @@ def load_for_benchmark(args: argparse.Namespace) -> Any:
     """Load the pair that the flags name, enlarged where `--scale` asks for it."""
     from transformers.utils import logging
 
-    from ..pair import check_device, default_device, fastest_dtype, load_pair, named_dtype
+    from ..pair import check_device, default_device, load_pair, weight_dtype
     from ..positions import num_positions
 
     logging.disable_progress_bar()
@@ -147,8 +146,8 @@ def load_for_benchmark(args: argparse.Namespace) -> Any:
 
     device = args.device or default_device()
     check_device(device)
-    dtype = fastest_dtype(device) if args.dtype == "auto" else named_dtype(args.dtype)
     small = load_pair(args.target, args.draft, "float32", "cpu")
+    dtype = weight_dtype(small.target.name_or_path, args.dtype, device)
     # Rotary positions go on as far as anyone asks; without `--context` the enlarged pair has plenty.
     positions = None
     if args.context is not None:

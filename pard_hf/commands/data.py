@@ -43,7 +43,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--limit", type=int, help="read this many prompts at most")
     parser.add_argument("--seed", type=int, default=0, help="seed for sampling (default: 0)")
     parser.add_argument("--num-assistant-tokens", type=int, help="K, draft tokens a round (default: the draft's own)")
-    parser.add_argument("--dtype", default="auto", help="weights and compute (default: the fastest for the device)")
+    parser.add_argument("--dtype", default="auto", help="of the weights (default: the checkpoint's; float32 on a CPU)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
     parser.add_argument("--skip-bad-rows", action="store_true", help="leave broken rows out instead of stopping")
     parser.add_argument("--restart", action="store_true", help="move an old --output aside and begin anew")

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..files import read_text
+from ..json_lines import why_no_text
 from .models import add_pair_arguments, load
 from .streamer import TintedStreamer
 
@@ -59,22 +61,29 @@ def read_prompts_of(args: argparse.Namespace) -> str | list[str]:
     files = args.file or []
     if files and args.prompt is not None:
         raise ValueError("Expected a prompt or `--file`, got both. Drop one of them.")
-    if len(files) > 1 or any(file.suffix == ".jsonl" for file in files):
+    if len(files) > 1 or any(map(is_rows, files)):
         prompts: list[str] = []
         for file in files:
-            is_list = file.suffix == ".jsonl"
-            prompts += [row["prompt"] for row in read_prompts(file)] if is_list else [file.read_text(encoding="utf-8")]
+            is_list = is_rows(file)
+            prompts += [row["prompt"] for row in read_prompts(file)] if is_list else [read_text(file)]
         if not prompts:
             raise ValueError("Expected at least one prompt in the files, got none. Add a row with a `prompt`.")
         return [checked(prompt) for prompt in prompts]
     if files:
-        return checked(files[0].read_text(encoding="utf-8"))
+        return checked(read_text(files[0]))
     return checked(sys.stdin.read() if args.prompt in (None, "-") else args.prompt)
+
+
+def is_rows(file: Path) -> bool:
+    return file.name.endswith((".jsonl", ".jsonl.gz"))
 
 
 def checked(prompt: str) -> str:
     if not prompt.strip():
         raise ValueError("Expected a prompt, got nothing but white space. Pass it as an argument, `--file` or stdin.")
+    problem = why_no_text(prompt)
+    if problem is not None:
+        raise ValueError(f"Expected a prompt in UTF-8, but the prompt has {problem.removeprefix('it has ')}. Mend it.")
     return prompt
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+# Outputs that had to be equal were not.
+EXIT_DIFFERENT = 3
+
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", help="folder or Hub id of the target model (default: the bundled target)")
     parser.add_argument("--draft", help="folder or Hub id of the draft model (default: the bundled draft)")
-    parser.add_argument("--dtype", default="auto", help="weights and compute (default: the fastest for the device)")
+    parser.add_argument("--dtype", default="auto", help="of the weights (default: the checkpoint's; float32 on a CPU)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens to generate at most (default: 128)")
 

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+COUNTS = ("max_length", "eval_steps", "save_steps", "batch_size", "gradient_accumulation_steps")
+
 
 def add(commands: Any) -> None:
     parser = commands.add_parser(
@@ -71,7 +73,9 @@ def add_evaluation(group: Any) -> None:
         metavar="PROMPTS",
         help="files or hub:org/name of held-out prompts; needs --target",
     )
-    group.add_argument("--eval-steps", type=int, help="steps between evaluations (default: --save-steps)")
+    group.add_argument(
+        "--eval-steps", type=int, help="steps between evaluations, the best is saved (default: --save-steps)"
+    )
     group.add_argument("--eval-limit", type=int, default=32, help="prompts of each set (default: 32)")
     group.add_argument("--eval-batch-size", type=int, default=8, help="texts at a time (default: 8)")
     group.add_argument("--eval-max-new-tokens", type=int, default=128, help="of each answer (default: 128)")
@@ -85,8 +89,11 @@ def add_run(group: Any) -> None:
     group.add_argument("--batch-size", type=int, default=8, help="sequences a step and device (default: 8)")
     group.add_argument("--gradient-accumulation-steps", type=int, default=1, help="batches a step (default: 1)")
     group.add_argument("--learning-rate", type=float, default=3e-5, help="(default: 3e-5, paper, Qwen2.5)")
-    group.add_argument("--save-steps", type=int, default=200, help="steps between checkpoints (default: 200)")
-    group.add_argument("--dtype", default="float32", help="of the weights (default: float32)")
+    group.add_argument(
+        "--save-steps", type=int, default=200, help="steps between checkpoints, the best draft's apart (default: 200)"
+    )
+    group.add_argument("--dtype", default="float32", help="of the draft's weights (default: float32)")
+    group.add_argument("--target-dtype", help="of the target's (default: its checkpoint's; float32 on a CPU)")
     group.add_argument("--bf16", action="store_true", help="compute in bfloat16, weights stay as they are")
     group.add_argument("--gradient-checkpointing", action="store_true", help="less memory, one more forward")
     group.add_argument("--attention", choices=("sdpa", "eager", "flex_attention"), default="sdpa")
@@ -101,6 +108,12 @@ def add_run(group: Any) -> None:
         metavar="NAME=VALUE",
         help="anything else that TrainingArguments takes: warmup_steps=100 lr_scheduler_type=cosine",
     )
+
+
+def check_count(args: argparse.Namespace, name: str) -> None:
+    """Raise a `ValueError` that names the flag where a number of things is below 1."""
+    if getattr(args, name) is not None and getattr(args, name) < 1:
+        raise ValueError(f"Expected `--{name.replace('_', '-')}` of at least 1, got {getattr(args, name)}.")
 
 
 def mask_token_id(text: str) -> int | None:
@@ -125,6 +138,8 @@ def run(args: argparse.Namespace) -> int:
     from ..conditions import shown_command
     from ..training.run import TrainingSpec, train_draft
 
+    for name in COUNTS:
+        check_count(args, name)
     if args.eval_prompts and not args.target:
         raise ValueError("Expected a target that evaluations decode with, got none. Name it with `--target`.")
     spec = TrainingSpec(
@@ -137,6 +152,7 @@ def run(args: argparse.Namespace) -> int:
         pack=args.pack,
         target=args.target,
         dtype=args.dtype,
+        target_dtype=args.target_dtype,
         attention=args.attention,
         chat_template=args.chat_template,
         early_stopping_patience=args.early_stopping_patience,
@@ -181,8 +197,7 @@ class EvaluationPrompts:
         from ..evaluation.prompts import choose_rows, load_prompts
 
         for name in ("eval_limit", "eval_batch_size", "eval_max_new_tokens"):
-            if getattr(args, name) < 1:
-                raise ValueError(f"Expected `--{name.replace('_', '-')}` of at least 1, got {getattr(args, name)}.")
+            check_count(args, name)
         self.args, self.sets = args, dict[str, list[str]]()
         for source in args.eval_prompts:
             name, rows = load_prompts(source)

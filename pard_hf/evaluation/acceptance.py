@@ -10,6 +10,7 @@ import torch
 
 from ..generation.mixin import PardGenerationMixin, with_pard, without_pard
 from ..generation.stats import DecodingStats
+from ..host import input_device
 from ..sharing import without_head
 from .batches import end_token_ids, make_batches, pad_token_id
 from .prompts import repeated_share
@@ -67,7 +68,7 @@ class AcceptanceEvaluator:
         draft = draft if self.uses_head else without_head(draft)
         texts = dict[int, list[int]]()
         kwargs = {} if self.num_assistant_tokens is None else {"num_assistant_tokens": self.num_assistant_tokens}
-        for batch in make_batches(list(prompts), self.batch_size, pad_token_id(target), target.device):
+        for batch in make_batches(list(prompts), self.batch_size, pad_token_id(target), input_device(target)):
             output = target.generate(
                 **batch.inputs,
                 assistant_model=draft,

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+# Rows of the batches that single rows are compared with.
+REGROUPED_SIZE = 4
+
 
 @dataclass(frozen=True)
 class PromptBatch:
@@ -45,6 +48,19 @@ def make_batches(
         inputs = pad_left([encoded[index] for index in indices], pad_token_id)
         batches.append(PromptBatch(tuple(indices), {name: tensor.to(device) for name, tensor in inputs.items()}))
     return batches
+
+
+def regroup(encoded: list[list[int]], batches: list[PromptBatch], pad_token_id: int) -> list[PromptBatch]:
+    """Batches of other sizes: the rows of `batches` one at a time, or four at a time where each came alone.
+
+    Rows that come alone in either way are left out; some come again to fill a batch.
+    """
+    device = batches[0].inputs["input_ids"].device
+    together = [index for batch in batches if len(batch.indices) > 1 for index in batch.indices]
+    size = 1 if together else REGROUPED_SIZE
+    indices = together or [index % len(encoded) for index in range(len(encoded) + -len(encoded) % size)]
+    made = make_batches([encoded[index] for index in indices], size, pad_token_id, device)
+    return [PromptBatch(tuple(indices[place] for place in batch.indices), batch.inputs) for batch in made]
 
 
 def pad_left(rows: list[list[int]], pad_token_id: int) -> dict[str, torch.Tensor]:

@@ -13,17 +13,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
-
 from ..pair import Pair
 from ..positions import check_num_assistant_tokens, num_positions
 from ..sharing import without_head
-from .batches import PromptBatch, make_batches
+from .agreement import first_difference, is_exact, logit_gap
+from .batches import PromptBatch, make_batches, regroup
 from .figures import route_result
 from .measurement import Measurement
 from .memory import cache_bytes, cache_layer_sizes, copy_bandwidth, weight_bytes
 from .prompts import choose_rows, encode_answer, encode_prompt, lengthen, repeated_share
-from .results import CellResult, Difference
+from .results import CellResult, Difference, Regrouped
 from .routes import DEFAULT_TREE_SIZE, ROUTES, RouteRunner
 
 
@@ -201,7 +200,10 @@ class Benchmark:
         served = [name for name in names if runner.why_not_served(ROUTES[name], batch_size) is None]
         num_looped = sum(ROUTES[name].in_our_loop for name in served)
         repeats = self.settings.repeats
-        num_runs = len(batches) * (len(served) * (1 + repeats) + num_looped * repeats)
+        others = list[PromptBatch]()
+        if not is_exact(self.pair.target.dtype):
+            others = regroup(prompts.prompts, batches, runner.pad_token_id)
+        num_runs = len(batches) * (len(served) * (1 + repeats) + num_looped * repeats) + len(others)
         cell_name = f"{prompts.name} · batch {batch_size} · K {num_drafts}"
         measurement = Measurement(
             runner,
@@ -210,7 +212,15 @@ class Benchmark:
             lambda name: self.advance(share / num_runs, f"{cell_name} · {name}"),
         )
         measurement.run(names, batch_size, repeats)
-        return self.collect(prompts, batches, measurement, batch_size)
+        cell = self.collect(prompts, batches, measurement, batch_size)
+        if others and (texts := measurement.plain_texts(others)) is not None:
+            other_size = len(others[0].indices)
+            alone, batched = measurement.records["ar"].texts, texts
+            if other_size == 1:  # The gap is that of the batch, for it is taken from a forward of one row.
+                alone, batched = batched, alone
+            gaps = self.logit_gaps(prompts, alone, {i: batched[i] for i in texts if batched[i] != alone[i]})
+            cell.regrouped = Regrouped(other_size, 1 - len(gaps) / len(texts), known(gaps))
+        return cell
 
     def collect(
         self, prompts: EncodedSet, batches: list[PromptBatch], measurement: Measurement, batch_size: int
@@ -237,13 +247,23 @@ class Benchmark:
         )
         for record in measurement.records.values():
             result = route_result(record, measurement.records, len(batches), num_bytes / self.bandwidth)
-            if record.differing:
-                index = min(record.differing)
+            if gaps := self.logit_gaps(prompts, ar.texts, record.differing):
+                index = min(gaps)
                 result.difference = self.difference(
-                    prompts.name, prompts.indices[index], ar.texts[index], record.differing[index]
+                    prompts.name, prompts.indices[index], ar.texts[index], record.differing[index], gaps[index]
                 )
+                result.logit_gaps = known(gaps)
             cell.routes.append(result)
         return cell
+
+    def logit_gaps(
+        self, prompts: EncodedSet, expected: dict[int, list[int]], differing: dict[int, list[int]]
+    ) -> dict[int, float | None]:
+        """The gap at the first difference of every text that differs, by prompt."""
+        return {
+            index: logit_gap(self.pair.target, prompts.prompts[index], expected[index], text)
+            for index, text in sorted(differing.items())
+        }
 
     def bytes_per_round(self, num_rows: float, length: float) -> int:
         """Bytes of weights, keys and values that both models read in a round of `num_rows` texts of mean `length`."""
@@ -251,12 +271,13 @@ class Benchmark:
         keys_and_values = sum(cache_bytes(cache_layer_sizes(model), length) for model in models)
         return round(sum(map(weight_bytes, models)) + num_rows * keys_and_values)
 
-    def difference(self, name: str, prompt_index: int, expected: list[int], got: list[int]) -> Difference:
+    def difference(
+        self, name: str, prompt_index: int, expected: list[int], got: list[int], gap: float | None
+    ) -> Difference:
         """Where two texts part, with the token each has there; nothing where it has ended."""
-        pairs = enumerate(zip(expected, got, strict=False))
-        position = next((place for place, (a, b) in pairs if a != b), min(len(expected), len(got)))
-        tokens = (self.pair.tokenizer.decode(text[position : position + 1]) for text in (expected, got))
-        return Difference(name, prompt_index, position, *tokens)
+        position = first_difference(expected, got)
+        first, second = (self.pair.tokenizer.decode(text[position : position + 1]) for text in (expected, got))
+        return Difference(name, prompt_index, position, first, second, gap)
 
 
 def differences(cells: list[CellResult]) -> list[tuple[str, Difference]]:
@@ -269,6 +290,5 @@ def differences(cells: list[CellResult]) -> list[tuple[str, Difference]]:
     ]
 
 
-def is_exact(dtype: torch.dtype) -> bool:
-    """Whether texts must be equal: in 16 bit a block and a single token are rounded differently."""
-    return dtype in (torch.float32, torch.float64)
+def known(gaps: dict[int, float | None]) -> list[float]:
+    return [gap for gap in gaps.values() if gap is not None]

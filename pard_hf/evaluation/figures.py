@@ -10,6 +10,7 @@ from statistics import median
 
 from .measurement import RouteRecord
 from .results import RouteResult
+from .routes import COMPILED_BY_HOST
 
 
 def route_result(
@@ -39,10 +40,12 @@ def route_result(
         compile_seconds=record.compile_seconds,
         peak_memory=record.peak_memory,
     )
-    if record.route.name == "ar_plus":
+    if record.route.name in COMPILED_BY_HOST:
         result.compile_seconds = max(record.warm_up_seconds - median(record.seconds), 0.0)
     if "ar_plus" in records:
-        result.speedup_over_ar_plus = median(ratios(rates, tokens_per_second(records["ar_plus"])))
+        compiled_speedups = ratios(rates, tokens_per_second(records["ar_plus"]))
+        result.speedup_over_ar_plus = median(compiled_speedups)
+        result.speedup_over_ar_plus_range = [min(compiled_speedups), max(compiled_speedups)]
     decode_rates = decode_tokens_per_second(record)
     result.decode_tokens_per_second = median(decode_rates) if decode_rates else None
     result.decode_speedup = decode_speedup(record, records["ar"])

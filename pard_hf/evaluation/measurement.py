@@ -11,12 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+import transformers
 
 from ..generation.clock import measure_rounds
 from ..generation.stats import DecodingStats
 from .batches import PromptBatch, end_token_ids
 from .memory import MemoryGauge, now
-from .routes import ROUTES, RoundStreamer, Route, RouteRunner
+from .routes import COMPILED, ROUTES, RoundStreamer, Route, RouteRunner
 
 
 @dataclass
@@ -123,6 +124,18 @@ class Measurement:
                     self.time(record, batch)
             self.measure_parts()
 
+    def plain_texts(self, batches: list[PromptBatch]) -> dict[int, list[int]] | None:
+        """What plain `generate` says for prompts in other batches; `None` where memory runs out."""
+        texts: dict[int, list[int]] = {}
+        try:
+            for batch in batches:
+                self.advance("ar")
+                sequences = self.runner.generate(ROUTES["ar"], batch.inputs, self.max_new_tokens)
+                texts |= batch.new_texts(sequences, self.ends)
+        except torch.OutOfMemoryError:
+            return None
+        return texts
+
     def warm_up(self, route: Route) -> str | None:
         """Run a route on every batch and keep what it says; returns why it cannot, if so."""
         record = RouteRecord(route)
@@ -137,7 +150,12 @@ class Measurement:
             return "memory ran out; lower the batch size, `--context` or `--max-new-tokens`"
         except torch._dynamo.exc.TorchDynamoException as error:
             return f"torch.compile failed: {str(error).strip().splitlines()[0]}"
-        if route.name.endswith("_compiled") and (reason := self.runner.compile_failure(route)) is not None:
+        except ValueError as error:
+            if route.in_our_loop or route.name == "ar":
+                raise
+            # Which caches its assisted loop takes differs from version to version and from model to model.
+            return f"transformers {transformers.__version__} refuses: {str(error).strip(' .`')}"
+        if route.name in COMPILED and (reason := self.runner.compile_failure(route)) is not None:
             return f"torch.compile failed: {reason}"  # Our rounds ran, but as they stand: another route's figure.
         if route.name != "ar":
             record.compare(record.texts, self.records["ar"].texts)

@@ -60,7 +60,7 @@ def plot_speedups(result: BenchmarkResult) -> Any:
         )
         panel.axvline(1, color="#404040", linewidth=0.8)
         panel.set_title(cell_title(cell), fontsize=9)
-        panel.set_xlabel("speedup over plain generate (median and range of repeats)", fontsize=8)
+        panel.set_xlabel("speedup over eager plain generate (median and range of repeats)", fontsize=8)
     return figure
 
 
@@ -97,7 +97,7 @@ def plot_num_assistant_tokens(result: BenchmarkResult) -> Any:
         chosen=lambda cell: cell.batch_size == smallest[cell.prompts],
         place=lambda cell: cell.num_assistant_tokens,
         value=lambda route: route.speedup,
-        labels=("K, proposals a round", "speedup over plain generate"),
+        labels=("K, proposals a round", "speedup over eager plain generate"),
     )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from ..json_lines import numbered_lines, parse_line, why_no_text
 
 DEMO_PROMPTS = (
     'def is_palindrome(text: str) -> bool:\n    """Return True if text reads the same backwards."""\n',
@@ -30,7 +31,7 @@ def load_prompts(source: str) -> tuple[str, list[dict[str, Any]]]:
 
     Args:
         source (`str`):
-            A `.jsonl` file of objects with a `prompt`, a named set (`demo`), or a Hub data set as
+            A `.jsonl` or `.jsonl.gz` file of objects with a `prompt`, a named set (`demo`), or a Hub data set as
             `hub:org/name[:split[:field]]`, where `org/name/config` chooses among configurations.
 
     Returns:
@@ -44,7 +45,7 @@ def load_prompts(source: str) -> tuple[str, list[dict[str, Any]]]:
     if source.startswith(HUB_PREFIX):
         name, rows = read_hub_prompts(source)
     elif Path(source).is_file():
-        name, rows = Path(source).stem, read_prompts(source)
+        name, rows = Path(source.removesuffix(".gz")).stem, read_prompts(source)
     else:
         raise ValueError(
             f"Expected a prompt set, got {source!r}. Name a `.jsonl` file that exists, one of "
@@ -56,29 +57,30 @@ def load_prompts(source: str) -> tuple[str, list[dict[str, Any]]]:
 
 
 def read_prompts(path: str | Path, limit: int | None = None) -> list[dict[str, Any]]:
-    """Read a `.jsonl` file of objects with a `prompt`; other fields are kept.
+    """Read a `.jsonl` or `.jsonl.gz` file of objects with a `prompt`; other fields are kept.
 
     Raises:
         ValueError: A line is no JSON object with a `prompt`; the message names the line.
     """
     prompts: list[dict[str, Any]] = []
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise ValueError(f"Expected UTF-8 text in `{path}`, got other bytes. Save the file as UTF-8.") from None
-    for number, line in enumerate(lines, start=1):
+    for number, line in numbered_lines(Path(path)):
         if len(prompts) == limit:
             break
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"Expected JSON in line {number} of `{path}`, got: {error.msg}. Mend the line.") from None
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-            raise ValueError(f"Expected an object with a `prompt` string in line {number} of `{path}`. Mend the line.")
+        row, problem = parse_line(line)
+        problem = problem or why_no_prompt(row)
+        if problem is not None:
+            raise ValueError(
+                f"Expected a JSON object with a `prompt` in line {number} of `{path}`, but {problem}. Mend the line."
+            )
         prompts.append(row)
     return prompts
+
+
+def why_no_prompt(row: Any) -> str | None:
+    """Say what keeps a parsed line from being a prompt; `None` when nothing does."""
+    if not isinstance(row, dict):
+        return f"it is a JSON {type(row).__name__}"
+    return None if isinstance(row.get("prompt"), str) else f"its `prompt` is no text; it has {sorted(row)}"
 
 
 def read_hub_prompts(source: str) -> tuple[str, list[dict[str, Any]]]:
@@ -87,6 +89,10 @@ def read_hub_prompts(source: str) -> tuple[str, list[dict[str, Any]]]:
     field = field or "prompt"
     if rows and not isinstance(rows[0].get(field), str):
         raise ValueError(f"Expected a text field {field!r} in {source!r}, got {sorted(rows[0])}. Name one of these.")
+    for number, row in enumerate(rows, start=1):
+        problem = why_no_text(row) or why_no_prompt({**row, "prompt": row.get(field)})
+        if problem is not None:
+            raise ValueError(f"Expected a text field {field!r} in row {number} of {source!r}, but {problem}.")
     return name, [{**row, "prompt": row[field]} for row in rows]
 
 

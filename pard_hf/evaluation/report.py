@@ -10,14 +10,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .results import CellResult, Difference, RouteResult
+from .agreement import GAP
+from .results import CellResult, Difference, Regrouped, RouteResult
 from .routes import ROUTES
 
 SPEED_HEADINGS = (
     "tokens/s",
     "after first",
     "TTFT ms",
-    "speedup",
+    "speedup ÷ AR",
     "÷ AR+",
     "τ",
     "α",
@@ -69,6 +70,8 @@ def show_cell(console: Any, cell: CellResult) -> None:
         markup=False,
     )
     console.print(speed_table(cell))
+    if cell.regrouped is not None:
+        console.print(rounding_sentence(cell, cell.regrouped), markup=False)
     if any(route.draft_seconds is not None for route in cell.routes):
         console.print(round_table(cell))
     for name, reason in cell.not_served.items():
@@ -86,13 +89,30 @@ def speed_row(route: RouteResult) -> list[str]:
         shown(route.decode_tokens_per_second, ".1f"),
         f"{route.time_to_first_token * 1000:.1f}",
         f"{route.speedup:.2f} [{ranged(route.speedup_range, '.2f')}]",
-        shown(route.speedup_over_ar_plus, ".2f"),
+        shown(route.speedup_over_ar_plus, ".2f")
+        + (f" [{ranged(bounds, '.2f')}]" if (bounds := route.speedup_over_ar_plus_range) else ""),
         shown(route.acceptance_length, ".2f"),
         shown(route.acceptance_rate, ".2f"),
-        f"{route.identical_share:.0%}",
+        agreement(route),
         shown(route.compile_seconds, ".1f"),
         shown(None if route.peak_memory is None else route.peak_memory / 2**20, ".0f"),
     ]
+
+
+def agreement(found: RouteResult | Regrouped) -> str:
+    """The share of identical texts, and the largest gap of the others."""
+    return f"{found.identical_share:.0%}" + (f" gap {max(found.logit_gaps):.2g}" if found.logit_gaps else "")
+
+
+def rounding_sentence(cell: CellResult, regrouped: Regrouped) -> str:
+    """Say how far plain `generate` agrees with itself in 16 bit, which is what other routes are to be held against."""
+    sizes = sorted((cell.batch_size, regrouped.batch_size))
+    compiled = cell.route("ar_plus")
+    beside = "" if compiled is None else f" · eager against compiled: identical {agreement(compiled)}"
+    return (
+        f"plain generate against itself: one row against a batch of {sizes[1]}: identical {agreement(regrouped)}"
+        f"{beside} ({GAP})"
+    )
 
 
 def round_table(cell: CellResult) -> Any:
@@ -162,9 +182,10 @@ def ranged(bounds: list[float], form: str) -> str:
 
 
 def difference_sentence(route: str, difference: Difference) -> str:
-    """Say where a route left plain `generate`."""
+    """Say where a route left plain `generate`, and how near the choice was."""
+    gap = "" if difference.logit_gap is None else f", its logit {difference.logit_gap:.2g} below the best"
     return (
         f"Expected the tokens of plain `generate` from {ROUTES[route].title}, got others: set {difference.prompts}, "
         f"prompt {difference.prompt_index}, new token {difference.position}: {difference.expected!r} expected, "
-        f"{difference.got!r} said."
+        f"{difference.got!r} said{gap}."
     )

@@ -13,13 +13,30 @@ from typing import Any
 
 @dataclass
 class Difference:
-    """The first place where a route left plain `generate`."""
+    """The first place where a route left plain `generate`, and how far that prefers its best token there."""
 
     prompts: str
     prompt_index: int
     position: int
     expected: str
     got: str
+    logit_gap: float | None = None
+
+
+@dataclass
+class Regrouped:
+    """How far plain `generate` agrees with itself when the same prompts come in batches of another size.
+
+    Args:
+        batch_size (`int`):
+            That other size.
+        identical_share (`float`) and logit_gaps (`list[float]`):
+            As in [`RouteResult`].
+    """
+
+    batch_size: int
+    identical_share: float
+    logit_gaps: list[float]
 
 
 @dataclass
@@ -34,12 +51,16 @@ class RouteResult:
         speedup (`float`) and decode_speedup (`float`, *optional*):
             The route's tokens a second over plain `generate`'s in the same repeat, prefill included and after the
             first token: the ratio of wall times, where texts are equal.
-        speedup_over_ar_plus (`float`, *optional*):
-            The same over `ar_plus`.
+        speedup_over_ar_plus (`float`, *optional*) and speedup_over_ar_plus_range (`list[float]`, *optional*):
+            The same over `ar_plus`, compiled plain `generate`, where that was measured.
+        identical_share (`float`) and logit_gaps (`list[float]`, *optional*):
+            The share of texts that are plain `generate`'s in every run, and for each other one how far the plain model
+            prefers its best token to the one said where the texts first part, in the run's dtype.
         acceptance_length (`float`, *optional*):
             τ, tokens a round with the bonus token. Other counts as in [`DecodingStats`].
         compile_seconds (`float`, *optional*):
-            Spent compiling before anything was timed; of `ar_plus`, what the warm-up took longer than a timed run.
+            Spent compiling before anything was timed; where the host compiles, what the warm-up took longer than a
+            timed run.
         seconds_per_round (`float`, *optional*):
             Wall time of the timed runs without their first rounds, over the number of other rounds.
         draft_seconds (`float`, *optional*), verify_seconds and loop_seconds:
@@ -69,6 +90,7 @@ class RouteResult:
     decode_tokens_per_second: float | None = None
     decode_speedup: float | None = None
     speedup_over_ar_plus: float | None = None
+    speedup_over_ar_plus_range: list[float] | None = None
     acceptance_length: float | None = None
     acceptance_rate: float | None = None
     position_acceptance: list[float] | None = None
@@ -90,11 +112,12 @@ class RouteResult:
     decode_ideal_share: float | None = None
     bandwidth_share: float | None = None
     difference: Difference | None = None
+    logit_gaps: list[float] | None = None
 
 
 @dataclass
 class CellResult:
-    """Every route on one prompt set at one batch size and K."""
+    """Every route on one prompt set at one batch size and K; `regrouped` only in 16 bit."""
 
     prompts: str
     prompts_digest: str
@@ -111,6 +134,7 @@ class CellResult:
     peak_memory_kind: str
     routes: list[RouteResult] = field(default_factory=list)
     not_served: dict[str, str] = field(default_factory=dict)
+    regrouped: Regrouped | None = None
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -131,7 +155,8 @@ class CellResult:
             )
             for route in values.pop("routes")
         ]
-        return cls(**values, routes=routes)
+        regrouped = values.pop("regrouped", None)
+        return cls(**values, routes=routes, regrouped=None if regrouped is None else Regrouped(**regrouped))
 
 
 @dataclass

@@ -56,8 +56,8 @@ class Route:
 
 
 # Plain `generate`, and the same compiled over a static cache. The stock assisted loop with the draft's own weights
-# proposing token by token, with prompt lookup, and with the parallel draft. Our loop with a chain, as it stands and
-# compiled, with a correction head, with a tree, with both, and with whatever has paid of these.
+# proposing token by token, with prompt lookup, and with the parallel draft, as it stands and compiled. Our loop with a
+# chain, as it stands and compiled, with a correction head, with a tree, with both, and with what has paid of these.
 OURS: dict[str, Any] = {"is_pard": True, "in_our_loop": True}
 ROUTES = {
     route.name: route
@@ -67,6 +67,7 @@ ROUTES = {
         Route("ad", "AD", takes_batches=False),
         Route("pld", "PLD", takes_batches=False),
         Route("tier1", "PARD tier 1", takes_batches=False, is_pard=True),
+        Route("tier1_compiled", "PARD tier 1, compiled", takes_batches=False, is_pard=True),
         Route("tier2", "PARD tier 2", baseline="ar", **OURS),
         Route("tier2_compiled", "PARD tier 2, compiled", baseline="ar_plus", **OURS),
         Route("head", "PARD + head", baseline="ar", needs_head=True, **OURS),
@@ -79,6 +80,7 @@ ROUTES = {
 }
 
 
+COMPILED_BY_HOST = ("ar_plus", "tier1_compiled")
 COMPILED = ("tier2_compiled", "tree_head_compiled", "adaptive_compiled")
 DEFAULT_TREE_SIZE = 64
 
@@ -109,17 +111,19 @@ class RouteRunner:
         adaptive = {**both, "num_assistant_tokens_schedule": "adaptive"}
         # The stock loop reads K from its assistant's own settings; ours stay as they were loaded.
         token_by_token = sharing_weights(self.draft, type(self.draft).__bases__[-1])
-        parallel = sharing_weights(self.draft, type(self.draft))
+        parallel = sharing_weights(self.headless, type(self.headless))
         for assistant in (token_by_token, parallel):
             assistant.generation_config.num_assistant_tokens = self.num_drafts
             assistant.generation_config.num_assistant_tokens_schedule = "constant"
             assistant.generation_config.assistant_confidence_threshold = 0.0
+        compiled = {"cache_implementation": "static", "compile_config": compile_anywhere()}
         return {
             "ar": {},
-            "ar_plus": {"cache_implementation": "static", "compile_config": compile_anywhere()},
+            "ar_plus": compiled,
             "ad": {"assistant_model": token_by_token},
             "pld": {"prompt_lookup_num_tokens": self.num_drafts},
             "tier1": {"assistant_model": parallel},
+            "tier1_compiled": {"assistant_model": parallel, **compiled},
             "tier2": {**constant, "disable_compile": True},
             "tier2_compiled": {**constant, "cache_implementation": "static"},
             "head": {**head, "disable_compile": True},
@@ -134,11 +138,11 @@ class RouteRunner:
         """Say why a route cannot run here; `None` when it can."""
         if batch_size > 1 and not route.takes_batches:
             return f"the stock assisted loop takes one text at a time, not {batch_size}"
-        if route.name in ("ad", "tier1"):
+        if route.name in ("ad", "tier1", "tier1_compiled"):
             sizes = [model.config.get_text_config().vocab_size for model in (self.target, self.draft)]
             if sizes[0] != sizes[1]:
                 return f"the stock assisted loop wants equal vocabularies, not {sizes[0]} and {sizes[1]} rows"
-        if route.name == "ar_plus":
+        if route.name in COMPILED_BY_HOST:
             return why_not_compiled(self.target, self.target)
         if route.needs_head and self.draft.correction_head is None:
             return "the draft has no correction head"
@@ -155,7 +159,7 @@ class RouteRunner:
     def generate(self, route: Route, inputs: dict[str, torch.Tensor], max_new_tokens: int, **kwargs: Any) -> Any:
         """Generate greedily by `route`; `kwargs` go to `generate`."""
         compiling: AbstractContextManager[Any] = nullcontext()
-        if route.name == "ar_plus":
+        if route.name in COMPILED_BY_HOST:
             compiling = torch._dynamo.config.patch(recompile_limit=NUM_COMPILED)
         model = with_pard(self.target) if route.in_our_loop else without_pard(self.target)
         try:

@@ -12,6 +12,7 @@ from .compilation import EagerSteps
 from .role import Role
 from .rows import Rows
 from .schedule import Choice
+from .transfer import to_host
 
 # Cache sizes are these doubled again and again: attention never reads more than twice the text, and a long run crosses
 # few of them.
@@ -104,13 +105,13 @@ class Batch:
                 self.target.cache = whole
         if self.keeps_cache:  # Rows that ended early go on as padding, maybe further than any text.
             prompts, lengths = self.rows.num_prompt_tokens, self.rows.lengths
-            last = int((self.rows.offset + prompts).max() + (lengths - prompts).max())
+            last = int(to_host((self.rows.offset + prompts).max() + (lengths - prompts).max())())
             if last > self.target.cache.num_slots:
                 self.target.cache = self.copy_of(self.target.cache, cache_size(last))
 
     def copy_of(self, cache: SlotCache, num_slots: int) -> SlotCache:
         """A larger cache of the target with the same entries."""
-        copy, everyone = SlotCache(self.target.model.config, num_slots), list(range(len(self)))
+        copy, everyone = SlotCache.of(self.target.model, num_slots), list(range(len(self)))
         copy.copy_rows(cache, everyone, everyone)
         return copy
 

@@ -16,8 +16,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from ..host import looks_attention_up
 
 
 @dataclass
@@ -36,6 +38,8 @@ class Slots:
             Layers that share this.
         is_static (`bool`):
             Whether compiled code may rely on the buffers' addresses.
+        is_contiguous (`bool`):
+            Whether attention is given copies in the order that a growing cache has, for code that asks for it.
         flat_rows (`torch.LongTensor` of shape `(batch_size * query_length,)`, *optional*):
             Where each query of the next forward is written.
     """
@@ -44,6 +48,7 @@ class Slots:
     num_visible: int
     num_layers: int
     is_static: bool
+    is_contiguous: bool = False
     flat_rows: torch.Tensor | None = None
 
 
@@ -110,7 +115,8 @@ class SlotLayer(CacheLayerMixin):
 
     def read(self, states: torch.Tensor) -> torch.Tensor:
         """View stored `states` as `[batch_size, num_heads, num_visible, head_dim]`."""
-        return self.by_row(states)[:, : self.slots.num_visible].transpose(1, 2)
+        visible = self.by_row(states)[:, : self.slots.num_visible].transpose(1, 2)
+        return visible.contiguous() if self.slots.is_contiguous else visible
 
     def by_row(self, states: torch.Tensor) -> torch.Tensor:
         """View stored `states` as `[batch_size, num_slots + 1, num_heads, head_dim]`."""
@@ -153,12 +159,19 @@ class SlotCache(Cache):
             Positions a row may use; one spare slot is added for padding.
         is_static (`bool`, *optional*, defaults to `False`):
             Whether compiled code may rely on the buffers' addresses.
+        is_contiguous (`bool`, *optional*, defaults to `False`):
+            Whether attention is given contiguous copies.
     """
 
-    def __init__(self, config: PreTrainedConfig, num_slots: int, is_static: bool = False):
+    def __init__(self, config: PreTrainedConfig, num_slots: int, is_static: bool = False, is_contiguous: bool = False):
         self.windows = attention_windows(config)
-        self.slots = Slots(num_slots, num_slots, len(self.windows), is_static)
+        self.slots = Slots(num_slots, num_slots, len(self.windows), is_static, is_contiguous)
         super().__init__(layers=[SlotLayer(self.slots) for _ in self.windows])
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, num_slots: int, is_static: bool = False) -> SlotCache:
+        """Make an empty cache for a model, laid out as its attention needs it."""
+        return cls(model.config, num_slots, is_static, is_contiguous=not looks_attention_up(model))
 
     @property
     def num_slots(self) -> int:

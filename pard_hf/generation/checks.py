@@ -13,9 +13,21 @@ from transformers import AutoTokenizer, DynamicCache, GenerationConfig, PreTrain
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..draft_model import PardDraftModel
-from ..host import cache_in, forward_parameters, is_callers, is_recurrent, mask_length, masks_itself
+from ..host import (
+    cache_in,
+    forward_parameters,
+    is_callers,
+    is_recurrent,
+    mask_length,
+    masks_itself,
+    masks_windows,
+    takes_cache,
+    takes_cache_apart,
+    takes_images,
+)
 from ..positions import check_num_assistant_tokens, num_positions
 from .cache import attention_windows
+from .probe import why_other_logits
 from .schedule import check_schedule
 
 # Vocabularies of one family are padded to multiples of 64 to 1024 rows; a larger difference is another tokenizer.
@@ -42,8 +54,8 @@ def check_mode(target: PreTrainedModel, generation_config: GenerationConfig) -> 
         )
     if is_recurrent(target):
         raise ValueError(
-            f"Expected a target whose cache can drop rejected tokens, got the recurrent `{type(target).__name__}`. "
-            "Generate without `assistant_model`."
+            f"Expected a target whose cache can drop rejected tokens, got `{type(target).__name__}`, which keeps "
+            f"{what_is_kept(target)}. Generate without `assistant_model`."
         )
     if (generation_config.num_beams or 1) > 1:
         raise ValueError(
@@ -204,8 +216,13 @@ def why_no_draft(
     """Say why no loop with a draft gives the text of plain decoding; `None` when one does."""
     if cache_in(model_kwargs) is None:
         return f"`generate` prepares no cache for `{type(target).__name__}`"
+    if not takes_cache(target):
+        return f"The forward of `{type(target).__name__}` takes no cache"
     if drops_caches(target):
         return f"`{type(target).__name__}` is in training mode with gradient checkpointing, which keeps no cache"
+    window = smallest_window(target)
+    if window is not None and length > window and not masks_windows(target):
+        return f"`{type(target).__name__}` forgets what lies {window} tokens back, and does not mask it before"
     config = target.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):
@@ -214,6 +231,19 @@ def why_no_draft(
         if parameters.get("rope_type") == "longrope" and length + generation_config.num_assistant_tokens > original:
             return f"`{type(config).__name__}` changes its rotary frequencies at position {original}"
     return None
+
+
+def what_is_kept(model: PreTrainedModel) -> str:
+    """Name what a model keeps besides keys and values, by the layers of its cache."""
+    kinds = {type(layer).__name__ for layer in DynamicCache(config=model.config.get_text_config()).layers}
+    kinds -= {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__}
+    return f"a state that no token can be taken out of ({', '.join(sorted(kinds)) or 'in its own code'})"
+
+
+def smallest_window(model: PreTrainedModel) -> int | None:
+    """The smallest window of a model's ordinary cache; `None` where every layer keeps the whole text."""
+    layers = DynamicCache(config=model.config.get_text_config()).layers
+    return min((layer.sliding_window for layer in layers if type(layer) is DynamicSlidingWindowLayer), default=None)
 
 
 def why_not_slots(
@@ -236,11 +266,13 @@ def why_not_slots(
             return f"`{type(model).__name__}` masks attention by the length of its cache"
         if model.config._attn_implementation not in ("sdpa", "eager"):
             return f"`{model.config._attn_implementation}` takes no mask by position"
+        if takes_cache_apart(model):
+            return f"`{type(model).__name__}` handles single layers of its cache"
         try:
             attention_windows(model.config)
         except ValueError as error:
             return str(error)
-    if target.config.get_text_config() is not target.config:
+    if target.config.get_text_config() is not target.config or takes_images(target):
         return f"`{type(target).__name__}` is more than a text model"
     if synced_gpus:
         return "`synced_gpus` wants every process to run the same forwards"
@@ -256,11 +288,11 @@ def why_not_slots(
         return f"A `{type(past).__name__}` cannot be taken over"
     if not has_usual_positions(mask, model_kwargs.get("position_ids")):
         return "`position_ids` differ from those the attention mask implies"
-    window = min((window for window in attention_windows(target.config) if window is not None), default=length)
-    if length > window and has_padding_inside(mask):
-        # A row that ended before others did leaves some for the next turn. The host's windows are of columns.
+    window = smallest_window(target)
+    if window is not None and length > window and has_padding_inside(mask):
+        # A row that ended before others did leaves some for the next turn. transformers' windows are of columns.
         return f"Padding inside a row counts in the sliding window of {window}"
-    return None
+    return why_other_logits(target)
 
 
 def has_padding_inside(mask: torch.Tensor) -> bool:

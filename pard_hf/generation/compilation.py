@@ -47,7 +47,7 @@ class EagerSteps:
 
     def cache(self, name: str, model: PreTrainedModel, batch_size: int, num_slots: int) -> SlotCache:
         """An empty cache for one of the two models; `name` tells them apart."""
-        return SlotCache(model.config, num_slots)
+        return SlotCache.of(model, num_slots)
 
     def rows(self, rows: Rows) -> Rows:
         """The rows in buffers that rounds may use."""
@@ -72,9 +72,10 @@ class Workspace:
     """
 
     def __init__(self) -> None:
-        self.parts: dict[Hashable, Callable[..., Any]] = {}
+        # By name, shape and kind; those used last at the end.
+        self.parts: dict[tuple[str, Any, tuple[Hashable, ...]], Callable[..., Any]] = {}
         self.caches: dict[Hashable, SlotCache] = {}
-        self.buffers: dict[Hashable, Rows] = {}
+        self.buffers: dict[tuple[Any, ...], Rows] = {}
         self.costs: dict[Hashable, RoundCosts] = {}
         # Why a part could not be compiled, the last time one could not.
         self.failure: str | None = None
@@ -88,7 +89,7 @@ class Workspace:
         for _, shape, kind in self.parts:
             sizes = dict(shape)
             for name in ("draft", "target"):
-                needed.add((name, sizes["batch size"], sizes[f"{name} cache"], kind[:3]))
+                needed.add((name, sizes["batch size"], sizes[f"{name} cache"], kind[0]))
         self.caches = {key: cache for key, cache in self.caches.items() if key in needed}
         self.buffers = {
             key: rows for key, rows in self.buffers.items() if ("draft", key[0], key[1] - 1, key[2]) in needed
@@ -126,7 +127,7 @@ class CompiledSteps(EagerSteps):
         self.workspace, self.config = workspace, config
         self.place = (model.dtype, str(model.device), autocast_dtype(model.device))
         self.kind = (
-            *self.place,
+            self.place,
             str(config.backend),
             config.mode,
             str(config.options),
@@ -139,7 +140,7 @@ class CompiledSteps(EagerSteps):
         if key in self.workspace.caches:
             self.workspace.caches[key].clear()
         else:
-            self.workspace.caches[key] = SlotCache(model.config, num_slots, is_static=True)
+            self.workspace.caches[key] = SlotCache.of(model, num_slots, is_static=True)
         return self.workspace.caches[key]
 
     def rows(self, rows: Rows) -> Rows:
@@ -159,26 +160,24 @@ class CompiledSteps(EagerSteps):
         return (part.__name__, key, self.kind) in self.workspace.parts
 
     def run(self, part: Callable[..., Any], key: Hashable, *args: Any) -> Any:
-        key = (part.__name__, key, self.kind)
-        compiled = self.workspace.parts.pop(key, None)
+        name = (part.__name__, key, self.kind)
+        compiled = self.workspace.parts.pop(name, None)
         if compiled is not None:
-            self.workspace.parts[key] = compiled  # The last is the one used last.
+            self.workspace.parts[name] = compiled
             return compiled(*args)
-        logger.warning(
-            "Compiling `%s` for %s: once for this shape, then kept in torch's cache.", part.__name__, key[1]
-        )
+        logger.warning("Compiling `%s` for %s: once for this shape, then kept in torch's cache.", part.__name__, key)
         start = time.perf_counter()
-        compiled = self.workspace.parts[key] = compile_part(part, self.config)
+        compiled = self.workspace.parts[name] = compile_part(part, self.config)
         try:
             return compiled(*args)
         except COMPILE_ERRORS as error:  # Before anything ran: the part is as good as new.
             reason = str(error).strip().partition("\n")[0]
             logger.warning("`%s` cannot be compiled (%s); it runs without torch.compile.", part.__name__, reason)
-            self.workspace.parts[key] = part
+            self.workspace.parts[name] = part
             self.workspace.failure = reason
             return part(*args)
         except BaseException:
-            del self.workspace.parts[key]
+            del self.workspace.parts[name]
             raise
         finally:
             self.compile_seconds += time.perf_counter() - start
@@ -214,7 +213,7 @@ def forget_code(code: CodeType) -> None:
     guards = [entry.guard_manager for entry in _debug_get_cache_entry_list(code)]
     reset_code(code)
     for guard in guards:
-        guard.root = guard.diff_guard_root = None
+        vars(guard).update(root=None, diff_guard_root=None)
 
 
 def workspace_of(target: PreTrainedModel, draft: PreTrainedModel) -> Workspace:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from .rows import Rows
 from .schedule import Choice, ConstantSchedule
 from .stats import DecodingStats
 from .steps import Proposals, accept_step, append_step, target_step
+from .transfer import to_host
 from .verification import verify_ratio_test
 
 # New tokens that justify compiling for fewer rows: that takes longer than a short tail does.
@@ -88,7 +90,7 @@ class PardDecoder:
         self.noise = Noise(ids.device, is_ordered=len(ids) == 1)
         self.recording = Recording() if request.output_scores or request.output_logits else None
         # Rounds whose outcome the host has not looked at yet.
-        self.pending: deque[tuple[torch.Tensor, Any, Choice]] = deque()
+        self.pending: deque[tuple[Callable[[], torch.Tensor], Choice]] = deque()
         self.num_ahead = int(self.may_run_ahead() and ids.device.type == "cuda")
         self.clock = clock_of_call.get() or NoClock()
 
@@ -175,13 +177,13 @@ class PardDecoder:
 
     def longest(self) -> int:
         """An upper bound of the tokens known of any row."""
-        return max(self.host_lengths) + sum(choice.num_drafts + 1 for *_, choice in self.pending)
+        return max(self.host_lengths) + sum(choice.num_drafts + 1 for _, choice in self.pending)
 
     def advance(self, proposals: Proposals, logits: torch.Tensor) -> list[int]:
         """Verify, append and finish rows; returns what unfinished rows accepted, where it is known already."""
         scores = process_positions(self.request.logits_processor, logits)
         outcome, nodes = self.accept(proposals, scores)
-        self.pending.append((*self.fetch(outcome), proposals.choice))
+        self.pending.append((to_host(outcome), proposals.choice))
         if self.recording is not None:  # Copies of what compiled parts return: the next round writes there.
             kept = (scores.clone(), logits.clone()) if self.steps.is_fixed else (scores, logits)
             self.recording.add(on_path(kept[0], nodes), on_path(kept[1], nodes), self.batch.row_ids)
@@ -203,21 +205,9 @@ class PardDecoder:
         arguments = (self.batch.target, self.batch.rows, proposals, scores, ends, noise)
         return self.steps_now.run(accept_step, key, *arguments)
 
-    def fetch(self, outcome: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """Begin to bring an outcome to the host, and what tells that it is there."""
-        if outcome.device.type != "cuda":
-            return outcome.clone() if self.num_ahead else outcome, None
-        host = torch.empty(outcome.shape, dtype=outcome.dtype, pin_memory=True)
-        host.copy_(outcome, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        return host, event
-
-    def settle(self, outcome: torch.Tensor, event: Any, choice: Choice) -> list[int]:
+    def settle(self, arrived: Callable[[], torch.Tensor], choice: Choice) -> list[int]:
         """Learn how a round ended: the round's only synchronisation."""
-        if event is not None:
-            event.synchronize()
-        emitted, finished, *columns = outcome.T.tolist()
+        emitted, finished, *columns = arrived().T.tolist()
         if self.request.streamer is None:
             self.noise.use(emitted[0])
         if self.recording is not None:

@@ -16,6 +16,7 @@ from .decoding import PardDecoder
 from .processors import is_prefix_free
 from .request import DecodingRequest
 from .steps import Proposals, keep_step
+from .transfer import to_host
 from .tree import chain_as_tree, child_with
 
 # Criteria decided on the device, row by row; any other is called as plain `generate` calls it.
@@ -48,14 +49,20 @@ class LockstepDecoder(PardDecoder):
             tokens = torch.where(self.unfinished == 1, tokens, self.request.pad_token_id)
         return tokens, scores
 
-    def emit(self, tokens: torch.Tensor, scores: torch.Tensor, is_accepted: bool) -> None:
-        """Append a column, show it to the streamer and ask the criteria which rows end here."""
+    def emit(self, tokens: torch.Tensor, scores: torch.Tensor, is_proposed: torch.Tensor) -> torch.Tensor:
+        """Append a column, ask the criteria which rows end here and show it to the streamer.
+
+        Returns:
+            `[2, B]` on the host, all it looks at of a column: whether each token was proposed, which rows go on.
+        """
         self.columns = torch.cat([self.columns, tokens.unsqueeze(1)], dim=1)
         if self.scores is not None:
             self.scores += (scores,)
         self.unfinished = self.unfinished & ~self.request.stopping_criteria(self.columns, self.scores)
+        said = to_host(torch.stack([tokens, is_proposed.long(), self.unfinished]))()
         if self.request.streamer is not None:
-            self.stream(tokens.cpu(), is_accepted)
+            self.stream(said[0], is_accepted=bool(said[1].all()))
+        return said[1:].bool()
 
     def compact(self) -> None:
         """Nobody leaves: processors and criteria are shown every row to the end."""
@@ -64,19 +71,19 @@ class LockstepDecoder(PardDecoder):
         return False
 
     def advance(self, proposals: Proposals, logits: torch.Tensor) -> list[int]:
-        emitted = torch.zeros_like(self.unfinished)
         tree = chain_as_tree(proposals.tokens) if proposals.tree is None else proposals.tree
         nodes, processed, raw, path = torch.zeros_like(self.unfinished), [], [], []
+        going, emitted = torch.tensor(self.active), torch.zeros(len(self.batch), dtype=torch.long)
         while True:
             # A copy: processors may write in place, and the raw logits are an output of their own.
             raw.append(logits[torch.arange(len(nodes), device=nodes.device), nodes])
             tokens, scores = self.choose(raw[-1].clone())
             processed.append(scores)
-            emitted += self.unfinished
+            emitted += going
             nodes, is_proposed = child_with(tree, nodes, tokens)
-            self.emit(tokens, scores, is_accepted=bool(is_proposed.all()))
-            goes_on = (self.unfinished == 1) | (not self.pads_finished)
-            if not self.unfinished.any() or (goes_on & ~is_proposed).any():
+            was_proposed, going = self.emit(tokens, scores, is_proposed)
+            goes_on = going | (not self.pads_finished)
+            if not going.any() or (goes_on & ~was_proposed).any():
                 break
             path.append(nodes)
         num_grown = len(processed)
@@ -88,7 +95,7 @@ class LockstepDecoder(PardDecoder):
             self.recording.add(torch.stack(processed, dim=1), torch.stack(raw, dim=1), self.batch.row_ids)
             self.recording.settle([num_grown] * len(self.batch))
         self.account([num_grown] * len(self.batch), emitted.tolist(), proposals.choice)
-        self.active = (self.unfinished == 1).tolist()
+        self.active = going.tolist()
         # The slowest row decides what a round of this batch is worth.
         return [num_grown - 1] if any(self.active) else []
 

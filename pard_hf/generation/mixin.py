@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
 
 from ..draft_model import PardDraftModel
@@ -27,6 +28,7 @@ from .decoding import PardDecoder
 from .lockstep import KNOWN_CRITERIA, decoder_for
 from .noise import Noise
 from .output import PardGenerateOutput
+from .probe import why_no_blocks
 from .processors import is_stateless
 from .request import DecodingRequest
 from .stats import DecodingStats
@@ -180,6 +182,8 @@ class PardGenerationMixin(GenerationMixin):
                 decoder.run()
                 return self._collect(decoder, generation_config, model_kwargs)
         prepared["synced_gpus"] = synced_gpus
+        if no_draft is None:
+            no_draft = why_no_blocks(self)
         stock_is_exact = (
             no_draft is None
             and len(input_ids) == 1
@@ -273,6 +277,10 @@ class PardGenerationMixin(GenerationMixin):
             )
             config.do_sample = False
             prepared = {**prepared, "logits_processor": sampling.processors(), "generation_config": config}
+        past = cache_in(model_kwargs)
+        if type(past) is DynamicCache and all(type(layer) is DynamicLayer for layer in past.layers):
+            # Layers as they are written: half of an encoder-decoder leaves some unused, and those cannot be cropped.
+            model_kwargs = {**model_kwargs, CACHE_NAME: DynamicCache()}
         bound = BoundDraft(draft, sampling, [])
         output = super()._assisted_decoding(input_ids, **prepared, assistant_model=bound, **model_kwargs)
         if sampling is not None:

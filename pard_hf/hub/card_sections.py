@@ -101,8 +101,8 @@ def usage(source: CardSource) -> str:
     snippet = transformers_snippet(f'"{source.name}"', f'"{target}"')
     if target == PLACEHOLDER:
         snippet = f"`{PLACEHOLDER}`: any model that shares the draft's tokenizer.\n\n{snippet}"
-    sizes = source.known.vocab_sizes if source.known else ()
-    engines = engine_snippets(source.name, target, num_drafts(source), is_exported=len(sizes) > 1)
+    is_exported = source.known is not None and source.known.needs_export
+    engines = engine_snippets(source.name, target, num_drafts(source), is_exported)
     return f"{snippet}\n\n{engines}\n\n{engine_note(source)}"
 
 

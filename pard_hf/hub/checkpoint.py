@@ -7,6 +7,7 @@ Knows which files make a checkpoint; knows nothing of engines. Reading reports w
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,19 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a config that describes the language model, the whole of it for most."""
+    """The part of a config that describes the language model, the whole of it for most.
+
+    Where that part leaves the vocabulary to the defaults of its class, as Gemma 3's does, these are filled in.
+    """
     nested = config.get("text_config")
-    return nested if isinstance(nested, dict) and "vocab_size" in nested else config
+    if not isinstance(nested, dict):
+        return config
+    if "vocab_size" in nested:
+        return nested
+    if "vocab_size" not in config and is_known_model(config):
+        with suppress(Exception):  # A config of any content; what is wrong with it is said where a value is missed.
+            return CONFIG_MAPPING[config["model_type"]].from_dict(config).get_text_config().to_dict()
+    return config
 
 
 def vocab_size(config: dict[str, Any]) -> int:
@@ -187,8 +198,8 @@ def mend_checkpoint(folder: Path) -> None:
 
 
 def mend_config(folder: Path) -> None:
-    """Leave one mask key in config.json, and say the rope as readers on transformers 4 expect it as well."""
-    config = without_keys(read_json(folder, "config.json"), OTHER_MASK_KEYS)
+    """Leave one mask key in config.json and no other method's K; say the rope as transformers 4 reads it, too."""
+    config = without_keys(read_json(folder, "config.json"), (*OTHER_MASK_KEYS, "n_predict"))
     config |= legacy_rope(config)
     content = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(content, encoding="utf-8")

@@ -2,7 +2,8 @@
 
 Knows what the two engines read of a draft; runs neither. Sources: vLLM `v1/spec_decode/llm_base_proposer.py` (mask
 token) and `config/speculative.py` (vocabulary), 0.16 to 0.33; TensorRT-LLM `_torch/models/modeling_speculative.py`
-(PARDForCausalLM). Whether an engine implements the draft's architecture is in its own list, which is not read here.
+(PARDForCausalLM). What vLLM alone makes of a draft is in `vllm`. Whether an engine implements the draft's architecture
+is in its own list, which is not read here.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from .checkpoint import (
     vocabulary_tensors,
     weight_files,
 )
+from .vllm import max_model_len, vllm_rules
 
 Engine = Literal["vLLM", "TensorRT-LLM"]
 # In the words of a reader, with the releases meant.
@@ -55,7 +57,7 @@ class Finding:
     message: str
 
 
-def check_draft(draft: str | Path, target: str | Path | None = None) -> list[Finding]:
+def check_draft(draft: str | Path, target: str | Path | None = None, name: str | None = None) -> list[Finding]:
     """Say whether the engines would load a checkpoint as a parallel draft. Weights are not loaded, only their headers.
 
     Of the tensors, the embedding and the head are compared with the config; [`export_draft`] compares them all.
@@ -65,6 +67,8 @@ def check_draft(draft: str | Path, target: str | Path | None = None) -> list[Fin
             Folder or Hub id of the draft; one on the Hub is downloaded.
         target (`str`, *optional*):
             Folder or Hub id of the target it is to serve with; only its config and tokenizer are read.
+        name (`str`, *optional*, defaults to `draft`):
+            Folder or Hub id that vLLM will be given, which decides there what kind of draft it is.
 
     Returns:
         A list of [`Finding`]; empty where there is nothing to say.
@@ -83,9 +87,13 @@ def check_draft(draft: str | Path, target: str | Path | None = None) -> list[Fin
     except ValueError as error:
         return [Finding("both", True, str(error))]
     findings = [*mask_findings(config), *config_findings(config), *weight_findings(folder, config)]
-    if target_config is not None:
-        findings += target_findings(config, target_config)
-    findings += [*generation_findings(folder), *tokenizer_findings(folder, config, target_folder)]
+    num_drafts = num_drafts_of(folder)
+    findings += [
+        Finding("vLLM", *said) for said in vllm_rules(str(draft) if name is None else name, config, num_drafts)
+    ]
+    if target_folder is not None and target_config is not None:
+        findings += target_findings(config, target_config, target_folder)
+    findings += [*generation_findings(num_drafts), *tokenizer_findings(folder, config, target_folder)]
     return sorted(findings, key=lambda finding: not finding.is_blocking)
 
 
@@ -218,33 +226,45 @@ def no_safetensors_finding(folder: Path) -> Finding:
     )
 
 
-def target_findings(config: dict[str, Any], target_config: dict[str, Any]) -> Iterator[Finding]:
+def target_findings(config: dict[str, Any], target_config: dict[str, Any], target_folder: Path) -> Iterator[Finding]:
     """Draft and target beside each other: the same number of vocabulary rows, positions enough."""
-    ours, theirs = text_config(config), text_config(target_config)
-    num_rows = vocab_size(target_config)
-    if ours.get("vocab_size") != num_rows:
+    num_rows, size = vocab_size(target_config), text_config(config).get("vocab_size")
+    if size != num_rows:
         yield Finding(
             "vLLM",
             True,
-            f"vLLM wants the draft's `vocab_size` to equal the target's {num_rows}, got {ours.get('vocab_size')}: run "
+            f"vLLM wants the draft's `vocab_size` to equal the target's {num_rows}, got {size}: run "
             "`pard export --target …`.",
         )
-    reach, needed = ours.get("max_position_embeddings"), theirs.get("max_position_embeddings")
-    if isinstance(reach, int) and isinstance(needed, int) and reach < needed:
+    reach, needed = (max_model_len(side, target_folder) for side in (config, target_config))
+    if reach < needed < float("inf"):
         yield Finding(
             "both",
             False,
-            f"The draft was made for {reach} positions and the target for {needed}: serve texts up to {reach} only "
-            "(`max_model_len` in vLLM, `max_seq_len` in TensorRT-LLM).",
+            f"The draft was made for {reach:.0f} positions and the target for {needed:.0f}: vLLM drafts for no text "
+            f"of a batch while one of them is longer. Serve texts up to {reach:.0f} only (vLLM: `--max-model-len "
+            f"{reach:.0f}`, TensorRT-LLM: `max_seq_len`).",
+        )
+    if target_config.keys() & {"vision_config", "audio_config"}:
+        yield Finding(
+            "vLLM",
+            False,
+            "The target reads images or sound: vLLM 0.16 refuses a draft model beside it, and later releases draft "
+            "from its text alone.",
         )
 
 
-def generation_findings(folder: Path) -> Iterator[Finding]:
-    """K is a flag of the engines; the draft says which one it was made for."""
+def num_drafts_of(folder: Path) -> int | None:
+    """K as the draft says it, None where it does not."""
     try:
         num_drafts = read_json(folder, "generation_config.json").get("num_assistant_tokens")
     except ValueError:
-        num_drafts = None
+        return None
+    return num_drafts if isinstance(num_drafts, int) else None
+
+
+def generation_findings(num_drafts: int | None) -> Iterator[Finding]:
+    """K is a flag of the engines; the draft says which one it was made for."""
     if num_drafts is None:
         yield Finding(
             "both",

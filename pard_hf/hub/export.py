@@ -25,7 +25,7 @@ from .checkpoint import (
     tokenizer_files,
     vocab_size,
 )
-from .engines import Finding, check_draft, weight_findings
+from .engines import ENGINES, Finding, check_draft, weight_findings, would_load
 
 
 def export_draft(
@@ -54,7 +54,8 @@ def export_draft(
     Raises:
         OSError: There is no such draft or target.
         ValueError: The output is in use, rows in use would have to be cut, or something is wrong that no export can
-            mend, such as a mask token the tokenizer produces.
+            mend, such as a mask token the tokenizer produces. What one engine alone cannot serve is written:
+            [`~engines.check_draft`] says so.
     """
     output = Path(output).absolute()
     if output == Path.cwd():
@@ -106,10 +107,12 @@ def load_draft(folder: Path) -> PardDraftModel:
 
 
 def refuse(findings: Iterable[Finding]) -> None:
-    """Raise a `ValueError` with every finding that keeps an engine from drafting with the checkpoint."""
+    """Raise a `ValueError` with all that is wrong where no engine would draft with the checkpoint."""
+    findings = list(findings)
+    if any(would_load(findings, engine) for engine in ENGINES):
+        return
     messages = [finding.message for finding in findings if finding.is_blocking]
-    if messages:
-        raise ValueError("Expected a draft that vLLM and TensorRT-LLM can load. " + " ".join(messages))
+    raise ValueError("Expected a draft that vLLM or TensorRT-LLM can load. " + " ".join(messages))
 
 
 def fit_vocabulary(model: PardDraftModel, num_rows: int, tokenizer_folder: Path) -> None:

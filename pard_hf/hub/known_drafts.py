@@ -64,6 +64,11 @@ class KnownDraft:
     training_data: str | None = None
     has_deepseek_turns: bool = False
 
+    @property
+    def needs_export(self) -> bool:
+        """Whether one checkpoint cannot have the number of rows of all its targets, which vLLM wants it to have."""
+        return len(self.vocab_sizes) > 1
+
     def fits(self, model_type: str, num_rows: int) -> bool:
         """Whether a target's config is one of the family."""
         return model_type in self.model_types and num_rows in self.vocab_sizes

@@ -65,15 +65,19 @@ def push_draft(
 
     Raises:
         OSError: The token may not write there, or the Hub cannot be reached.
-        ValueError: An engine could not draft with it, such as for a mask token that the tokenizer produces. Nothing
-            was written then.
+        ValueError: No engine could draft with it, such as for a mask token that the tokenizer produces. Nothing
+            was written then. What one of them alone could not serve is said in the log.
     """
     with TemporaryDirectory() as made:
         folder = Path(made)
         draft.save_pretrained(folder, max_shard_size=max_shard_size)
         mend_config(folder)
         add_tokenizer(draft, tokenizer, folder)
-        refuse(check_draft(folder))
+        findings = check_draft(folder, name=repo_id)
+        refuse(findings)
+        for finding in findings:
+            if finding.is_blocking:
+                logger.warning("%s would not load the draft. %s", finding.engine, finding.message)
         api = HfApi(library_name="pard_hf", token=token)
         with hub_errors(repo_id):
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,6 +21,7 @@ from ..conditions import shown_model
 from ..draft_model import PardDraftModel
 from ..generation.mixin import with_pard
 from ..generation.stats import DecodingStats
+from ..host import input_device
 from ..pair import bundled_pair
 from ..positions import num_positions
 from .chat import encode_prompt, next_prompt
@@ -179,18 +179,30 @@ class Answerer:
                 conversations are logged and left out.
         """
         for conversation in conversations:
-            messages = [message for turn in conversation.turns for message in (*turn, PLACEHOLDER)]
-            try:
-                encode_prompt(self.tokenizer, messages[:-1])
-            except TemplateError as error:
-                if not skip_bad_rows:
-                    raise ValueError(
-                        f"Expected a conversation that the target's chat template can write in {conversation.place}, "
-                        f"but: {error}. Mend it, or pass `--skip-bad-rows` to go on without it."
-                    ) from error
-                logger.warning("%s skipped: %s", conversation.place, error)
-            else:
+            problem = self.why_not_written(conversation)
+            if problem is None:
                 yield conversation
+            elif skip_bad_rows:
+                logger.warning("%s skipped: %s", conversation.place, problem)
+            else:
+                raise ValueError(
+                    f"Expected a conversation that the target's chat template can write in {conversation.place}, but "
+                    f"{problem}. Mend it, or pass `--skip-bad-rows` to go on without it."
+                )
+
+    def why_not_written(self, conversation: Conversation) -> str | None:
+        """Say what keeps the chat template from writing a conversation; `None` when nothing does."""
+        messages = [message for turn in conversation.turns for message in (*turn, PLACEHOLDER)]
+        if self.tokenizer.chat_template is None and len(messages) > 2:
+            return (
+                "the target's tokenizer has no chat template, which would say whose words are whose (a row with one "
+                "`prompt` needs none)"
+            )
+        try:
+            encode_prompt(self.tokenizer, messages[:-1])
+        except Exception as error:  # Templates raise what they like at turns they do not know.
+            return f"it fails: {error}"
+        return None
 
     def dialogues(self, conversations: Iterable[Conversation], done: set[tuple[str, int]]) -> list[Dialogue]:
         """What is still to be answered, conversations of as many turns and like length together, longest first."""
@@ -220,9 +232,10 @@ class Answerer:
     def generate(self, dialogues: Sequence[Dialogue]) -> list[list[int]]:
         """The next answer of each dialogue, up to and with its end token."""
         prompts = [torch.tensor(dialogue.past) for dialogue in dialogues]
-        ids = pad_sequence(prompts, True, self.pad_token_id, "left").to(self.target.device)
-        mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, 0, "left").to(self.target.device)
-        devices = [self.target.device] if self.target.device.type == "cuda" else []
+        device = input_device(self.target)
+        ids = pad_sequence(prompts, True, self.pad_token_id, "left").to(device)
+        mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, 0, "left").to(device)
+        devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.no_grad():
             torch.manual_seed(self.seed_of(dialogues))
             output = self.target.generate(input_ids=ids, attention_mask=mask, **self.generate_kwargs)
@@ -252,9 +265,14 @@ def model_name(model: PreTrainedModel) -> str:
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """A digest of the first values of every weight: it tells a model from one of the same name trained further."""
+    """A digest of the first values of every weight: it tells a model from one of the same name trained further.
+
+    Of a weight that is offloaded the shape alone counts.
+    """
     sha256 = hashlib.sha256()
     for name, weight in model.named_parameters():
         sha256.update(f"{name}{tuple(weight.shape)}".encode())
+        if weight.is_meta:
+            continue
         sha256.update(weight.detach().flatten()[:16].float().cpu().numpy().tobytes())
     return sha256.hexdigest()[:16]

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from ..json_lines import why_no_text
 from .data import RowKind, are_messages
 
 Message = dict[str, str]
@@ -81,7 +82,7 @@ def conversation_of(row: dict[str, Any], place: str) -> Conversation:
     Raises:
         ValueError: The row asks nothing, or has no known shape.
     """
-    problem = why_no_conversation(row)
+    problem = why_no_conversation(row) or why_no_text(row)
     if problem is not None:
         raise ValueError(f"Expected a row with {PROMPTS.fields} in {place}, but {problem}. Mend the row.")
     turns: list[tuple[Message, ...]] = []

@@ -6,16 +6,14 @@ Loss falls on text, on responses and on assistant turns, and on the end token th
 
 from __future__ import annotations
 
-import gzip
-import json
 import logging
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from ..json_lines import numbered_lines, parse_line, why_no_text
 from .chat import encode_marked, has_marks, next_prompt, written_answer
 
 logger = logging.getLogger(__name__)
@@ -101,8 +99,7 @@ def read_rows(
     Raises:
         ValueError: A line is no JSON object with one of the known shapes; the message names the line.
     """
-    lines = ((number, line) for number, line in numbered_lines(Path(path)) if line.strip())
-    return check_rows(lines, f"line {{}} of `{path}`", kind, skip_bad_rows, skipped)
+    return check_rows(numbered_lines(Path(path)), f"line {{}} of `{path}`", kind, skip_bad_rows, skipped)
 
 
 def check_rows(
@@ -110,7 +107,7 @@ def check_rows(
 ) -> Iterator[Row]:
     """The rows among numbered lines, or numbered objects, that are of one kind; errors as for [`read_rows`]."""
     for number, value in numbered:
-        row, problem = parse(value) if isinstance(value, bytes) else (value, None)
+        row, problem = parse_line(value) if isinstance(value, bytes) else (value, why_no_text(value))
         problem = problem or kind.problem_of(row)
         if problem is None:
             row = Row(row)
@@ -125,25 +122,6 @@ def check_rows(
                 f"Expected a JSON object with {kind.fields} in {place.format(number)}, but {problem}. Mend it, or "
                 "pass `--skip-bad-rows` to go on without it."
             )
-
-
-def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a plain or gzipped file, from 1; a file that breaks off is named."""
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        try:
-            yield from enumerate(file, start=1)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"Expected `{path}` to be a whole gzip file, but: {error}. Fetch it again.") from error
-
-
-def parse(line: bytes) -> tuple[Any, str | None]:
-    """Parse one line; returns the value and why there is none, if so."""
-    try:
-        return json.loads(line.decode("utf-8-sig")), None
-    except UnicodeDecodeError as error:
-        return None, f"byte {error.start} is no UTF-8"
-    except json.JSONDecodeError as error:
-        return None, f"it is no JSON ({error.msg} at column {error.colno})"
 
 
 def messages_of(row: dict[str, Any]) -> list[dict[str, str]] | None:
@@ -184,12 +162,26 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> dict[
     return {"input_ids": past + answer, "loss_mask": loss_mask}
 
 
+def why_not_encoded(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> str | None:
+    """Say why a row cannot become tokens, and what to do; `None` when it can."""
+    problem = None if isinstance(row, Row) else why_no_text(row)
+    if problem is not None:
+        return f"{problem}. Mend the row, or pass `--skip-bad-rows` to go on without it."
+    if tokenizer.chat_template is None and messages_of(row) is row.get("messages") is not None:
+        return (
+            "it has `messages`, and the tokenizer has no chat template that would write who says what. Give one with "
+            "`--chat-template`, name a `--target` that has one, or write rows with `prompt` and `response`."
+        )
+    return None
+
+
 def tokenize_rows(
     tokenizer: PreTrainedTokenizerBase,
     rows: Iterable[dict[str, Any]],
     max_length: int,
     skip_bad_rows: bool = False,
     overlong: str = "truncate",
+    mask_token_id: int | None = None,
 ) -> list[dict[str, Any]]:
     """Encode rows for training; each example says in `place` which row it is.
 
@@ -198,10 +190,13 @@ def tokenize_rows(
             Tokens of the longest example.
         overlong (`str`, *optional*, defaults to `"truncate"`):
             What happens to longer rows: `"truncate"` cuts them, `"drop"` leaves them out. They are counted in the log.
+        mask_token_id (`int`, *optional*):
+            A token that no row may contain.
 
     Raises:
-        ValueError: A row has fewer than 2 tokens or nothing to learn within `max_length`; its file and line, or its
-            number, are named. With `skip_bad_rows` such rows are logged and left out.
+        ValueError: A row cannot be encoded, contains the mask token, or has fewer than 2 tokens or nothing to learn
+            within `max_length`; its file and line, or its number, are named. With `skip_bad_rows` such rows are logged
+            and left out.
     """
     if overlong not in ("truncate", "drop"):
         raise ValueError(f"Expected `overlong` to be 'truncate' or 'drop', got {overlong!r}.")
@@ -209,6 +204,12 @@ def tokenize_rows(
     num_overlong = number = 0
     for number, row in enumerate(rows, start=1):
         place = place_of(row, number)
+        problem = why_not_encoded(tokenizer, row)
+        if problem is not None and not skip_bad_rows:
+            raise ValueError(f"Expected a row that can be encoded in {place}, but {problem}")
+        if problem is not None:
+            logger.warning("%s skipped: %s", place, problem)
+            continue
         try:
             encoded = encode_row(tokenizer, row)
         except Exception as error:  # Templates raise what they like at turns they do not know.
@@ -224,6 +225,16 @@ def tokenize_rows(
         if num_tokens > max_length and overlong == "drop":
             continue
         example = {name: values[:max_length] for name, values in encoded.items()}
+        if mask_token_id in example["input_ids"]:
+            token = tokenizer.convert_ids_to_tokens(mask_token_id)
+            problem = f"it has the mask token {mask_token_id} ({token!r})"
+            if not skip_bad_rows:
+                raise ValueError(
+                    f"Expected a row that never contains the mask token in {place}, but {problem}. Name another with "
+                    "`--mask-token-id`, or pass `--skip-bad-rows` to go on without the row."
+                )
+            logger.warning("%s skipped: %s", place, problem)
+            continue
         if len(example["input_ids"]) >= 2 and any(example["loss_mask"][1:]):
             examples.append({**example, "place": place})
         elif skip_bad_rows:

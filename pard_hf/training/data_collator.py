@@ -9,6 +9,7 @@ from typing import Any
 from zlib import crc32
 
 import torch
+from transformers import TrainerCallback
 
 from .cod import build_rows, keep_rows
 
@@ -111,3 +112,14 @@ class DataCollatorForPard:
         anchors, depths = keep_rows(labels, *settings, generator)
         rows = build_rows(ids, labels, anchors, depths, self.mask_token_id)
         return {**rows, "anchors": anchors + start, "depths": depths, "starts": torch.full_like(anchors, start)}
+
+
+class EpochOfCollator(TrainerCallback):
+    """Tells the collator which pass over the rows it is in, so that each drops others."""
+
+    def __init__(self, collator: Any):
+        self.collator = collator
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if hasattr(self.collator, "epoch"):
+            self.collator.epoch = int(state.epoch or 0)

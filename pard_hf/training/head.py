@@ -43,7 +43,10 @@ def prepare_head(draft: PardDraftModel, mode: str | None, rank: int) -> None:
         )
     if mode is None:
         if draft.correction_head is not None:
-            logger.warning("The draft's correction head is left off: what it was trained on is about to change.")
+            logger.warning(
+                "The draft's correction head is left off: the hidden states it belongs to are about to change. Train "
+                'it along with `correction_head="joint"`, or a new one on the finished draft.'
+            )
             draft.correction_head = None
         if not any(parameter.requires_grad for parameter in draft.parameters()):
             draft.requires_grad_(True)  # A frozen head was trained on it before.

@@ -8,7 +8,8 @@ a + d + 1 from real tokens up to a. `p` is the target's distribution given every
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -84,8 +85,20 @@ def gold_logprobs(head: Head, hidden: torch.Tensor, following: torch.Tensor, voc
     values = hidden.new_zeros(len(hidden), dtype=torch.float32)
     for rows in chunks(len(hidden), vocab_size):
         logits = head(hidden[rows]).float()
-        values[rows] = logits.gather(-1, following[rows].unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
+        said = following[rows].unsqueeze(-1).to(logits.device)
+        values[rows] = (logits.gather(-1, said).squeeze(-1) - logits.logsumexp(dim=-1)).to(values.device)
     return values
+
+
+def own_casts(device_type: str) -> AbstractContextManager[Any]:
+    """Let each chunk cast the weights for itself under autocast.
+
+    Autocast keeps one cast of a weight for all its uses, and the gradients of all uses are then added in its 16 bit:
+    what the 256th chunk adds is mostly rounded off. Gradients of casts of one's own are added in the weight's float32.
+    """
+    if not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, dtype=torch.get_autocast_dtype(device_type), cache_enabled=False)
 
 
 def row_losses(
@@ -126,9 +139,10 @@ def row_losses(
         weights = torch.ones(len(labels), device=hidden.device)
 
     def losses_of(rows: slice, part: torch.Tensor) -> Losses:
-        logits = head(part).float()
-        if correction is not None:
-            logits = logits + correction(part, rows).float()
+        with own_casts(part.device.type):
+            logits = head(part).float()
+            if correction is not None:
+                logits = logits + correction(part, rows).float()
         cross_entropy = torch.nn.functional.cross_entropy(logits, labels[rows], reduction="none")
         kl = torch.zeros_like(cross_entropy)
         if target_head is not None and target_hidden is not None and target_places is not None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..host import input_device
 from ..language_model_head import head_of
 from .losses import Correction, confidence_weights, gold_logprobs, row_losses
 from .row_attention import row_mask, text_mask
@@ -116,7 +117,7 @@ class Objective:
         is_text = (batch["depths"] == 0) & (batch["anchors"] >= 0)
         longest = int(is_text.sum(-1).max())  # Real tokens stand first, in order.
         is_text, anchors, starts, positions, ids = (
-            values[:, :longest].to(self.target.device)
+            values[:, :longest].to(input_device(self.target))
             for values in (is_text, batch["anchors"], batch["starts"], batch["position_ids"], batch["input_ids"])
         )
         # Where texts are fewer, mask rows stand in these columns: padding, out of everyone's sight.

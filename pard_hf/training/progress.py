@@ -24,14 +24,23 @@ class TrainingClock(TrainerCallback, ExportableState):
     """
 
     def __init__(self, seconds: float = 0.0, num_tokens: int = 0, num_rows: int = 0):
-        self.seconds, self.num_tokens, self.num_rows = seconds, torch.tensor(num_tokens), torch.tensor(num_rows)
+        self.seconds, self.num_tokens, self.num_rows = seconds, num_tokens, num_rows
         self.last: float | None = None
+        self.not_read: torch.Tensor | None = None  # Tokens and rows that only the device knows yet.
 
     def count(self, anchors: torch.Tensor, depths: torch.Tensor) -> None:
-        """Count the real tokens and the kept rows of a batch."""
+        """Count the real tokens and the kept rows of a batch, on its device: a step does not wait for the sum."""
         is_row = anchors >= 0
-        self.num_rows += is_row.sum()  # On the device: read when it is logged.
-        self.num_tokens += (is_row & (depths == 0)).sum()
+        counts = torch.stack([(is_row & (depths == 0)).sum(), is_row.sum()])
+        self.not_read = counts if self.not_read is None else self.not_read + counts
+
+    def read(self) -> tuple[int, int]:
+        """The numbers of tokens and rows so far; waits for the device."""
+        if self.not_read is not None:
+            num_tokens, num_rows = self.not_read.tolist()
+            self.num_tokens, self.num_rows = self.num_tokens + num_tokens, self.num_rows + num_rows
+            self.not_read = None
+        return self.num_tokens, self.num_rows
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.last = time.perf_counter()
@@ -48,14 +57,12 @@ class TrainingClock(TrainerCallback, ExportableState):
 
     def figures(self) -> dict[str, float]:
         """As metrics, of this process."""
-        return {
-            "train_seconds": round(self.seconds, 3),
-            "num_tokens": int(self.num_tokens),
-            "num_rows": int(self.num_rows),
-        }
+        num_tokens, num_rows = self.read()
+        return {"train_seconds": round(self.seconds, 3), "num_tokens": num_tokens, "num_rows": num_rows}
 
     def state(self) -> dict[str, Any]:
-        values = {"seconds": self.seconds, "num_tokens": int(self.num_tokens), "num_rows": int(self.num_rows)}
+        num_tokens, num_rows = self.read()
+        values = {"seconds": self.seconds, "num_tokens": num_tokens, "num_rows": num_rows}
         return {"args": {}, "attributes": values}
 
 

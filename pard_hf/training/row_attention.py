@@ -70,8 +70,16 @@ def block_mask(anchors: torch.Tensor, depths: torch.Tensor, starts: torch.Tensor
     return create_block_mask(rule, batch_size, None, num_rows, num_rows, device=anchors.device)
 
 
-def check_attention(model: PreTrainedModel, is_packed: bool = False, is_teacher: bool = False) -> None:
-    """Raise a `ValueError` where a model's attention cannot be given a mask of rows, or would see past it."""
+def check_attention(
+    model: PreTrainedModel, is_packed: bool = False, is_teacher: bool = False, device: torch.device | None = None
+) -> None:
+    """Raise a `ValueError` where a model's attention cannot be given a mask of rows, or would see past it.
+
+    Args:
+        device (`torch.device`, *optional*):
+            Where it will be trained; where it is by default.
+    """
+    device = device or model.device
     name, attention = type(model).__name__, model.config._attn_implementation
     if is_teacher and not is_packed:
         return
@@ -81,7 +89,7 @@ def check_attention(model: PreTrainedModel, is_packed: bool = False, is_teacher:
             f"Expected attention that takes a mask of rows ({', '.join(taken)}), got `{attention}` in `{name}`. Load "
             "it with `attn_implementation='sdpa'`."
         )
-    if attention == "flex_attention" and model.device.type == "cpu" and not is_teacher:
+    if attention == "flex_attention" and device.type == "cpu" and not is_teacher:
         raise ValueError("Expected a device whose FlexAttention has a backward pass, got a CPU. Take `sdpa`.")
     if any(window is not None for window in attention_windows(model.config)):
         raise ValueError(

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, GenerationConfig
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..conditions import conditions_of, shown_model
 from ..correction_head import CorrectionHead
 from ..draft_model import DEFAULT_NUM_ASSISTANT_TOKENS, PardDraftModel
+from ..files import read_text
 from ..pair import named_dtype
-from ..parts import CORRECTION_HEAD, load_parts
+from ..parts import CORRECTION_HEAD, TRIMMED_VOCABULARY, load_parts, settings_of_part
 from ..positions import num_positions
 from .checks import check_base, check_lengths, check_same_tokenizer, check_template
 from .data import read_rows, tokenize_rows
 from .data_collator import DataCollatorForPard
 from .head import check_mode as check_head_mode
 from .head import is_adapted
-from .mask_token import check_mask_token, choose_mask_token
+from .mask_token import check_mask_token, choose_mask_token, ids_named_in
 from .objective import Objective
 from .packing import pack_rows
 from .provenance import Provenance, check_same_run
@@ -53,6 +55,10 @@ class TrainingSpec:
             Fill sequences of `max_length` tokens with rows that do not see each other.
         target (`str`, *optional*):
             Folder or Hub id of the target: the teacher of `"kd"` and `"cat"`, and what evaluations decode with.
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            Of the draft's weights.
+        target_dtype (`str`, *optional*):
+            Of the target's; by default what its checkpoint says, and float32 on a CPU.
         chat_template (`Path`, *optional*):
             A file with the chat template to train with, instead of the base model's own.
         early_stopping_patience (`int`, *optional*):
@@ -70,6 +76,7 @@ class TrainingSpec:
     pack: bool = False
     target: str | None = None
     dtype: str = "float32"
+    target_dtype: str | None = None
     attention: str = "sdpa"
     chat_template: Path | None = None
     early_stopping_patience: int | None = None
@@ -108,7 +115,7 @@ def train_draft(
     """
     tokenizer = AutoTokenizer.from_pretrained(spec.base)
     if spec.chat_template is not None:
-        tokenizer.chat_template = spec.chat_template.read_text(encoding="utf-8")
+        tokenizer.chat_template = read_text(spec.chat_template)
     args = training_arguments(spec, evaluation is not None, arguments)
     mask_token_id = check_before_loading(spec, tokenizer, args)
     make_evaluator = evaluation.prepare(tokenizer, longest_text(spec)) if evaluation else None
@@ -118,6 +125,7 @@ def train_draft(
         spec.max_length,
         spec.skip_bad_rows,
         spec.overlong,
+        mask_token_id,
     )
     if not rows:
         raise ValueError(f"Expected training rows in {', '.join(map(str, spec.data))}, got none.")
@@ -126,7 +134,9 @@ def train_draft(
         rows = pack_rows(rows, spec.max_length)
         logger.warning("Packed %d rows into %d sequences.", counts["num_rows"], len(rows))
     base = load(spec.base, spec.dtype, attn_implementation=spec.attention)
-    target = load(spec.target, spec.dtype) if spec.target and (make_evaluator or args.objective != "ce") else None
+    target = None
+    if spec.target and (make_evaluator or args.objective != "ce"):
+        target = load(spec.target, spec.target_dtype or ("float32" if args.device.type == "cpu" else "auto"))
     trainer = PardTrainer(
         draft_of(spec, base, mask_token_id, args),
         args,
@@ -135,7 +145,7 @@ def train_draft(
         train_dataset=rows,
         processing_class=tokenizer,
     )
-    provenance = trainer.provenance = provenance_of(spec, trainer, counts)
+    provenance = trainer.provenance = provenance_of(spec, trainer, counts, target)
     if spec.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(spec.early_stopping_patience))
     return run(spec, trainer, provenance)
@@ -168,9 +178,17 @@ def training_arguments(spec: TrainingSpec, is_evaluated: bool, arguments: dict[s
 
 def check_before_loading(spec: TrainingSpec, tokenizer: Any, args: PardTrainingArguments) -> int:
     """Everything that can be known from configs and tokenizers; returns the mask token's id."""
+    if spec.output.resolve() == Path(spec.base).resolve():
+        raise ValueError(
+            f"Expected an `--output` beside the base model, got `{spec.output}` for both: the finished draft would be "
+            "written over the base. Name another folder."
+        )
     vocab_size = check_base(spec.base, tokenizer, spec.max_length)
     check_lengths(args.num_draft_tokens, spec.max_length)
-    named_dtype(spec.dtype)
+    if spec.dtype == "auto":
+        raise ValueError("Expected the dtype of the draft's weights by name, got 'auto'. 'float32' trains best.")
+    for dtype in {spec.dtype, spec.target_dtype} - {None, "auto"}:
+        named_dtype(str(dtype))
     if spec.target is not None:
         target_tokenizer = AutoTokenizer.from_pretrained(spec.target)
         check_same_tokenizer(tokenizer, target_tokenizer, spec.target)
@@ -194,11 +212,13 @@ def check_before_loading(spec: TrainingSpec, tokenizer: Any, args: PardTrainingA
             f"Expected a draft as the base of a frozen correction head, got `{spec.base}`, whose config has no "
             "`pard_token`. Adapt it first, or train both with `--correction-head joint`."
         )
+    say_what_is_left_off(spec.base, args.correction_head)
     DataCollatorForPard(0, args.num_draft_tokens, args.retention_rate, args.min_retention_rate)
     if spec.mask_token_id is None and is_adapted(config):
         return config.pard_token
+    named_ids = ids_named_in(*(c for name in (spec.base, spec.target) if name for c in configs_of(name)))
     if spec.mask_token_id is None:
-        mask_token_id, why = choose_mask_token(tokenizer, vocab_size)
+        mask_token_id, why = choose_mask_token(tokenizer, vocab_size, named_ids)
         logger.warning("Mask token %d: %s.", mask_token_id, why)
         return mask_token_id
     if not 0 <= spec.mask_token_id < vocab_size:
@@ -206,8 +226,32 @@ def check_before_loading(spec: TrainingSpec, tokenizer: Any, args: PardTrainingA
             f"Expected `--mask-token-id` to be an id in [0, {vocab_size}), got {spec.mask_token_id}. `auto` "
             "chooses one."
         )
-    check_mask_token(tokenizer, spec.mask_token_id)
+    check_mask_token(tokenizer, spec.mask_token_id, named_ids)
     return spec.mask_token_id
+
+
+def say_what_is_left_off(base: str, head_mode: str | None) -> None:
+    """Warn of what lies beside a draft and will not lie beside the one that is trained from it."""
+    if head_mode is None and settings_of_part(base, CORRECTION_HEAD):
+        logger.warning(
+            "The base's correction head is left off: it belongs to the hidden states of a draft that is about to "
+            "change. Train it along with `--correction-head joint`, or a new one on the finished draft with "
+            "`--correction-head frozen`."
+        )
+    if settings_of_part(base, TRIMMED_VOCABULARY):
+        logger.warning(
+            "The base's trimmed vocabulary is left off: training takes all rows. Trim the finished draft again "
+            "(`draft.trim_vocabulary`)."
+        )
+
+
+def configs_of(name: str) -> Iterator[Any]:
+    """The configs of a checkpoint, of the model and of generation, where it has that."""
+    config = AutoConfig.from_pretrained(name)
+    yield config
+    yield config.get_text_config()
+    with contextlib.suppress(OSError):
+        yield GenerationConfig.from_pretrained(name)
 
 
 def longest_text(spec: TrainingSpec) -> int:
@@ -220,7 +264,7 @@ def load(name: str, dtype: str, **kwargs: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **kwargs)
 
 
-def provenance_of(spec: TrainingSpec, trainer: PardTrainer, counts: dict[str, int]) -> Provenance:
+def provenance_of(spec: TrainingSpec, trainer: PardTrainer, counts: dict[str, int], target: Any) -> Provenance:
     """What is written beside every checkpoint of a run."""
     args = trainer.args
     settings = {
@@ -228,6 +272,7 @@ def provenance_of(spec: TrainingSpec, trainer: PardTrainer, counts: dict[str, in
         "max_length": spec.max_length,
         "overlong": spec.overlong,
         "pack": spec.pack,
+        "target_dtype": None if target is None else str(target.dtype).removeprefix("torch."),
         **{
             name: getattr(args, name)
             for name in (

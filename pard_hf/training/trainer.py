@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -23,8 +23,9 @@ from ..draft_model import PardDraftModel
 from ..generation.stats import DecodingStats
 from ..hub.checkpoint import mend_checkpoint
 from ..language_model_head import check_head
+from ..loadable import check_loadable
 from ..parts import CORRECTION_HEAD, WEIGHTS_FILE, is_of_part
-from .data_collator import DataCollatorForPard
+from .data_collator import DataCollatorForPard, EpochOfCollator
 from .head import give_own_rate, prepare_head
 from .objective import Objective
 from .progress import MetricsFile, TrainingClock
@@ -74,7 +75,13 @@ class PardTrainingArguments(TrainingArguments):
         if self.metric_for_best_model is None:
             self.metric_for_best_model: str | None = "acceptance_length"
             self.greater_is_better = True
+        # The trainer saves the best draft when it finds it, so saves need not fall on evaluations as the host wants.
+        keeps_best: bool = self.load_best_model_at_end
+        self.load_best_model_at_end: bool = False
         super().__post_init__()
+        self.load_best_model_at_end = keeps_best
+        if keeps_best and self.eval_strategy == "no":
+            raise ValueError("Expected evaluations to keep the best draft by, got none. Give an `eval_strategy`.")
         if self.n_gpu > 1:
             logger.warning("One of %d GPUs is used; for all, `accelerate launch -m pard_hf.cli train …`.", self.n_gpu)
             self._n_gpu = 1
@@ -128,6 +135,7 @@ class PardTrainer(Trainer):
             )
         if args.eval_strategy != "no" and evaluator is None:
             raise ValueError("Expected an `evaluator` with an `eval_strategy`, got none. Pass one, or take 'no'.")
+        check_loadable(model, {n: weight for n, weight in model.state_dict().items() if not is_of_part(n)})
         set_seed(args.seed)  # The host does so too, when the head is made already.
         prepare_head(model, args.correction_head, args.correction_head_rank)
         self.objective = Objective(
@@ -144,11 +152,9 @@ class PardTrainer(Trainer):
             ),
         )
         is_packed = "text_lengths" in next(iter(kwargs.get("train_dataset") or ()), {})
-        check_attention(model, is_packed)
-        check_head(model)
+        check_attention(model, is_packed, device=args.device)
         if target is not None and args.objective != "ce":
             check_attention(target.eval().requires_grad_(False), is_packed, is_teacher=True)
-            check_head(target)
         # The host wants a data set wherever it evaluates; ours lies in the evaluator.
         super().__init__(model, args, eval_dataset=() if evaluator else None, **kwargs)
         if args.correction_head is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
@@ -159,8 +165,12 @@ class PardTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # Labels are counted over the step, and handed to `compute_loss`.
         self._loss_shifts_labels = False
         self.evaluator, self.provenance = evaluator, provenance
-        if target is not None and self.place_model_on_device and getattr(target, "hf_device_map", None) is None:
+        is_placed = target is None or hasattr(target, "hf_device_map") or any(p.is_meta for p in target.parameters())
+        if target is not None and self.place_model_on_device and not is_placed:
             target.to(args.device)
+        check_head(model)
+        if target is not None and args.objective != "ce":
+            check_head(target)
         # The clock comes last: it starts again when tables and plots are written.
         for callback in (EpochOfCollator(self.data_collator), MetricsFile(), TrainingClock()):
             self.add_callback(callback)
@@ -298,17 +308,6 @@ class PardTrainer(Trainer):
             (run_dir / "unfinished").rmdir()
             rotate_checkpoints(str(run_dir), limit, self.state.best_model_checkpoint, use_mtime=True)
         self.accelerator.wait_for_everyone()
-
-
-class EpochOfCollator(TrainerCallback):
-    """Tells the collator which pass over the rows it is in, so that each drops others."""
-
-    def __init__(self, collator: Any):
-        self.collator = collator
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if hasattr(self.collator, "epoch"):
-            self.collator.epoch = int(state.epoch or 0)
 
 
 def metrics_of(sets: dict[str, DecodingStats]) -> dict[str, float]:

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import constants
 from safetensors import safe_open
 
-from ..pair import PairPaths, default_device, fastest_dtype
+from ..pair import PairPaths, default_device, weight_dtype
 
 
 def check_disk(name: str, num_bytes: int) -> None:
@@ -31,7 +31,8 @@ def check_disk(name: str, num_bytes: int) -> None:
 def check_memory(paths: PairPaths, device: str | None) -> None:
     """Raise a `ValueError` where the weights of a pair do not fit."""
     device = device or default_device()
-    num_bytes = fastest_dtype(device).itemsize * sum(num_weights(Path(path)) for path in paths)
+    dtype = weight_dtype(paths.target, "auto", device)
+    num_bytes = dtype.itemsize * sum(num_weights(Path(path)) for path in paths)
     available = available_memory(device)
     if num_bytes > available:
         raise ValueError(

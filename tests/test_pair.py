@@ -1,0 +1,77 @@
+"""Loading a pair: what `dtype="auto"` means on which device."""
+
+import json
+
+import pytest
+import torch
+from families import make_draft, make_model
+
+from pard_hf import bundled_pair, load_pair
+from pard_hf.cli import main
+from pard_hf.pair import weight_dtype
+
+
+@pytest.fixture(autouse=True)
+def matrix_units(monkeypatch):
+    """A CPU that multiplies fast in bfloat16: speed is no reason to give up equal texts."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True, "avx512_bf16": True})
+
+
+@pytest.fixture
+def folders(tmp_path, bundled_like_tokenizer):
+    """A pair whose checkpoints say float16."""
+    make_model("llama", max_position_embeddings=256).to(torch.float16).save_pretrained(tmp_path / "target")
+    make_draft(make_model("llama", max_position_embeddings=256), 4).save_pretrained(tmp_path / "draft")
+    for name in ("target", "draft"):
+        bundled_like_tokenizer.save_pretrained(tmp_path / name)
+    return str(tmp_path / "target"), str(tmp_path / "draft")
+
+
+def dtypes(pair):
+    return [model.dtype for model in (pair.target, pair.draft)]
+
+
+def test_auto_is_float32_on_a_cpu(folders):
+    assert dtypes(load_pair(device="cpu")) == [torch.float32] * 2
+    assert dtypes(load_pair(*folders, device="cpu")) == [torch.float32] * 2
+    assert dtypes(load_pair(*folders, dtype="bfloat16", device="cpu")) == [torch.bfloat16] * 2
+
+
+def test_auto_is_the_checkpoints_dtype_elsewhere(folders):
+    """The device `meta` is not a CPU, and every machine has it."""
+    assert dtypes(load_pair(device="meta")) == [torch.bfloat16] * 2
+    assert dtypes(load_pair(*folders, device="meta")) == [torch.float16] * 2
+    assert dtypes(load_pair(*folders, dtype=torch.float32, device="meta")) == [torch.float32] * 2
+
+
+def test_the_dtype_is_known_before_loading(folders):
+    for device in ("cpu", "meta"):
+        for dtype in ("auto", "bfloat16", torch.float64):
+            loaded = load_pair(*folders, dtype=dtype, device=device).target.dtype
+            assert weight_dtype(folders[0], dtype, device) == loaded
+    assert weight_dtype(bundled_pair().target, "auto", "cuda:0") == torch.bfloat16
+    with pytest.raises(ValueError, match="Expected a dtype such as"):
+        weight_dtype(folders[0], "float33", "cpu")
+
+
+def test_commands_measure_in_float32_on_a_cpu(folders, capsys):
+    pair = ["--target", folders[0], "--draft", folders[1], "--device", "cpu", "--max-new-tokens", "4"]
+    settings = ["--limit", "1", "--repeats", "1", "--routes", "tier2"]
+
+    assert main(["demo", *pair, "--repeats", "1"]) == 0
+    assert "· float32 ·" in capsys.readouterr().out
+    assert main(["bench", *pair, *settings]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(("device", "bytes_per_weight"), [("cpu", 4), ("meta", 2)])
+def test_the_web_demo_counts_the_bytes_that_will_be_loaded(monkeypatch, device, bytes_per_weight):
+    room = pytest.importorskip("pard_hf.web.room")
+    paths = bundled_pair()
+    num_weights = sum(map(room.num_weights, map(room.Path, paths)))
+    monkeypatch.setattr(room, "available_memory", lambda device: bytes_per_weight * num_weights)
+    room.check_memory(paths, device)
+    monkeypatch.setattr(room, "available_memory", lambda device: bytes_per_weight * num_weights - 1)
+
+    with pytest.raises(ValueError, match="Expected models of less than"):
+        room.check_memory(paths, device)
