@@ -30,15 +30,21 @@ CACHE_NAME = next(
 )
 
 
-def forward_parameters(model: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
-    """The parameters of a model's forward; hooks that wrap it on the instance take the same."""
-    return parameters_of(type(model).forward)
+def forward_parameters(model: PreTrainedModel) -> frozenset[str]:
+    """The names of what a model's forward takes; hooks that wrap it on the instance take the same."""
+    return names_in_forwards(type(model).__mro__)
 
 
 @cache
-def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    """The parameters of a function, looked up once."""
-    return inspect.signature(function).parameters
+def names_in_forwards(classes: tuple[Any, ...]) -> frozenset[str]:
+    """What the first forward of some classes takes, and the next ones as far as it passes on what it does not name."""
+    names: set[str] = set()
+    for forward in (owner.__dict__["forward"] for owner in classes if "forward" in owner.__dict__):
+        parameters = inspect.signature(forward).parameters.values()
+        names.update(parameter.name for parameter in parameters)
+        if all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return frozenset(names)
 
 
 def cache_argument(model: PreTrainedModel) -> str:

@@ -59,6 +59,14 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if item in kept]
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Say what the tests that draw their calls have drawn, also where workers ran them."""
+    for report in terminalreporter.stats.get("passed", []) + terminalreporter.stats.get("failed", []):
+        for name, value in report.user_properties:
+            if name in ("fuzz", "soak"):
+                terminalreporter.write_line(f"{name}: {value}")
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(1)

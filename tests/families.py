@@ -190,13 +190,13 @@ class ForgetfulConfig(LlamaConfig):
 
 
 class ForgetfulLlama(LlamaForCausalLM):
-    """Says something else where it reads several tokens in the middle of a text, as only a verify does."""
+    """Says something else where it reads several tokens far into a text, as only a verify does."""
 
     config_class = ForgetfulConfig
 
     def forward(self, input_ids=None, position_ids=None, **kwargs):
         output = super().forward(input_ids=input_ids, position_ids=position_ids, **kwargs)
-        if input_ids.shape[1] > 1 and int(position_ids.min()) > 0:
+        if input_ids.shape[1] > 1 and int(position_ids.min()) > 7:
             output.logits = output.logits.roll(1, dims=-1)
         return output
 

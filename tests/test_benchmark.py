@@ -524,7 +524,8 @@ def test_other_texts_than_plain_ones_end_with_3(folders, capsys):
     assert tier2["identical_share"] < 1
     assert {"prompts", "prompt_index", "position", "expected", "got", "logit_gap"} == set(tier2["difference"])
     assert len(tier2["logit_gaps"]) == round(3 * (1 - tier2["identical_share"]))
-    assert f"set few, prompt 0, new token {tier2['difference']['position']}" in captured.err
+    where = "prompt {prompt_index}, new token {position}".format(**tier2["difference"])
+    assert f"set few, {where}" in captured.err
     assert f"its logit {tier2['difference']['logit_gap']:.2g} below the best" in captured.err
 
     assert main([*command, "--routes", "tier2", "--dtype", "bfloat16"]) == 0  # told, and left to the reader

@@ -5,9 +5,11 @@ through inductor itself.
 """
 
 import copy
+import gc
 import json
 import logging
 import threading
+import weakref
 
 import pytest
 from device import IS_FAKE, torch
@@ -223,6 +225,33 @@ def test_smaller_batch_is_used_where_it_is_made():
     assert torch.equal(pard(target, draft, prompts, **ends).sequences, expected)
     assert graphs() == made
     assert smaller.lengths > 18
+
+
+def test_shapes_used_long_ago_make_room(monkeypatch):
+    """A service sees ever new shapes: steps, caches and rows of the oldest go, those of a shape in use stay."""
+    monkeypatch.setattr("pard_hf.generation.compilation.MOST_STEPS", 6)
+    target, draft = make_model("llama", num_hidden_layers=1), make_draft(make_model("llama", seed=5))
+    kept, dropped = workspace_of(target, draft), []
+    prompts = {size: make_prompts(size) for size in (1, 2, 3)}
+    expected = {
+        size: target.generate(**given, max_new_tokens=9, do_sample=False) for size, given in prompts.items()
+    }
+
+    for size, is_new in ((1, True), (2, True), (1, False), (3, True), (1, False), (2, True)):
+        output = pard(target, draft, prompts[size], max_new_tokens=9, compile_config=CompileConfig(backend="eager"))
+        assert torch.equal(output.sequences, expected[size])
+        assert (output.compile_seconds > 0) == is_new
+        assert len(kept.parts) == (3 if size == 1 and is_new else 6)
+        assert {key[1] for key in kept.caches} == {key[0] for key in kept.buffers} == sizes_of(kept)
+        dropped += [weakref.ref(cache.layers[0].keys) for key, cache in kept.caches.items() if key[1] == 3]
+
+    gc.collect()
+    assert len(dropped) == 4
+    assert all(states() is None for states in dropped)
+
+
+def sizes_of(workspace):
+    return {dict(key[1])["batch size"] for key in workspace.parts}
 
 
 def test_second_thread_does_not_share_buffers():

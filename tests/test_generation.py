@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from contextlib import nullcontext
 
 import families
 import pytest
@@ -296,6 +297,40 @@ def test_cache_of_rows_that_ended_early_is_whole():
 
     assert min(lengths) < 12
     assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_cache_holds_an_end_token_that_the_draft_did_not_propose(family):
+    """Rows in lockstep: the row that ends is done, and the others go on past it in the same round."""
+    target, prompts = make_model(family), make_prompts(3)
+    free = target.generate(**prompts, max_new_tokens=12, do_sample=False)
+    script, ends = texts_of(free, prompts["attention_mask"]), [int(free[1, 19])]
+    script[1][-11] = 7
+    draft = make_scripted_draft(script, first_miss=5)
+
+    expected, got = compare(target, draft, prompts, max_new_tokens=8, eos_token_id=ends, streamer=RecordingStreamer())
+
+    assert torch.equal(got.sequences, expected.sequences)
+    assert got.sequences[:, 20].count_nonzero() == 2
+    for ours, plain in zip(got.past_key_values.layers, expected.past_key_values.layers, strict=True):
+        column = 20 - got.sequences.shape[1]  # The last new token of all is in no cache.
+        torch.testing.assert_close(ours.keys[1, :, column], plain.keys[1, :, column], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("window", [9, 40])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_padding_inside_a_row_counts_in_a_window(batch_size, window):
+    """As a row that ended before others did leaves it for a second turn: the host's windows are of columns."""
+    target, prompts = make_model("mistral", sliding_window=window), make_prompts(batch_size)
+    prompts["attention_mask"][batch_size // 2, 12:16] = 0
+    draft = make_self_draft(target)
+    expected = target.generate(**prompts, max_new_tokens=12, do_sample=False)
+    is_shifted = window < 18 + 12
+
+    with pytest.warns(UserWarning, match="window") if is_shifted and batch_size > 1 else nullcontext():
+        got = with_pard(target).generate(**prompts, max_new_tokens=12, do_sample=False, assistant_model=draft)
+
+    assert torch.equal(got, expected)
 
 
 def test_new_ids_only_after_a_cache():

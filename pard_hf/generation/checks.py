@@ -250,6 +250,7 @@ def why_not_slots(
     target: PreTrainedModel,
     draft: PardDraftModel,
     mask: torch.Tensor,
+    length: int,
     generation_config: GenerationConfig,
     synced_gpus: bool,
     model_kwargs: dict[str, Any],
@@ -287,7 +288,16 @@ def why_not_slots(
         return f"A `{type(past).__name__}` cannot be taken over"
     if not has_usual_positions(mask, model_kwargs.get("position_ids")):
         return "`position_ids` differ from those the attention mask implies"
+    window = smallest_window(target)
+    if window is not None and length > window and has_padding_inside(mask):
+        # A row that ended before others did leaves some for the next turn. transformers' windows are of columns.
+        return f"Padding inside a row counts in the sliding window of {window}"
     return why_other_logits(target)
+
+
+def has_padding_inside(mask: torch.Tensor) -> bool:
+    """Say whether any row has padding behind its first token."""
+    return bool((mask.diff(dim=-1) < 0).any())
 
 
 def is_readable(cache: Any) -> bool:

@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from functools import lru_cache
 from types import FunctionType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, finalize
 
 import torch
+from torch._C._dynamo.eval_frame import reset_code
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 
@@ -30,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 # What torch raises when it cannot compile: no compiler at hand, a break in the graph, too many variants.
 COMPILE_ERRORS = (TorchDynamoException, FailOnRecompileLimitHit)
+
+# Compiled steps that a pair keeps, those used last: three or four a shape, with the caches and rows of their shapes.
+MOST_STEPS = 128
 
 
 class EagerSteps:
@@ -75,6 +79,20 @@ class Workspace:
         # Why a part could not be compiled, the last time one could not.
         self.failure: str | None = None
         self.lock = threading.Lock()
+
+    def forget(self) -> None:
+        """Drop what was used longest ago, and the caches and rows that no step is left for: shapes change for ever."""
+        for key in list(self.parts)[: max(len(self.parts) - MOST_STEPS, 0)]:
+            del self.parts[key]
+        needed = set()
+        for _, shape, kind in self.parts:
+            sizes = dict(shape)
+            for name in ("draft", "target"):
+                needed.add((name, sizes["batch size"], sizes[f"{name} cache"], kind[:3]))
+        self.caches = {key: cache for key, cache in self.caches.items() if key in needed}
+        self.buffers = {
+            key: rows for key, rows in self.buffers.items() if ("draft", key[0], key[1] - 1, key[2]) in needed
+        }
 
 
 class Workspaces(WeakKeyDictionary):
@@ -142,8 +160,9 @@ class CompiledSteps(EagerSteps):
 
     def run(self, part: Callable[..., Any], key: Hashable, *args: Any) -> Any:
         key = (part.__name__, key, self.kind)
-        compiled = self.workspace.parts.get(key)
+        compiled = self.workspace.parts.pop(key, None)
         if compiled is not None:
+            self.workspace.parts[key] = compiled  # The last is the one used last.
             return compiled(*args)
         logger.warning(
             "Compiling `%s` for %s: once for this shape, then kept in torch's cache.", part.__name__, key[1]
@@ -180,6 +199,8 @@ def compile_part(part: Any, config: CompileConfig) -> Callable[..., Any]:
     of its own, so that any number of shapes can live side by side and none is looked through for another.
     """
     own = FunctionType(part.__code__.replace(), part.__globals__, part.__name__, part.__defaults__, part.__closure__)
+    # What torch keeps beside the code keeps the code alive: nobody else would ever free it.
+    finalize(own, reset_code, own.__code__).atexit = False
     return torch.compile(
         own, fullgraph=True, dynamic=False, backend=config.backend, mode=config.mode, options=config.options
     )
@@ -226,6 +247,7 @@ def steps_for(target: PreTrainedModel, draft: PreTrainedModel, config: Generatio
     try:
         yield CompiledSteps(workspace, config.compile_config or CompileConfig(), target)
     finally:
+        workspace.forget()
         workspace.lock.release()
 
 

@@ -281,5 +281,9 @@ class PardDecoder:
 
     def extend_past(self, cache: Any) -> None:
         """Append to `cache` what plain `generate` would leave there."""
-        num_columns = self.request.input_ids.shape[1]
-        extend_past(self.batch.target, self.batch.rows, self.positions, self.sequences(), num_columns, cache)
+        target, rows, num_columns = self.batch.target, self.batch.rows, self.request.input_ids.shape[1]
+        extend_past(target, rows, self.positions, self.sequences(), num_columns, self.fewest_said(), cache)
+
+    def fewest_said(self) -> int:
+        """New tokens of the row that ended first."""
+        return int((self.batch.rows.lengths - self.batch.rows.num_prompt_tokens).min())

@@ -32,6 +32,8 @@ class LockstepDecoder(PardDecoder):
         super().__init__(target, draft, request, *args)
         self.columns = request.input_ids
         self.unfinished = torch.ones(len(self.batch), dtype=torch.long, device=self.columns.device)
+        # Tokens of each row up to its end: what a finished row's proposals left in the cache is no text of its own.
+        self.num_said = torch.zeros_like(self.unfinished)
         # As in plain `generate`: only where an end token exists do finished rows turn into padding.
         self.pads_finished = any(hasattr(criteria, "eos_token_id") for criteria in request.stopping_criteria)
         self.scores: tuple[torch.Tensor, ...] | None = () if request.output_scores else None
@@ -85,6 +87,7 @@ class LockstepDecoder(PardDecoder):
                 break
             path.append(nodes)
         num_grown = len(processed)
+        self.num_said += emitted
         if proposals.tree is not None and path:
             keep_step(self.batch.target, self.batch.rows, torch.stack(path, dim=1))
         self.batch.rows.append(self.columns[:, -num_grown:], num_grown)
@@ -98,6 +101,9 @@ class LockstepDecoder(PardDecoder):
 
     def sequences(self) -> torch.Tensor:
         return self.columns
+
+    def fewest_said(self) -> int:
+        return int(self.num_said.min())
 
 
 def decoder_for(request: DecodingRequest) -> type[PardDecoder]:

@@ -171,7 +171,9 @@ class PardGenerationMixin(GenerationMixin):
         }
         length = mask.shape[1] + max_length - input_ids.shape[1]
         no_draft = why_no_draft(self, length, generation_config, model_kwargs)
-        no_slots = why_not_slots(self, draft, mask, generation_config, synced_gpus, model_kwargs, settings.keywords)
+        no_slots = why_not_slots(
+            self, draft, mask, length, generation_config, synced_gpus, model_kwargs, settings.keywords
+        )
         if no_draft is None and no_slots is None:
             request = self._request(input_ids, mask, max_length, **prepared, model_kwargs=model_kwargs)
             with steps_for(self, draft, generation_config) as steps:

@@ -56,7 +56,9 @@ def is_close(model: PreTrainedModel, logits_of: Callable[[PreTrainedModel, torch
     ids = torch.randint(model.config.get_text_config().vocab_size, (1, NUM_TOKENS), generator=generator)
     try:
         ids = ids.to(input_device(model))
-        expected = model(input_ids=ids, use_cache=False).logits[:, NUM_FIRST:].float()
+        positions = torch.arange(NUM_TOKENS, device=ids.device).unsqueeze(0)
+        known = {"position_ids": positions} if "position_ids" in forward_parameters(model) else {}
+        expected = model(input_ids=ids, use_cache=False, **known).logits[:, NUM_FIRST:].float()
         got = logits_of(model, ids).float()
     except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, IndexError, KeyError):
         return False

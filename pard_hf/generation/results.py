@@ -67,7 +67,13 @@ class Recording:
 
 
 def extend_past(
-    target: Role, rows: Rows, positions: torch.Tensor, sequences: torch.Tensor, num_columns: int, cache: Any
+    target: Role,
+    rows: Rows,
+    positions: torch.Tensor,
+    sequences: torch.Tensor,
+    num_columns: int,
+    fewest_said: int,
+    cache: Any,
 ) -> None:
     """Append to `cache` what plain `generate` would leave there: every column but the last new one.
 
@@ -76,9 +82,11 @@ def extend_past(
             Logical positions of the prompt's columns, and of those before it; negative for padding.
         sequences (`torch.LongTensor`):
             As [`sequences_of`] gives them, of which the first `num_columns` are the prompt's.
+        fewest_said (`int`):
+            New tokens of the row that ended first, its last one included.
     """
     counts = rows.lengths - rows.num_prompt_tokens
-    first, last = int(counts.min()) - 1, int(counts.max()) - 1
+    first, last = fewest_said - 1, int(counts.max()) - 1
     columns = torch.arange(last, device=counts.device)
     new = (rows.offset + rows.num_prompt_tokens).unsqueeze(1) + columns
     if first < last:  # Rows that ended early have not read their last token, nor the padding after it.
