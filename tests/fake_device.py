@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.utils._device import _device_constructors
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -235,6 +236,7 @@ class FakeCuda(TorchDispatchMode):
         return run(func, args, kwargs or {})
 
     def __enter__(self) -> FakeCuda:
+        _device_constructors()  # Looked up once in a process, so not while one of them is another.
         self.patches = ExitStack()
         for owner, name, stand_in in (
             (torch.Tensor, "to", moved),
