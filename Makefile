@@ -16,7 +16,7 @@ DEVICE_SUITES ?= $(SUITES) $(patsubst %,tests/test_%.py,device attention linear 
   $(addprefix tests/test_compilation.py::test_,one_synchronisation_a_round inductor_is_eager)
 PARD_TEST_DEVICE ?= cuda
 
-.PHONY: demo app test test-app test-gpu test-core-oldest test-oldest test-newest compatibility test-families screenshots \
+.PHONY: demo app test test-app test-gpu test-core-oldest test-oldest test-newest compatibility test-families fuzz soak screenshots \
 	quality style bundled-pair cards space clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -64,6 +64,13 @@ test-gpu:
 # Drives the web demo in the Chromium that is found on the path, or that CHROMIUM names.
 test-app: $(VENV)/installed
 	$(BIN)/python -m pytest -q -m browser
+
+# Ten times as many calls as `make test` draws; PARD_FUZZ_SEED=n draws others.
+fuzz: $(VENV)/installed
+	PARD_FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest -q tests/test_fuzz.py
+
+soak: $(VENV)/installed
+	$(BIN)/python benchmarks/soak.py --output benchmarks/results/soak.json
 
 screenshots: $(VENV)/installed
 	$(BIN)/python -m pytest -q -m browser -k pictures --screenshots docs/images

@@ -122,25 +122,22 @@ class ScriptedLM(LlamaForCausalLM):
 
     def forward(self, input_ids=None, position_ids=None, logits_to_keep=0, **kwargs):
         output = super().forward(input_ids=input_ids, position_ids=position_ids, logits_to_keep=0, **kwargs)
-        logits = torch.full(output.logits.shape, -10.0)
-        depths = (input_ids == self.config.pard_token).cumsum(-1).tolist()
-        positions = position_ids.tolist()
-        for row in range(len(input_ids)):
-            text = self.script[row]
-            for column in range(input_ids.shape[1]):
-                following = positions[row % len(positions)][column] + 1
-                token = text[following] if following < len(text) else 3
-                if depths[row][column] >= self.first_miss:
-                    token = 3 + (token - 2) % (MASK_TOKEN_ID - 3)
-                logits[row, column, token] = 10.0
-        logits = logits.to(output.logits.device)
+        depths = (input_ids == self.config.pard_token).cumsum(-1)
+        longest = max(map(len, self.script))
+        padded = [[*text, *[3] * (longest + 1 - len(text))] for text in self.script]
+        script = torch.tensor(padded, device=input_ids.device)
+        following = (position_ids + 1).clamp(max=longest).expand(len(input_ids), -1)
+        tokens = script.gather(1, following)
+        tokens = torch.where(depths < self.first_miss, tokens, 3 + (tokens - 2) % (MASK_TOKEN_ID - 3))
+        logits = torch.full_like(output.logits, -10.0).scatter_(-1, tokens.unsqueeze(-1), 10.0)
         output.logits = logits[:, -logits_to_keep:] if logits_to_keep else logits
         return output
 
 
 def make_scripted_draft(script: list[list[int]], first_miss: int, num_assistant_tokens: int = 5) -> PardDraftModel:
     torch.manual_seed(3)
-    draft = make_draft(ScriptedLM(LlamaConfig(**COMMON)).eval().to(DEVICE), num_assistant_tokens)
+    config = LlamaConfig(**{**COMMON, "num_hidden_layers": 1})
+    draft = make_draft(ScriptedLM(config).eval().to(DEVICE), num_assistant_tokens)
     draft.script, draft.first_miss = script, first_miss
     return draft
 

@@ -336,9 +336,9 @@ def test_a_killed_run_is_continued(command, tmp_path, out, capsys):
         "1",
     ]
 
-    process = subprocess.Popen(program, env={**os.environ, "PYTHONPATH": paths})
+    process = subprocess.Popen(program, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"})
     while process.poll() is None and not (out.exists() and out.read_bytes().count(b"\n") >= 2):
-        time.sleep(0.002)
+        time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
     num_killed = out.read_bytes().count(b"\n")

@@ -49,8 +49,9 @@ def test_untouched_target_is_identical(family, num_assistant_tokens):
     assert not isinstance(target, PardGenerationMixin)
 
 
-@pytest.mark.parametrize("num_assistant_tokens", COUNTS)
-@pytest.mark.parametrize("batch_size", [1, 3, 8])
+@pytest.mark.parametrize(
+    ("batch_size", "num_assistant_tokens"), [*((size, count) for size in (1, 3) for count in COUNTS), (8, 2), (8, 5)]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_batches_are_identical(family, batch_size, num_assistant_tokens):
     """Tier 2: rows of different lengths, each with its own accepted counts."""
@@ -62,26 +63,27 @@ def test_batches_are_identical(family, batch_size, num_assistant_tokens):
         assert torch.equal(got, expected)
 
 
-def drafts_for_trees(target, prompts, expected, num_assistant_tokens):
+def drafts_for_trees(target, prompts, expected, num_assistant_tokens, tree_size):
     """Drafts of every quality, with correction heads of any opinions where they can have one."""
-    yield from drafts_for(target, prompts, expected, num_assistant_tokens)
+    if tree_size:  # Chains without a head are compared above.
+        yield from drafts_for(target, prompts, expected, num_assistant_tokens)
     yield add_head(make_draft(make_model("llama", seed=5), num_assistant_tokens), strength=3.0)
     for strength in (0.05, 3.0):
         yield add_head(make_self_draft(without_pard(target), num_assistant_tokens), strength)
 
 
-@pytest.mark.parametrize("tree_size", [0, 1, 5, 16, 64])
+@pytest.mark.parametrize("tree_size", [0, 1, 7, 64])
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trees_and_heads_are_identical(family, batch_size, tree_size):
     target, prompts = make_model(family), make_prompts(batch_size)
-    expected = plain(target, **prompts, max_new_tokens=NEW_TOKENS)
+    expected = plain(target, **prompts, max_new_tokens=20)
 
-    for draft in drafts_for_trees(target, prompts, expected, 5):
+    for draft in drafts_for_trees(target, prompts, expected, 5, tree_size):
         got = plain(
             with_pard(target),
             **prompts,
-            max_new_tokens=NEW_TOKENS,
+            max_new_tokens=20,
             assistant_model=draft,
             assistant_tree_size=tree_size,
         )

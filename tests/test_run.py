@@ -333,10 +333,10 @@ def last_checkpoint(folder):
 @pytest.mark.slow
 def test_killed_run_resumes_to_the_same_draft(base, data, tmp_path):
     """SIGKILL, whenever it comes, twice; the same command goes on, and ends in the weights of a run left alone."""
-    flags = ("--max-steps", "40", "--save-steps", "3", "--batch-size", "2")
+    flags = ("--max-steps", "24", "--save-steps", "3", "--batch-size", "2")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command(base, data, tmp_path / "whole", *flags), check=True, capture_output=True, env=environment)
-    for until in (3, 12):
+    assert main(command(base, data, tmp_path / "whole", *flags)[3:]) == 0
+    for until in (3, 9):
         run = subprocess.Popen(
             command(base, data, tmp_path / "killed", *flags),
             stdout=subprocess.DEVNULL,
@@ -349,8 +349,8 @@ def test_killed_run_resumes_to_the_same_draft(base, data, tmp_path):
         assert run.poll() is None, "the run ended before it was killed"
         run.send_signal(signal.SIGKILL)
         run.wait()
-        assert until <= last_checkpoint(tmp_path / "killed") < 40
-    subprocess.run(command(base, data, tmp_path / "killed", *flags), check=True, capture_output=True, env=environment)
+        assert until <= last_checkpoint(tmp_path / "killed") < 24
+    assert main(command(base, data, tmp_path / "killed", *flags)[3:]) == 0
 
     whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     for name, weight in whole.items():
@@ -387,13 +387,7 @@ def test_two_processes_are_one_with_doubled_accumulation(base, data, tmp_path):
     evaluated = ("--target", str(base), "--eval-prompts", str(data), "--eval-limit", "5", "--eval-max-new-tokens", "9")
     launch(*command(base, data, tmp_path / "two", "--max-steps", "6", *evaluated, *flags, "ddp_backend=gloo")[1:])
     accumulated = ("--gradient-accumulation-steps", "2", *evaluated, *flags)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        command(base, data, tmp_path / "one", "--max-steps", "6", *accumulated),
-        check=True,
-        capture_output=True,
-        env=environment,
-    )
+    assert main(command(base, data, tmp_path / "one", "--max-steps", "6", *accumulated)[3:]) == 0
 
     for metric in ("loss", "eval_acceptance_length"):
         two, one = (history(tmp_path / run, 6, metric) for run in ("two", "one"))
@@ -406,12 +400,7 @@ def test_two_processes_are_one_with_doubled_accumulation(base, data, tmp_path):
     (tmp_path / "two/checkpoints").rename(tmp_path / "all")
     (tmp_path / "two/checkpoints").mkdir()
     (tmp_path / "all/checkpoint-3").rename(tmp_path / "two/checkpoints/checkpoint-3")
-    subprocess.run(
-        command(base, data, tmp_path / "two", "--max-steps", "6", *accumulated),
-        check=True,
-        capture_output=True,
-        env=environment,
-    )
+    assert main(command(base, data, tmp_path / "two", "--max-steps", "6", *accumulated)[3:]) == 0
     for name, weight in one.items():
         torch.testing.assert_close(weights(tmp_path / last)[name], weight, atol=1e-5, rtol=1e-4, msg=name)
 

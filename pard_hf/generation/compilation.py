@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary, finalize
 
 import torch
-from torch._C._dynamo.eval_frame import reset_code
+from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 
@@ -72,9 +72,10 @@ class Workspace:
     """
 
     def __init__(self) -> None:
-        self.parts: dict[Hashable, Callable[..., Any]] = {}
+        # By name, shape and kind; those used last at the end.
+        self.parts: dict[tuple[str, Any, tuple[Hashable, ...]], Callable[..., Any]] = {}
         self.caches: dict[Hashable, SlotCache] = {}
-        self.buffers: dict[Hashable, Rows] = {}
+        self.buffers: dict[tuple[Any, ...], Rows] = {}
         self.costs: dict[Hashable, RoundCosts] = {}
         # Why a part could not be compiled, the last time one could not.
         self.failure: str | None = None
@@ -88,7 +89,7 @@ class Workspace:
         for _, shape, kind in self.parts:
             sizes = dict(shape)
             for name in ("draft", "target"):
-                needed.add((name, sizes["batch size"], sizes[f"{name} cache"], kind[:3]))
+                needed.add((name, sizes["batch size"], sizes[f"{name} cache"], kind[0]))
         self.caches = {key: cache for key, cache in self.caches.items() if key in needed}
         self.buffers = {
             key: rows for key, rows in self.buffers.items() if ("draft", key[0], key[1] - 1, key[2]) in needed
@@ -126,7 +127,7 @@ class CompiledSteps(EagerSteps):
         self.workspace, self.config = workspace, config
         self.place = (model.dtype, str(model.device), autocast_dtype(model.device))
         self.kind = (
-            *self.place,
+            self.place,
             str(config.backend),
             config.mode,
             str(config.options),
@@ -159,26 +160,24 @@ class CompiledSteps(EagerSteps):
         return (part.__name__, key, self.kind) in self.workspace.parts
 
     def run(self, part: Callable[..., Any], key: Hashable, *args: Any) -> Any:
-        key = (part.__name__, key, self.kind)
-        compiled = self.workspace.parts.pop(key, None)
+        name = (part.__name__, key, self.kind)
+        compiled = self.workspace.parts.pop(name, None)
         if compiled is not None:
-            self.workspace.parts[key] = compiled  # The last is the one used last.
+            self.workspace.parts[name] = compiled
             return compiled(*args)
-        logger.warning(
-            "Compiling `%s` for %s: once for this shape, then kept in torch's cache.", part.__name__, key[1]
-        )
+        logger.warning("Compiling `%s` for %s: once for this shape, then kept in torch's cache.", part.__name__, key)
         start = time.perf_counter()
-        compiled = self.workspace.parts[key] = compile_part(part, self.config)
+        compiled = self.workspace.parts[name] = compile_part(part, self.config)
         try:
             return compiled(*args)
         except COMPILE_ERRORS as error:  # Before anything ran: the part is as good as new.
             reason = str(error).strip().partition("\n")[0]
             logger.warning("`%s` cannot be compiled (%s); it runs without torch.compile.", part.__name__, reason)
-            self.workspace.parts[key] = part
+            self.workspace.parts[name] = part
             self.workspace.failure = reason
             return part(*args)
         except BaseException:
-            del self.workspace.parts[key]
+            del self.workspace.parts[name]
             raise
         finally:
             self.compile_seconds += time.perf_counter() - start
@@ -199,11 +198,22 @@ def compile_part(part: Any, config: CompileConfig) -> Callable[..., Any]:
     of its own, so that any number of shapes can live side by side and none is looked through for another.
     """
     own = FunctionType(part.__code__.replace(), part.__globals__, part.__name__, part.__defaults__, part.__closure__)
-    # What torch keeps beside the code keeps the code alive: nobody else would ever free it.
-    finalize(own, reset_code, own.__code__).atexit = False
+    finalize(own, forget_code, own.__code__).atexit = False
     return torch.compile(
         own, fullgraph=True, dynamic=False, backend=config.backend, mode=config.mode, options=config.options
     )
+
+
+def forget_code(code: CodeType) -> None:
+    """Free what torch keeps beside a code object that nobody can call any more.
+
+    What it keeps keeps the code alive in turn, and guards live as long as whatever they watch, a function of torch for
+    one: for ever.
+    """
+    guards = [entry.guard_manager for entry in _debug_get_cache_entry_list(code)]
+    reset_code(code)
+    for guard in guards:
+        vars(guard).update(root=None, diff_guard_root=None)
 
 
 def workspace_of(target: PreTrainedModel, draft: PreTrainedModel) -> Workspace:
