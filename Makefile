@@ -10,9 +10,10 @@ CORE := tests/test_lossless.py tests/test_targets.py tests/test_supported_calls.
 SUITES ?= $(CORE) tests/test_generation.py tests/test_sampling.py tests/test_batches.py tests/test_tree.py \
   tests/test_cache.py tests/test_draft_model.py tests/test_cod.py tests/test_losses.py tests/test_trainer.py
 
-# What is run on a device: suites that touch tensors, few cases of each test.
-DEVICE_SUITES ?= $(SUITES) $(patsubst %,tests/test_%.py,device compilation attention linear correction_head \
-  trimmed_vocabulary verification schedule packing candidate_generator acceptance run)
+# What is run on a device: suites that touch tensors, few cases of each test, and little that waits for a compiler.
+DEVICE_SUITES ?= $(SUITES) $(patsubst %,tests/test_%.py,device attention linear correction_head trimmed_vocabulary \
+  verification schedule packing candidate_generator acceptance run) \
+  $(addprefix tests/test_compilation.py::test_,one_synchronisation_a_round inductor_is_eager)
 PARD_TEST_DEVICE ?= cuda
 
 .PHONY: demo app test test-app test-gpu test-core-oldest test-oldest test-newest compatibility test-families fuzz soak screenshots \
