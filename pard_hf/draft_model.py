@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from .drafting import DraftingModel
+from .drafting import DraftingModel, num_until_end
 from .host import CACHE_NAME, cache_in, names_in_forwards
 from .hub.errors import hub_errors
 from .language_model_head import check_head
@@ -233,6 +233,7 @@ class PardDraftModel(DraftingModel):
         if past is None:
             past = croppable_cache(self.config)
         drafted = self.draft(input_ids, attention_mask, max_new_tokens, past).float()
+        num_prompt_tokens = input_ids.shape[1]
         scores: tuple[torch.Tensor, ...] = ()
         for column in range(max_new_tokens):
             step = drafted[:, column]
@@ -244,6 +245,9 @@ class PardDraftModel(DraftingModel):
                 token = step.argmax(dim=-1, keepdim=True)
             scores += (step,)
             input_ids = torch.cat([input_ids, token], dim=1)
+        # Up to transformers 5.22 the loop looks for an end at the last token of a block only.
+        num_kept = num_until_end(input_ids[:, num_prompt_tokens:], generation_config.eos_token_id)
+        input_ids, scores = input_ids[:, : num_prompt_tokens + num_kept], scores[:num_kept]
         return GenerateDecoderOnlyOutput(sequences=input_ids, scores=scores, **{CACHE_NAME: past})
 
 

@@ -149,3 +149,11 @@ class DraftingModel(PreTrainedModel):
 def best(scores: torch.Tensor) -> torch.Tensor:
     """The most likely token of each place."""
     return scores.argmax(dim=-1)
+
+
+def num_until_end(proposals: torch.Tensor, eos_token_id: torch.Tensor | list[int] | int | None) -> int:
+    """How many proposals `[1, K]` there are up to the first end token, which counts."""
+    if eos_token_id is None:
+        return proposals.shape[1]
+    is_end = torch.isin(proposals[0], torch.as_tensor(eos_token_id, device=proposals.device))
+    return int((is_end.cumsum(-1) - is_end.long() == 0).sum())

@@ -11,13 +11,14 @@ import logging
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from typing import Any
 
 import torch
 import transformers
 from packaging.version import Version
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StaticCache
+from transformers.cache_utils import StaticLayer
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,9 @@ CACHE_NAMES = ("cache", "past_key_values")
 CACHE_NAME = next(
     name for name in CACHE_NAMES if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 )
+
+# Whether the assisted loop takes caches of a fixed size, whose entries it has to take back.
+STOCK_LOOP_TAKES_STATIC = "crop" in vars(StaticLayer)
 
 
 def forward_parameters(model: PreTrainedModel) -> frozenset[str]:
@@ -87,8 +91,13 @@ def takes_images(model: PreTrainedModel) -> bool:
 
 
 def looks_attention_up(model: PreTrainedModel) -> bool:
-    """Whether a model attends by a function that it looks up by name, and not by code of its own."""
-    return hasattr(sys.modules.get(type(model).__module__), "ALL_ATTENTION_FUNCTIONS")
+    """Whether a model attends by a function that it looks up by name, and not by code of its own.
+
+    A class made of one of transformers, in a module of the user's, attends as that one does.
+    """
+    classes = takewhile(lambda owner: owner is not PreTrainedModel, type(model).__mro__)
+    modules = {owner.__module__ for owner in classes if issubclass(owner, PreTrainedModel)}
+    return any(hasattr(sys.modules.get(module), "ALL_ATTENTION_FUNCTIONS") for module in modules)
 
 
 def masks_itself(model: PreTrainedModel) -> bool:
@@ -129,6 +138,11 @@ def is_callers(past: Any) -> bool:
     return getattr(past, "_is_user_defined", False)
 
 
+def is_refused_by_stock_loop(past: Any) -> bool:
+    """Whether the assisted loop of this version raises over a cache."""
+    return isinstance(past, StaticCache) and not STOCK_LOOP_TAKES_STATIC
+
+
 def is_recurrent(model: PreTrainedModel) -> bool:
     """Whether a model keeps a state that no token can be taken out of."""
     return model._is_stateful
@@ -148,6 +162,11 @@ def pad_token_id(generation_config: GenerationConfig) -> int | None:
     """The padding token that `generate()` settled on."""
     pad = generation_config._pad_token_tensor
     return None if pad is None else int(pad)
+
+
+def end_token_ids(generation_config: GenerationConfig) -> torch.Tensor | None:
+    """The end tokens that `generate()` settled on."""
+    return getattr(generation_config, "_eos_token_tensor", None)
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

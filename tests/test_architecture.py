@@ -45,6 +45,7 @@ ALLOWED = {
     "generation/tree": {"generation/verification"},
     "generation/candidate_generator": {
         "draft_model",
+        "drafting",
         "generation/noise",
         "generation/stats",
         "generation/verification",

@@ -12,11 +12,11 @@ import warnings
 import pytest
 import transformers
 from device import DEVICE, IS_FAKE, torch
-from families import make_draft, make_model, make_prompts, make_self_draft
+from families import make_draft, make_model, make_prompts, make_scripted_draft, make_self_draft
 from test_generation import make_hybrid
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from pard_hf import PardDraftModel, host, with_pard, without_pard
+from pard_hf import PardDraftModel, PardGenerationMixin, host, with_pard, without_pard
 
 NEW_TOKENS = 20
 SMALL = {"vocab_size": 100, "hidden_size": 32, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -35,8 +35,8 @@ OWN_WAYS = {
 }  # fmt: skip
 
 
-def make_target(name: str, initializer_range: float = 0.3):
-    torch.manual_seed(0)
+def make_target(name: str, initializer_range: float = 0.3, seed: int = 0):
+    torch.manual_seed(seed)
     prefix, settings = OWN_WAYS[name]
     config = getattr(transformers, f"{prefix}Config")(**SMALL, **settings, initializer_range=initializer_range)
     return free_of_ends(getattr(transformers, f"{prefix}ForCausalLM")(config).eval().to(DEVICE))
@@ -97,6 +97,18 @@ def test_code_from_elsewhere_is_looked_at(is_known):
 
     assert torch.equal(got.sequences, expected.sequences)
     assert got.stats.loop == ("own" if is_known else "stock")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_code_from_elsewhere_is_not_judged_by_the_rounding_of_autocast(seed):
+    target = make_model("llama", seed=seed, num_hidden_layers=6)
+    target.__class__ = type("FromElsewhere", (type(target),), {"__module__": "checkpoint_code"})
+    arguments = {**make_prompts(1), "max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
+
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        got = with_pard(target).generate(**arguments, assistant_model=make_draft(make_model("llama", seed=5)))
+
+    assert got.stats.loop == "own"
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "qwen3_moe"])
@@ -202,6 +214,61 @@ def test_stock_loop_samples_what_plain_generate_samples(warper, output_scores):
         assert torch.equal(*states)
         if output_scores:
             torch.testing.assert_close(torch.stack(got.scores), torch.stack(expected.scores))
+
+
+@pytest.mark.parametrize("is_ours", [True, False], ids=["with_pard", "untouched"])
+@pytest.mark.parametrize("seed", range(3))
+def test_stock_loop_ends_at_an_end_token_inside_a_block(is_ours, seed):
+    """Up to 5.22 that loop looks at the last token of a block only."""
+    target, prompts = make_target("falcon_alibi", seed=seed), make_prompts(1)
+    arguments = {**prompts, "max_new_tokens": NEW_TOKENS, "do_sample": False}
+    text = target.generate(**arguments)[0].tolist()
+    draft = make_scripted_draft([text], first_miss=5)
+    for end in dict.fromkeys(text[prompts["input_ids"].shape[1] :]):
+        expected = without_pard(target).generate(**arguments, eos_token_id=end)
+        model = (with_pard if is_ours else without_pard)(target)
+        assert torch.equal(model.generate(**arguments, eos_token_id=end, assistant_model=draft), expected)
+
+
+def test_stock_loop_takes_a_static_cache_on_every_version():
+    target, draft = make_bart(), make_draft(make_model("llama", seed=5))
+    arguments = {"cache_implementation": "static", "disable_compile": True}
+
+    expected, got = generate_both(target, draft, make_prompts(1), **arguments)
+
+    assert got.stats.loop == "stock"
+    assert torch.equal(got.sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_class_made_of_one_of_transformers_attends_as_that_does(family):
+    """A class in a module of the user's: no copy of the cache each layer, no loop of transformers."""
+    base = type(make_model(family))
+    made = type("Mine", (PardGenerationMixin, base), {"__module__": __name__})
+    torch.manual_seed(0)
+    target = free_of_ends(made(make_model(family).config).eval().to(DEVICE))
+    expected = target.generate(**make_prompts(3), max_new_tokens=NEW_TOKENS, do_sample=False)
+
+    got = target.generate(
+        **make_prompts(3), max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True,
+        assistant_model=make_draft(make_model("llama", seed=5)),
+    )  # fmt: skip
+
+    assert host.looks_attention_up(target)
+    assert got.stats.loop == "own"
+    assert torch.equal(got.sequences, expected)
+
+
+@pytest.mark.skipif(IS_FAKE, reason="the stand-in is not for weights that come and go")
+def test_stock_loop_takes_an_offloaded_target():
+    accelerate = pytest.importorskip("accelerate")
+    target, draft = make_target("falcon_alibi"), make_draft(make_model("llama", seed=5))
+    accelerate.cpu_offload(target, execution_device=DEVICE)
+
+    expected, got = generate_both(target, draft, make_prompts(1))
+
+    assert got.stats.loop == "stock"
+    assert torch.equal(got.sequences, expected.sequences)
 
 
 @pytest.mark.parametrize("which", ["target", "draft", "both"])

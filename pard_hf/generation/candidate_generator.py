@@ -7,6 +7,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from ..draft_model import PardDraftModel
+from ..drafting import num_until_end
 from ..host import input_device
 from ..positions import croppable_cache
 from .noise import Noise
@@ -78,6 +79,8 @@ class PardCandidateGenerator(CandidateGenerator):
             0 for the prompt's left padding.
         sampling ([`StockSampling`], *optional*):
             Of a sampled call; told how far the text has grown.
+        eos_token_id (`torch.LongTensor`, *optional*):
+            End tokens of the call: nothing is proposed behind one.
     """
 
     requires_model_outputs = False
@@ -90,6 +93,7 @@ class PardCandidateGenerator(CandidateGenerator):
         vocab_size: int,
         attention_mask: torch.Tensor | None = None,
         sampling: StockSampling | None = None,
+        eos_token_id: torch.Tensor | None = None,
     ):
         self.draft = draft
         self.num_assistant_tokens = num_assistant_tokens
@@ -97,6 +101,7 @@ class PardCandidateGenerator(CandidateGenerator):
         self.vocab_size = vocab_size
         self.attention_mask = attention_mask
         self.sampling = sampling
+        self.eos_token_id = eos_token_id
         self.cache = croppable_cache(draft.config)
         self.stats = DecodingStats(loop="stock")
         self.num_drafted = 0
@@ -115,6 +120,9 @@ class PardCandidateGenerator(CandidateGenerator):
         if mask is not None:
             mask = torch.nn.functional.pad(mask.to(ids.device), (0, length - mask.shape[1]), value=1)
         proposals = self.draft.draft(ids, mask, self.num_drafted, self.cache)[..., : self.vocab_size].argmax(dim=-1)
+        # Up to transformers 5.22 the loop looks for an end at the last token of a block only.
+        proposals = proposals[:, : num_until_end(proposals, self.eos_token_id)]
+        self.num_drafted = proposals.shape[1]
         return torch.cat([ids, proposals], dim=1), None  # type: ignore[return-value]
 
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:

@@ -18,7 +18,17 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
 
 from ..draft_model import PardDraftModel
-from ..host import CACHE_NAME, cache_in, is_callers, pad_token_id, warn_where_untested, with_host_names
+from ..host import (
+    CACHE_NAME,
+    cache_in,
+    end_token_ids,
+    input_device,
+    is_callers,
+    is_refused_by_stock_loop,
+    pad_token_id,
+    warn_where_untested,
+    with_host_names,
+)
 from ..subclass import subclass_named_as
 from .call import VERIFICATIONS, settings_for, settings_of_call, with_draft_defaults
 from .candidate_generator import PardCandidateGenerator, StockSampling
@@ -42,6 +52,12 @@ class PardGenerationMixin(GenerationMixin):
 
     >>> class MyModel(PardGenerationMixin, LlamaForCausalLM): ...
     """
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go; offloaded weights lie on the meta device between two forwards."""
+        device: torch.device = super().device
+        return device if device.type != "meta" else input_device(self)
 
     def generate(
         self,
@@ -278,6 +294,12 @@ class PardGenerationMixin(GenerationMixin):
             config.do_sample = False
             prepared = {**prepared, "logits_processor": sampling.processors(), "generation_config": config}
         past = cache_in(model_kwargs)
+        if is_refused_by_stock_loop(past):
+            config = copy.copy(prepared["generation_config"])
+            config.cache_implementation = None
+            prepared = {**prepared, "generation_config": config}
+            past = DynamicCache(config=self.config)
+            model_kwargs = {**model_kwargs, CACHE_NAME: past}
         if type(past) is DynamicCache and all(type(layer) is DynamicLayer for layer in past.layers):
             # Layers as they are written: half of an encoder-decoder leaves some unused, and those cannot be cropped.
             model_kwargs = {**model_kwargs, CACHE_NAME: DynamicCache()}
@@ -302,6 +324,7 @@ class PardGenerationMixin(GenerationMixin):
             self.config.get_text_config().vocab_size,
             kwargs["model_kwargs"].get("attention_mask"),
             bound.sampling,
+            end_token_ids(config),
         )
         bound.generators.append(generator)
         return generator

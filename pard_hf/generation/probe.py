@@ -51,15 +51,20 @@ def why_no_blocks(model: PreTrainedModel) -> str | None:
 
 @torch.no_grad()
 def is_close(model: PreTrainedModel, logits_of: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor]) -> bool:
-    """Compare logits of a plain forward with those of forwards over a cache; one that raises is not close."""
+    """Compare logits of a plain forward with those of forwards over a cache; one that raises is not close.
+
+    What is found holds for later calls, so the rounding of this one under autocast must not decide it.
+    """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.get_text_config().vocab_size, (1, NUM_TOKENS), generator=generator)
+    device = input_device(model)
     try:
-        ids = ids.to(input_device(model))
-        positions = torch.arange(NUM_TOKENS, device=ids.device).unsqueeze(0)
+        ids = ids.to(device)
+        positions = torch.arange(NUM_TOKENS, device=device).unsqueeze(0)
         known = {"position_ids": positions} if "position_ids" in forward_parameters(model) else {}
-        expected = model(input_ids=ids, use_cache=False, **known).logits[:, NUM_FIRST:].float()
-        got = logits_of(model, ids).float()
+        with torch.autocast(device.type, enabled=False):
+            expected = model(input_ids=ids, use_cache=False, **known).logits[:, NUM_FIRST:].float()
+            got = logits_of(model, ids).float()
     except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, IndexError, KeyError):
         return False
     difference = (got - expected).abs().max() / expected.std()
