@@ -15,6 +15,7 @@ DEVICE_SUITES ?= $(SUITES) $(patsubst %,tests/test_%.py,device attention linear 
   verification schedule packing candidate_generator acceptance run) \
   $(addprefix tests/test_compilation.py::test_,one_synchronisation_a_round inductor_is_eager)
 PARD_TEST_DEVICE ?= cuda
+CASES ?= 2
 
 .PHONY: demo app test test-app test-gpu test-core-oldest test-oldest test-newest compatibility test-families fuzz soak screenshots \
 	quality style bundled-pair cards space clean
@@ -59,7 +60,7 @@ test-core-oldest: .venv-oldest/installed
 
 # By the python at hand and what it has, for a machine with a GPU: installs nothing, needs no network.
 test-gpu:
-	HF_HUB_OFFLINE=1 PARD_TEST_DEVICE=$(PARD_TEST_DEVICE) $(PYTHON) -m pytest -q --cases 2 $(DEVICE_SUITES)
+	HF_HUB_OFFLINE=1 PARD_TEST_DEVICE=$(PARD_TEST_DEVICE) $(PYTHON) -m pytest -q --cases $(CASES) $(DEVICE_SUITES)
 
 # Drives the web demo in the Chromium that is found on the path, or that CHROMIUM names.
 test-app: $(VENV)/installed

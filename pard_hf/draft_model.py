@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, P
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .drafting import DraftingModel, num_until_end
-from .host import CACHE_NAME, cache_in, names_in_forwards
+from .host import CACHE_NAME, cache_in
 from .hub.errors import hub_errors
 from .language_model_head import check_head
 from .loadable import check_loadable
@@ -268,5 +268,4 @@ def draft_class(base: type[PreTrainedModel]) -> type[PardDraftModel]:
 
     made = subclass_named_as(base, PardDraftModel, draft_class)
     made.forward = forward
-    made.takes_num_logits = "logits_to_keep" in names_in_forwards(base.__mro__)
     return made

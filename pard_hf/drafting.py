@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from .correction_head import CorrectedPlaces, CorrectionHead
-from .host import cache_argument, input_device
+from .host import cache_argument, input_device, names_in_forwards
 from .language_model_head import head_of
 from .parts import needs_hidden_states
 from .positions import check_num_assistant_tokens, croppable_cache, num_positions
@@ -29,6 +29,10 @@ class DraftingModel(PreTrainedModel):
     trimmed_vocabulary: TrimmedVocabulary | None
     # Whether the forward can be asked for its last rows of logits only.
     takes_num_logits: bool
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        cls.takes_num_logits = "logits_to_keep" in names_in_forwards(cls.__mro__)
 
     @property
     def device(self) -> torch.device:

@@ -160,7 +160,7 @@ def test_class_of_ones_own_has_a_place_for_a_head():
     class OwnDraft(PardDraftModel, LlamaForCausalLM):
         pass
 
-    draft = PardDraftModel.from_causal_lm(OwnDraft(make_model("llama").config), 99, 5)
+    draft = PardDraftModel.from_causal_lm(OwnDraft(make_model("llama").config).to(DEVICE), 99, 5)
 
     assert draft.correction_head is None
     assert draft.draft(make_prompts(1)["input_ids"]).shape == (1, 5, 100)

@@ -372,7 +372,7 @@ def history(folder, step, metric):
 def launch(*words):
     """Two processes; what `accelerate launch` starts on GPUs, and on CPUs would ask MPI for."""
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PARD_TEST_DEVICE": "cpu"}
     done = subprocess.run(
         [sys.executable, *launcher, *map(str, words)], capture_output=True, text=True, env=environment, timeout=300
     )

@@ -315,6 +315,7 @@ def test_fields_are_refused_in_words(values, sentence):
         (" \n\t", "Expected a prompt, got nothing but white space"),
         (None, "Expected text as a prompt, got nothing"),
         ({"a": 1}, "Expected text as a prompt, got {'a': 1}"),
+        ("cut \ud83d", "Expected text as a prompt, but it has half of a character, the surrogate"),
         ("word " * 4001, "Expected at most 20000 characters, got 20005"),
         ("word " * 3000, "Expected a prompt of at most 1920 tokens, 2048 positions less 128 new tokens, got"),
     ],

@@ -33,7 +33,7 @@ class LockstepDecoder(PardDecoder):
         self.columns = request.input_ids
         self.unfinished = torch.ones(len(self.batch), dtype=torch.long, device=self.columns.device)
         # Tokens of each row up to its end: what a finished row's proposals left in the cache is no text of its own.
-        self.num_said = torch.zeros_like(self.unfinished)
+        self.num_said = torch.zeros(len(self.batch), dtype=torch.long)  # On the host, which alone asks.
         # As in plain `generate`: only where an end token exists do finished rows turn into padding.
         self.pads_finished = any(hasattr(criteria, "eos_token_id") for criteria in request.stopping_criteria)
         self.scores: tuple[torch.Tensor, ...] | None = () if request.output_scores else None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..evaluation.prompts import encode_prompt
+from ..json_lines import why_no_text
 from ..pair import Pair
 from ..positions import num_positions
 
@@ -114,6 +115,8 @@ def checked_prompt(prompt: Any) -> str:
         raise ValueError(f"Expected text as a prompt, got {shown(prompt)}. Type some, or take an example.")
     if not prompt.strip():
         raise ValueError("Expected a prompt, got nothing but white space. Type one, or take an example.")
+    if (why := why_no_text(prompt)) is not None:
+        raise ValueError(f"Expected text as a prompt, but {why}. Type it again.")
     if len(prompt) > MOST_CHARACTERS:
         raise ValueError(f"Expected at most {MOST_CHARACTERS} characters, got {len(prompt)}. Shorten the text.")
     return prompt
