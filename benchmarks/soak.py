@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import resource
 import subprocess
@@ -19,6 +20,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -162,6 +164,7 @@ class Soak:
             "shapes": len(self.shapes),
             "seconds": round(time.perf_counter() - start, 1),
             "calls_that_compiled": self.num_compiled_calls,
+            "all_steps_compile": compilation.workspace_of(self.target, self.draft).failure is None,
             "compared": self.num_compared,
             "different": self.num_different,
             "growth": growth(self.samples),
@@ -189,10 +192,11 @@ def growth(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def has_stopped(result: dict[str, Any]) -> bool:
-    """Whether nothing goes on growing, and no text differed."""
+    """Whether nothing goes on growing, no step ran uncompiled instead, and no text differed."""
     grown = result["growth"]
     is_bounded = grown["most_steps"] <= grown["most_steps_allowed"]
-    return is_bounded and grown["resident_share"] <= MOST_GROWTH and not result["different"]
+    is_right = result["all_steps_compile"] and not result["different"]
+    return is_right and is_bounded and grown["resident_share"] <= MOST_GROWTH
 
 
 def main() -> int:
@@ -212,7 +216,10 @@ def main() -> int:
     for backend, num_calls in (("eager", args.calls), ("inductor", args.inductor_calls)):
         if num_calls:
             words = [sys.executable, __file__, "--seed", str(args.seed), "--one", backend, str(num_calls)]
-            done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+            # A cache of its own: files that another process is writing there would be read half.
+            with TemporaryDirectory() as folder:
+                environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder}
+                done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env=environment)
             runs.append(json.loads(done.stdout.splitlines()[-1]))
     result = {
         "command": shown_command(sys.argv[1:], "python benchmarks/soak.py"),
