@@ -6,7 +6,7 @@ DATA ?= ../shared/data/train
 WORKERS ?= 2
 # The oldest version of transformers that pyproject.toml admits, and what is run on it and on the newest.
 OLDEST := 5.17.0
-CORE := tests/test_lossless.py tests/test_targets.py tests/test_supported_calls.py
+CORE := tests/test_lossless.py tests/test_targets.py tests/test_supported_calls.py tests/test_fuzz.py
 SUITES ?= $(CORE) tests/test_generation.py tests/test_sampling.py tests/test_batches.py tests/test_tree.py \
   tests/test_cache.py tests/test_draft_model.py tests/test_cod.py tests/test_losses.py tests/test_trainer.py
 

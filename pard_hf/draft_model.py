@@ -245,7 +245,7 @@ class PardDraftModel(DraftingModel):
                 token = step.argmax(dim=-1, keepdim=True)
             scores += (step,)
             input_ids = torch.cat([input_ids, token], dim=1)
-        # Up to transformers 5.22 the loop looks for an end at the last token of a block only.
+        # Older versions of transformers (5.17) have a loop that looks for an end at the last token of a block only.
         num_kept = num_until_end(input_ids[:, num_prompt_tokens:], generation_config.eos_token_id)
         input_ids, scores = input_ids[:, : num_prompt_tokens + num_kept], scores[:num_kept]
         return GenerateDecoderOnlyOutput(sequences=input_ids, scores=scores, **{CACHE_NAME: past})

@@ -410,6 +410,31 @@ class Broken(LogitsProcessor):
         return scores
 
 
+def test_random_state_after_an_interrupt_in_the_stock_loop_is_that_of_the_tokens_said():
+    class Streamer:
+        num_tokens = -18
+
+        def put(self, tokens):
+            self.num_tokens += tokens.numel()
+            if self.num_tokens > 4:
+                raise KeyboardInterrupt
+
+        def end(self): ...
+
+    target, streamer, draft = make_hybrid(), Streamer(), make_draft(make_model("llama", seed=3))
+    torch.manual_seed(3)
+    with pytest.raises(KeyboardInterrupt):
+        with_pard(target).generate(
+            **make_prompts(1), max_new_tokens=NEW_TOKENS, do_sample=True, streamer=streamer, assistant_model=draft
+        )
+    state = torch.get_rng_state()
+    torch.manual_seed(3)
+
+    without_pard(target).generate(**make_prompts(1), max_new_tokens=streamer.num_tokens, do_sample=True)
+
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.parametrize("stops_by", ["streamer", "processor"])
 def test_random_state_after_an_interrupt_is_that_of_the_tokens_said(stops_by):
     class Streamer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.candidate_generator import CandidateGenerator
@@ -55,9 +57,29 @@ class StockSampling(LogitsProcessor):
         self.noise.use(length - self.length)
         self.length = length
 
+    def streamer(self, streamer: Any) -> Any:
+        """Return what the stock loop is to put blocks into, for the caller's streamer."""
+        return SampledStream(self, streamer)
+
     def scores(self, length: int) -> tuple[torch.Tensor, ...]:
         """Return the scores `[1, V]` of every new token; what was asked last about a position was its own text."""
         return tuple(self.latest[position] for position in range(self.num_prompt_tokens, length))
+
+
+class SampledStream:
+    """A caller's streamer inside the stock loop; one that raises leaves the generator where the text ends."""
+
+    def __init__(self, sampling: StockSampling, streamer: Any):
+        self.sampling, self.streamer = sampling, streamer
+
+    def put(self, tokens: torch.Tensor) -> None:
+        """Take a block of tokens `[1, n]`."""
+        self.sampling.advance(self.sampling.length + tokens.numel())
+        self.streamer.put(tokens)
+
+    def end(self) -> None:
+        """Take note that the text is whole."""
+        self.streamer.end()
 
 
 class PardCandidateGenerator(CandidateGenerator):
@@ -120,7 +142,7 @@ class PardCandidateGenerator(CandidateGenerator):
         if mask is not None:
             mask = torch.nn.functional.pad(mask.to(ids.device), (0, length - mask.shape[1]), value=1)
         proposals = self.draft.draft(ids, mask, self.num_drafted, self.cache)[..., : self.vocab_size].argmax(dim=-1)
-        # Up to transformers 5.22 the loop looks for an end at the last token of a block only.
+        # Older versions of transformers (5.17) have a loop that looks for an end at the last token of a block only.
         proposals = proposals[:, : num_until_end(proposals, self.eos_token_id)]
         self.num_drafted = proposals.shape[1]
         return torch.cat([ids, proposals], dim=1), None  # type: ignore[return-value]

@@ -211,6 +211,8 @@ class PardGenerationMixin(GenerationMixin):
         )
         if stock_is_exact and no_slots is not None:
             chain = "; a chain is drafted instead of a tree" if settings.tree_size else ""
+            if settings.verification == "ratio_test" and generation_config.do_sample:
+                chain += "; tokens are verified by sample-and-match"
             warn_once(f"{no_slots}: drafting in the assisted loop of transformers{chain}.")
             return self._stock_loop(input_ids, draft, prepared, model_kwargs, no_slots)
         reason = no_draft or no_slots or "There is no loop for this call"
@@ -293,6 +295,8 @@ class PardGenerationMixin(GenerationMixin):
             )
             config.do_sample = False
             prepared = {**prepared, "logits_processor": sampling.processors(), "generation_config": config}
+            if prepared["streamer"] is not None:
+                prepared["streamer"] = sampling.streamer(prepared["streamer"])
         past = cache_in(model_kwargs)
         if is_refused_by_stock_loop(past):
             config = copy.copy(prepared["generation_config"])

@@ -17,6 +17,7 @@ from ..host import cache_argument, forward_parameters, input_device, is_tested, 
 from .cache import SlotCache
 from .role import Role
 
+LogitsOf = Callable[[PreTrainedModel, torch.Tensor], torch.Tensor]
 NUM_TOKENS, NUM_FIRST, NUM_SLOTS = 12, 7, 16
 # The largest difference of logits over their standard deviation; rounding in 16 bit stays well below, a wrong position
 # or mask well above.
@@ -32,9 +33,9 @@ def why_other_logits(model: PreTrainedModel) -> str | None:
     """Say that a model's logits over our cache are not those of a plain forward; `None` when they are."""
     if is_tested() and not takes_code_from_elsewhere(model):
         return None
-    if model not in over_slots:
-        over_slots[model] = is_close(model, logits_over_slots)
-    return None if over_slots[model] else f"Over our cache `{type(model).__name__}` has other logits than over its own"
+    if found(model, over_slots, logits_over_slots):
+        return None
+    return f"Over our cache `{type(model).__name__}` has other logits than over its own"
 
 
 def why_no_blocks(model: PreTrainedModel) -> str | None:
@@ -44,13 +45,22 @@ def why_no_blocks(model: PreTrainedModel) -> str | None:
     """
     if "position_ids" in forward_parameters(model):
         return None
-    if model not in over_blocks:
-        over_blocks[model] = is_close(model, logits_over_blocks)
-    return None if over_blocks[model] else f"`{type(model).__name__}` reads one token at a time behind its cache"
+    if found(model, over_blocks, logits_over_blocks):
+        return None
+    return f"`{type(model).__name__}` reads one token at a time behind its cache"
+
+
+def found(model: PreTrainedModel, known: WeakKeyDictionary[PreTrainedModel, bool], logits_of: LogitsOf) -> bool:
+    """Look at a model, or at what was found of it before. One that is training has no two forwards alike."""
+    if model not in known:
+        if model.training:
+            return False
+        known[model] = is_close(model, logits_of)
+    return known[model]
 
 
 @torch.no_grad()
-def is_close(model: PreTrainedModel, logits_of: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor]) -> bool:
+def is_close(model: PreTrainedModel, logits_of: LogitsOf) -> bool:
     """Compare logits of a plain forward with those of forwards over a cache; one that raises is not close.
 
     What is found holds for later calls, so the rounding of this one under autocast must not decide it.
@@ -65,6 +75,8 @@ def is_close(model: PreTrainedModel, logits_of: Callable[[PreTrainedModel, torch
         with torch.autocast(device.type, enabled=False):
             expected = model(input_ids=ids, use_cache=False, **known).logits[:, NUM_FIRST:].float()
             got = logits_of(model, ids).float()
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, IndexError, KeyError):
         return False
     difference = (got - expected).abs().max() / expected.std()
