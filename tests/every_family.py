@@ -127,7 +127,8 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 def families() -> dict[str, type[PreTrainedConfig]]:
     """Config classes of the installed transformers' mapping, by name."""
-    return {config_class.__name__: config_class for config_class in MODEL_FOR_CAUSAL_LM_MAPPING}
+    classes = (known for known in MODEL_FOR_CAUSAL_LM_MAPPING if known.__module__.startswith("transformers."))
+    return {config_class.__name__: config_class for config_class in classes}
 
 
 def tiny_config(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
