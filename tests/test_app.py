@@ -355,9 +355,9 @@ def test_a_benchmark_is_measured_and_can_be_taken_home(page, tmp_path):
 def test_a_benchmark_can_be_stopped(page):
     open_tab(page, "Benchmark")
     page.locator("#start-bench").click()
-    expect(page.locator("#measured progress")).to_be_visible()
+    expect(page.locator("#measured progress")).to_be_visible(timeout=30_000)
     page.get_by_role("button", name="Stop", exact=True).locator("visible=true").click()
-    expect(page.locator("#status")).to_contain_text("Stopped")
+    expect(page.locator("#status")).to_contain_text("Stopped", timeout=30_000)
 
 
 def test_what_visitors_type_stays_text(page, pair):
