@@ -13,13 +13,12 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import gradio as gr
 
-import pard_hf
+from demo.bench import FIRST_ROUTES, MOST_PROMPTS, prompt_sets
+from demo.html import conversation
+from demo.pairs import BUNDLED, KINDS, PairName, PairShelf
+from demo.settings import MOST_DRAFT_TOKENS, MOST_NEW_TOKENS, MOST_NODES
+from demo.visits import NO_ROUNDS, Visits
 from pard_hf.evaluation.routes import ROUTES
-from pard_hf.web.bench import FIRST_ROUTES, MOST_PROMPTS, prompt_sets
-from pard_hf.web.html import conversation
-from pard_hf.web.pairs import BUNDLED, KINDS, PairName, PairShelf
-from pard_hf.web.settings import MOST_DRAFT_TOKENS, MOST_NEW_TOKENS, MOST_NODES
-from pard_hf.web.visits import NO_ROUNDS, Visits
 
 EXAMPLES = {
     "Code": 'def check_size(width: int, height: int) -> None:\n    """Check that both sizes are valid."""\n',
@@ -67,7 +66,7 @@ THEME = gr.themes.Default(
     button_cancel_background_fill_dark="#b3261e",
     button_cancel_text_color="#ffffff",
 )
-LOOK = {"theme": THEME, "css_paths": Path(pard_hf.__file__).parent / "web" / "page.css", "footer_links": ["settings"]}
+LOOK = {"theme": THEME, "css_paths": Path(__file__).parent / "demo" / "page.css", "footer_links": ["settings"]}
 
 
 def build_demo(folder: Path | None = None, device: str | None = None, token: bool | None = None) -> gr.Blocks:

@@ -28,13 +28,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
+from benchmarks.replay import autoregressive, next_token_accuracy, replay
 from pard_hf import PardDraftModel, PardTrainer, PardTrainingArguments, bundled_pair
-from pard_hf.conditions import conditions_of, shown_command
+from pard_hf.draft.mask_token import choose_mask_token
 from pard_hf.evaluation.acceptance import AcceptanceEvaluator
 from pard_hf.evaluation.prompts import choose_rows, encode_prompt, load_prompts
-from pard_hf.evaluation.replay import autoregressive, next_token_accuracy, replay
+from pard_hf.io import conditions_of, shown_command
 from pard_hf.training.data import read_rows, tokenize_rows
-from pard_hf.training.mask_token import choose_mask_token
 
 PAPER = {"num_draft_tokens": 8, "retention_rate": 0.7, "min_retention_rate": 0.2}
 EXPERIMENTS: dict[str, dict[str, dict[str, Any]]] = {

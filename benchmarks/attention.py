@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from pard_hf.conditions import commit, device_name, shown_command
+from pard_hf.io import commit, device_name, shown_command
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 64
 

@@ -21,8 +21,8 @@ import torch
 
 import pard_hf
 from pard_hf import DecodingStats, load_pair, without_pard
-from pard_hf.conditions import conditions_of, shown_command
 from pard_hf.evaluation.prompts import encode_answer, encode_prompt, read_prompts, repeated_share
+from pard_hf.io import conditions_of, shown_command
 
 
 def until(end: int, answer: list[int]) -> list[int]:

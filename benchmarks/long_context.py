@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.scaling import enlarge_pair
 from pard_hf import load_pair
-from pard_hf.conditions import conditions_of, shown_command
 from pard_hf.evaluation.prompts import DEMO_PROMPTS
-from pard_hf.evaluation.scaling import enlarge_pair
-from pard_hf.generation.clock import measure_rounds
+from pard_hf.generation.stats import measure_rounds
+from pard_hf.io import conditions_of, shown_command
 
 
 class TimedAttention:

@@ -28,8 +28,8 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
 from pard_hf import PardDraftModel, with_pard
-from pard_hf.conditions import conditions_of, shown_command
 from pard_hf.generation import compilation
+from pard_hf.io import conditions_of, shown_command
 
 VOCAB_SIZE, MASK_TOKEN_ID = 100, 99
 NUM_THREADS = 2

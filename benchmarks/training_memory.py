@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from pard_hf import PardDraftModel, bundled_pair
-from pard_hf.conditions import conditions_of, shown_command
+from pard_hf.io import conditions_of, shown_command
 from pard_hf.training.cod import attends
-from pard_hf.training.data_collator import DataCollatorForPard
+from pard_hf.training.collator import DataCollatorForPard
 from pard_hf.training.objective import Objective
 
 ROUTES = {"kept rows": 0.7, "no dropping": 1.0, "dense mask": 0.7}

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from pard_hf import load_pair
-from pard_hf.conditions import conditions_of, shown_command
 from pard_hf.evaluation.acceptance import AcceptanceEvaluator
 from pard_hf.evaluation.prompts import choose_rows, encode_answer, encode_prompt, load_prompts, repeated_share
-from pard_hf.positions import num_positions
+from pard_hf.host import num_positions
+from pard_hf.io import conditions_of, shown_command
 
 
 def main() -> None:

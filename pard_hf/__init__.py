@@ -8,16 +8,16 @@
 from importlib import import_module
 from typing import Any
 
-from .draft_model import PardDraftModel
+from .draft.model import PardDraftModel
 from .generation.candidate_generator import PardCandidateGenerator
+from .generation.config import PardGenerateOutput
 from .generation.mixin import PardGenerationMixin, with_pard, without_pard
-from .generation.output import PardGenerateOutput
 from .generation.stats import DecodingStats
-from .pair import bundled_pair, load_pair
+from .loading import bundled_pair, load_pair
 
 # Training needs the host's Trainer, whose import alone takes seconds: only when asked for.
 LAZY = {
-    "DataCollatorForPard": ".training.data_collator",
+    "DataCollatorForPard": ".training.collator",
     "PardTrainer": ".training.trainer",
     "PardTrainingArguments": ".training.trainer",
 }

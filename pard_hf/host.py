@@ -2,10 +2,17 @@
 
 5.24 calls a model's cache `cache`, in forwards, outputs and arguments alike; before it was `past_key_values`. Models
 with code of their own may keep the older name for longer, so a forward is asked by its signature.
+
+How many positions a model has, and the cache that lets go of some again.
+
+Subclasses made of a live model's class, under its own name.
+
+Second models over the same weights.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import sys
@@ -17,10 +24,18 @@ from typing import Any
 import torch
 import transformers
 from packaging.version import Version
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StaticCache
-from transformers.cache_utils import StaticLayer
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    StaticCache,
+)
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 logger = logging.getLogger(__name__)
+
 
 NEWEST_TESTED = "5.24"
 # From the newest to the oldest.
@@ -202,3 +217,84 @@ def warn_where_untested() -> None:
             NEWEST_TESTED,
             transformers.__version__,
         )
+
+
+def croppable_cache(config: PreTrainedConfig) -> DynamicCache:
+    """A cache from which the host may take back any number of entries.
+
+    Sliding layers forget what lies before their window, and the stock loop takes back more than was proposed; keeping
+    every entry costs memory and changes no mask.
+    """
+    cache = DynamicCache(config=config)
+    if all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+        return DynamicCache()
+    return cache
+
+
+def num_positions(config: PreTrainedConfig) -> int:
+    """Positions a model was made for; without bound for the few configs that name none, or a number below 1."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions if positions is not None and positions > 0 else sys.maxsize
+
+
+def check_num_assistant_tokens(num_assistant_tokens: int, *configs: PreTrainedConfig) -> None:
+    """Raise a `ValueError` unless K is a positive integer that fits the positions of every model."""
+    if isinstance(num_assistant_tokens, bool) or not isinstance(num_assistant_tokens, int) or num_assistant_tokens < 1:
+        raise ValueError(
+            f"Expected `num_assistant_tokens` to be an integer of at least 1, got {num_assistant_tokens!r}."
+        )
+    for config in configs:
+        positions = num_positions(config)
+        if num_assistant_tokens >= positions:
+            raise ValueError(
+                f"Expected `num_assistant_tokens` below the {positions} positions of `{type(config).__name__}`, got "
+                f"{num_assistant_tokens}. Common values are 4 to 16."
+            )
+
+
+def subclass_named_as(base: Any, mixin: type, maker: Callable[[Any], type]) -> Any:
+    """A subclass of `base` with `mixin` in front, under the name of `base`; `maker(base)` gives it again.
+
+    A saved config names the class, so the name stays. Pickle would look the class up by that name and find `base`, so
+    instances say how to make it instead.
+    """
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        return make_empty, (maker, base), object.__reduce_ex__(self, protocol)[2]
+
+    names = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": mixin.__doc__,
+        "__reduce_ex__": __reduce_ex__,
+        "config_class": base.config_class,
+    }
+    return type(base.__name__, (mixin, base), names)
+
+
+def make_empty(maker: Callable[[Any], type], base: type) -> Any:
+    """An instance without state, for pickle to fill."""
+    made: Any = maker(base)
+    return made.__new__(made)
+
+
+def sharing_weights(model: PreTrainedModel, model_class: Any) -> Any:
+    """A second model of the given class over the same tensors, with generation settings and parts of its own."""
+    twin = model_class.__new__(model_class)
+    twin.__dict__.update(model.__dict__)
+    twin.__dict__["_modules"] = dict(model._modules)
+    twin.generation_config = copy.deepcopy(model.generation_config)
+    return twin
+
+
+def without_head(draft: Any) -> Any:
+    """The same draft without its correction head."""
+    twin = sharing_weights(draft, type(draft))
+    twin.correction_head = None
+    return twin
+
+
+@lru_cache(maxsize=64)
+def warn_once(message: str) -> None:
+    """Warn about something that holds for every call, at the first."""
+    logger.warning(message)

@@ -30,8 +30,8 @@ from transformers import (
 )
 
 from pard_hf import PardDraftModel, PardTrainer, PardTrainingArguments
-from pard_hf.training.answers import write_answers
 from pard_hf.training.data import encode_row, read_rows, tokenize_rows
+from pard_hf.training.responses import write_answers
 
 # Rows of the padded vocabulary above the tokenizer's last id; the first of them is the draft's mask token.
 VOCAB_SIZE, TOKENIZER_SIZE = 2048, 2040

@@ -24,7 +24,8 @@ def build(folder: Path) -> None:
     folder.mkdir(parents=True)
     for file in (ROOT / "app.py", ROOT / "LICENSE", ROOT / "spaces" / "README.md"):
         shutil.copy(file, folder)
-    shutil.copytree(ROOT / "pard_hf", folder / "pard_hf", ignore=shutil.ignore_patterns("__pycache__"))
+    for package in ("pard_hf", "demo"):
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "requirements.txt").write_text("\n".join(requirements()) + "\n", encoding="utf-8")
 
 

@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from pard_hf import PardDraftModel
-from pard_hf.correction_head import CorrectionHead
+from pard_hf.draft.correction_head import CorrectionHead
 
 VOCAB_SIZE, MASK_TOKEN_ID = 100, 99
 COMMON = {

@@ -4,8 +4,8 @@ import pytest
 from device import to_device, torch
 from families import make_draft, make_model
 
+from benchmarks.replay import autoregressive, next_token_accuracy, replay
 from pard_hf.evaluation.acceptance import AcceptanceEvaluator
-from pard_hf.evaluation.replay import autoregressive, next_token_accuracy, replay
 
 PROMPTS = [[1, 5, 9], [1, 7], [1, 30, 31, 32, 33], [1, 60, 61]]
 

@@ -447,7 +447,7 @@ def resident_bytes(pid):
 def test_the_page_is_there_while_models_load(browser, monkeypatch):
     """The same app, with a shelf whose loading waits for us."""
     import app
-    from pard_hf.web.pairs import PairShelf
+    from demo.pairs import PairShelf
 
     goes_on = threading.Event()
 

@@ -9,7 +9,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pard_hf import with_pard, without_pard
-from pard_hf.generation.attention import grouped_attention
+from pard_hf.generation.kernels import grouped_attention
 
 
 @pytest.mark.parametrize("num_queries", [1, 5, 70])

@@ -6,7 +6,7 @@ from families import make_draft, make_model, make_prompts, make_self_draft
 
 from pard_hf import with_pard
 from pard_hf.generation import batch as batch_module
-from pard_hf.generation.clock import measure_rounds
+from pard_hf.generation.stats import measure_rounds
 
 
 def ends_for(target, prompts, columns):
@@ -123,7 +123,7 @@ def test_long_prompts_are_read_in_parts(batch_size, monkeypatch):
     target, prompts = make_model("llama"), make_prompts(batch_size)
     draft = make_draft(make_model("llama", seed=5))
     expected = target.generate(**prompts, max_new_tokens=20, do_sample=False)
-    monkeypatch.setattr("pard_hf.generation.forwards.PREFILL_CHUNK", 4)
+    monkeypatch.setattr("pard_hf.generation.decoder.PREFILL_CHUNK", 4)
     monkeypatch.setattr(batch_module, "PREFILL_CHUNK", 4)
     widths = record(target, lambda kwargs: kwargs["input_ids"].shape[1])
 

@@ -12,19 +12,23 @@ from transformers.cache_utils import StaticLayer
 
 from pard_hf import with_pard
 from pard_hf.cli import main
-from pard_hf.conditions import shown_command, shown_model
-from pard_hf.evaluation.agreement import first_difference, logit_gap
-from pard_hf.evaluation.batches import make_batches, regroup
-from pard_hf.evaluation.benchmark import Benchmark, BenchmarkSettings
-from pard_hf.evaluation.figures import route_result
-from pard_hf.evaluation.measurement import Measurement, Parts, RouteRecord
+from pard_hf.evaluation.benchmark import (
+    Benchmark,
+    BenchmarkSettings,
+    Measurement,
+    PartialFile,
+    Parts,
+    RouteRecord,
+    first_difference,
+    logit_gap,
+)
 from pard_hf.evaluation.memory import MemoryGauge, cache_bytes, cache_layer_sizes, copy_bandwidth, weight_bytes
-from pard_hf.evaluation.partial import PartialFile
+from pard_hf.evaluation.metrics import CellResult, route_result
 from pard_hf.evaluation.prompts import choose_rows, encode_answer, lengthen, load_prompts
-from pard_hf.evaluation.results import CellResult
-from pard_hf.evaluation.routes import ROUTES, RoundStreamer, RouteRunner
+from pard_hf.evaluation.routes import ROUTES, RoundStreamer, RouteRunner, make_batches, regroup
 from pard_hf.generation.stats import DecodingStats
-from pard_hf.pair import Pair
+from pard_hf.io import shown_command, shown_model
+from pard_hf.loading import Pair
 
 ROWS = [{"prompt": "abcab"}, {"prompt": "What?", "reference": "xyxyxyxy"}, {"prompt": "xyz" * 5}]
 EAGER = ("ar", "ad", "pld", "tier1", "tier2", "adaptive")

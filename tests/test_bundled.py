@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import pard_hf
 from pard_hf import PardDraftModel, bundled_pair, load_pair
-from pard_hf.sharing import without_head
+from pard_hf.host import without_head
 
 ROOT = Path(pard_hf.__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "bundled_pair.json"

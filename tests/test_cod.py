@@ -5,10 +5,9 @@ import torch
 from device import DEVICE, to_device
 from torch.nn.attention.flex_attention import create_mask
 
-from pard_hf.training import row_attention
+from pard_hf.training import objective as row_attention
 from pard_hf.training.cod import attention_mask, build_rows, keep_rows
-from pard_hf.training.data_collator import DataCollatorForPard
-from pard_hf.training.packing import pack_rows
+from pard_hf.training.collator import DataCollatorForPard, pack_rows
 
 MASK = 99
 

@@ -19,8 +19,7 @@ from transformers import CompileConfig, LogitsProcessorList
 
 from pard_hf import with_pard
 from pard_hf.generation.compilation import CompiledSteps, workspace_of
-from pard_hf.generation.decoding import PardDecoder
-from pard_hf.generation.request import DecodingRequest
+from pard_hf.generation.decoder import DecodingRequest, PardDecoder
 from pard_hf.generation.schedule import Choice
 
 pytestmark = pytest.mark.skipif(IS_FAKE, reason="there is nothing to compile for")
@@ -180,7 +179,7 @@ def test_rounds_ahead_of_the_host_say_the_same():
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_rows_leave_also_ahead_of_the_host(do_sample, monkeypatch):
     """The host waits for what is under way, and noise is drawn afresh for the row that is left."""
-    monkeypatch.setattr("pard_hf.generation.decoding.WORTH_COMPILING", 1)
+    monkeypatch.setattr("pard_hf.generation.decoder.WORTH_COMPILING", 1)
     target, draft, prompts = make_llama(), make_self_draft(make_llama()), make_prompts(2)
     free = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
     request = DecodingRequest(

@@ -13,10 +13,10 @@ from test_trainer import make_trainer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from pard_hf import PardDraftModel, PardTrainer, PardTrainingArguments, with_pard
-from pard_hf.correction_head import CorrectedPlaces, CorrectionHead
+from pard_hf.draft.addons import PART_FILES, SETTINGS_FILE, WEIGHTS_FILE
+from pard_hf.draft.correction_head import CorrectedPlaces, CorrectionHead
+from pard_hf.host import without_head
 from pard_hf.hub.export import export_draft
-from pard_hf.parts import PART_FILES, SETTINGS_FILE, WEIGHTS_FILE
-from pard_hf.sharing import without_head
 from pard_hf.training.cod import build_rows, keep_rows
 from pard_hf.training.objective import correction_of
 

@@ -12,12 +12,11 @@ from fake_device import FakeCuda, HostTransferError, MixedDevicesError, watch
 from families import add_head, make_draft, make_model, make_prompts, make_self_draft
 
 from pard_hf import DataCollatorForPard, with_pard, without_pard
-from pard_hf.generation.decoding import PardDecoder
-from pard_hf.generation.request import DecodingRequest
-from pard_hf.generation.transfer import to_host
+from pard_hf.generation.batch import to_host
+from pard_hf.generation.decoder import DecodingRequest, PardDecoder
+from pard_hf.training.collator import pack_rows
 from pard_hf.training.objective import Objective
-from pard_hf.training.packing import pack_rows
-from pard_hf.training.progress import TrainingClock
+from pard_hf.training.trainer import TrainingClock
 
 only_stand_in = pytest.mark.skipif(torch.cuda.is_available(), reason="a real device waits and says nothing")
 

@@ -2,13 +2,10 @@
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
 import yaml
 from documents import DOCUMENTS, ROOT, blocks_of, prose_of
-
-import pard_hf
 
 try:
     import tomllib
@@ -72,7 +69,7 @@ def written_words(node):
 
 
 def messages_of_the_package():
-    for path in Path(pard_hf.__file__).parent.rglob("*.py"):
+    for path in [*(ROOT / "pard_hf").rglob("*.py"), *(ROOT / "demo").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             yield written_words(node)
 

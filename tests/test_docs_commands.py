@@ -19,9 +19,10 @@ from test_docs import PYPROJECT
 
 from pard_hf import bundled_pair
 from pard_hf.cli import build_parser, main
-from pard_hf.hub import checkpoint, upload
+from pard_hf.hub import checkpoint
+from pard_hf.hub import export as upload
 from pard_hf.hub.known_drafts import KNOWN_DRAFTS
-from pard_hf.hub.snippets import engine_snippets
+from pard_hf.hub.model_card import engine_snippets
 
 EVALUATED = "--eval-steps 1 --eval-limit 1 --eval-max-new-tokens 4 --early-stopping-patience 9"
 CPU = "--device cpu --dtype float32"

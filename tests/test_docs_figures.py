@@ -8,7 +8,7 @@ import pytest
 from documents import DOCUMENTS, RESULTS, ROOT, prose_of
 
 from pard_hf.cli import build_parser
-from pard_hf.hub.published import PUBLISHED
+from pard_hf.hub.model_card import PUBLISHED
 
 DOCS = ROOT / "docs"
 SETS = ("heldout_code_functions", "gsm8k_test")

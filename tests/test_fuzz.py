@@ -42,8 +42,7 @@ from transformers import (
 
 from pard_hf import PardDraftModel, with_pard
 from pard_hf.generation.cache import attention_windows
-from pard_hf.generation.noise import Noise
-from pard_hf.generation.verification import count_emitted
+from pard_hf.generation.sampling import Noise, count_emitted
 
 NUM_EXAMPLES, SEED = int(os.environ.get("PARD_FUZZ_EXAMPLES", 200)), int(os.environ.get("PARD_FUZZ_SEED", 0))
 # Where faults are planted: as many as a run of the tests makes.
@@ -480,7 +479,7 @@ class TwiceDrawn(Noise):
     [
         ("pard_hf.generation.cache.attention_windows", wider_windows),
         ("pard_hf.generation.steps.count_emitted", one_more),
-        ("pard_hf.generation.decoding.Noise", TwiceDrawn),
+        ("pard_hf.generation.decoder.Noise", TwiceDrawn),
     ],
     ids=["window", "end", "noise"],
 )

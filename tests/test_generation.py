@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from pard_hf import PardGenerateOutput, PardGenerationMixin, with_pard, without_pard
-from pard_hf.generation.compilation import warn_once
+from pard_hf.host import warn_once
 
 NEW_TOKENS = 24
 

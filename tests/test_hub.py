@@ -14,8 +14,8 @@ from families import MASK_TOKEN_ID, add_head, make_draft, make_model
 from hub_server import READER, WRITER, publish, running_hub
 
 from pard_hf import PardDraftModel
-from pard_hf.hub import upload
-from pard_hf.parts import PART_FILES
+from pard_hf.draft.addons import PART_FILES
+from pard_hf.hub import export as upload
 
 PROGRAM = Path(__file__).parent / "programs" / "hub.py"
 OTHER_MASK_KEYS = {"mask_token_id", "ptd_token_id", "dspark_noise_token_id", "dflash_config"}

@@ -9,9 +9,8 @@ from families import make_model
 from pard_hf import bundled_pair
 from pard_hf.cli import main
 from pard_hf.evaluation.prompts import load_prompts, read_prompts
-from pard_hf.training.answers import write_answers
-from pard_hf.training.conversations import PROMPTS
-from pard_hf.training.data import read_rows, tokenize_rows
+from pard_hf.training.data import PROMPTS, read_rows, tokenize_rows
+from pard_hf.training.responses import write_answers
 
 # `str.splitlines` cuts a line at each of these; JSON holds the last three as they are.
 BREAKS = "a\x0b\x0c\x1c\x1d\x1eb\x85c\u2028d\u2029e"

@@ -5,8 +5,8 @@ from device import DEVICE, torch
 from families import make_draft, make_model, make_prompts
 
 from pard_hf import with_pard
-from pard_hf.generation import linear
-from pard_hf.generation.linear import StreamedLinear, streamed_linear
+from pard_hf.generation import kernels as linear
+from pard_hf.generation.kernels import StreamedLinear, streamed_linear
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 16), (1, 9, 16), (3, 7, 16), (4, 40, 16), (5, 16)])

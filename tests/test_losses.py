@@ -5,9 +5,9 @@ from device import DEVICE, IS_FAKE, to_device, torch
 from families import make_model
 
 from pard_hf import PardDraftModel
-from pard_hf.language_model_head import check_head
+from pard_hf.draft.vocabulary import check_head
 from pard_hf.training import losses
-from pard_hf.training.data_collator import DataCollatorForPard
+from pard_hf.training.collator import DataCollatorForPard
 from pard_hf.training.losses import confidence_weights, divergence, row_losses
 from pard_hf.training.objective import Objective
 

@@ -4,7 +4,7 @@ import pytest
 from families import TEMPLATE
 from transformers import GenerationConfig, LlamaConfig
 
-from pard_hf.training.mask_token import KNOWN_IDS, check_mask_token, choose_mask_token, ids_named_in
+from pard_hf.draft.mask_token import KNOWN_IDS, check_mask_token, choose_mask_token, ids_named_in
 
 
 def test_reserved_tokens_may_be_masks(bundled_like_tokenizer):
@@ -50,7 +50,7 @@ def test_known_ids_come_before_all(bundled_like_tokenizer, known):
 
 def test_a_known_id_that_is_a_word_is_not_taken(bundled_like_tokenizer, monkeypatch):
     """151665 is `<tool_response>` in Qwen3."""
-    monkeypatch.setattr("pard_hf.training.mask_token.KNOWN_IDS", {50: "Other", 101: "This"})
+    monkeypatch.setattr("pard_hf.draft.mask_token.KNOWN_IDS", {50: "Other", 101: "This"})
 
     assert choose_mask_token(bundled_like_tokenizer, 110)[0] == 101
 

@@ -11,10 +11,8 @@ from huggingface_hub import ModelCard
 
 import pard_hf
 from pard_hf.cli import main
-from pard_hf.hub.card_sources import all_names, card_source
 from pard_hf.hub.known_drafts import KNOWN_DRAFTS
-from pard_hf.hub.model_card import CardSource, draft_card, model_card
-from pard_hf.hub.published import PUBLISHED
+from pard_hf.hub.model_card import PUBLISHED, CardSource, all_names, card_source, draft_card, model_card
 
 ROOT = Path(pard_hf.__file__).parent.parent
 CARDS = ROOT / "model_cards"

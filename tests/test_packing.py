@@ -7,9 +7,8 @@ from device import to_device, torch
 from families import make_model
 
 from pard_hf import PardDraftModel
-from pard_hf.training.data_collator import DataCollatorForPard
+from pard_hf.training.collator import DataCollatorForPard, pack_rows
 from pard_hf.training.objective import Objective
-from pard_hf.training.packing import pack_rows
 
 
 def rows_of_lengths(lengths, seed=0):

@@ -8,7 +8,7 @@ from families import make_draft, make_model
 
 from pard_hf import bundled_pair, load_pair
 from pard_hf.cli import main
-from pard_hf.pair import weight_dtype
+from pard_hf.loading import weight_dtype
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +66,7 @@ def test_commands_measure_in_float32_on_a_cpu(folders, capsys):
 
 @pytest.mark.parametrize(("device", "bytes_per_weight"), [("cpu", 4), ("meta", 2)])
 def test_the_web_demo_counts_the_bytes_that_will_be_loaded(monkeypatch, device, bytes_per_weight):
-    room = pytest.importorskip("pard_hf.web.room")
+    room = pytest.importorskip("demo.room")
     paths = bundled_pair()
     num_weights = sum(map(room.num_weights, map(room.Path, paths)))
     monkeypatch.setattr(room, "available_memory", lambda device: bytes_per_weight * num_weights)

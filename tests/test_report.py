@@ -6,9 +6,9 @@ import pytest
 from rich.console import Console
 
 from pard_hf.evaluation.benchmark import differences
+from pard_hf.evaluation.metrics import BenchmarkResult, CellResult, Difference, Regrouped, RouteResult, for_json
 from pard_hf.evaluation.plots import write_plots
 from pard_hf.evaluation.report import difference_sentence, progress_bar, show_cell
-from pard_hf.evaluation.results import BenchmarkResult, CellResult, Difference, Regrouped, RouteResult, for_json
 
 
 def make_route(name, speedup=1.0, **values):

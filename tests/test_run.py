@@ -19,7 +19,7 @@ from pard_hf import DecodingStats, PardDraftModel
 from pard_hf.cli import main
 
 pytest.importorskip("accelerate")
-from pard_hf.training.run import TrainingSpec, train_draft
+from pard_hf.training.train import TrainingSpec, train_draft
 
 FLAGS = ["--mask-token-id", "102", "--max-length", "64", "--device", "cpu", "--learning-rate", "0.01"]
 

@@ -10,8 +10,8 @@ from conftest import tiny_llama
 from families import make_model, make_prompts
 from transformers import AutoModelForCausalLM
 
+from benchmarks.scaling import SHAPES, Shape, enlarge, enlarge_pair, enlarged_config
 from pard_hf import PardDraftModel, load_pair
-from pard_hf.evaluation.scaling import SHAPES, Shape, enlarge, enlarge_pair, enlarged_config
 
 SAME = Shape("llama", 32, 64, 2, 4, 2, 8, 100, False)
 LARGER = Shape("llama", 80, 112, 5, 10, 5, 16, 150, False)

@@ -5,8 +5,7 @@ from device import torch
 from families import add_head, make_draft, make_model, make_prompts, make_self_draft
 
 from pard_hf import with_pard
-from pard_hf.generation.decoding import PardDecoder
-from pard_hf.generation.request import DecodingRequest
+from pard_hf.generation.decoder import DecodingRequest, PardDecoder
 from pard_hf.generation.schedule import COUNTS, AdaptiveSchedule, Choice, ConstantSchedule, RoundCosts, check_schedule
 
 

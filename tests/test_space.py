@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import pard_hf
-from pard_hf import conditions
+from pard_hf import io as conditions
 
 ROOT = Path(pard_hf.__file__).parent.parent
 

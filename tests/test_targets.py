@@ -350,7 +350,7 @@ class Doubled(torch.nn.Parameter):
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="a matter of CPUs")
 def test_weights_with_a_product_of_their_own_keep_it():
-    from pard_hf.generation.linear import StreamedLinear
+    from pard_hf.generation.kernels import StreamedLinear
 
     weight, rows = torch.randn(6, 4), torch.randn(3, 4)
     expected = torch.nn.functional.linear(rows, Doubled(weight, requires_grad=False))

@@ -11,9 +11,9 @@ from transformers import TrainerCallback
 
 from pard_hf import DecodingStats, PardDraftModel
 from pard_hf.evaluation.acceptance import AcceptanceEvaluator
-from pard_hf.training.packing import pack_rows
-from pard_hf.training.progress import TrainingClock
-from pard_hf.training.row_attention import check_attention
+from pard_hf.training.collator import pack_rows
+from pard_hf.training.objective import check_attention
+from pard_hf.training.trainer import TrainingClock
 
 accelerate = pytest.importorskip("accelerate")
 from pard_hf import PardTrainer, PardTrainingArguments  # noqa: E402

@@ -8,9 +8,9 @@ from families import FAMILIES, make_draft, make_model, make_prompts, make_self_d
 from transformers import GenerationConfig
 
 from pard_hf import with_pard, without_pard
-from pard_hf.correction_head import CorrectedPlaces, CorrectionHead
+from pard_hf.draft.correction_head import CorrectedPlaces, CorrectionHead
 from pard_hf.generation.cache import SlotCache
-from pard_hf.generation.compilation import warn_once
+from pard_hf.generation.sampling import sample_with_noise, verify_greedy
 from pard_hf.generation.tree import (
     Tree,
     ancestors,
@@ -21,7 +21,7 @@ from pard_hf.generation.tree import (
     tree_of_marginals,
     walk,
 )
-from pard_hf.generation.verification import sample_with_noise, verify_greedy
+from pard_hf.host import warn_once
 
 NEW_TOKENS = 30
 

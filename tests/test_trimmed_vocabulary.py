@@ -7,8 +7,7 @@ from device import torch
 from families import add_head, make_draft, make_model, make_prompts, make_self_draft
 
 from pard_hf import PardDraftModel, with_pard
-from pard_hf.language_model_head import head_of
-from pard_hf.trimmed_vocabulary import kept_token_ids
+from pard_hf.draft.vocabulary import head_of, kept_token_ids
 
 KEPT = [3, 5, 8, 13, 21, 34, 55, 89]
 

@@ -2,7 +2,7 @@
 
 from device import torch
 
-from pard_hf.generation.verification import (
+from pard_hf.generation.sampling import (
     count_emitted,
     count_matched,
     sample_with_noise,

@@ -11,7 +11,7 @@ import pytest
 from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from pard_hf.hub.vllm import MTP_ARCHITECTURES, MTP_MODEL_TYPES, mtp_rules
+from pard_hf.hub.engines import MTP_ARCHITECTURES, MTP_MODEL_TYPES, mtp_rules
 
 SOURCE = importlib.util.find_spec("vllm")
 pytestmark = pytest.mark.skipif(SOURCE is None, reason="vLLM is not installed")

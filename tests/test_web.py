@@ -9,21 +9,21 @@ import pytest
 import torch
 from families import make_draft, make_model
 
+from demo import html, room
+from demo.baton import Baton
+from demo.bench import FIRST_ROUTES, BenchJob, prompt_file, prompt_sets, report
+from demo.chat import MOST_CACHES, Chat, ChatTurn
+from demo.inside import look_at_tree, look_inside
+from demo.job import DEVICE, Job, Stopped
+from demo.pairs import FOLDER, HUB, KINDS, MOST_LOADED, PairName, PairShelf
+from demo.race import Race
+from demo.room import check_disk, check_memory
+from demo.running import MOST_JOBS, RunningJobs
+from demo.sentences import in_words
+from demo.settings import Settings, encoded_prompt
+from demo.transcript import Round, Transcript
 from pard_hf import load_pair
-from pard_hf.pair import PairPaths
-from pard_hf.web import html, room
-from pard_hf.web.baton import Baton
-from pard_hf.web.bench import FIRST_ROUTES, BenchJob, prompt_file, prompt_sets, report
-from pard_hf.web.chat import MOST_CACHES, Chat, ChatTurn
-from pard_hf.web.inside import look_at_tree, look_inside
-from pard_hf.web.job import DEVICE, Job, Stopped
-from pard_hf.web.pairs import FOLDER, HUB, KINDS, MOST_LOADED, PairName, PairShelf
-from pard_hf.web.race import Race
-from pard_hf.web.room import check_disk, check_memory
-from pard_hf.web.running import MOST_JOBS, RunningJobs
-from pard_hf.web.sentences import in_words
-from pard_hf.web.settings import Settings, encoded_prompt
-from pard_hf.web.transcript import Round, Transcript
+from pard_hf.loading import PairPaths
 
 CODE = "def is_even(n):\n"
 QUESTION = "A shop sells apples for $2 each. Anna buys 5 apples. How much does she pay in total?\n"

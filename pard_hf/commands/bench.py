@@ -79,13 +79,11 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(args: argparse.Namespace, prompt_sets: dict[str, Any], console: Any) -> int:
     """Measure, show and write everything; returns the exit code."""
-    from ..evaluation.agreement import is_exact
-    from ..evaluation.benchmark import Benchmark, differences
-    from ..evaluation.partial import PartialFile
+    from ..evaluation.benchmark import Benchmark, PartialFile, differences, is_exact
+    from ..evaluation.metrics import BenchmarkResult, CellResult
     from ..evaluation.plots import write_plots
     from ..evaluation.report import difference_sentence, progress_bar, show_cell
-    from ..evaluation.results import BenchmarkResult, CellResult
-    from ..files import write_whole
+    from ..io import write_whole
 
     settings = settings_of(args)
     pair = load_for_benchmark(args)
@@ -135,14 +133,14 @@ def load_for_benchmark(args: argparse.Namespace) -> Any:
     """Load the pair that the flags name, enlarged where `--scale` asks for it."""
     from transformers.utils import logging
 
-    from ..pair import check_device, default_device, load_pair, weight_dtype
-    from ..positions import num_positions
+    from ..host import num_positions
+    from ..loading import check_device, default_device, load_pair, weight_dtype
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # The stock loop warns of its own defaults in every call.
     if args.scale is None:
         return load_pair(args.target, args.draft, args.dtype, args.device)
-    from ..evaluation.scaling import enlarge_pair
+    from benchmarks.scaling import enlarge_pair
 
     device = args.device or default_device()
     check_device(device)
@@ -157,7 +155,7 @@ def load_for_benchmark(args: argparse.Namespace) -> Any:
 
 def conditions_for(args: argparse.Namespace, pair: Any) -> dict[str, Any]:
     """What the result says of itself; file names only, never folders."""
-    from ..conditions import conditions_of, shown_command, shown_model
+    from ..io import conditions_of, shown_command, shown_model
 
     conditions = {
         "command": shown_command(args.words),

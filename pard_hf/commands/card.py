@@ -40,8 +40,7 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..hub.card_sources import all_names, card_source
-    from ..hub.model_card import model_card
+    from ..hub.model_card import all_names, card_source, model_card
 
     said = {name: getattr(args, name) for name in ("target", "license", "base_model", "datasets", "language", "tags")}
     check_flags(args, said)

@@ -51,7 +51,7 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..training.answers import write_answers
+    from ..training.responses import write_answers
 
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"Expected `--limit` of at least 1, got {args.limit}.")
@@ -92,9 +92,8 @@ def run(args: argparse.Namespace) -> int:
 def read_all(prompts: list[str], skip_bad_rows: bool, sources: list[dict[str, Any]]) -> Iterator[Any]:
     """The rows of files and data sets in order; `sources` is given an entry for each, with a digest."""
     from ..evaluation.prompts import HUB_PREFIX
-    from ..files import sha256_of
-    from ..training.conversations import PROMPTS
-    from ..training.data import read_rows
+    from ..io import sha256_of
+    from ..training.data import PROMPTS, read_rows
 
     for name in prompts:
         skipped: list[int] = []
@@ -110,8 +109,7 @@ def read_all(prompts: list[str], skip_bad_rows: bool, sources: list[dict[str, An
 def read_hub(source: str, skip_bad_rows: bool, skipped: list[int]) -> tuple[str, Iterator[Any], str]:
     """The name of a Hub data set, its rows as prompts, and a digest of these."""
     from ..evaluation.prompts import read_hub_rows
-    from ..training.conversations import PROMPTS
-    from ..training.data import check_rows
+    from ..training.data import PROMPTS, check_rows
 
     name, field, found = read_hub_rows(source, "train")
     if found and not field:

@@ -28,10 +28,10 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..evaluation.agreement import GAP, is_exact
-    from ..evaluation.batches import pad_left, pad_token_id
+    from ..evaluation.benchmark import GAP, is_exact
     from ..evaluation.prompts import DEMO_PROMPTS, encode_prompt
     from ..evaluation.race import PARD, compile_plain, race
+    from ..evaluation.routes import pad_left, pad_token_id
 
     pair = load(args)
     device, dtype = pair.target.device, str(pair.target.dtype).removeprefix("torch.")

@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..files import read_text
-from ..json_lines import why_no_text
+from ..io import read_text, why_no_text
 from .models import add_pair_arguments, load
 from .streamer import TintedStreamer
 
@@ -104,8 +103,8 @@ def generate(args: argparse.Namespace, pair: Any, inputs: dict[str, Any], **kwar
 
 def complete_one(args: argparse.Namespace, pair: Any, prompt: str) -> None:
     """Stream the text of one prompt, or print it with what it took as JSON."""
-    from ..evaluation.batches import make_batches, pad_token_id
     from ..evaluation.prompts import encode_prompt
+    from ..evaluation.routes import make_batches, pad_token_id
 
     ids = encode_prompt(pair.tokenizer, prompt, args.raw)
     [batch] = make_batches([ids], 1, pad_token_id(pair.target), pair.target.device)
@@ -132,8 +131,8 @@ def complete_one(args: argparse.Namespace, pair: Any, prompt: str) -> None:
 
 def complete_all(args: argparse.Namespace, pair: Any, prompts: list[str]) -> None:
     """Run prompts in batches of like length; print the texts in the order of the prompts."""
-    from ..evaluation.batches import end_token_ids, make_batches, pad_token_id
     from ..evaluation.prompts import encode_prompt
+    from ..evaluation.routes import end_token_ids, make_batches, pad_token_id
     from ..generation.stats import DecodingStats
 
     encoded = [encode_prompt(pair.tokenizer, prompt, args.raw) for prompt in prompts]

@@ -31,7 +31,7 @@ def load(args: argparse.Namespace) -> Any:
     """Load the pair that the flags name, and fill in its K where they name none."""
     from transformers.utils import logging
 
-    from ..pair import load_pair
+    from ..loading import load_pair
 
     logging.disable_progress_bar()
     pair = load_pair(args.target, args.draft, args.dtype, args.device)
@@ -44,7 +44,7 @@ def load_perhaps_without_draft(args: argparse.Namespace) -> Any:
     """Load the pair that the flags name; a target that is named alone comes without a draft (`None`)."""
     from transformers.utils import logging
 
-    from ..pair import Pair, load_pair, load_target
+    from ..loading import Pair, load_pair, load_target
 
     logging.disable_progress_bar()
     if args.target is not None and args.draft is None:

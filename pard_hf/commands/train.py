@@ -135,8 +135,8 @@ def other_arguments(words: list[str]) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..conditions import shown_command
-    from ..training.run import TrainingSpec, train_draft
+    from ..io import shown_command
+    from ..training.train import TrainingSpec, train_draft
 
     for name in COUNTS:
         check_count(args, name)

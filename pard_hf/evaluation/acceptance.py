@@ -10,10 +10,9 @@ import torch
 
 from ..generation.mixin import PardGenerationMixin, with_pard, without_pard
 from ..generation.stats import DecodingStats
-from ..host import input_device
-from ..sharing import without_head
-from .batches import end_token_ids, make_batches, pad_token_id
+from ..host import input_device, without_head
 from .prompts import repeated_share
+from .routes import end_token_ids, make_batches, pad_token_id
 
 
 @dataclass

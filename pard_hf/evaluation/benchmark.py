@@ -1,4 +1,17 @@
-"""Every route on the same prompts in one run, over prompt sets, batch sizes and K.
+"""How far a text agrees with plain `generate`'s, and how near the choice was where it leaves it.
+
+In 16 bit a block, a batch and a single row are rounded differently, and where the best logits nearly tie another one
+can win: there plain `generate` leaves its own texts, too.
+
+The cells of a run that is not finished yet, in a file: one JSON object a line, the settings first.
+
+Running routes side by side on the same batches, and noting what each did.
+
+Knows clocks and outputs; derives nothing from them (`figures.py` does). Every route runs on every batch once before
+anything is timed, and in each repeat the routes take turns batch by batch, another one going first each time: a
+machine that slows down slows all of them.
+
+Every route on the same prompts in one run, over prompt sets, batch sizes and K.
 
 A cell is one set at one batch size and one K; within it routes are interleaved, so its ratios are fair. Knows neither
 terminals nor files: what is finished is handed to the caller cell by cell.
@@ -8,22 +21,304 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from ..pair import Pair
-from ..positions import check_num_assistant_tokens, num_positions
-from ..sharing import without_head
-from .agreement import first_difference, is_exact, logit_gap
-from .batches import PromptBatch, make_batches, regroup
-from .figures import route_result
-from .measurement import Measurement
-from .memory import cache_bytes, cache_layer_sizes, copy_bandwidth, weight_bytes
+import torch
+import transformers
+
+from ..generation.stats import DecodingStats, measure_rounds
+from ..host import check_num_assistant_tokens, input_device, num_positions, without_head
+from ..io import write_whole
+from ..loading import Pair
+from .memory import MemoryGauge, cache_bytes, cache_layer_sizes, copy_bandwidth, now, weight_bytes
+from .metrics import CellResult, Difference, Parts, Regrouped, RouteRecord, route_result
 from .prompts import choose_rows, encode_answer, encode_prompt, lengthen, repeated_share
-from .results import CellResult, Difference, Regrouped
-from .routes import DEFAULT_TREE_SIZE, ROUTES, RouteRunner
+from .routes import (
+    COMPILED,
+    DEFAULT_TREE_SIZE,
+    ROUTES,
+    PromptBatch,
+    RoundStreamer,
+    Route,
+    RouteRunner,
+    end_token_ids,
+    make_batches,
+    pad_token_id,
+    regroup,
+)
+
+# What stands beside gaps.
+GAP = "gap: how far the plain model prefers its best token where texts part, the largest"
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How many texts are identical, and the logit gaps of the others; agreements on several texts add up."""
+
+    num_identical: int
+    num_texts: int = 1
+    logit_gaps: tuple[float, ...] = ()
+
+    def __add__(self, other: Agreement) -> Agreement:
+        return Agreement(
+            self.num_identical + other.num_identical,
+            self.num_texts + other.num_texts,
+            self.logit_gaps + other.logit_gaps,
+        )
+
+    def __str__(self) -> str:
+        gap = f", gap {max(self.logit_gaps):.2g}" if self.logit_gaps else ""
+        return f"{self.num_identical}/{self.num_texts}{gap}"
+
+
+def agreement(target: Any, prompt: list[int], expected: list[int], got: list[int]) -> Agreement:
+    """Compare one text with plain `generate`'s."""
+    gap = None if got == expected else logit_gap(target, prompt, expected, got)
+    return Agreement(int(got == expected), logit_gaps=() if gap is None else (gap,))
+
+
+def is_exact(dtype: torch.dtype) -> bool:
+    """Whether texts must be equal: in 16 bit a block and a single token are rounded differently."""
+    return dtype in (torch.float32, torch.float64)
+
+
+def first_difference(expected: list[int], got: list[int]) -> int:
+    """The first position where two texts part: the length of the shorter one where the other begins with it."""
+    pairs = enumerate(zip(expected, got, strict=False))
+    return next((position for position, (a, b) in pairs if a != b), min(len(expected), len(got)))
+
+
+def logit_gap(target: Any, prompt: list[int], expected: list[int], got: list[int]) -> float | None:
+    """How far the target prefers its best token to the one another text has where it first parts from `expected`.
+
+    Takes one forward of the plain model, in its own dtype, over prompt and common prefix. A near tie that was rounded
+    the other way has a gap of a few units in the last place of a logit; a wrong token has a large one.
+
+    Args:
+        target ([`PreTrainedModel`]):
+            The model whose texts they are.
+        prompt (`list[int]`), expected (`list[int]`) and got (`list[int]`):
+            Token ids: of the prompt, of the new tokens of plain `generate`, and of those of another way.
+
+    Returns:
+        `float`, or `None` where `got` has ended and says nothing there.
+    """
+    position = first_difference(expected, got)
+    if position >= len(got):
+        return None
+    ids = torch.tensor([[*prompt, *expected[:position]]], device=input_device(target))
+    output = target.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=1,
+        do_sample=False,
+        pad_token_id=pad_token_id(target),
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    logits = output.logits[0][0].float()
+    return float(logits.max() - logits[got[position]])
+
+
+class PartialFile:
+    """Keeps what is finished, so that an interrupted run can go on.
+
+    Args:
+        path (`Path`):
+            The result's own path; the file lies beside it.
+        settings (`dict[str, Any]`):
+            What must be the same for cells to belong together.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        self.path = path.with_name(f"{path.name}.partial.jsonl")
+        self.settings = json.loads(json.dumps(settings))
+
+    def begin(self, resume: bool) -> list[CellResult]:
+        """Read back what is finished; nothing is written before the first cell.
+
+        Raises:
+            ValueError: There is a file and `resume` is not set, or its settings are others.
+        """
+        if self.path.exists() and not resume:
+            raise ValueError(
+                f"Expected no unfinished run, got `{self.path}`. Pass `--resume` to go on with it, or remove the file."
+            )
+        rows = read_whole_lines(self.path) if self.path.exists() else []
+        if not rows:
+            return []
+        self.check(rows[0])
+        # Its last line may have been cut off: what is added now begins a line of its own.
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        return [CellResult.from_dict(row) for row in rows[1:]]
+
+    def check(self, header: dict[str, Any]) -> None:
+        settings = header.get("settings", {})
+        for name in sorted({*settings, *self.settings}):
+            if settings.get(name) != self.settings.get(name):
+                raise ValueError(
+                    f"Expected `{self.path}` to be of a run with {name} {self.settings.get(name)!r}, got "
+                    f"{settings.get(name)!r}. Go back to that for `--resume`, or remove the file to begin anew."
+                )
+
+    def append(self, cell: CellResult) -> None:
+        """Add a finished cell, on the disk before this returns."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [cell.to_dict()] if self.path.exists() else [{"settings": self.settings}, cell.to_dict()]
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def read_whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file; a last line that was cut off is left out."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    try:
+        return [json.loads(line) for line in lines[:-1]]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"Expected JSON lines in `{path}`, got: {error}. Remove the file to begin anew.") from None
+
+
+class Measurement:
+    """Measures routes on the batches of one cell.
+
+    Args:
+        runner ([`RouteRunner`]):
+            Of the pair, at the cell's K.
+        batches (`list[PromptBatch]`):
+            The prompts, longest first.
+        max_new_tokens (`int`):
+            Of every text.
+        advance (`Callable[[str], None]`):
+            Called with a route's name before each of its runs on a batch.
+    """
+
+    def __init__(
+        self,
+        runner: RouteRunner,
+        batches: list[PromptBatch],
+        max_new_tokens: int,
+        advance: Callable[[str], None] = lambda name: None,
+    ):
+        self.runner, self.batches, self.max_new_tokens, self.advance = runner, batches, max_new_tokens, advance
+        self.device = runner.target.device
+        self.ends = end_token_ids(runner.target)
+        self.gauge = MemoryGauge(self.device)
+        self.records: dict[str, RouteRecord] = {}
+        self.not_served: dict[str, str] = {}
+
+    def run(self, names: list[str], batch_size: int, repeats: int) -> None:
+        """Fill `records`, and `not_served` with why a route has none. `names` begin with `ar`."""
+        for name in names:
+            reason = self.runner.why_not_served(ROUTES[name], batch_size) or self.warm_up(ROUTES[name])
+            if reason is not None and name == "ar":
+                raise ValueError(f"Expected plain `generate` to run, but {reason}.")
+            if reason is not None:
+                self.not_served[name] = reason
+        for repeat in range(repeats):
+            for record in self.records.values():
+                record.seconds.append(0.0)
+                record.first_seconds.append(0.0)
+            for number, batch in enumerate(self.batches):
+                records = list(self.records.values())
+                first = (repeat + number) % len(records)
+                for record in records[first:] + records[:first]:
+                    self.time(record, batch)
+            self.measure_parts()
+
+    def plain_texts(self, batches: list[PromptBatch]) -> dict[int, list[int]] | None:
+        """What plain `generate` says for prompts in other batches; `None` where memory runs out."""
+        texts: dict[int, list[int]] = {}
+        try:
+            for batch in batches:
+                self.advance("ar")
+                sequences = self.runner.generate(ROUTES["ar"], batch.inputs, self.max_new_tokens)
+                texts |= batch.new_texts(sequences, self.ends)
+        except torch.OutOfMemoryError:
+            return None
+        return texts
+
+    def warm_up(self, route: Route) -> str | None:
+        """Run a route on every batch and keep what it says; returns why it cannot, if so."""
+        record = RouteRecord(route)
+        try:
+            for batch in self.batches:
+                self.advance(route.name)
+                start = now(self.device)
+                self.warm_up_batch(record, batch)
+                record.warm_up_seconds += now(self.device) - start
+                self.runner.generate(route, batch.inputs, 1)
+        except torch.OutOfMemoryError:
+            return "memory ran out; lower the batch size, `--context` or `--max-new-tokens`"
+        except torch._dynamo.exc.TorchDynamoException as error:
+            return f"torch.compile failed: {str(error).strip().splitlines()[0]}"
+        except ValueError as error:
+            if route.in_our_loop or route.name == "ar":
+                raise
+            # Which caches its assisted loop takes differs from version to version and from model to model.
+            return f"transformers {transformers.__version__} refuses: {str(error).strip(' .`')}"
+        if route.name in COMPILED and (reason := self.runner.compile_failure(route)) is not None:
+            return f"torch.compile failed: {reason}"  # Our rounds ran, but as they stand: another route's figure.
+        if route.name != "ar":
+            record.compare(record.texts, self.records["ar"].texts)
+        self.records[route.name] = record
+        return None
+
+    def warm_up_batch(self, record: RouteRecord, batch: PromptBatch) -> None:
+        route = record.route
+        if route.in_our_loop:
+            output = self.runner.generate(route, batch.inputs, self.max_new_tokens, return_dict_in_generate=True)
+            sequences, stats = output.sequences, output.stats
+            record.compile_seconds = (record.compile_seconds or 0.0) + (output.compile_seconds or 0.0)
+        elif not route.takes_batches:
+            streamer = RoundStreamer(self.runner.num_drafts, self.max_new_tokens)
+            sequences = self.runner.generate(route, batch.inputs, self.max_new_tokens, streamer=streamer)
+            stats = streamer.stats
+        else:
+            sequences, stats = self.runner.generate(route, batch.inputs, self.max_new_tokens), None
+        texts = batch.new_texts(sequences, self.ends)
+        record.texts |= texts
+        record.num_steps += max(map(len, texts.values())) - 1
+        if stats is not None:
+            record.stats = stats if record.stats is None else record.stats + stats
+
+    def time(self, record: RouteRecord, batch: PromptBatch) -> None:
+        """One timed run for the whole texts, and one for their first tokens."""
+        self.advance(record.route.name)
+        self.gauge.start()
+        for max_new_tokens, totals in ((self.max_new_tokens, record.seconds), (1, record.first_seconds)):
+            start = now(self.device)
+            sequences = self.runner.generate(record.route, batch.inputs, max_new_tokens)
+            totals[-1] += now(self.device) - start
+            if max_new_tokens == self.max_new_tokens:
+                record.compare(batch.new_texts(sequences, self.ends), self.records["ar"].texts)
+        record.note_memory(self.gauge.read())
+
+    def measure_parts(self) -> None:
+        """Run our routes once more under a clock, apart from the timed runs: it waits for the device at every mark."""
+        for record in self.records.values():
+            if not record.route.in_our_loop:
+                continue
+            parts, stats = Parts(), DecodingStats()
+            for batch in self.batches:
+                self.advance(record.route.name)
+                with measure_rounds() as clock:
+                    output = self.runner.generate(
+                        record.route, batch.inputs, self.max_new_tokens, return_dict_in_generate=True
+                    )
+                parts.add(clock)
+                stats += output.stats
+            record.parts.append(parts)
+            record.stats = stats  # Where K adapts, the last run has adapted most.
 
 
 @dataclass(frozen=True)

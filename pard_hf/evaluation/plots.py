@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .results import BenchmarkResult, CellResult, RouteResult
+from .metrics import BenchmarkResult, CellResult, RouteResult
 from .routes import ROUTES
 
 ACCENT, GREY = "#0b7a4b", "#8a8a8a"

@@ -11,10 +11,9 @@ import torch
 
 from ..generation.compilation import why_not_compiled
 from ..generation.stats import DecodingStats
-from ..pair import Pair
-from .agreement import Agreement, agreement, is_exact
-from .batches import REGROUPED_SIZE, cut, end_token_ids, pad_token_id
-from .routes import compile_anywhere
+from ..loading import Pair
+from .benchmark import Agreement, agreement, is_exact
+from .routes import REGROUPED_SIZE, compile_anywhere, cut, end_token_ids, pad_token_id
 
 PARD, COMPILED, BATCH = "with the draft", "eager against compiled", f"one row against a batch of {REGROUPED_SIZE}"
 

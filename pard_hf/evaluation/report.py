@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .agreement import GAP
-from .results import CellResult, Difference, Regrouped, RouteResult
+from .benchmark import GAP
+from .metrics import CellResult, Difference, Regrouped, RouteResult
 from .routes import ROUTES
 
 SPEED_HEADINGS = (

@@ -1,18 +1,202 @@
-"""The rows of a call with both models' caches: growing, losing rows that have finished, coming together again.
+"""The one way from the device to the host while a call is decoded.
+
+Every look at a value makes the host wait for the device, so rounds make one, here; a test fails at any other.
+
+One of the two models with the cache it decodes over.
+
+The texts of a batch, in buffers of fixed shape.
+
+Knows tokens and lengths; knows nothing of models, caches or verification.
+
+The rows of a call with both models' caches: growing, losing rows that have finished, coming together again.
 
 Knows sizes and rows; knows nothing of proposals and verification.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
 from transformers import PreTrainedModel
 
+from ..host import cache_argument, forward_parameters, input_device, num_positions
 from .cache import SlotCache
-from .compilation import EagerSteps
-from .role import Role
-from .rows import Rows
 from .schedule import Choice
-from .transfer import to_host
+
+if TYPE_CHECKING:
+    from .compilation import EagerSteps
+
+
+def to_host(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Begin to copy a tensor to the host; what is returned waits until it is there, and hands it over."""
+    if tensor.device.type != "cuda":
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+        return lambda: copy
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    pinned.copy_(tensor, non_blocking=True)
+    # Of the tensor's device, which need not be the current one.
+    event = torch.cuda.current_stream(tensor.device).record_event()
+
+    def arrived() -> torch.Tensor:
+        event.synchronize()
+        return pinned
+
+    return arrived
+
+
+class Role:
+    """One of the two models with its cache: token ids and positions in, logits out."""
+
+    def __init__(self, model: PreTrainedModel, cache: SlotCache):
+        self.model = model
+        self.cache = cache
+        self.device = input_device(model)
+        self.cache_name = cache_argument(model)
+        self.takes_num_logits = "logits_to_keep" in forward_parameters(model)
+        self.last_position = num_positions(model.config) - 1
+        self.is_eager_attention = model.config._attn_implementation == "eager"
+
+    def forward(
+        self,
+        positions: torch.Tensor,
+        num_visible: int,
+        num_logits: int,
+        on_path: torch.Tensor | None = None,
+        **inputs: torch.Tensor,
+    ) -> torch.Tensor:
+        """Run `input_ids` or `inputs_embeds` at `positions` `[B, q]`; returns the last `num_logits` rows of logits.
+
+        With `on_path` the last columns are nodes of a tree; see [`SlotCache.place`].
+        """
+        arguments = self.arguments(positions, num_visible, on_path, inputs)
+        if self.takes_num_logits:
+            arguments["logits_to_keep"] = num_logits
+        logits = self.model(**arguments).logits
+        self.cache.slots.flat_rows = None  # Compiled code would keep it as a result.
+        return logits[:, -num_logits:]
+
+    def places(
+        self, positions: torch.Tensor, num_visible: int, num_places: int, input_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Of a draft: logits of the last `num_places` rows, and their hidden states where a head asks for them."""
+        model: Any = self.model
+        found = model.places(num_places, **self.arguments(positions, num_visible, None, {"input_ids": input_ids}))
+        self.cache.slots.flat_rows = None
+        return found
+
+    def arguments(
+        self, positions: torch.Tensor, num_visible: int, on_path: torch.Tensor | None, inputs: dict[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        """What a forward over the cache takes."""
+        positions = positions.to(self.device)
+        mask = self.cache.place(positions, num_visible, on_path)
+        if self.is_eager_attention:
+            mask = as_additive(mask, self.model.dtype)
+        return {
+            **{name: tensor.to(self.device) for name, tensor in inputs.items()},
+            "attention_mask": mask,
+            # Slots past the end of a row are written but never accepted; a learned position table ends before them.
+            "position_ids": positions.clamp(min=0, max=self.last_position),
+            self.cache_name: self.cache,
+            "use_cache": True,
+        }
+
+
+def as_additive(mask: Any, dtype: torch.dtype) -> Any:
+    """Turn a boolean mask, or a dict of them, into the additive form eager attention takes."""
+    if isinstance(mask, dict):
+        return {name: as_additive(part, dtype) for name, part in mask.items()}
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+class Rows:
+    """Texts without padding, each of its own length.
+
+    `tokens[row, i]` is the i-th known token, `lengths[row]` their number, and the logical position of that token in
+    the target is `offset[row] + i` (the offset counts what came before as embeddings or as an earlier cache). Every
+    change during a round is in place: compiled rounds read and write the same buffers again and again.
+
+    Args:
+        tokens (`torch.LongTensor` of shape `(batch_size, width)`):
+            With room for what is to come.
+        lengths (`torch.LongTensor` of shape `(batch_size,)`), offset, num_prompt_tokens and
+        budget (`torch.LongTensor` of shape `(batch_size,)`):
+            Known tokens, tokens before them, those of the prompt, and how many a row may emit.
+        is_finished (`torch.BoolTensor` of shape `(batch_size,)`).
+    """
+
+    NAMES = ("tokens", "lengths", "offset", "num_prompt_tokens", "budget", "is_finished")
+
+    def __init__(self, **tensors: torch.Tensor):
+        self.tokens, self.lengths, self.offset, self.num_prompt_tokens, self.budget, self.is_finished = (
+            tensors[name] for name in self.NAMES
+        )
+
+    @classmethod
+    def from_prompt(cls, ids: torch.Tensor, mask: torch.Tensor, budget: int) -> Rows:
+        """Take the padding out of `ids` `[B, columns]`; `mask` may begin with columns that came before."""
+        text = mask[:, mask.shape[1] - ids.shape[1] :]
+        lengths = text.sum(-1)
+        # One column more than any text has takes the padding.
+        tokens = ids.new_zeros(len(ids), ids.shape[1] + 1)
+        index = torch.where(text == 0, ids.shape[1], text.cumsum(-1) - 1)
+        tokens.scatter_(1, index, ids)
+        return cls(
+            tokens=tokens,
+            lengths=lengths,
+            offset=mask[:, : mask.shape[1] - ids.shape[1]].sum(-1),
+            num_prompt_tokens=lengths.clone(),
+            budget=torch.full_like(lengths, budget),
+            is_finished=torch.zeros_like(lengths, dtype=torch.bool),
+        )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def last(self, width: int, num_more: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last `width` tokens of each row, and their indices with those of `num_more` tokens to come.
+
+        An index is negative where a row is shorter than `width`.
+        """
+        index = self.lengths.unsqueeze(1) - width + torch.arange(width + num_more, device=self.lengths.device)
+        return self.tokens.gather(1, index[:, :width].clamp(min=0)), index
+
+    def positions(self, index: torch.Tensor) -> torch.Tensor:
+        """Logical positions in the target of token indices; negative stays negative."""
+        return torch.where(index < 0, -1, index + self.offset.unsqueeze(1))
+
+    def remaining(self) -> torch.Tensor:
+        """Tokens each row may still emit, `[B]`; 0 for a finished row."""
+        return torch.where(self.is_finished, 0, self.budget - (self.lengths - self.num_prompt_tokens))
+
+    def append(self, tokens: torch.Tensor, num_emitted: torch.Tensor | int) -> None:
+        """Write a round's tokens behind each row; what is not emitted is overwritten by the next round."""
+        index = self.lengths.unsqueeze(1) + torch.arange(tokens.shape[1], device=tokens.device)
+        self.tokens.scatter_(1, index, tokens)
+        self.lengths.add_(num_emitted)
+
+    def grow(self, width: int) -> Rows:
+        """The same rows with room for `width` tokens."""
+        tensors = self.tensors()
+        tensors["tokens"] = torch.nn.functional.pad(self.tokens, (0, width - self.tokens.shape[1]))
+        return Rows(**tensors)
+
+    def select(self, kept: list[int]) -> Rows:
+        """A copy of some rows."""
+        index = torch.tensor(kept, device=self.lengths.device)
+        return Rows(**{name: tensor.index_select(0, index) for name, tensor in self.tensors().items()})
+
+    def update(self, kept: list[int], rows: Rows) -> Rows:
+        """These rows with those `kept` replaced by what became of them."""
+        merged = self.grow(rows.tokens.shape[1])
+        index = torch.tensor(kept, device=self.lengths.device)
+        return Rows(**{name: t.index_copy(0, index, getattr(rows, name)) for name, t in merged.tensors().items()})
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {name: getattr(self, name) for name in self.NAMES}
+
 
 # Cache sizes are these doubled again and again: attention never reads more than twice the text, and a long run crosses
 # few of them.

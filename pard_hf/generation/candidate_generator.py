@@ -8,13 +8,10 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.candidate_generator import CandidateGenerator
 
-from ..draft_model import PardDraftModel
-from ..drafting import num_until_end
-from ..host import input_device
-from ..positions import croppable_cache
-from .noise import Noise
+from ..draft.model import PardDraftModel, num_until_end
+from ..host import croppable_cache, input_device
+from .sampling import Noise, sample_with_noise
 from .stats import DecodingStats
-from .verification import sample_with_noise
 
 
 class StockSampling(LogitsProcessor):

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from types import CodeType, FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary, finalize
@@ -21,10 +20,10 @@ from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 
-from ..host import can_compile
+from ..host import can_compile, warn_once
+from .batch import Rows
 from .cache import SlotCache
-from .linear import streamed_linear
-from .rows import Rows
+from .kernels import streamed_linear
 from .schedule import AdaptiveSchedule, ConstantSchedule, RoundCosts
 
 logger = logging.getLogger(__name__)
@@ -272,12 +271,6 @@ def acquire_workspace(target: PreTrainedModel, draft: PreTrainedModel) -> Worksp
         return workspace
     logger.info("Another call uses the compiled rounds of this pair; this one runs without torch.compile.")
     return None
-
-
-@lru_cache(maxsize=64)
-def warn_once(message: str) -> None:
-    """Warn about something that holds for every call, at the first."""
-    logger.warning(message)
 
 
 def why_not_compiled(target: PreTrainedModel, draft: PreTrainedModel) -> str | None:

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
-from .decoding import PardDecoder
-from .processors import is_prefix_free
-from .request import DecodingRequest
+from .batch import to_host
+from .decoder import DecodingRequest, PardDecoder
+from .sampling import is_prefix_free
 from .steps import Proposals, keep_step
-from .transfer import to_host
 from .tree import chain_as_tree, child_with
 
 # Criteria decided on the device, row by row; any other is called as plain `generate` calls it.

@@ -17,7 +17,7 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTra
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
 
-from ..draft_model import PardDraftModel
+from ..draft.model import PardDraftModel
 from ..host import (
     CACHE_NAME,
     cache_in,
@@ -26,22 +26,27 @@ from ..host import (
     is_callers,
     is_refused_by_stock_loop,
     pad_token_id,
+    subclass_named_as,
+    warn_once,
     warn_where_untested,
     with_host_names,
 )
-from ..subclass import subclass_named_as
-from .call import VERIFICATIONS, settings_for, settings_of_call, with_draft_defaults
 from .candidate_generator import PardCandidateGenerator, StockSampling
-from .checks import check_mode, check_pair, check_prompt, full_attention_mask, why_no_draft, why_not_slots
-from .compilation import schedule_for, steps_for, warn_once
-from .decoding import PardDecoder
+from .compilation import schedule_for, steps_for
+from .config import VERIFICATIONS, PardGenerateOutput, settings_for, settings_of_call, with_draft_defaults
+from .decoder import DecodingRequest, PardDecoder
 from .lockstep import KNOWN_CRITERIA, decoder_for
-from .noise import Noise
-from .output import PardGenerateOutput
-from .probe import why_no_blocks
-from .processors import is_stateless
-from .request import DecodingRequest
+from .sampling import Noise, is_stateless
 from .stats import DecodingStats
+from .validation import (
+    check_mode,
+    check_pair,
+    check_prompt,
+    full_attention_mask,
+    why_no_blocks,
+    why_no_draft,
+    why_not_slots,
+)
 
 
 class PardGenerationMixin(GenerationMixin):

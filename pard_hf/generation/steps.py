@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..correction_head import CorrectedPlaces
-from ..drafting import best
-from .role import Role
-from .rows import Rows
+from ..draft.correction_head import CorrectedPlaces
+from ..draft.model import best
+from .batch import Role, Rows
+from .sampling import count_emitted, verify_greedy, verify_sample_and_match
 from .schedule import Choice
 from .tree import Tree, ancestors, best_prefixes, choose_at_nodes, tree_of_marginals, walk
-from .verification import count_emitted, verify_greedy, verify_sample_and_match
 
 
 class Proposals(NamedTuple):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from .verification import sample_with_noise
+from .sampling import sample_with_noise
 
 # In place of the logarithm of 0: sums of it stay finite, and no deeper prefix is better than a shorter one.
 NEVER = -1e9

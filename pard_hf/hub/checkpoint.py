@@ -16,8 +16,8 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ..draft_model import OTHER_MASK_KEYS
-from ..parts import PART_FILES
+from ..draft.addons import PART_FILES
+from ..draft.model import OTHER_MASK_KEYS
 from .errors import hub_errors
 
 INDEX_FILE = "model.safetensors.index.json"

@@ -1,22 +1,127 @@
-"""Text in, token rows with loss masks out.
+"""Conversations as token ids, by a tokenizer's chat template: up to an answer, and the answer itself.
+
+Text in, token rows with loss masks out.
 
 A row is one JSON object: `{"text": …}`, `{"prompt": …, "response": …}` or `{"messages": [{"role", "content"}, …]}`.
 Loss falls on text, on responses and on assistant turns, and on the end token that closes them.
+
+Rows of prompts as conversations to be answered: what is asked, turn by turn, without anybody's answers.
+
+Knows rows and their words; knows nothing of tokens, models and files of answers.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from ..json_lines import numbered_lines, parse_line, why_no_text
-from .chat import encode_marked, has_marks, next_prompt, written_answer
+from ..io import numbered_lines, parse_line, why_no_text
 
 logger = logging.getLogger(__name__)
+
+
+Messages = list[dict[str, str]]
+
+# How a chat template says where answers are, https://huggingface.co/docs/transformers/chat_templating_writing.
+ANSWER_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def has_marks(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template marks answers."""
+    return ANSWER_MARK.search(str(tokenizer.chat_template)) is not None
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of a conversation up to the point where an answer begins.
+
+    By the tokenizer's chat template, or, without one, the contents in order behind the tokenizer's own start token,
+    with an end token after each answer.
+    """
+    if tokenizer.chat_template is None:
+        ids = tokenizer("")["input_ids"]
+        for message in messages:
+            ids = ids + tokenizer(message["content"], add_special_tokens=False)["input_ids"]
+            if message["role"] == "assistant" and tokenizer.eos_token_id is not None:
+                ids = [*ids, tokenizer.eos_token_id]
+        return ids
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
+def ending_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids that may end a turn: the end token, and special tokens, for some templates write another one."""
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return special if tokenizer.eos_token_id is None else special | {tokenizer.eos_token_id}
+
+
+def written_answer(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
+    """Ids of the last of some messages, an answer, as the template writes it after the prompt, with what ends it."""
+    content = tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if tokenizer.chat_template is None:
+        return content + end
+    before = encode_prompt(tokenizer, messages[:-1])
+    whole = tokenizer.apply_chat_template(messages, return_dict=False)
+    if whole[: len(before)] != before:
+        return content + end
+    answer, ends = whole[len(before) :], ending_ids(tokenizer)
+    last = max((place for place, token in enumerate(answer) if token in ends), default=None)
+    # What comes after the end of a turn, a line break say, belongs to the next.
+    return answer + end if last is None else answer[: last + 1]
+
+
+def next_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, past: list[int], answer: list[int]
+) -> list[int]:
+    """Token ids of a conversation up to where its next answer begins, the ids of the last answer kept as they are.
+
+    Args:
+        messages (`list[dict[str, str]]`):
+            The conversation, the last answer and what was asked after it included.
+        past (`list[int]`):
+            Everything before the last answer, the ids of earlier answers as they are.
+        answer (`list[int]`):
+            The last answer, with its end token where it has one; empty where there was none yet.
+
+    Returns:
+        Ids that begin with `past + answer`; or, where the template rewrites earlier turns, ids that do not.
+    """
+    prompt = encode_prompt(tokenizer, messages)
+    if not answer:
+        return prompt
+    last = max(turn for turn, message in enumerate(messages) if message["role"] == "assistant")
+    before = encode_prompt(tokenizer, messages[:last])
+    rest, ends = prompt[len(before) :], ending_ids(tokenizer)
+    if prompt[: len(before)] != before:
+        return prompt
+    if rest[: len(answer)] == answer:
+        return past + rest
+    # Text that is encoded again may cut words elsewhere: the same text stands before the token that ends the turn.
+    stop = next((place for place, token in enumerate(rest) if token in ends), 0)
+    is_ended = answer[-1] in ends
+    spoken = answer[:-1] if is_ended else answer
+    written, said = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (rest[:stop], spoken))
+    if written != said:
+        return prompt  # Trimmed, or its thinking dropped: what the target is asked with is what the template says.
+    return past + answer + rest[stop + is_ended :]
+
+
+def encode_marked(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> dict[str, list[int]]:
+    """Token ids and loss mask of a conversation, by a chat template that marks answers with `{% generation %}`."""
+    encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    ids, loss_mask = list(encoded["input_ids"]), list(encoded["assistant_masks"])
+    for place in range(1, len(ids)):
+        # Many a template marks the words alone, and the end token after them is what stops a text.
+        if ids[place] == tokenizer.eos_token_id and loss_mask[place - 1]:
+            loss_mask[place] = 1
+    return {"input_ids": ids, "loss_mask": loss_mask}
 
 
 class Row(dict[str, Any]):
@@ -249,3 +354,96 @@ def tokenize_rows(
         done = "cut there" if overlong == "truncate" else "left out"
         logger.warning("%d of %d rows are longer than %d tokens and were %s.", num_overlong, number, max_length, done)
     return examples
+
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What is asked of the target.
+
+    Args:
+        id (`str`):
+            A digest of the turns, behind the row's own `id` and a colon where it has one: an edited prompt is another.
+        turns (`tuple[tuple[Message, ...], ...]`):
+            The messages up to each answer; each turn ends in a message of the user.
+        place (`str`):
+            Where the row is from, for messages.
+    """
+
+    id: str
+    turns: tuple[tuple[Message, ...], ...]
+    place: str
+
+    @property
+    def digest(self) -> str:
+        return digest_of(self.id)
+
+
+def digest_of(conversation_id: str) -> str:
+    """The part of a conversation's id that depends on its words alone."""
+    return conversation_id.rpartition(":")[2]
+
+
+def why_no_conversation(row: Any) -> str | None:
+    """Say what keeps a parsed line from being a prompt; `None` when nothing does."""
+    if not isinstance(row, dict):
+        return f"it is a JSON {type(row).__name__}"
+    if not isinstance(row.get("id", ""), str | int):
+        return "its `id` is neither text nor a number"
+    if row.get("messages") is not None and not are_messages(row["messages"]):
+        return "its `messages` are no list of objects with `role` and `content`"
+    turns = row.get("turns") or []
+    if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
+        return "its `turns` are no list of texts"
+    if row.get("messages") is None and not turns and not isinstance(row.get("prompt"), str):
+        return f"it has {sorted(row)}"
+    messages = given_messages(row)
+    unknown = sorted({message["role"] for message in messages} - {"system", "developer", "user", "assistant"})
+    if unknown:
+        return f"it has turns of {unknown}, which answer to what this target did not say"
+    if not any(message["role"] == "user" and message["content"].strip() for message in messages):
+        return "it asks nothing"
+    return None
+
+
+PROMPTS = RowKind("`prompt`, `messages` or `turns`", why_no_conversation)
+
+
+def given_messages(row: dict[str, Any]) -> list[Message]:
+    """The messages of a row of prompts, answers that it may bring included."""
+    if row.get("messages") is not None:
+        return [{"role": message["role"], "content": message["content"]} for message in row["messages"]]
+    return [{"role": "user", "content": text} for text in row.get("turns") or [row["prompt"]]]
+
+
+def conversation_of(row: dict[str, Any], place: str) -> Conversation:
+    """The conversation a row of prompts asks for; answers that it brings are left out.
+
+    Raises:
+        ValueError: The row asks nothing, or has no known shape.
+    """
+    problem = why_no_conversation(row) or why_no_text(row)
+    if problem is not None:
+        raise ValueError(f"Expected a row with {PROMPTS.fields} in {place}, but {problem}. Mend the row.")
+    turns: list[tuple[Message, ...]] = []
+    waiting: list[Message] = []
+    for message in given_messages(row):
+        if message["role"] == "assistant":
+            continue
+        waiting.append(message)
+        if message["role"] == "user":
+            turns.append(tuple(waiting))
+            waiting = []
+    words = json.dumps([[message["role"], message["content"]] for turn in turns for message in turn])
+    digest = hashlib.sha256(words.encode()).hexdigest()[:16]
+    return Conversation(f"{row['id']}:{digest}" if "id" in row else digest, tuple(turns), place)
+
+
+def distinct(conversations: Iterable[Conversation]) -> list[Conversation]:
+    """The conversations without those that say the same again, in order."""
+    by_digest: dict[str, Conversation] = {}
+    for conversation in conversations:
+        by_digest.setdefault(conversation.digest, conversation)
+    return list(by_digest.values())

@@ -1,10 +1,19 @@
-"""Training a parallel draft with the host's `Trainer`."""
+"""A draft whose weights lie on several devices, whole on each: to draft with, which no wrapper knows how to do.
+
+Training a correction head: on a draft that stays as it is, or together with it.
+
+What a training run leaves beside its checkpoints: seconds and rows spent, a table of metrics, a plot.
+
+Training a parallel draft with the host's `Trainer`.
+"""
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,25 +23,224 @@ import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
-from ..correction_head import DEFAULT_RANK
-from ..draft_model import PardDraftModel
+from ..draft.addons import CORRECTION_HEAD, WEIGHTS_FILE, is_of_part
+from ..draft.correction_head import DEFAULT_RANK, CorrectionHead
+from ..draft.model import PardDraftModel, check_loadable
+from ..draft.vocabulary import check_head
 from ..generation.stats import DecodingStats
 from ..hub.checkpoint import mend_checkpoint
-from ..language_model_head import check_head
-from ..loadable import check_loadable
-from ..parts import CORRECTION_HEAD, WEIGHTS_FILE, is_of_part
-from .data_collator import DataCollatorForPard, EpochOfCollator
-from .head import give_own_rate, prepare_head
-from .objective import Objective
-from .progress import MetricsFile, TrainingClock
-from .row_attention import check_attention
-from .sharding import whole_draft
+from ..io import whole_file
+from .collator import DataCollatorForPard, EpochOfCollator
+from .objective import Objective, check_attention
 
 logger = logging.getLogger(__name__)
+
+
+def whole_draft(draft: PardDraftModel, wrapped: Any) -> PardDraftModel:
+    """The draft itself, or a copy with all weights where FSDP has sharded them.
+
+    Processes decode different prompts in different numbers of rounds, so none may wait for another's weights. Drafts
+    are small: a copy costs less than it would to keep them in step. Every process must call this at the same time.
+
+    Args:
+        draft ([`PardDraftModel`]):
+            The draft, without wrappers.
+        wrapped (`torch.nn.Module`):
+            What is trained: the draft, or the wrapper around it.
+    """
+    is_sharded = isinstance(wrapped, FSDPModule | FullyShardedDataParallel)
+    if not is_sharded:
+        return draft
+    weights: dict[str, Any] = get_model_state_dict(wrapped, options=StateDictOptions(full_state_dict=True))
+    copy = AutoModelForCausalLM.from_config(draft.config, dtype=draft.dtype)
+    copy.load_state_dict(weights)
+    whole = PardDraftModel.from_causal_lm(copy, draft.mask_token_id, draft.num_assistant_tokens)
+    return whole.to(next(iter(weights.values())).device).eval()
+
+
+MODES = ("frozen", "joint")
+
+
+def is_adapted(config: PreTrainedConfig) -> bool:
+    """Whether a base model is a draft already."""
+    return getattr(config, "pard_token", None) is not None
+
+
+def check_mode(mode: str | None) -> None:
+    """Raise a `ValueError` for a way to train a head that we do not have."""
+    if mode is not None and mode not in MODES:
+        raise ValueError(f"Expected `correction_head` to be one of {', '.join(MODES)}, got {mode!r}.")
+
+
+def prepare_head(draft: PardDraftModel, mode: str | None, rank: int) -> None:
+    """Give a draft the head that is to be trained, and say which weights are.
+
+    A head the draft has already goes on; without `mode` it is left off, for its draft is about to change.
+
+    Raises:
+        ValueError: The mode is unknown, or the draft has a head of another rank or a trimmed vocabulary.
+    """
+    check_mode(mode)
+    if draft.trimmed_vocabulary is not None:
+        raise ValueError(
+            "Expected a draft with its whole vocabulary, got a trimmed one, whose rows would not follow the training. "
+            "Load it with `trimmed_vocabulary=False` and trim it afterwards."
+        )
+    if mode is None:
+        if draft.correction_head is not None:
+            logger.warning(
+                "The draft's correction head is left off: the hidden states it belongs to are about to change. Train "
+                'it along with `correction_head="joint"`, or a new one on the finished draft.'
+            )
+            draft.correction_head = None
+        if not any(parameter.requires_grad for parameter in draft.parameters()):
+            draft.requires_grad_(True)  # A frozen head was trained on it before.
+        return
+    config = draft.config.get_text_config()
+    if draft.correction_head is None:
+        head = CorrectionHead(config.vocab_size, config.hidden_size, rank)
+        draft.correction_head = head.to(draft.device, draft.dtype)
+    elif draft.correction_head.rank != rank:
+        raise ValueError(
+            f"Expected the draft's correction head to have the rank {rank}, got {draft.correction_head.rank}. Pass "
+            "that rank, or load the draft with `correction_head=False` to begin a new head."
+        )
+    draft.requires_grad_(mode == "joint")
+    draft.correction_head.requires_grad_(True)
+
+
+def give_own_rate(optimizer: torch.optim.Optimizer, head: CorrectionHead, learning_rate: float) -> None:
+    """Let a head learn at a rate of its own: it begins from nothing, the draft does not."""
+    own = {id(parameter) for parameter in head.parameters()}
+    groups: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        parts = [[p for p in group["params"] if (id(p) in own) == is_own] for is_own in (False, True)]
+        groups += [
+            {**group, "params": part, **({"lr": learning_rate} if is_own else {})}
+            for part, is_own in zip(parts, (False, True), strict=True)
+            if part
+        ]
+    optimizer.param_groups[:] = groups
+
+
+class TrainingClock(TrainerCallback, ExportableState):
+    """Seconds of training, evaluations and saving left out, and the tokens and rows that went in; goes on on resuming.
+
+    Collating counts: it is part of what a step costs.
+    """
+
+    def __init__(self, seconds: float = 0.0, num_tokens: int = 0, num_rows: int = 0):
+        self.seconds, self.num_tokens, self.num_rows = seconds, num_tokens, num_rows
+        self.last: float | None = None
+        self.not_read: torch.Tensor | None = None  # Tokens and rows that only the device knows yet.
+
+    def count(self, anchors: torch.Tensor, depths: torch.Tensor) -> None:
+        """Count the real tokens and the kept rows of a batch, on its device: a step does not wait for the sum."""
+        is_row = anchors >= 0
+        counts = torch.stack([(is_row & (depths == 0)).sum(), is_row.sum()])
+        self.not_read = counts if self.not_read is None else self.not_read + counts
+
+    def read(self) -> tuple[int, int]:
+        """The numbers of tokens and rows so far; waits for the device."""
+        if self.not_read is not None:
+            num_tokens, num_rows = self.not_read.tolist()
+            self.num_tokens, self.num_rows = self.num_tokens + num_tokens, self.num_rows + num_rows
+            self.not_read = None
+        return self.num_tokens, self.num_rows
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.last = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        now = time.perf_counter()
+        self.seconds += now - (self.last or now)
+        self.last = now
+
+    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self.last = time.perf_counter()
+
+    on_save = on_evaluate
+
+    def figures(self) -> dict[str, float]:
+        """As metrics, of this process."""
+        num_tokens, num_rows = self.read()
+        return {"train_seconds": round(self.seconds, 3), "num_tokens": num_tokens, "num_rows": num_rows}
+
+    def state(self) -> dict[str, Any]:
+        num_tokens, num_rows = self.read()
+        values = {"seconds": self.seconds, "num_tokens": num_tokens, "num_rows": num_rows}
+        return {"args": {}, "attributes": values}
+
+
+class MetricsFile(TrainerCallback):
+    """Keeps `metrics.csv` and `curves.png` beside the checkpoints, whatever `report_to` says.
+
+    Both are written from the run's whole history, which checkpoints carry: a resumed run has one table.
+    """
+
+    def __init__(self) -> None:
+        self.num_written = 0
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # A step that is evaluated is often saved as well, and says nothing new then.
+        if state.is_world_process_zero and len(state.log_history) != self.num_written:
+            self.num_written = len(state.log_history)
+            write_table(state.log_history, Path(args.output_dir) / "metrics.csv")
+            plot_curves(state.log_history, Path(args.output_dir) / "curves.png")
+
+    on_save = on_train_end = on_evaluate
+
+
+def write_table(history: list[dict[str, Any]], file: Path) -> None:
+    """One line for each logging event, one column for each metric; empty where it was not logged."""
+    columns = list(dict.fromkeys(["step", "epoch", *(name for entry in history for name in entry)]))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(file) as written, written.open("w", newline="", encoding="utf-8") as out:
+        writer = csv.DictWriter(out, columns, restval="")
+        writer.writeheader()
+        writer.writerows(history)
+
+
+def plot_curves(history: list[dict[str, Any]], file: Path) -> None:
+    """Loss, and acceptance length of each prompt set, over steps."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        logger.warning("No plot at %s: matplotlib is not installed; `metrics.csv` has the figures.", file)
+        return
+    ending = "_acceptance_length"
+    sets = sorted({name for entry in history for name in entry if name.startswith("eval_") and name.endswith(ending)})
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    axes = figure.subplots(1, 2)
+    curves = [(axes[0], "loss", "loss")]
+    curves += [(axes[1], name, name.removeprefix("eval_").removesuffix(ending) or "mean") for name in sets]
+    for axis, name, label in curves:
+        points = [(entry["step"], entry[name]) for entry in history if name in entry]
+        if points:
+            axis.plot(*zip(*points, strict=True), label=label, marker="." if axis is axes[1] else None)
+    for axis, label in zip(axes, ("loss", "acceptance length"), strict=True):
+        axis.set_xlabel("step")
+        axis.set_ylabel(label)
+        if axis.lines:
+            axis.legend()
+    with whole_file(file) as written:
+        figure.savefig(written, dpi=120, format="png")
+
 
 # From a draft (and the part `(i, n)` of the prompts that this of n processes takes) to statistics of each prompt set.
 Evaluator = Callable[..., dict[str, DecodingStats]]

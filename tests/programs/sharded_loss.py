@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from families import make_model
 
 from pard_hf import PardDraftModel
-from pard_hf.training.data_collator import DataCollatorForPard
+from pard_hf.training.collator import DataCollatorForPard
 from pard_hf.training.objective import Objective
-from pard_hf.training.sharding import whole_draft
+from pard_hf.training.trainer import whole_draft
 
 EXAMPLES = [{"input_ids": list(range(3, 20))}, {"input_ids": [40, 7, 9, 33, 2]}]
 

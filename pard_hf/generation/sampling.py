@@ -1,0 +1,256 @@
+"""Deciding which draft tokens survive.
+
+Everything here is a pure function of logits and token ids: no model, no cache, no device transfer, no host
+synchronisation. Rows are independent, so each batched result equals the stacked single-row results. Symbols follow
+https://huggingface.co/papers/2211.17192: `p` is the target's distribution, `q` the draft's.
+
+Every `verify_*` returns `tokens` of shape `(batch_size, K + 1)` and `num_matched` of shape `(batch_size,)`: a row goes
+on with `tokens[row, : num_matched[row] + 1]`, accepted draft tokens first, then the bonus token; what follows is void.
+
+Noise for sampling, in the order plain `generate` draws it.
+
+Which logits processors look at the prefix, and applying the others to many positions at once.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import LogitsProcessorList
+from transformers.generation import logits_process
+
+
+def count_matched(draft_tokens: torch.Tensor, target_tokens: torch.Tensor) -> torch.Tensor:
+    """Count, per row, the leading draft tokens that the target chose as well.
+
+    Args:
+        draft_tokens (`torch.LongTensor` of shape `(batch_size, K)`):
+            Proposals, oldest first.
+        target_tokens (`torch.LongTensor` of shape `(batch_size, K + 1)`):
+            Target choices; column `i` continues the first `i` proposals.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch_size,)`, each in `[0, K]`.
+    """
+    matches = draft_tokens == target_tokens[:, :-1]
+    return matches.long().cumprod(dim=-1).sum(dim=-1)
+
+
+def verify_greedy(draft_tokens: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Accept the longest prefix that greedy decoding would have produced.
+
+    Args:
+        draft_tokens (`torch.LongTensor` of shape `(batch_size, K)`):
+            Proposals, oldest first.
+        scores (`torch.FloatTensor` of shape `(batch_size, K + 1, vocab_size)`):
+            The target's processed logits; row `i` continues the first `i` proposals.
+    """
+    tokens = scores.argmax(dim=-1)
+    return tokens, count_matched(draft_tokens, tokens)
+
+
+def sample_with_noise(scores: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Draw one token a row: `argmax(p / e)`, `e` exponential, is a draw from `p`, and what `torch.multinomial` does.
+
+    Args:
+        scores (`torch.FloatTensor` of shape `(..., vocab_size)`):
+            Processed logits.
+        noise (`torch.FloatTensor` of the shape of `scores`):
+            Draws from the unit exponential distribution.
+    """
+    return (scores.softmax(dim=-1) / noise).argmax(dim=-1)
+
+
+def verify_sample_and_match(
+    draft_tokens: torch.Tensor, scores: torch.Tensor, noise: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw the target's own token at every position and accept the draft while it equals the draw.
+
+    The emitted token is always the target's draw, so the output is distributed as plain sampling for any proposal and
+    needs no draft distribution; noise drawn in the order of plain `generate` gives its very tokens.
+
+    Args:
+        draft_tokens (`torch.LongTensor` of shape `(batch_size, K)`):
+            Proposals, however chosen, as long as they do not depend on `noise`.
+        scores (`torch.FloatTensor` of shape `(batch_size, K + 1, vocab_size)`):
+            The target's processed logits.
+        noise (`torch.FloatTensor` of the shape of `scores`):
+            Draws from the unit exponential distribution.
+    """
+    tokens = sample_with_noise(scores, noise)
+    return tokens, count_matched(draft_tokens, tokens)
+
+
+def verify_ratio_test(
+    draft_tokens: torch.Tensor, draft_scores: torch.Tensor, scores: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Speculative sampling: accept x with probability min(1, p(x) / q(x)), else draw from norm(max(0, p - q)).
+
+    Algorithm 1 of https://huggingface.co/papers/2211.17192. The draft's K distributions are independent marginals;
+    each is still the law its proposal was drawn from, so the output is distributed as plain sampling.
+
+    Args:
+        draft_tokens (`torch.LongTensor` of shape `(batch_size, K)`):
+            Proposals, each drawn from its row of `draft_scores`.
+        draft_scores (`torch.FloatTensor` of shape `(batch_size, K, vocab_size)`):
+            The logits that the proposals were drawn from.
+        scores (`torch.FloatTensor` of shape `(batch_size, K + 1, vocab_size)`):
+            The target's processed logits.
+    """
+    p, q = scores.softmax(dim=-1), draft_scores.softmax(dim=-1)
+    p_drafted = p[:, :-1].gather(-1, draft_tokens.unsqueeze(-1)).squeeze(-1)
+    q_drafted = q.gather(-1, draft_tokens.unsqueeze(-1)).squeeze(-1)
+    accepted = torch.rand_like(q_drafted) * q_drafted < p_drafted
+    num_matched = accepted.long().cumprod(dim=-1).sum(dim=-1)
+
+    # The residual of the last row is p itself: nothing was proposed there.
+    residual = torch.cat([(p[:, :-1] - q).clamp(min=0), p[:, -1:]], dim=1)
+    # p = q leaves no residual; such a row rejects with probability 0 up to rounding, and then p is the right law.
+    residual = torch.where(residual.sum(dim=-1, keepdim=True) > 0, residual, p)
+    at_stop = residual[torch.arange(len(residual), device=residual.device), num_matched]
+    bonus = torch.multinomial(at_stop, 1)
+    tokens = torch.cat([draft_tokens, bonus], dim=-1)
+    return tokens.scatter(1, num_matched.unsqueeze(1), bonus), num_matched
+
+
+def count_emitted(
+    tokens: torch.Tensor, num_matched: torch.Tensor, remaining: torch.Tensor, eos_token_id: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cut each row's new tokens where plain `generate` would stop.
+
+    Args:
+        tokens (`torch.LongTensor` of shape `(batch_size, K + 1)`) and
+        num_matched (`torch.LongTensor` of shape `(batch_size,)`):
+            As `verify_*` returns them.
+        remaining (`torch.LongTensor` of shape `(batch_size,)`):
+            Tokens the row may still emit; 0 for a finished row.
+        eos_token_id (`torch.LongTensor` of shape `(num_end_tokens,)`, *optional*):
+            Tokens after which a row ends.
+
+    Returns:
+        `num_emitted` (long, bonus token included) and `is_finished` (bool), of shape `(batch_size,)` each.
+    """
+    num_emitted = torch.minimum(num_matched + 1, remaining)
+    if eos_token_id is None:
+        return num_emitted, num_emitted == remaining
+    columns = torch.arange(tokens.shape[1], device=tokens.device)
+    is_end = torch.isin(tokens, eos_token_id) & (columns < num_emitted.unsqueeze(1))
+    first_end = torch.where(is_end, columns, tokens.shape[1]).amin(dim=-1)
+    num_emitted = torch.minimum(num_emitted, first_end + 1)
+    return num_emitted, is_end.any(dim=-1) | (num_emitted == remaining)
+
+
+class Noise:
+    """Exponential noise for blocks of positions.
+
+    For a single row it is drawn one position after the other, and what a round does not use is kept for the next: the
+    same seed gives the same text as plain `generate`, which draws once a token (`torch.multinomial` of one draw is
+    `argmax(p / e)`). Rows of a batch advance by different counts, so there only the distribution is kept.
+
+    Noise is drawn ahead from a generator of its own. The device's generator only ever passes over the noise of tokens
+    that were emitted, so it stands where plain `generate` would leave it, after an interrupt too.
+
+    Args:
+        device (`torch.device`):
+            Where noise is drawn, from that device's default generator.
+        is_ordered (`bool`):
+            Whether the call has a single row.
+    """
+
+    def __init__(self, device: torch.device, is_ordered: bool):
+        self.device, self.is_ordered = device, is_ordered
+        self.source = default_generator(device)
+        self.ahead: torch.Generator | None = None
+        # Each position with the generator's state after it was drawn.
+        self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def draw(self, *shape: int) -> torch.Tensor:
+        """Noise of `shape` `[B, num_positions, V]`."""
+        if not self.is_ordered:  # Also once all rows but one have left: rounds may be ahead of the host.
+            return torch.empty(shape, device=self.device).exponential_()
+        return torch.stack([self.at(position, shape[2]) for position in range(shape[1])], dim=1)
+
+    def at(self, position: int, vocab_size: int) -> torch.Tensor:
+        """Noise `[1, V]` of a position, counted from the first that was not used yet."""
+        if self.ahead is None:
+            self.ahead = torch.Generator(self.source.device)
+        if not self.kept:  # Others may have drawn since.
+            self.ahead.set_state(self.source.get_state())
+        while len(self.kept) <= position:
+            noise = torch.empty(1, vocab_size, device=self.device).exponential_(generator=self.ahead)
+            self.kept.append((noise, self.ahead.get_state()))
+        return self.kept[position][0]
+
+    def use(self, num_positions: int) -> None:
+        """Drop the noise of positions that were emitted, and let the device's generator pass over it."""
+        if num_positions and self.kept:
+            self.source.set_state(self.kept[num_positions - 1][1])
+            del self.kept[:num_positions]
+
+
+def default_generator(device: torch.device) -> torch.Generator:
+    """The generator from which a device draws unless told otherwise."""
+    if device.type == "cpu":
+        return torch.default_generator
+    if device.type == "mps":
+        return torch.mps._get_default_mps_generator()
+    module = torch.get_device_module(device)
+    return module.default_generators[module.current_device() if device.index is None else device.index]
+
+
+# Row-wise functions of the scores alone: K + 1 positions are just K + 1 rows to them. Exact types, since a subclass
+# may look at the prefix.
+PREFIX_FREE = tuple(
+    getattr(logits_process, name)
+    for name in (
+        "EpsilonLogitsWarper",
+        "EtaLogitsWarper",
+        "InfNanRemoveLogitsProcessor",
+        "LogitNormalization",
+        "MinPLogitsWarper",
+        "SuppressTokensLogitsProcessor",
+        "TemperatureLogitsWarper",
+        "TopKLogitsWarper",
+        "TopPLogitsWarper",
+        "TypicalLogitsWarper",
+    )
+)
+
+
+# Functions of the prefix and the scores, without a memory: it does not matter how often they are called, and for which
+# tokens that are refused afterwards.
+STATELESS = PREFIX_FREE + tuple(
+    getattr(logits_process, name)
+    for name in (
+        "EncoderNoRepeatNGramLogitsProcessor",
+        "EncoderRepetitionPenaltyLogitsProcessor",
+        "ExponentialDecayLengthPenalty",
+        "ForcedBOSTokenLogitsProcessor",
+        "ForcedEOSTokenLogitsProcessor",
+        "MinLengthLogitsProcessor",
+        "MinNewTokensLengthLogitsProcessor",
+        "NoBadWordsLogitsProcessor",
+        "NoRepeatNGramLogitsProcessor",
+        "RepetitionPenaltyLogitsProcessor",
+        "SequenceBiasLogitsProcessor",
+        "SuppressTokensAtBeginLogitsProcessor",
+    )
+)
+
+
+def is_stateless(processors: LogitsProcessorList) -> bool:
+    """Say whether every processor is known to be a function of its two arguments."""
+    return all(type(processor) in STATELESS for processor in processors)
+
+
+def is_prefix_free(processors: LogitsProcessorList) -> bool:
+    """Say whether every processor ignores the tokens before a position."""
+    return all(type(processor) in PREFIX_FREE for processor in processors)
+
+
+def process_positions(processors: LogitsProcessorList, logits: torch.Tensor) -> torch.Tensor:
+    """Apply prefix-free `processors` to `logits` of shape `(batch_size, num_positions, vocab_size)` in one go."""
+    if not processors:
+        return logits
+    rows = logits.flatten(0, 1)
+    no_prefix = torch.empty(len(rows), 0, dtype=torch.long, device=logits.device)
+    return processors(no_prefix, rows).view_as(logits)
