@@ -35,7 +35,16 @@ def test_front_matter_is_what_a_space_reads(space):
 def test_requirements_are_those_of_the_package(space):
     names = re.findall(r"^[\w-]+", (space / "requirements.txt").read_text(), flags=re.MULTILINE)
 
-    assert names == ["torch", "transformers", "packaging", "safetensors", "huggingface-hub", "matplotlib", "rich"]
+    assert names == [
+        "torch",
+        "transformers",
+        "packaging",
+        "safetensors",
+        "huggingface-hub",
+        "typer",
+        "matplotlib",
+        "rich",
+    ]
 
 
 def test_the_app_starts_from_the_folder_alone(space, monkeypatch):
