@@ -29,7 +29,7 @@ from ..host import (
     subclass_named_as,
     warn_once,
     warn_where_untested,
-    with_host_names,
+    with_cache_renamed,
 )
 from .candidate_generator import PardCandidateGenerator, StockSampling
 from .compilation import schedule_for, steps_for
@@ -98,7 +98,7 @@ class PardGenerationMixin(GenerationMixin):
         Raises:
             ValueError: The call or the pair of models cannot be served; nothing was changed.
         """
-        kwargs = with_host_names(kwargs)
+        kwargs = with_cache_renamed(kwargs)
         settings = settings_for(
             verification, assistant_tree_size, (generation_config, self.generation_config), assistant_model, kwargs
         )
