@@ -40,8 +40,8 @@ def warn_where_untested() -> None:
     """Warn, once, that this version of transformers is newer than those tested."""
     if not is_tested():
         warn_once(
-            f"pard_hf was tested on transformers up to {NEWEST_TESTED} and this is {transformers.__version__}: compare "
-            "with plain `generate` once."
+            f"pard_hf was tested on transformers up to {NEWEST_TESTED} and this is {transformers.__version__}: "
+            "compare with plain `generate` once."
         )
 
 

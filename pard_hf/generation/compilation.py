@@ -24,7 +24,7 @@ from ..host import can_compile, warn_once
 from .batch import Rows
 from .cache import SlotCache
 from .kernels import streamed_linear
-from .schedule import AdaptiveSchedule, ConstantSchedule, RoundCosts
+from .schedule import RoundCosts, Schedule
 
 logger = logging.getLogger(__name__)
 
@@ -226,12 +226,12 @@ def schedule_for(
     config: GenerationConfig,
     steps: EagerSteps,
     tree_size: int = 0,
-) -> ConstantSchedule:
+) -> Schedule:
     """The schedule that a call names, with what earlier calls of the pair and kind taught it."""
     if config.num_assistant_tokens_schedule == "adaptive":
         costs = workspace_of(target, draft).costs.setdefault((target.dtype, target.device, steps.kind), RoundCosts())
-        return AdaptiveSchedule(config.num_assistant_tokens, costs, tree_size)
-    return ConstantSchedule(config.num_assistant_tokens, tree_size)
+        return Schedule(config.num_assistant_tokens, tree_size, costs)
+    return Schedule(config.num_assistant_tokens, tree_size)
 
 
 def wants_compilation(target: PreTrainedModel, config: GenerationConfig) -> bool:

@@ -32,7 +32,7 @@ from .batch import PREFILL_CHUNK, Batch, Role, Rows, to_host
 from .compilation import EagerSteps
 from .kernels import grouped_attention
 from .sampling import Noise, process_positions, verify_ratio_test
-from .schedule import Choice, ConstantSchedule
+from .schedule import Choice, Schedule
 from .stats import DecodingStats, NoClock, clock_of_call
 from .steps import Proposals, accept_step, append_step, draft_step, score_step, target_step
 
@@ -252,7 +252,7 @@ class PardDecoder:
     Args:
         steps ([`EagerSteps`]):
             Where the parts of a round run.
-        schedule ([`ConstantSchedule`]):
+        schedule ([`Schedule`]):
             Chooses K and the tree before each round, at most the request's.
     """
 
@@ -264,11 +264,11 @@ class PardDecoder:
         draft: PardDraftModel,
         request: DecodingRequest,
         steps: EagerSteps | None = None,
-        schedule: ConstantSchedule | None = None,
+        schedule: Schedule | None = None,
     ):
         self.request = request
         self.steps = steps or EAGER
-        self.schedule = schedule or ConstantSchedule(request.num_assistant_tokens, request.tree_size)
+        self.schedule = schedule or Schedule(request.num_assistant_tokens, request.tree_size)
         ids, mask = request.input_ids.long(), request.attention_mask
         # As plain `generate`, which asks its criteria after the first token only.
         self.budget = max(request.max_length - ids.shape[1], 1)
