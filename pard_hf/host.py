@@ -16,7 +16,7 @@ import copy
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
 from itertools import chain, islice, takewhile
 from typing import Any
@@ -173,15 +173,30 @@ def mask_length(generation_config: GenerationConfig, default: int) -> int:
     return getattr(generation_config, "_mask_length", default)
 
 
-def pad_token_id(generation_config: GenerationConfig) -> int | None:
-    """The padding token that `generate()` settled on."""
-    pad = generation_config._pad_token_tensor
-    return None if pad is None else int(pad)
+def end_token_ids(generation_config: GenerationConfig) -> list[int]:
+    """Every id that ends a text."""
+    ends = generation_config.eos_token_id
+    return [] if ends is None else torch.as_tensor(ends).flatten().tolist()
 
 
-def end_token_ids(generation_config: GenerationConfig) -> torch.Tensor | None:
-    """The end tokens that `generate()` settled on."""
+def end_token_tensor(generation_config: GenerationConfig) -> torch.Tensor | None:
+    """The end tokens as `generate()` prepared them, on its device."""
     return getattr(generation_config, "_eos_token_tensor", None)
+
+
+def pad_token_id(generation_config: GenerationConfig) -> int | None:
+    """The padding token, or the first end token, which `generate()` pads with where no padding token is set."""
+    pad = generation_config.pad_token_id
+    return next(iter(end_token_ids(generation_config)), None) if pad is None else int(pad)
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int | None) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask` `[B, T]` of token ids of different lengths, padded on the left."""
+    width, pad = max(map(len, rows)), pad_token_id or 0
+    return {
+        "input_ids": torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows]),
+        "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
+    }
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

@@ -21,7 +21,7 @@ from ..draft.model import PardDraftModel
 from ..host import (
     CACHE_NAME,
     cache_in,
-    end_token_ids,
+    end_token_tensor,
     input_device,
     is_callers,
     is_refused_by_stock_loop,
@@ -333,7 +333,7 @@ class PardGenerationMixin(GenerationMixin):
             self.config.get_text_config().vocab_size,
             kwargs["model_kwargs"].get("attention_mask"),
             bound.sampling,
-            end_token_ids(config),
+            end_token_tensor(config),
         )
         bound.generators.append(generator)
         return generator
