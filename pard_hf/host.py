@@ -136,11 +136,6 @@ def forward_parameters(model: PreTrainedModel) -> frozenset[str]:
     return names_in_forwards(type(model).__mro__)
 
 
-def has_custom_code(model: PreTrainedModel) -> bool:
-    """Whether a model's class is none of transformers' own."""
-    return not type(model).__module__.startswith("transformers.")
-
-
 def can_compile(model: PreTrainedModel) -> bool:
     """Whether the forward of a model compiles as one graph."""
     return getattr(model, "_can_compile_fullgraph", False)
@@ -225,24 +220,18 @@ def pad_token_id(generation_config: GenerationConfig) -> int | None:
 
 
 class TokenizerDifference(NamedTuple):
-    """What ids mean to a draft's and a target's tokenizer; `conflict` is `None` where no id has two meanings."""
+    """How the vocabularies of a draft's and a target's tokenizer differ."""
 
-    conflict: str | None
-    num_draft_only: int
+    conflict: str | None  # The first id with two meanings, as "id 35 is 'B' for the draft and 'A' for the target".
+    num_draft_only: int  # Ids that only the draft's has.
     num_target_only: int
 
 
 def compare_tokenizers(draft: Any, target: Any, with_added_tokens: bool = True) -> TokenizerDifference:
     """Compare the vocabularies of a draft's and a target's tokenizer id by id.
 
-    Args:
-        with_added_tokens (`bool`, *optional*, defaults to `True`):
-            Whether added tokens count. Families rename reserved and special ones from release to release, and text is
-            made of the others.
-
-    Returns:
-        The first id that they read differently, such as `"id 35 is 'B' for the draft and 'A' for the target"`, and
-        how many ids only one of them has.
+    Families rename reserved and special tokens from release to release, and text is made of the others:
+    `with_added_tokens=False` leaves added tokens out.
     """
     ours, theirs = (
         {

@@ -41,29 +41,14 @@ def attention_windows(config: PreTrainedConfig) -> list[int | None]:
 
 @dataclass
 class Slots:
-    """What a cache shares with its layers, which do not point back at it: a cycle would outlive the call.
+    """What a cache shares with its layers, which do not point back at it: a cycle would outlive the call."""
 
-    Args:
-        num_slots (`int`):
-            Positions a row may use, without the spare slot.
-        num_visible (`int`):
-            Slots that attention reads.
-        num_layers (`int`):
-            Layers that share this.
-        is_static (`bool`):
-            Whether compiled code may rely on the buffers' addresses.
-        is_contiguous (`bool`):
-            Whether attention is given copies in the order that a growing cache has, for code that asks for it.
-        flat_rows (`torch.LongTensor` of shape `(batch_size * query_length,)`, *optional*):
-            Where each query of the next forward is written.
-    """
-
-    num_slots: int
-    num_visible: int
+    num_slots: int  # Positions a row may use, without the spare slot.
+    num_visible: int  # Slots that attention reads.
     num_layers: int
-    is_static: bool
-    is_contiguous: bool = False
-    flat_rows: torch.Tensor | None = None
+    is_static: bool  # Whether compiled code may rely on the buffers' addresses.
+    is_contiguous: bool = False  # Whether attention is given copies laid out as a growing cache, for code that asks.
+    flat_rows: torch.Tensor | None = None  # Where each query of the next forward is written, `[B * query_length]`.
 
 
 class SlotLayer(CacheLayerMixin):
@@ -159,18 +144,7 @@ class SlotLayer(CacheLayerMixin):
 
 
 class SlotCache(Cache):
-    """A cache for one model, shared by rows of different lengths.
-
-    Args:
-        config ([`PreTrainedConfig`]):
-            Configuration of the model that attends over it.
-        num_slots (`int`):
-            Positions a row may use; one spare slot is added for padding.
-        is_static (`bool`, *optional*, defaults to `False`):
-            Whether compiled code may rely on the buffers' addresses.
-        is_contiguous (`bool`, *optional*, defaults to `False`):
-            Whether attention is given contiguous copies.
-    """
+    """A cache for one model, shared by rows of different lengths, of `num_slots` positions each; see [`Slots`]."""
 
     def __init__(self, config: PreTrainedConfig, num_slots: int, is_static: bool = False, is_contiguous: bool = False):
         self.windows = attention_windows(config)
@@ -237,12 +211,8 @@ class SlotCache(Cache):
     def keep_path(self, roots: torch.Tensor, nodes: torch.Tensor) -> None:
         """Move the nodes of a path to the slots of their positions: one gather a layer, nothing else moves.
 
-        Args:
-            roots (`torch.LongTensor` of shape `(batch_size,)`):
-                Position of each tree's root.
-            nodes (`torch.LongTensor` of shape `(batch_size, K)`):
-                The node of each depth, counted from 1. What is void moves as well, to slots that are written again
-                before anything sees them.
+        `roots` `[B]` are positions, `nodes` `[B, K]` of each depth are counted from 1. What is void moves as well, to
+        slots that are written again before anything sees them.
         """
         roots = roots.unsqueeze(1)
         sources = self.storage_index(roots + nodes)
@@ -259,14 +229,7 @@ class SlotCache(Cache):
             layer.copy_rows(source, *index)
 
     def load(self, cache: DynamicCache, positions: torch.Tensor) -> None:
-        """Take over the entries of an earlier call.
-
-        Args:
-            cache ([`DynamicCache`]):
-                Cache of the same model over `past_length` columns.
-            positions (`torch.LongTensor` of shape `(batch_size, past_length)`):
-                Logical position of each column; negative for padding.
-        """
+        """Take over an earlier call's entries, whose columns have `positions` `[B, length]`, negative for padding."""
         for layer, source in zip(self.layers, cache.layers, strict=True):
             # A sliding layer keeps only its last columns; no later query sees the others.
             kept = source.keys.shape[-2]

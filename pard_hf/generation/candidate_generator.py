@@ -19,16 +19,7 @@ class StockSampling(LogitsProcessor):
 
     The loop asks for the scores at every position of a block, accepted or not, and draws noise for all of them. Here a
     position has its noise however often it is asked about, and the loop, told to be greedy, finds one token to take.
-
-    Args:
-        processors ([`LogitsProcessorList`]):
-            Those of the call; each must be a function of its two arguments.
-        noise ([`Noise`]):
-            In the order of positions.
-        num_prompt_tokens (`int`):
-            Columns before the first new token.
-        keeps_scores (`bool`):
-            Whether [`scores`] is asked for in the end.
+    So the call's processors must be stateless.
     """
 
     def __init__(self, processors: LogitsProcessorList, noise: Noise, num_prompt_tokens: int, keeps_scores: bool):

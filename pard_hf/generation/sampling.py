@@ -76,19 +76,10 @@ def verify_ratio_test(
 def count_emitted(
     tokens: torch.Tensor, num_matched: torch.Tensor, remaining: torch.Tensor, eos_token_id: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cut each row's new tokens where plain `generate` would stop.
+    """Cut each row's new tokens, as `verify_*` returns them, where plain `generate` would stop.
 
-    Args:
-        tokens (`torch.LongTensor` of shape `(batch_size, K + 1)`) and
-        num_matched (`torch.LongTensor` of shape `(batch_size,)`):
-            As `verify_*` returns them.
-        remaining (`torch.LongTensor` of shape `(batch_size,)`):
-            Tokens the row may still emit; 0 for a finished row.
-        eos_token_id (`torch.LongTensor` of shape `(num_end_tokens,)`, *optional*):
-            Tokens after which a row ends.
-
-    Returns:
-        `num_emitted` (long, bonus token included) and `is_finished` (bool), of shape `(batch_size,)` each.
+    `remaining` `[B]` counts the tokens a row may still emit, 0 for a finished row; after one of `eos_token_id`
+    `[num_end_tokens]` a row ends. Returns `num_emitted` (bonus token included) and `is_finished`, `[B]` each.
     """
     num_emitted = torch.minimum(num_matched + 1, remaining)
     if eos_token_id is None:
@@ -103,18 +94,12 @@ def count_emitted(
 class Noise:
     """Exponential noise for blocks of positions.
 
-    For a single row it is drawn one position after the other, and what a round does not use is kept for the next: the
+    For a single row (`is_ordered`) it is drawn one position after the other, and what a round does not use is kept for the next: the
     same seed gives the same text as plain `generate`, which draws once a token. Rows of a batch advance by different
     counts, so there only the distribution is kept.
 
     Noise is drawn ahead from a generator of its own. The device's generator only ever passes over the noise of tokens
     that were emitted, so it stands where plain `generate` would leave it, after an interrupt too.
-
-    Args:
-        device (`torch.device`):
-            Where noise is drawn, from that device's default generator.
-        is_ordered (`bool`):
-            Whether the call has a single row.
     """
 
     def __init__(self, device: torch.device, is_ordered: bool):

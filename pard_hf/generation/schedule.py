@@ -91,10 +91,9 @@ class RoundCosts:
         if self.trials_of(work, choice).seconds:
             return min(self.trials_of(work, choice).seconds)
         measured: dict[float, float] = {}
-        for (other_work, other), trials in list(self.trials.items()):  # A copy: another thread may add to it.
-            if other_work == work and trials.seconds:
-                known = measured.get(other.num_proposals, inf)
-                measured[other.num_proposals] = min(known, *trials.seconds)
+        for (kind, other), trials in list(self.trials.items()):  # A copy: another thread may add to it.
+            if kind == work and trials.seconds:
+                measured[other.num_proposals] = min(measured.get(other.num_proposals, inf), *trials.seconds)
         return on_line(measured, choice.num_proposals) if measured else None
 
     def add_accepted(self, choice: Choice, num_accepted: int) -> None:
@@ -135,13 +134,7 @@ class Schedule:
     """Chooses what each round proposes: K and N or, with the costs of a pair, what promises most tokens a second.
 
     Costs are wall times of this run, so what is chosen, and with it the noise that a sampled batch draws, can differ
-    from run to run; a greedy text, or a single sampled one, cannot.
-
-    Args:
-        num_assistant_tokens (`int`) and tree_size (`int`, *optional*, defaults to 0):
-            K and N; of an adaptive schedule the largest.
-        costs ([`RoundCosts`], *optional*):
-            Makes the schedule adaptive, and learns from its rounds.
+    from run to run; a greedy text, or a single sampled one, cannot. An adaptive schedule stays at or below K and N.
     """
 
     def __init__(self, num_assistant_tokens: int, tree_size: int = 0, costs: RoundCosts | None = None):
@@ -156,14 +149,7 @@ class Schedule:
         return self.costs is not None
 
     def choose(self, work: Hashable, is_ready: Callable[[Choice], bool] = lambda choice: True) -> Choice:
-        """Choose what the next round proposes.
-
-        Args:
-            work (`Hashable`):
-                Rounds of equal work cost about the same.
-            is_ready (`Callable`, *optional*):
-                Whether a choice runs without being compiled first.
-        """
+        """Choose for a round whose cost depends on `work`; `is_ready` tells what runs without being compiled first."""
         costs = self.costs
         if costs is None:
             return self.largest

@@ -1,9 +1,9 @@
 """The most probable prefixes under the draft, as a tree that one target forward verifies.
 
-A chain bets the whole round on one guess for each position; a tree spends the same target queries on the most
-probable continuations. The root is the last known token; nodes are counted from 1, and a node's parent always comes
-before it. As in https://huggingface.co/papers/2604.12989 (DDTree), with conditional probabilities where a correction
-head gives them. All functions are pure functions of tensors.
+A chain bets the whole round on one guess for each position; a tree spends the same target queries on the most probable
+continuations. The root is the last known token; nodes are counted from 1, and a node's parent always comes before it.
+As in https://huggingface.co/papers/2604.12989 (DDTree), with conditional probabilities where a correction head gives
+them. All functions are pure functions of tensors. Shapes: B rows, K depths, N nodes, V tokens, C candidates a depth.
 """
 
 from __future__ import annotations
@@ -24,52 +24,27 @@ Logprobs = Callable[[int, torch.Tensor | None], torch.Tensor]
 
 
 class Tree(NamedTuple):
-    """The proposals of a round.
-
-    Args:
-        tokens (`torch.LongTensor` of shape `(batch_size, N)`):
-            Of each node.
-        parents (`torch.LongTensor` of shape `(batch_size, N)`):
-            0 for the root, `i + 1` for the node in column `i`; always an earlier column.
-        depths (`torch.LongTensor` of shape `(batch_size, N)`):
-            Steps from the root, from 1.
-        logprobs (`torch.FloatTensor` of shape `(batch_size, N)`):
-            Of the path to each node under the draft; the most probable first.
-    """
+    """The proposals of a round, each field `[B, N]`; the most probable nodes first."""
 
     tokens: torch.Tensor
-    parents: torch.Tensor
-    depths: torch.Tensor
-    logprobs: torch.Tensor
+    parents: torch.Tensor  # 0 for the root, `i + 1` for the node in column `i`; always an earlier column.
+    depths: torch.Tensor  # Steps from the root, from 1.
+    logprobs: torch.Tensor  # Of the path to each node, under the draft.
 
 
 class Path(NamedTuple):
-    """The path of a tree that the target accepts.
+    """The path of a tree that the target accepts."""
 
-    Args:
-        nodes (`torch.LongTensor` of shape `(batch_size, K)`):
-            The node of each depth from 1, void beyond `num_matched`.
-        num_matched (`torch.LongTensor` of shape `(batch_size,)`):
-            Depth of the last accepted node.
-    """
-
-    nodes: torch.Tensor
-    num_matched: torch.Tensor
+    nodes: torch.Tensor  # `[B, K]`, the node of each depth from 1, void beyond `num_matched`.
+    num_matched: torch.Tensor  # `[B]`, the depth of the last accepted node.
 
 
 def best_prefixes(candidates: torch.Tensor, logprobs: Logprobs, num_nodes: int) -> Tree:
-    """Find the `num_nodes` most probable prefixes of candidate tokens; ties go to the shorter one.
+    """Find the `num_nodes` most probable prefixes of distinct candidate tokens `[B, K, C]`, or all where fewer exist.
 
     Exact: a prefix is never more probable than its own beginning, so the best of a depth grow from the best of the
-    depth before. Over marginals the best `num_nodes` tokens of each depth are candidates enough.
-
-    Args:
-        candidates (`torch.LongTensor` of shape `(batch_size, K, C)`):
-            Distinct tokens that each depth may hold.
-        logprobs (`Callable`):
-            Their log-probabilities; see `Logprobs`.
-        num_nodes (`int`):
-            N; fewer are returned where there are not so many prefixes.
+    depth before. Over marginals the best `num_nodes` tokens of each depth are candidates enough. Ties go to the
+    shorter prefix.
     """
     batch_size, num_depths, num_candidates = candidates.shape
     levels: list[tuple[torch.Tensor, ...]] = []
@@ -94,14 +69,7 @@ def best_prefixes(candidates: torch.Tensor, logprobs: Logprobs, num_nodes: int) 
 
 
 def tree_of_marginals(scores: torch.Tensor, num_nodes: int) -> Tree:
-    """Find the most probable prefixes where positions are independent of each other.
-
-    Args:
-        scores (`torch.FloatTensor` of shape `(batch_size, K, vocab_size)`):
-            The draft's logits.
-        num_nodes (`int`):
-            N.
-    """
+    """Find the most probable prefixes under draft logits `[B, K, V]` whose positions are independent of each other."""
     best, candidates = scores.float().log_softmax(dim=-1).topk(min(num_nodes, scores.shape[-1]), dim=-1)
     return best_prefixes(candidates, lambda depth, parents: best[:, depth : depth + 1], num_nodes)
 
@@ -123,15 +91,10 @@ def ancestors(tree: Tree, num_depths: int) -> torch.Tensor:
 
 
 def choose_at_nodes(tree: Tree, scores: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
-    """Choose the target's own token after the root and each node, `[B, N + 1]`; nodes of one depth share their noise.
+    """Choose the target's own token after the root and each node, `[B, N + 1]`, from its scores `[B, N + 1, V]`.
 
-    So whichever path is accepted, each position has the noise that plain `generate` would draw for it.
-
-    Args:
-        scores (`torch.FloatTensor` of shape `(batch_size, N + 1, vocab_size)`):
-            The target's processed logits.
-        noise (`torch.FloatTensor` of shape `(batch_size, K + 1, vocab_size)`, *optional*):
-            Unit exponential noise of each depth; without it the choice is greedy.
+    Nodes of one depth share its unit exponential noise `[B, K + 1, V]`, so whichever path is accepted, each position
+    has the noise that plain `generate` would draw for it. Without noise the choice is greedy.
     """
     if noise is None:
         return scores.argmax(dim=-1)
@@ -140,18 +103,9 @@ def choose_at_nodes(tree: Tree, scores: torch.Tensor, noise: torch.Tensor | None
 
 
 def walk(tree: Tree, on_path: torch.Tensor, choices: torch.Tensor, num_depths: int) -> tuple[torch.Tensor, Path]:
-    """Follow the target's own choices from the root as far as the tree has them.
+    """Follow the target's own `choices` `[B, N + 1]` from the root as far as the tree has them.
 
-    Args:
-        on_path (`torch.BoolTensor` of shape `(batch_size, N + 1, N + 1)`):
-            As [`ancestors`] returns it.
-        choices (`torch.LongTensor` of shape `(batch_size, N + 1)`):
-            The target's tokens after the root and after each node.
-        num_depths (`int`):
-            K.
-
-    Returns:
-        Tokens `[B, K + 1]` as every `verify_*` returns them, and the path.
+    `on_path` is as [`ancestors`] returns it. Returns tokens `[B, K + 1]` as every `verify_*` does, and the path.
     """
     is_wrong = tree.tokens != choices.gather(1, tree.parents)
     # Siblings differ, so what is right all the way from the root is a single path.
@@ -159,9 +113,8 @@ def walk(tree: Tree, on_path: torch.Tensor, choices: torch.Tensor, num_depths: i
     depths = torch.arange(1, num_depths + 1, device=choices.device)
     at_depth = is_accepted.unsqueeze(1) & (tree.depths.unsqueeze(1) == depths.unsqueeze(1))
     nodes = at_depth.long().argmax(dim=-1) + 1
-    num_matched = is_accepted.sum(dim=-1)
     tokens = choices.gather(1, torch.nn.functional.pad(nodes, (1, 0)))
-    return tokens, Path(nodes, num_matched)
+    return tokens, Path(nodes, is_accepted.sum(dim=-1))
 
 
 def child_with(tree: Tree, nodes: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -29,7 +29,6 @@ from ..host import (
     check_num_assistant_tokens,
     compare_tokenizers,
     forward_parameters,
-    has_custom_code,
     input_device,
     is_callers,
     is_tested,
@@ -258,7 +257,8 @@ def unsupported_by_own_loop(
     if other:
         return f"Model arguments {sorted(other)} are passed on by the stock loop only"
     past = cache_in(model_kwargs)
-    if is_callers(past) and not is_readable(past):
+    is_readable = type(past) is DynamicCache and all(type(layer) in PLAIN_LAYERS for layer in past.layers)
+    if is_callers(past) and not is_readable:  # Entries are copied column by column.
         return f"A `{type(past).__name__}` cannot be taken over"
     if not has_usual_positions(mask, model_kwargs.get("position_ids")):
         return "`position_ids` differ from those the attention mask implies"
@@ -266,7 +266,8 @@ def unsupported_by_own_loop(
     if length > window and bool((mask.diff(dim=-1) < 0).any()):
         # A row that ended before others leaves padding for the next turn. transformers' windows are of columns.
         return f"Padding inside a row counts in the sliding window of {window}"
-    if (has_custom_code(target) or not is_tested()) and not passes(target, slots_passed, logits_over_slots):
+    is_swept_by_tests = type(target).__module__.startswith("transformers.") and is_tested()
+    if not is_swept_by_tests and not passes(target, slots_passed, logits_over_slots):
         return f"Over our cache `{type(target).__name__}` has other logits than over its own"
     return None
 
@@ -289,11 +290,6 @@ def unsupported_by_slots(model: PreTrainedModel) -> str | None:
     except ValueError as error:
         return str(error)
     return None
-
-
-def is_readable(cache: Any) -> bool:
-    """Whether the entries of a user's cache can be copied column by column."""
-    return type(cache) is DynamicCache and all(type(layer) in PLAIN_LAYERS for layer in cache.layers)
 
 
 def has_usual_positions(mask: torch.Tensor, position_ids: torch.Tensor | None) -> bool:
