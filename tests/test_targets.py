@@ -6,13 +6,14 @@ Each case was once wrong or crashed.
 from __future__ import annotations
 
 import copy
+import pickle
 import sys
 import warnings
 
 import pytest
 import transformers
 from device import DEVICE, IS_FAKE, torch
-from families import make_draft, make_model, make_prompts, make_scripted_draft, make_self_draft
+from families import COMMON, make_draft, make_model, make_prompts, make_scripted_draft, make_self_draft
 from test_generation import make_hybrid
 from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -50,6 +51,31 @@ def make_bart():
         is_encoder_decoder=False, init_std=0.3,
     )  # fmt: skip
     return free_of_ends(transformers.BartForCausalLM(config).eval().to(DEVICE))
+
+
+def make_chunked(layer_types):
+    torch.manual_seed(0)
+    config = transformers.Llama4TextConfig(
+        **{**COMMON, "intermediate_size": 32, "intermediate_size_mlp": 32},
+        attention_chunk_size=8,
+        layer_types=layer_types,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+    )
+    return free_of_ends(transformers.Llama4ForCausalLM(config).eval().to(DEVICE))
+
+
+def make_longrope():
+    torch.manual_seed(0)
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 32,
+    }
+    config = transformers.LlamaConfig(**COMMON, rope_parameters=rope)
+    return free_of_ends(transformers.LlamaForCausalLM(config).eval().to(DEVICE))
 
 
 def free_of_ends(target):
@@ -140,6 +166,23 @@ def test_text_is_that_of_plain_generate(name, batch_size, arguments):
 
         assert len(set(expected.sequences[0, 18:].tolist())) > 1
         assert torch.equal(got.sequences, expected.sequences)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: make_chunked(["chunked_attention"] * 2),
+        lambda: make_chunked(["chunked_attention", "full_attention"]),
+        make_longrope,
+    ],
+    ids=["chunked", "chunked and full", "longrope"],
+)
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_attention_that_slots_cannot_express(make, batch_size):
+    expected, got = generate_both(make(), make_draft(make_model("llama", seed=3)), make_prompts(batch_size))
+
+    assert torch.equal(got.sequences, expected.sequences)
+    assert got.stats.loop != "own"
 
 
 def test_falcon_runs_in_our_loop():
@@ -503,3 +546,12 @@ def test_copies_made_during_a_call_are_as_they_were():
     assert all(config == target.config for config in copies)
     assert "pard" not in str(copies[0]._attn_implementation)
     assert sys.modules[type(target).__module__].__name__.endswith("modeling_llama")
+
+
+@pytest.mark.parametrize("wrap", [with_pard, lambda model: make_draft(model)])
+def test_models_can_be_pickled_and_copied(wrap):
+    model = wrap(make_model("llama"))
+
+    for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert type(again) is type(model)
+        assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
