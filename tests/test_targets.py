@@ -112,7 +112,7 @@ class CountsByItself(transformers.LlamaForCausalLM):
 
 
 @pytest.mark.parametrize("is_known", [False, True])
-def test_code_from_elsewhere_is_looked_at(is_known):
+def test_custom_code_is_tried_out(is_known):
     torch.manual_seed(0)
     config = make_model("llama").config
     target = free_of_ends((transformers.LlamaForCausalLM if is_known else CountsByItself)(config).eval().to(DEVICE))
@@ -126,7 +126,7 @@ def test_code_from_elsewhere_is_looked_at(is_known):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_code_from_elsewhere_is_not_judged_by_the_rounding_of_autocast(seed):
+def test_custom_code_is_not_judged_by_the_rounding_of_autocast(seed):
     target = make_model("llama", seed=seed, num_hidden_layers=6)
     target.__class__ = type("FromElsewhere", (type(target),), {"__module__": "checkpoint_code"})
     arguments = {**make_prompts(1), "max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
@@ -138,7 +138,7 @@ def test_code_from_elsewhere_is_not_judged_by_the_rounding_of_autocast(seed):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "qwen3_moe"])
-def test_code_from_elsewhere_that_does_as_transformers_does_runs_in_our_loop(family):
+def test_custom_code_that_does_as_transformers_does_runs_in_our_loop(family):
     target = make_model(family)
     base = type(target)
     target.__class__ = type("FromElsewhere", (base,), {"__module__": "checkpoint_code"})
@@ -350,7 +350,7 @@ def test_stock_loop_takes_an_offloaded_draft():
 @pytest.mark.parametrize("settings", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
 @pytest.mark.parametrize("order", [(False, True), (True, False), (True, True)], ids=str)
 def test_autocast_may_change_between_calls(order, settings):
-    """Buffers of a call without autocast are no place for the entries of one with it, and the other way round."""
+    """Buffers of a call without autocast cannot hold the entries of one with it, and the other way round."""
     from transformers import CompileConfig
 
     if settings:
@@ -453,7 +453,7 @@ class Broken(LogitsProcessor):
         return scores
 
 
-def test_random_state_after_an_interrupt_in_the_stock_loop_is_that_of_the_tokens_said():
+def test_random_state_after_an_interrupt_in_the_stock_loop_is_that_of_the_emitted_tokens():
     class Streamer:
         num_tokens = -18
 
@@ -479,7 +479,7 @@ def test_random_state_after_an_interrupt_in_the_stock_loop_is_that_of_the_tokens
 
 
 @pytest.mark.parametrize("stops_by", ["streamer", "processor"])
-def test_random_state_after_an_interrupt_is_that_of_the_tokens_said(stops_by):
+def test_random_state_after_an_interrupt_is_that_of_the_emitted_tokens(stops_by):
     class Streamer:
         num_said = 0
 
@@ -505,7 +505,7 @@ def test_random_state_after_an_interrupt_is_that_of_the_tokens_said(stops_by):
     assert torch.equal(*states)
 
 
-def test_newer_host_than_tested_is_said_once(caplog, monkeypatch):
+def test_newer_transformers_than_tested_is_warned_of_once(caplog, monkeypatch):
     monkeypatch.setattr(transformers, "__version__", "5.99.0")
     host.warn_once.cache_clear()
     for _ in range(2):
@@ -523,7 +523,7 @@ def test_arguments_that_transformers_adds_are_no_concern(monkeypatch):
     original = type(target)._prepare_cache_for_generation
 
     def prepare(self, generation_config, model_kwargs, *args, **kwargs):
-        model_kwargs["added_by_the_host"] = torch.zeros(1)
+        model_kwargs["added_by_transformers"] = torch.zeros(1)
         return original(self, generation_config, model_kwargs, *args, **kwargs)
 
     monkeypatch.setattr(type(target), "_prepare_cache_for_generation", prepare)
