@@ -76,7 +76,7 @@ class CachedModel:
     ) -> torch.Tensor:
         """Run `input_ids` or `inputs_embeds` at `positions` `[B, q]`; return logits of the last `num_logits`.
 
-        With `on_path` the last columns are nodes of a tree; see [`SlotCache.place`].
+        With `on_path` the last columns are nodes of a tree; see [`SlotCache.prepare`].
         """
         arguments = self.prepare(positions, num_visible, on_path, inputs)
         if self.takes_num_logits:
@@ -99,7 +99,7 @@ class CachedModel:
     ) -> dict[str, Any]:
         """Set the slots to write and return the arguments of a forward over the cache."""
         positions = positions.to(self.device)
-        mask: Any = self.cache.place(positions, num_visible, None if on_path is None else on_path.to(self.device))
+        mask: Any = self.cache.prepare(positions, num_visible, None if on_path is None else on_path.to(self.device))
         if self.is_eager_attention:
             mask = additive(mask, self.model.dtype)
         return {

@@ -49,9 +49,9 @@ from .validation import (
     check_pair,
     check_prompt,
     full_attention_mask,
-    why_no_blocks,
-    why_no_draft,
-    why_not_slots,
+    unsupported_by_stock_loop,
+    unsupported_by_any_loop,
+    unsupported_by_own_loop,
 )
 
 # Criteria that a decoder decides on the device, row by row; any other is called as plain `generate` calls it.
@@ -213,14 +213,14 @@ class PardGenerationMixin(GenerationMixin):
         mask, longest = full_attention_mask(input_ids, config, model_kwargs), max_length(stopping_criteria)
         check_prompt(self, draft, input_ids, mask, longest, model_kwargs)
         length = mask.shape[1] + longest - input_ids.shape[1]
-        no_draft = why_no_draft(self, length, config, model_kwargs)
-        no_slots = why_not_slots(
+        no_draft = unsupported_by_any_loop(self, length, config, model_kwargs)
+        no_slots = unsupported_by_own_loop(
             self, draft, mask, length, config, synced_gpus, model_kwargs, config._caller_arguments
         )
         if no_draft is None and no_slots is None:
             return self._own_loop(input_ids, draft, mask, prepared, model_kwargs)
         prepared["synced_gpus"] = synced_gpus
-        no_draft = no_draft or why_no_blocks(self)
+        no_draft = no_draft or unsupported_by_stock_loop(self)
         stock_is_exact = (
             no_draft is None
             and len(input_ids) == 1
