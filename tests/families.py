@@ -173,8 +173,7 @@ def make_prompts(batch_size: int, longest: int = 18) -> dict[str, torch.Tensor]:
 def make_decoder(target, draft, prompts, new_tokens, kind=PardDecoder, eos_token_id=None, **options) -> PardDecoder:
     """A decoder as `generate()` makes it; `options` are those of the decoder, and else of the generation config."""
     own = {name: options.pop(name) for name in ("compiled", "schedule") if name in options}
-    config = PardGenerationConfig(**options)
-    config._pad_token_tensor = torch.tensor(0)
+    config = PardGenerationConfig(pad_token_id=0, **options)
     criteria = StoppingCriteriaList([MaxLengthCriteria(prompts["input_ids"].shape[1] + new_tokens)])
     if eos_token_id is not None:
         criteria.append(EosTokenCriteria(eos_token_id))

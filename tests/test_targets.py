@@ -254,7 +254,7 @@ def test_class_made_of_one_of_transformers_attends_as_that_does(family):
         assistant_model=make_draft(make_model("llama", seed=5)),
     )  # fmt: skip
 
-    assert host.looks_attention_up(target)
+    assert host.uses_attention_interface(target)
     assert got.stats.loop == "own"
     assert torch.equal(got.sequences, expected)
 
@@ -464,12 +464,12 @@ def test_random_state_after_an_interrupt_is_that_of_the_tokens_said(stops_by):
 
 def test_newer_host_than_tested_is_said_once(caplog, monkeypatch):
     monkeypatch.setattr(transformers, "__version__", "5.99.0")
-    host.warn_where_untested.cache_clear()
+    host.warn_once.cache_clear()
     for _ in range(2):
         with_pard(make_model("llama")).generate(
             **make_prompts(1), max_new_tokens=3, assistant_model=make_draft(make_model("llama", seed=5))
         )
-    host.warn_where_untested.cache_clear()
+    host.warn_once.cache_clear()
 
     assert sum("tested on transformers up to" in message for message in caplog.messages) == 1
 

@@ -23,7 +23,7 @@ from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 from ..host import can_compile, warn_once
 from .cache import SlotCache
 from .kernels import streamed_linear
-from .schedule import AdaptiveSchedule, ConstantSchedule, RoundCosts
+from .schedule import RoundCosts, Schedule
 
 logger = logging.getLogger(__name__)
 
@@ -189,14 +189,13 @@ def forget_code(code: CodeType) -> None:
 
 def schedule_for(
     target: PreTrainedModel, draft: PreTrainedModel, config: GenerationConfig, compiled: CompiledSteps | None
-) -> ConstantSchedule:
+) -> Schedule:
     """The schedule of a call, with the costs that earlier calls of the pair measured."""
-    counts = config.num_assistant_tokens, config.assistant_tree_size or 0
-    if config.num_assistant_tokens_schedule != "adaptive":
-        return ConstantSchedule(*counts)
-    key = target.dtype, target.device, None if compiled is None else compiled.kind
-    costs = compile_cache_of(target, draft).costs.setdefault(key, RoundCosts())
-    return AdaptiveSchedule(counts[0], costs, counts[1])
+    costs = None
+    if config.num_assistant_tokens_schedule == "adaptive":
+        key = target.dtype, target.device, None if compiled is None else compiled.kind
+        costs = compile_cache_of(target, draft).costs.setdefault(key, RoundCosts())
+    return Schedule(config.num_assistant_tokens, config.assistant_tree_size or 0, costs)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from .batch import PREFILL_CHUNK, Batch, Rows, to_host
 from .compilation import CompiledSteps
 from .kernels import grouped_attention
 from .sampling import Noise, process_positions, verify_ratio_test
-from .schedule import Choice, ConstantSchedule
+from .schedule import Choice, Schedule
 from .stats import DecodingStats, RoundTimes
 from .steps import Proposals, accept_step, append_step, draft_step, score_step, target_step
 
@@ -45,7 +45,7 @@ class PardDecoder:
             With one for the length; end tokens are decided on the device.
         compiled ([`CompiledSteps`], *optional*):
             Runs the steps of all rounds but the first; eager without it.
-        schedule ([`ConstantSchedule`], *optional*):
+        schedule ([`Schedule`], *optional*):
             Chooses K and the tree before each round, at most those of the config.
     """
 
@@ -64,7 +64,7 @@ class PardDecoder:
         inputs_embeds: torch.Tensor | None = None,
         past: Cache | None = None,
         compiled: CompiledSteps | None = None,
-        schedule: ConstantSchedule | None = None,
+        schedule: Schedule | None = None,
     ):
         config = generation_config
         self.input_ids, self.streamer, self.inputs_embeds = input_ids, streamer, inputs_embeds
@@ -72,7 +72,7 @@ class PardDecoder:
         self.do_sample, self.pad_token_id = bool(config.do_sample), pad_token_id(config)
         self.eos_token_id = end_tokens(stopping_criteria, input_ids.device)
         self.compiled = compiled
-        self.schedule = schedule or ConstantSchedule(config.num_assistant_tokens, config.assistant_tree_size or 0)
+        self.schedule = schedule or Schedule(config.num_assistant_tokens, config.assistant_tree_size or 0)
         self.vocab_size = target.config.get_text_config().vocab_size
 
         # As plain `generate`, which asks its criteria after the first token only.

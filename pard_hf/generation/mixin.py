@@ -35,7 +35,7 @@ from ..host import (
     subclass_named_as,
     warn_once,
     warn_where_untested,
-    with_host_names,
+    with_cache_renamed,
 )
 from .candidate_generator import PardCandidateGenerator, StockSampling
 from .compilation import compiled_steps, schedule_for
@@ -49,9 +49,9 @@ from .validation import (
     check_pair,
     check_prompt,
     full_attention_mask,
-    unsupported_by_stock_loop,
     unsupported_by_any_loop,
     unsupported_by_own_loop,
+    unsupported_by_stock_loop,
 )
 
 # Criteria that a decoder decides on the device, row by row; any other is called as plain `generate` calls it.
@@ -110,7 +110,7 @@ class PardGenerationMixin(GenerationMixin):
         Raises:
             ValueError: The call or the pair of models cannot be served; nothing was changed.
         """
-        kwargs = with_host_names(kwargs)
+        kwargs = with_cache_renamed(kwargs)
         if isinstance(assistant_model, PardDraftModel):
             warn_where_untested()
             generation_config = with_draft_defaults(assistant_model, generation_config, kwargs)
