@@ -40,6 +40,7 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 from pard_hf import PardDraftModel, PardGenerationConfig
 from pard_hf.draft.correction_head import CorrectionHead
 from pard_hf.generation.decoder import PardDecoder
+from pard_hf.generation.schedule import Schedule
 
 VOCAB_SIZE, MASK_TOKEN_ID = 100, 99
 COMMON = {
@@ -172,8 +173,9 @@ def make_prompts(batch_size: int, longest: int = 18) -> dict[str, torch.Tensor]:
 
 def make_decoder(target, draft, prompts, new_tokens, kind=PardDecoder, eos_token_id=None, **options) -> PardDecoder:
     """A decoder as `generate()` makes it; `options` are those of the decoder, and else of the generation config."""
-    own = {name: options.pop(name) for name in ("compiled", "schedule") if name in options}
+    compiled, schedule = options.pop("compiled", None), options.pop("schedule", None)
     config = PardGenerationConfig(pad_token_id=0, **options)
+    schedule = schedule or Schedule(config.num_assistant_tokens, config.assistant_tree_size or 0)
     criteria = StoppingCriteriaList([MaxLengthCriteria(prompts["input_ids"].shape[1] + new_tokens)])
     if eos_token_id is not None:
         criteria.append(EosTokenCriteria(eos_token_id))
@@ -181,10 +183,11 @@ def make_decoder(target, draft, prompts, new_tokens, kind=PardDecoder, eos_token
         target,
         draft,
         **prompts,
+        compiled=compiled,
+        schedule=schedule,
         generation_config=config,
         logits_processor=LogitsProcessorList(),
         stopping_criteria=criteria,
-        **own,
     )
 
 

@@ -32,8 +32,7 @@ def cache_size(num_tokens: int) -> int:
 def to_host(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
     """Begin to copy a tensor to the host; the returned function waits for the copy and returns it.
 
-    While a call is decoded this is the only way from the device to the host: every look at a value waits for the
-    device, so a round takes one.
+    A look at a value waits for the device, so this is the only way to the host while a call is decoded, once a round.
     """
     if tensor.device.type != "cuda":
         copy = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
@@ -51,17 +50,11 @@ def to_host(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
 
 
 class CachedModel:
-    """A model with its KV cache.
-
-    Args:
-        num_unread (`int`):
-            How many of each row's last tokens the cache may lack.
-    """
+    """A model with its KV cache, which may lack up to `num_unread` of each row's last tokens."""
 
     def __init__(self, model: PreTrainedModel, cache: SlotCache, num_unread: int = 0):
         self.model, self.cache, self.num_unread = model, cache, num_unread
-        self.device = input_device(model)
-        self.cache_name = cache_argument(model)
+        self.device, self.cache_name = input_device(model), cache_argument(model)
         self.takes_num_logits = "logits_to_keep" in forward_parameters(model)
         self.last_position = num_positions(model.config) - 1
         self.is_eager_attention = model.config._attn_implementation == "eager"
@@ -123,19 +116,9 @@ def additive(mask: Any, dtype: torch.dtype) -> Any:
 class Rows:
     """Texts without padding, each of its own length; changed in place during a round.
 
-    Args:
-        tokens (`torch.LongTensor` of shape `(batch_size, width)`):
-            `tokens[row, i]` is the i-th known token; the rest is room for more.
-        lengths (`torch.LongTensor` of shape `(batch_size,)`):
-            Known tokens.
-        offset (`torch.LongTensor` of shape `(batch_size,)`):
-            Tokens before them that came as embeddings or in an earlier cache: token i has position `offset + i` in the
-            target, and i in the draft.
-        num_prompt_tokens (`torch.LongTensor` of shape `(batch_size,)`) and
-        budget (`torch.LongTensor` of shape `(batch_size,)`):
-            Known tokens of the prompt, and how many a row may emit.
-        is_finished (`torch.BoolTensor` of shape `(batch_size,)`):
-            Whether a row has ended.
+    `tokens[row, i]`, i < `lengths[row]`, is a known token, of which the first `num_prompt_tokens` are the prompt's; the
+    rest is room for more, `budget` new tokens at most. Its position in the draft is i and in the target `offset + i`:
+    the offset counts what came before as embeddings or in an earlier cache. Shapes are `[B, width]` and `[B]`.
     """
 
     tokens: torch.Tensor
@@ -199,19 +182,10 @@ class Rows:
 
 
 class Batch:
-    """The rows still decoded, their caches, and what the host knows of them.
+    """The rows still decoded, both models' caches, and what the host knows of the rows.
 
-    Args:
-        rows ([`Rows`]):
-            As the call gives them.
-        budget (`int`):
-            Tokens that a row may emit.
-        largest ([`Choice`]):
-            The most that a round proposes.
-        compiled ([`CompiledSteps`], *optional*):
-            Owner of static buffers, where steps are compiled.
-        keeps_cache (`bool`):
-            Whether the target's entries of dropped rows are wanted in the end.
+    Buffers are those of `compiled` steps where there are any. With `keeps_cache` the target's entries of dropped rows
+    are kept for the end.
     """
 
     def __init__(
@@ -225,7 +199,7 @@ class Batch:
         keeps_cache: bool,
     ):
         self.budget, self.compiled, self.keeps_cache = budget, compiled, keeps_cache
-        # Host copies, refreshed by the one synchronization a round; one entry for each row still in the batch.
+        # Host copies, refreshed by the one synchronization a round; an entry for each row still in the batch.
         self.lengths: list[int] = rows.lengths.tolist()
         self.prompt_lengths = list(self.lengths)
         self.offset = int(rows.offset.max())
@@ -332,12 +306,7 @@ class Batch:
         return copy
 
     def read(self, model: CachedModel, longest: int) -> None:
-        """Prefill in chunks: write what a model has not read yet to its cache, without a look at its logits.
-
-        Args:
-            longest (`int`):
-                Positions of the longest text in that model.
-        """
+        """Prefill in chunks what a model has not read yet; `longest` are positions of the longest text in it."""
         width = model.num_unread
         ids, index = self.rows.last(width)
         positions = self.rows.positions(index) if model is self.target else index

@@ -79,32 +79,24 @@ def compile_cache_of(target: PreTrainedModel, draft: PreTrainedModel) -> Compile
 
 
 class CompiledSteps:
-    """The compiled steps of one call, with `dynamic=False` and as one graph each.
+    """The compiled steps of one call over the locked cache of its pair; a target that was moved gets other buffers.
 
-    Args:
-        kept ([`CompileCache`]):
-            Of the pair; locked.
-        config ([`CompileConfig`]):
-            Backend, mode and options; shapes are fixed and graphs whole whatever it holds.
-        model ([`PreTrainedModel`]):
-            The target; one moved elsewhere, or to another dtype, gets other buffers.
+    Of the config backend, mode and options count: shapes are fixed and graphs whole whatever it holds.
     """
 
-    def __init__(self, kept: CompileCache, config: CompileConfig, model: PreTrainedModel):
-        self.kept, self.config = kept, config
-        self.placement = (model.dtype, str(model.device), autocast_dtype(model.device))
+    def __init__(self, kept: CompileCache, config: CompileConfig, target: PreTrainedModel):
+        self.kept, self.config, self.compile_seconds = kept, config, 0.0
+        self.placement = (target.dtype, str(target.device), autocast_dtype(target.device))
         # What steps belong to besides their shape.
         backend = (str(config.backend), config.mode, str(config.options))
         self.kind: tuple[Hashable, ...] = (self.placement, *backend, torch.is_inference_mode_enabled())
-        self.compile_seconds = 0.0
 
     def cache(self, name: str, model: PreTrainedModel, batch_size: int, num_slots: int) -> SlotCache:
         """An empty static cache for one of the two models; `name` tells them apart."""
         key = (name, batch_size, num_slots, self.placement)
-        if key in self.kept.caches:
-            self.kept.caches[key].clear()
-        else:
+        if key not in self.kept.caches:
             self.kept.caches[key] = SlotCache.of(model, num_slots, is_static=True)
+        self.kept.caches[key].clear()
         return self.kept.caches[key]
 
     def rows(self, rows: Any) -> Any:

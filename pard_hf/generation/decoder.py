@@ -35,18 +35,12 @@ class PardDecoder:
     """Decode one call of `generate()`, whose arguments it takes as transformers prepared them.
 
     Args:
-        input_ids (`torch.LongTensor` of shape `(batch_size, num_columns)`):
-            Prompt, left-padded; no columns when `inputs_embeds` is given.
+        input_ids (`torch.LongTensor` of shape `(batch_size, num_columns)`) and inputs_embeds (`torch.FloatTensor`):
+            Prompt, left-padded; no columns of ids when there are embeddings.
         attention_mask (`torch.LongTensor` of shape `(batch_size, mask_length)`):
             1 for text, 0 for padding; longer than the prompt where the prompt goes on after an earlier cache, `past`.
-        generation_config ([`PardGenerationConfig`]):
-            K, N, verification and outputs.
-        stopping_criteria (`StoppingCriteriaList`):
-            With one for the length; end tokens are decided on the device.
         compiled ([`CompiledSteps`], *optional*):
-            Runs the steps of all rounds but the first; eager without it.
-        schedule ([`Schedule`], *optional*):
-            Chooses K and the tree before each round, at most those of the config.
+            Runs the steps of all rounds but the first; without it all run eagerly.
     """
 
     loop = "own"
@@ -57,22 +51,21 @@ class PardDecoder:
         draft: PardDraftModel,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
+        compiled: CompiledSteps | None,
+        schedule: Schedule,
         generation_config: Any,
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         streamer: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         past: Cache | None = None,
-        compiled: CompiledSteps | None = None,
-        schedule: Schedule | None = None,
     ):
         config = generation_config
         self.input_ids, self.streamer, self.inputs_embeds = input_ids, streamer, inputs_embeds
         self.logits_processor, self.stopping_criteria = logits_processor, stopping_criteria
         self.do_sample, self.pad_token_id = bool(config.do_sample), pad_token_id(config)
         self.eos_token_id = end_tokens(stopping_criteria, input_ids.device)
-        self.compiled = compiled
-        self.schedule = schedule or Schedule(config.num_assistant_tokens, config.assistant_tree_size or 0)
+        self.compiled, self.schedule = compiled, schedule
         self.vocab_size = target.config.get_text_config().vocab_size
 
         # As plain `generate`, which asks its criteria after the first token only.
@@ -142,6 +135,8 @@ class PardDecoder:
             self.mark("draft")
             logits = self.score(proposals, choice, longest + self.batch.offset)
         self.mark("verify")
+        if choice.tree_size:  # A small vocabulary may not have as many prefixes.
+            choice = choice._replace(tree_size=proposals.tokens.shape[1])
         self.accept(proposals, logits, choice)
         accepted = self.synchronize(0 if self.is_first else self.num_ahead)
         self.mark("loop")
@@ -223,8 +218,6 @@ class PardDecoder:
         """Verify the proposals, append what was accepted and begin to copy the outcome to the host."""
         scores = process_positions(self.logits_processor, logits)
         outcome, nodes = self.verify(proposals, scores, choice)
-        if choice.tree_size:  # A small vocabulary may not have as many prefixes.
-            choice = choice._replace(tree_size=proposals.tokens.shape[1])
         arrived = to_host(outcome)
         self.pending.append((arrived, choice))
         if self.scores is not None or self.logits is not None:

@@ -57,29 +57,20 @@ class LockstepDecoder(PardDecoder):
             path.append(nodes)
         if proposals.tree is not None and path:
             keep_step(self.batch.target, self.batch.rows, torch.stack(path, dim=1))
-        self.append(processed, raw, emitted, choice, proposals)
+        self.append(processed, raw, emitted, choice)
         self.batch.unfinished = going.tolist()
 
     def append(
-        self,
-        processed: list[torch.Tensor],
-        raw: list[torch.Tensor],
-        emitted: torch.Tensor,
-        choice: Choice,
-        proposals: Proposals,
+        self, processed: list[torch.Tensor], raw: list[torch.Tensor], emitted: torch.Tensor, choice: Choice
     ) -> None:
         """Append the columns of a round, of each row the first `emitted` as its own text."""
-        num_grown = len(raw)
+        grown = [len(raw)] * len(self.batch)
         self.num_new += emitted
-        self.batch.rows.append(self.columns[:, -num_grown:], num_grown)
-        grown = [num_grown] * len(self.batch)
+        self.batch.rows.append(self.columns[:, -len(raw) :], len(raw))
         if self.scores is not None or self.logits is not None:
             self.record(torch.stack(processed, dim=1), torch.stack(raw, dim=1), grown)
-        if choice.tree_size:
-            choice = choice._replace(tree_size=proposals.tokens.shape[1])
         self.account(grown, emitted.tolist(), choice)
-        # The slowest row decides what a round of this batch is worth.
-        self.accepted = [num_grown - 1]
+        self.accepted = [len(raw) - 1]  # The slowest row decides what a round of this batch is worth.
 
     def choose_tokens(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Choose one token a row from raw `logits` `[B, V]` as plain `generate` does; returns tokens and scores."""

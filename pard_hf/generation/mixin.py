@@ -88,24 +88,15 @@ class PardGenerationMixin(GenerationMixin):
         """Generate as transformers does, faster when `assistant_model` is a [`PardDraftModel`].
 
         Args:
-            generation_config (`GenerationConfig`, *optional*):
-                Any, or a [`PardGenerationConfig`]; its options may also be given as arguments.
             assistant_model ([`PardDraftModel`], *optional*):
                 The draft; the output does not depend on it.
             num_assistant_tokens (`int`, *optional*):
                 K, proposals a round; defaults to the draft's `generation_config`.
-            assistant_tree_size (`int`, *optional*):
-                N, nodes of the tree that the target verifies in a round; 0 for a chain of K proposals. Defaults to the
-                `assistant_tree_size` of the generation config, the target's own or the draft's, and else to 0.
-            verification (`str`, *optional*, defaults to `"sample_and_match"`):
-                How sampled tokens are verified: `"sample_and_match"` (the tokens of plain `generate` under the same
-                seed) or `"ratio_test"` (speculative sampling; the same distribution).
-            measure_rounds (`bool`, *optional*, defaults to `False`):
-                Whether to return the seconds of each step of the rounds, as `round_times`.
+            kwargs:
+                Any argument of `generate`, and the options of [`PardGenerationConfig`].
 
         Returns:
-            As `generate` of transformers; with `return_dict_in_generate=True` a [`PardGenerateOutput`], which has
-            `.stats`.
+            As transformers; with `return_dict_in_generate=True` a [`PardGenerateOutput`], which has `.stats`.
 
         Raises:
             ValueError: The call or the pair of models cannot be served; nothing was changed.
@@ -172,44 +163,29 @@ class PardGenerationMixin(GenerationMixin):
             warn_unused("This way of generating takes no draft")
 
     def _assisted_decoding(
-        self,
-        input_ids: torch.Tensor,
-        inputs_tensor: torch.Tensor | None = None,
-        assistant_model: Any = None,
-        assistant_tokenizer: Any = None,
-        tokenizer: Any = None,
-        **kwargs: Any,
+        self, input_ids: torch.Tensor, inputs_tensor: Any = None, assistant_model: Any = None, **kwargs: Any
     ) -> Any:
         if isinstance(assistant_model, PardDraftModel):
             return self._pard_decoding(input_ids, assistant_model, **kwargs)
-        return super()._assisted_decoding(
-            input_ids,
-            inputs_tensor=inputs_tensor,
-            assistant_model=assistant_model,
-            assistant_tokenizer=assistant_tokenizer,
-            tokenizer=tokenizer,
-            **kwargs,
-        )
+        models = {"inputs_tensor": inputs_tensor, "assistant_model": assistant_model}
+        return super()._assisted_decoding(input_ids, **models, **kwargs)
 
     def _pard_decoding(
         self,
         input_ids: torch.Tensor,
         draft: PardDraftModel,
         generation_config: GenerationConfig,
-        synced_gpus: bool = False,
-        logits_processor: Any = None,
-        stopping_criteria: Any = None,
+        logits_processor: Any,
+        stopping_criteria: Any,
         streamer: Any = None,
+        synced_gpus: bool = False,
+        tokenizer: Any = None,
+        assistant_tokenizer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
         """Choose the loop: ours, that of transformers, or plain decoding where neither is exact."""
-        config = generation_config
-        prepared = {
-            "logits_processor": logits_processor,
-            "stopping_criteria": stopping_criteria,
-            "generation_config": config,
-            "streamer": streamer,
-        }
+        config, prepared = generation_config, {"logits_processor": logits_processor, "streamer": streamer}
+        prepared |= {"stopping_criteria": stopping_criteria, "generation_config": config}
         mask, longest = full_attention_mask(input_ids, config, model_kwargs), max_length(stopping_criteria)
         check_prompt(self, draft, input_ids, mask, longest, model_kwargs)
         length = mask.shape[1] + longest - input_ids.shape[1]
@@ -249,17 +225,9 @@ class PardGenerationMixin(GenerationMixin):
         config, past = prepared["generation_config"], cache_in(model_kwargs)
         decoder_type = decoder_class(**prepared, batch_size=len(input_ids))
         with compiled_steps(self, draft, config) as compiled:
-            decoder = decoder_type(
-                self,
-                draft,
-                input_ids,
-                mask,
-                **prepared,
-                inputs_embeds=model_kwargs.get("inputs_embeds"),
-                past=past,
-                compiled=compiled,
-                schedule=schedule_for(self, draft, config, compiled),
-            )
+            inputs = {"inputs_embeds": model_kwargs.get("inputs_embeds"), "past": past}
+            schedule = schedule_for(self, draft, config, compiled)
+            decoder = decoder_type(self, draft, input_ids, mask, compiled, schedule, **inputs, **prepared)
             decoder.run()
             if prepared["streamer"] is not None:
                 prepared["streamer"].end()
@@ -267,7 +235,17 @@ class PardGenerationMixin(GenerationMixin):
                 # A static cache made for this call was never filled; what is returned is what was decoded.
                 past = past if isinstance(past, DynamicCache) else DynamicCache(config=self.config)
                 decoder.extend(past)
-            return output_of(decoder, past) if config.return_dict_in_generate else decoder.sequences()
+            if not config.return_dict_in_generate:
+                return decoder.sequences()
+            return PardGenerateOutput(
+                sequences=decoder.sequences(),
+                scores=None if decoder.scores is None else decoder.scores.columns(),
+                logits=None if decoder.logits is None else decoder.logits.columns(),
+                stats=decoder.stats,
+                compile_seconds=decoder.compile_seconds,
+                round_times=decoder.times,
+                **{CACHE_NAME: past},
+            )
 
     def _stock_loop(
         self,
@@ -282,38 +260,29 @@ class PardGenerationMixin(GenerationMixin):
         Sampled tokens are drawn by us, with the noise plain `generate` would draw: that loop only compares.
         """
         config = copy.copy(prepared["generation_config"])
-        chain = "; a chain is drafted instead of a tree" if config.assistant_tree_size else ""
+        changes = "; a chain is drafted instead of a tree" if config.assistant_tree_size else ""
         if config.verification == "ratio_test" and config.do_sample:
-            chain += "; tokens are verified by sample-and-match"
-        warn_once(f"{reason}: drafting in the assisted loop of transformers{chain}.")
+            changes += "; tokens are verified by sample-and-match"
+        warn_once(f"{reason}: drafting in the assisted loop of transformers{changes}.")
         prepared = {**prepared, "generation_config": config}
         sampling = None
         if config.do_sample:
             noise = Noise(input_ids.device, is_ordered=True)
-            sampling = StockSampling(
-                prepared["logits_processor"], noise, input_ids.shape[1], keeps_scores=bool(config.output_scores)
-            )
-            config.do_sample = False
-            prepared["logits_processor"] = sampling.processors()
+            keeps_scores = bool(config.output_scores)
+            sampling = StockSampling(prepared["logits_processor"], noise, input_ids.shape[1], keeps_scores)
+            config.do_sample, prepared["logits_processor"] = False, sampling.processors()
             if prepared["streamer"] is not None:
                 prepared["streamer"] = sampling.streamer(prepared["streamer"])
         past = cache_in(model_kwargs)
         if is_refused_by_stock_loop(past):
-            config.cache_implementation = None
-            past = DynamicCache(config=self.config)
+            config.cache_implementation, past = None, DynamicCache(config=self.config)
         if type(past) is DynamicCache and all(type(layer) is DynamicLayer for layer in past.layers):
             # Layers as they are written: half of an encoder-decoder leaves some unused, and those cannot be cropped.
             past = DynamicCache()
         model_kwargs = {**model_kwargs, CACHE_NAME: past}
-        generator = PardCandidateGenerator(
-            draft,
-            config.num_assistant_tokens,
-            config.max_length,
-            self.config.get_text_config().vocab_size,
-            model_kwargs.get("attention_mask"),
-            sampling,
-            end_token_ids(config),
-        )
+        sizes = config.num_assistant_tokens, config.max_length, self.config.get_text_config().vocab_size
+        mask, ends = model_kwargs.get("attention_mask"), end_token_ids(config)
+        generator = PardCandidateGenerator(draft, *sizes, mask, sampling, ends)
         # The loop hands its assistant to `_get_candidate_generator` and does nothing else with it.
         output = super()._assisted_decoding(input_ids, **prepared, assistant_model=generator, **model_kwargs)
         if sampling is not None:
@@ -367,19 +336,6 @@ def decoder_class(
             "Use the default, `verification='sample_and_match'`."
         )
     return RatioTestDecoder
-
-
-def output_of(decoder: PardDecoder, past: Any) -> PardGenerateOutput:
-    """The results of a finished decoder."""
-    return PardGenerateOutput(
-        sequences=decoder.sequences(),
-        scores=None if decoder.scores is None else decoder.scores.columns(),
-        logits=None if decoder.logits is None else decoder.logits.columns(),
-        stats=decoder.stats,
-        compile_seconds=decoder.compile_seconds,
-        round_times=decoder.times,
-        **{CACHE_NAME: past},
-    )
 
 
 def with_stats(output: Any, stats: DecodingStats) -> Any:

@@ -18,15 +18,10 @@ from .tree import Tree, ancestors, best_prefixes, choose_at_nodes, tree_of_margi
 
 
 class Proposals(NamedTuple):
-    """Draft tokens of a round: a chain, or a tree with its ancestor mask.
+    """Draft tokens `[B, num_proposals]` of a round, in the order in which the target reads them.
 
-    Args:
-        tokens (`torch.LongTensor` of shape `(batch_size, num_proposals)`):
-            In the order in which the target reads them.
-        scores (`torch.FloatTensor` of shape `(batch_size, K, vocab_size)`, *optional*):
-            Logits that the tokens of a chain were chosen from.
-        tree ([`Tree`], *optional*) and on_path (`torch.BoolTensor` of shape `(batch_size, N + 1, N + 1)`, *optional*):
-            Parents and depths of a tree's nodes, and for each of root and nodes which others lie on its path.
+    Either a chain, with the logits `scores` `[B, K, V]` that its tokens were chosen from, or a tree, with a mask
+    `on_path` `[B, N + 1, N + 1]`: of root and nodes, which others lie on the path to each.
     """
 
     tokens: torch.Tensor
