@@ -116,9 +116,9 @@ def additive(mask: Any, dtype: torch.dtype) -> Any:
 class Rows:
     """Texts without padding, each of its own length; changed in place during a round.
 
-    `tokens[row, i]`, i < `lengths[row]`, is a known token, of which the first `num_prompt_tokens` are the prompt's; the
-    rest is room for more, `budget` new tokens at most. Its position in the draft is i and in the target `offset + i`:
-    the offset counts what came before as embeddings or in an earlier cache. Shapes are `[B, width]` and `[B]`.
+    `tokens[row, i]`, i < `lengths[row]`, is a known token, of which the first `num_prompt_tokens` are the prompt's;
+    the rest is room for more, `budget` new tokens at most. Its position in the draft is i and in the target
+    `offset + i`: the offset counts what came before as embeddings or in an earlier cache. Shapes `[B, width]`, `[B]`.
     """
 
     tokens: torch.Tensor
