@@ -94,9 +94,9 @@ def count_emitted(
 class Noise:
     """Exponential noise for blocks of positions.
 
-    For a single row (`is_ordered`) it is drawn one position after the other, and what a round does not use is kept for the next: the
-    same seed gives the same text as plain `generate`, which draws once a token. Rows of a batch advance by different
-    counts, so there only the distribution is kept.
+    For a single row (`is_ordered`) it is drawn one position after the other, and what a round does not use is kept for
+    the next: the same seed gives the same text as plain `generate`, which draws once a token. Rows of a batch advance
+    by different counts, so there only the distribution is kept.
 
     Noise is drawn ahead from a generator of its own. The device's generator only ever passes over the noise of tokens
     that were emitted, so it stands where plain `generate` would leave it, after an interrupt too.
