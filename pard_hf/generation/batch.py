@@ -83,7 +83,9 @@ class CachedModel:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run a draft; return logits of the last `num_drafts` positions, and hidden states for a correction head."""
         model: Any = self.model
-        outputs = model.places(num_drafts, **self.prepare(positions, num_visible, None, {"input_ids": input_ids}))
+        outputs = model.position_logits(
+            num_drafts, **self.prepare(positions, num_visible, None, {"input_ids": input_ids})
+        )
         self.cache.slots.flat_rows = None
         return outputs
 

@@ -106,7 +106,7 @@ class SlotLayer(CacheLayerMixin):
     def write(
         self, buffer: torch.Tensor, index: torch.Tensor, states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write states into a buffer, in place where their types agree; return it, and its view of all visible slots.
+        """Write states into a buffer, in place where their types agree; return it and a view of its visible slots.
 
         Under autocast keys and values may differ in type, and two calls on one cache may: the wider one is kept, as by
         `DynamicCache`, which concatenates.
