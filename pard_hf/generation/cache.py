@@ -94,7 +94,7 @@ class SlotLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write `[batch_size, num_heads, query_length, head_dim]` where `prepare` settled; return all visible slots."""
+        """Write `[batch_size, num_heads, query_length, head_dim]` in the prepared slots; return all visible ones."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.slots.flat_rows is not None, "`prepare` comes before a forward"

@@ -138,7 +138,6 @@ class PardGenerationMixin(GenerationMixin):
         for name in OPTIONS:
             value = options.get(name)
             setattr(config, name, getattr(config, name, None) if value is None else value)
-        check_options(config)
         config._caller_arguments = frozenset(model_kwargs)
         return config, model_kwargs
 
@@ -146,16 +145,18 @@ class PardGenerationMixin(GenerationMixin):
         self, generation_mode: Any, generation_config: GenerationConfig, generation_mode_kwargs: dict[str, Any]
     ) -> None:
         """Refuse what cannot be served before anything is changed; batches and padded vocabularies are served."""
-        draft = generation_mode_kwargs.get("assistant_model")
-        if not isinstance(draft, PardDraftModel):
-            return super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+        draft: Any = generation_mode_kwargs.get("assistant_model")
         config = generation_config
+        is_drafted = isinstance(draft, PardDraftModel)
+        if is_drafted and config.assistant_tree_size is None:
+            config.assistant_tree_size = getattr(draft.generation_config, "assistant_tree_size", None)
+        if any(getattr(config, name) is not None for name in OPTIONS):
+            check_options(config)
+        if not is_drafted:
+            return super()._validate_generation_mode(generation_mode, config, generation_mode_kwargs)
         check_mode(self, config)
         tokenizers = (generation_mode_kwargs.get(name) for name in ("tokenizer", "assistant_tokenizer"))
         check_pair(self, draft, config.num_assistant_tokens, *tokenizers)
-        if config.assistant_tree_size is None:
-            config.assistant_tree_size = getattr(draft.generation_config, "assistant_tree_size", None) or 0
-            check_options(config)
         if config.assistant_tree_size and config.verification == "ratio_test":
             warn_once("The ratio test is made for one path: a chain is drafted instead of a tree.")
             config.assistant_tree_size = 0
