@@ -2,10 +2,9 @@
 
 import pytest
 from device import torch
-from families import add_head, make_draft, make_model, make_prompts, make_self_draft
+from families import add_head, make_decoder, make_draft, make_model, make_prompts, make_self_draft
 
 from pard_hf import with_pard
-from pard_hf.generation.decoder import DecodingRequest, PardDecoder
 from pard_hf.generation.schedule import COUNTS, Choice, RoundCosts, Schedule, check_schedule
 
 
@@ -216,14 +215,7 @@ def test_plain_rounds_do_not_spoil_the_draft():
             self.count += 1
             return Choice(0 if self.count % 3 else 1)
 
-    request = DecodingRequest(
-        input_ids=prompts["input_ids"],
-        attention_mask=prompts["attention_mask"],
-        num_assistant_tokens=1,
-        max_length=18 + 60,
-        pad_token_id=0,
-    )
-    decoder = PardDecoder(target, draft, request, schedule=Alternating(1))
+    decoder = make_decoder(target, draft, prompts, 60, num_assistant_tokens=1, schedule=Alternating(1))
     with torch.no_grad():
         decoder.run()
 

@@ -94,28 +94,28 @@ class SlotLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write states `[batch_size, num_heads, query_length, head_dim]` at `flat_rows`; return all visible slots."""
+        """Write `[batch_size, num_heads, query_length, head_dim]` in the prepared slots; return all visible ones."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.slots.flat_rows is not None, "`prepare` comes before a forward"
         index = self.slots.flat_rows.to(self.device)
-        self.keys = self.written(self.keys, index, key_states)
-        self.values = self.written(self.values, index, value_states)
-        return self.read(self.keys), self.read(self.values)
+        self.keys, keys = self.write(self.keys, index, key_states)
+        self.values, values = self.write(self.values, index, value_states)
+        return keys, values
 
-    def written(self, buffer: torch.Tensor, index: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        """Write states into a buffer, in place where their types agree.
+    def write(
+        self, buffer: torch.Tensor, index: torch.Tensor, states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write states into a buffer, in place where their types agree; return it and a view of its visible slots.
 
         Under autocast keys and values may differ in type, and two calls on one cache may: the wider one is kept, as by
         `DynamicCache`, which concatenates.
         """
         dtype = torch.promote_types(buffer.dtype, states.dtype)
-        return buffer.to(dtype).index_copy_(0, index, states.transpose(1, 2).flatten(0, 1).to(dtype))
-
-    def read(self, buffer: torch.Tensor) -> torch.Tensor:
-        """View a buffer as `[batch_size, num_heads, num_visible, head_dim]`."""
-        visible = self.by_row(buffer)[:, : self.slots.num_visible].transpose(1, 2)
-        return visible.contiguous() if self.slots.is_contiguous else visible
+        buffer = buffer.to(dtype).index_copy_(0, index, states.transpose(1, 2).flatten(0, 1).to(dtype))
+        visible = buffer.view(-1, self.slots.num_slots + 1, *buffer.shape[1:])[:, : self.slots.num_visible]
+        visible = visible.transpose(1, 2)
+        return buffer, visible.contiguous() if self.slots.is_contiguous else visible
 
     def by_row(self, buffer: torch.Tensor) -> torch.Tensor:
         """View a buffer as `[batch_size, num_slots + 1, num_heads, head_dim]`."""
@@ -239,10 +239,9 @@ class SlotCache(Cache):
 
     def append_to(self, cache: DynamicCache, positions: torch.Tensor) -> None:
         """Append the entries at `positions` `[B, length]`, zeros where negative, to a cache of columns."""
-        self.slots.num_visible = self.num_slots
         for index, layer in enumerate(self.layers):
             columns = positions.to(layer.device)[:, None, :, None]
-            states = (layer.read(layer.keys), layer.read(layer.values))
+            states = (layer.by_row(buffer).transpose(1, 2) for buffer in (layer.keys, layer.values))
             gathered = (s.gather(2, columns.clamp(min=0).expand(-1, s.shape[1], -1, s.shape[3])) for s in states)
             cache.update(*(entries * (columns >= 0) for entries in gathered), index)
 

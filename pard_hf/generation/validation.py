@@ -37,7 +37,7 @@ from ..host import (
     names_cache_layers,
     num_positions,
 )
-from .batch import Role
+from .batch import CachedModel
 from .cache import SlotCache, attention_windows
 from .schedule import check_schedule
 
@@ -357,11 +357,11 @@ def is_close(model: PreTrainedModel, logits_of: LogitsOf) -> bool:
 
 def logits_over_slots(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """Logits behind the first tokens over our cache, where rejected entries lie in the slots behind."""
-    role = Role(model, SlotCache.of(model, NUM_SLOTS))
+    cached = CachedModel(model, SlotCache.of(model, NUM_SLOTS))
     positions = torch.arange(NUM_TOKENS, device=ids.device).unsqueeze(0)
-    role.forward(positions, NUM_SLOTS, 1, input_ids=ids.flip(1))
-    role.forward(positions[:, :NUM_FIRST], NUM_SLOTS, 1, input_ids=ids[:, :NUM_FIRST])
-    return role.forward(positions[:, NUM_FIRST:], NUM_SLOTS, NUM_TOKENS - NUM_FIRST, input_ids=ids[:, NUM_FIRST:])
+    cached.forward(positions, NUM_SLOTS, 1, input_ids=ids.flip(1))
+    cached.forward(positions[:, :NUM_FIRST], NUM_SLOTS, 1, input_ids=ids[:, :NUM_FIRST])
+    return cached.forward(positions[:, NUM_FIRST:], NUM_SLOTS, NUM_TOKENS - NUM_FIRST, input_ids=ids[:, NUM_FIRST:])
 
 
 def logits_over_blocks(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
