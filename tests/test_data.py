@@ -106,7 +106,7 @@ def test_messages_without_a_template_are_refused(tokenizer, tmp_path):
 def test_short_row_is_named(tokenizer):
     rows = [{"text": "abc"}, {"text": ""}, {"prompt": "abcdef", "response": "g"}]
 
-    with pytest.raises(ValueError, match="1 tokens in row 2"):
+    with pytest.raises(ValueError, match="row 2, but it has 1 tokens.*--max-length 6"):
         tokenize_rows(tokenizer, rows, max_length=6)
     assert len(tokenize_rows(tokenizer, rows, max_length=6, skip_bad_rows=True)) == 1
 
@@ -180,7 +180,7 @@ def test_questions_stay_where_the_template_ends_them_too(tokenizer):
 
 
 @pytest.mark.parametrize("mark", ["{%- generation -%}", "{%generation%}"])
-def test_marks_may_be_written_as_the_host_allows(tokenizer, mark):
+def test_marks_may_be_written_as_transformers_allows(tokenizer, mark):
     set_template(tokenizer, "[a]" + mark + "{{ m['content'] }}</s>{% endgeneration %}")
 
     assert learned(tokenizer, encode_row(tokenizer, CHAT)) == "ab</s>cd</s>"
@@ -198,7 +198,7 @@ def test_templates_that_fail_name_the_row(tokenizer, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(CHAT) + "\n")
 
-    with pytest.raises(ValueError, match="rows.jsonl`, but it fails: no system turns"):
+    with pytest.raises(ValueError, match="rows.jsonl`, but the chat template fails: no system turns"):
         tokenize_rows(tokenizer, read_rows(path), 64)
     assert tokenize_rows(tokenizer, read_rows(path), 64, skip_bad_rows=True) == []
 
