@@ -16,7 +16,7 @@ import copy
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
 from itertools import chain, islice, takewhile
 from typing import Any, NamedTuple
@@ -183,15 +183,6 @@ def pad_token_id(generation_config: GenerationConfig) -> int | None:
     """The padding token as `generate()` settles on it: the first end token where none is named."""
     pad = generation_config.pad_token_id
     return next(iter(end_token_ids(generation_config)), None) if pad is None else int(pad)
-
-
-def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int | None) -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask` `[B, T]` of token ids of different lengths, padded on the left."""
-    width, pad = max(map(len, rows)), pad_token_id or 0
-    return {
-        "input_ids": torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows]),
-        "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
-    }
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

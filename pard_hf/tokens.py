@@ -1,9 +1,10 @@
-"""Token ids of prompts and answers, by a tokenizer's chat template."""
+"""Token ids between text and a model: chat templates, left padding, end tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, str]
@@ -72,6 +73,15 @@ def turn_end_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Return the ids that may end a turn: the end token and, for templates that write another, special tokens."""
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return special if tokenizer.eos_token_id is None else special | {tokenizer.eos_token_id}
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int | None) -> dict[str, torch.Tensor]:
+    """Pad token ids on the left; returns `input_ids` and `attention_mask`, each `[B, longest]`."""
+    width, pad = max(map(len, rows)), pad_token_id or 0
+    return {
+        "input_ids": torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows]),
+        "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
+    }
 
 
 def until_end(ids: list[int], end_token_ids: Collection[int]) -> list[int]:

@@ -31,7 +31,8 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.benchmark import GAP, is_exact
     from ..evaluation.prompts import DEMO_PROMPTS, encode_prompt
     from ..evaluation.race import PARD, compile_plain, race
-    from ..host import pad_left, pad_token_id
+    from ..host import pad_token_id
+    from ..tokens import pad_left
 
     pair = load(args)
     device, dtype = pair.target.device, str(pair.target.dtype).removeprefix("torch.")

@@ -21,8 +21,9 @@ from ..generation.compilation import why_not_compiled, workspace_of
 from ..generation.mixin import with_pard, without_pard
 from ..generation.schedule import COUNTS
 from ..generation.stats import DecodingStats
-from ..host import pad_left, pad_token_id, sharing_weights, without_head
+from ..host import pad_token_id, sharing_weights, without_head
 from ..loading import Pair
+from ..tokens import pad_left
 
 # Rows of the batches that single rows are compared with.
 REGROUPED_SIZE = 4

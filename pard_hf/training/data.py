@@ -39,20 +39,10 @@ class Row(dict[str, Any]):
 def read_rows(
     path: str | Path, skip_bad_rows: bool = False, fields: str = TRAINING, skipped: list[int] | None = None
 ) -> Iterator[Row]:
-    """Read the rows of a `.jsonl` or `.jsonl.gz` file.
+    """Read the rows of a `.jsonl` or `.jsonl.gz` file, which have the fields of `TRAINING` or of `PROMPTS`.
 
-    Args:
-        path (`str` or `Path`):
-            The file.
-        skip_bad_rows (`bool`, *optional*, defaults to `False`):
-            Log bad lines and leave them out.
-        fields (`str`, *optional*, defaults to `TRAINING`):
-            `TRAINING` or `PROMPTS`: what the rows are read for.
-        skipped (`list[int]`, *optional*):
-            Receives the numbers of the lines left out.
-
-    Raises:
-        ValueError: A line is no JSON object with the expected fields; the message names file and line.
+    A line that has not raises a `ValueError` with its file and number; with `skip_bad_rows` it is logged and left out,
+    and its number appended to `skipped`.
     """
     return check_rows(numbered_lines(Path(path)), f"line {{}} of `{path}`", fields, skip_bad_rows, skipped)
 
@@ -64,12 +54,7 @@ def check_rows(
     skip_bad_rows: bool = False,
     skipped: list[int] | None = None,
 ) -> Iterator[Row]:
-    """Yield the valid rows among numbered lines or parsed values, as [`read_rows`] does.
-
-    Args:
-        source (`str`):
-            Where the rows are from, with `{}` for the number; a [`Row`] keeps its own source.
-    """
+    """Yield the valid rows among lines or parsed values, as [`read_rows`] does; `source` has `{}` for their number."""
     for number, value in numbered:
         name = value.source if isinstance(value, Row) else source.replace("{}", str(number), 1)
         row, problem = parse_line(value) if isinstance(value, bytes) else (value, None)
@@ -236,17 +221,9 @@ def tokenize_rows(
 ) -> list[dict[str, Any]]:
     """Encode rows for training: `input_ids`, `loss_mask` and the `source` of each.
 
-    Args:
-        max_length (`int`):
-            Tokens of the longest example.
-        overlong (`str`, *optional*, defaults to `"truncate"`):
-            `"truncate"` cuts longer rows, `"drop"` leaves them out; the log counts them.
-        mask_token_id (`int`, *optional*):
-            A token that no row may contain.
-
-    Raises:
-        ValueError: A row cannot be encoded, contains the mask token, or has fewer than 2 tokens or nothing to learn
-            within `max_length`; its source is named. With `skip_bad_rows` such rows are logged and left out.
+    Rows of more than `max_length` tokens are cut (`overlong="truncate"`) or left out (`"drop"`), and counted in the
+    log. A row that cannot be encoded, contains the mask token, or has fewer than 2 tokens or nothing to learn within
+    `max_length` raises a `ValueError` with its source; with `skip_bad_rows` it is logged and left out.
     """
     if overlong not in ("truncate", "drop"):
         raise ValueError(f"Expected `overlong` to be 'truncate' or 'drop', got {overlong!r}.")

@@ -15,7 +15,7 @@ import os
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,10 +26,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..draft.model import PardDraftModel
 from ..generation.mixin import with_pard
 from ..generation.stats import DecodingStats
-from ..host import end_token_ids, input_device, num_positions, pad_left, pad_token_id
+from ..host import end_token_ids, input_device, num_positions, pad_token_id
 from ..io import conditions_of, sha256_of, shown_model, whole_file, write_whole
 from ..loading import bundled_pair
-from ..tokens import Message, encode_prompt, next_prompt, until_end
+from ..tokens import Message, encode_prompt, next_prompt, pad_left, until_end
 from .data import PROMPTS, Row, check_rows, given_messages, read_rows, response_ids, skip_or_raise
 
 # Stands for an answer that is not written yet.
@@ -52,14 +52,11 @@ class AnswerSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, is_right, expected in (
-            ("temperature", self.temperature >= 0, "at least 0"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("num_samples", self.num_samples >= 1, "at least 1"),
-        ):
-            if not is_right:
-                raise ValueError(f"Expected `{name}` {expected}, got {getattr(self, name)}.")
+        for name, least in (("temperature", 0), ("max_new_tokens", 1), ("num_samples", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"Expected `{name}` of at least {least}, got {getattr(self, name)}.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"Expected `top_p` above 0 and at most 1, got {self.top_p}.")
         if self.temperature == 0 and self.num_samples > 1:
             raise ValueError(
                 f"Expected `num_samples` of 1 with greedy decoding, got {self.num_samples}: all would be the same. "
@@ -282,9 +279,7 @@ class AnswerFile:
         self.runs: list[dict[str, Any]] = []
         self.counts, self.done, self.token_counts = Counts(), set[tuple[str, int]](), Counter[int]()
         if files := row_files(path):
-            manifest = read_manifest(path)
-            check_identity(path, manifest, identity)
-            self.runs = manifest["runs"]
+            self.runs = earlier_runs(path, identity)
             for row in itertools.chain.from_iterable(map(read_rows, files)):
                 self.count(row)
 
@@ -370,22 +365,19 @@ def row_files(path: Path) -> list[Path]:
     return [path] * is_there + sorted(beside(path, "shards").glob("*.jsonl"))
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Read the manifest of a file of answers, or raise a `ValueError`."""
+def earlier_runs(path: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:
+    """Read the runs that wrote a file of answers; a `ValueError` if they were not of `identity`."""
     try:
         manifest = json.loads(manifest_path(path).read_text(encoding="utf-8"))
-        return {**manifest, "runs": list(manifest["runs"]), "settings": dict(manifest["settings"])}
+        before = {"target": manifest.get("target"), **manifest["settings"]}
+        runs = list(manifest["runs"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"Expected the manifest `{manifest_path(path).name}` beside `{path}`, which holds rows already, got none "
             f"that can be read ({type(error).__name__}). Pass `--restart` to move the rows aside, or choose another "
             "output."
         ) from error
-
-
-def check_identity(path: Path, manifest: dict[str, Any], identity: dict[str, Any]) -> None:
-    """Raise a `ValueError` that names what differs between a manifest and the answers now asked for."""
-    before, now = ({"target": m.get("target"), **m["settings"]} for m in (manifest, identity))
+    now = {"target": identity["target"], **identity["settings"]}
     for name in now:
         if before.get(name) != now[name]:
             raise ValueError(
@@ -393,6 +385,7 @@ def check_identity(path: Path, manifest: dict[str, Any], identity: dict[str, Any
                 f"{before.get(name)!r} and is {now[name]!r}. Go on with the same, pass `--restart` to move the old "
                 "answers aside, or choose another output."
             )
+    return runs
 
 
 def move_aside(path: Path) -> None:
@@ -462,7 +455,12 @@ def write_answers(
     distinct: dict[str, Conversation] = {}
     for conversation in asked:
         distinct.setdefault(conversation.digest, conversation)
-    good = list(writable(generator, distinct.values(), skip_bad_rows))
+    good = []
+    for conversation in distinct.values():
+        if (problem := generator.template_problem(conversation)) is None:
+            good.append(conversation)
+        else:
+            skip_or_raise("a conversation to answer", conversation.source, problem, skip_bad_rows)
     if restart and row_files(out):
         move_aside(out)
     file = AnswerFile(out, generator.identity(), generator.end_token_ids)
@@ -488,15 +486,3 @@ def write_answers(
             report(counts, generator.stats)
     file.write_manifest(run, sources, file.finish())
     return counts
-
-
-def writable(
-    generator: ResponseGenerator, conversations: Iterable[Conversation], skip_bad_rows: bool
-) -> Iterator[Conversation]:
-    """Yield the conversations that the chat template can write; the others raise, or are logged and left out."""
-    for conversation in conversations:
-        problem = generator.template_problem(conversation)
-        if problem is None:
-            yield conversation
-        else:
-            skip_or_raise("a conversation to answer", conversation.source, problem, skip_bad_rows)
