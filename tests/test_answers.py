@@ -53,7 +53,7 @@ def alone(target, tokenizer, ids, **kwargs):
 
 
 def test_answers_end_at_any_end_token(target, tokenizer, out):
-    """Padding after a row's end is nobody's answer."""
+    """Padding behind an end token belongs to no answer."""
     target.generation_config.eos_token_id = list(range(3, 60))
 
     write_answers(target, tokenizer, prompts("ab", "cdef", "g"), out, max_new_tokens=9)
@@ -401,7 +401,7 @@ def test_a_killed_run_is_continued(command, tmp_path, out, capsys):
     assert [run["new_rows"] for run in manifest_of(out)["runs"]][-1] == 16 - num_killed
 
 
-def test_the_manifest_says_how_and_never_where(command, tmp_path, out, capsys):
+def test_the_manifest_records_how_and_never_where(command, tmp_path, out, capsys):
     source = write_prompts(tmp_path / "prompts.jsonl", prompts("ab", "cd", "ab"))
 
     assert main([*command, "--prompts", source]) == 0

@@ -1,4 +1,4 @@
-"""Rows in, token rows with loss masks out; broken input is named."""
+"""JSONL rows to token ids and loss masks; bad rows are named."""
 
 import gzip
 import json
@@ -84,10 +84,10 @@ def test_broken_encodings_are_named(tmp_path):
 
 
 def test_short_row_is_named_by_file_and_line(tokenizer, tmp_path):
-    path = tmp_path / "rows.jsonl"
+    path = tmp_path / "rows{}.jsonl"
     path.write_text('{"text": "abc"}\n\n{"text": ""}\n')
 
-    with pytest.raises(ValueError, match="line 3 of .*rows.jsonl"):
+    with pytest.raises(ValueError, match="line 3 of .*rows{}.jsonl"):
         tokenize_rows(tokenizer, read_rows(path), max_length=6)
 
 
@@ -109,6 +109,8 @@ def test_short_row_is_named(tokenizer):
     with pytest.raises(ValueError, match="row 2, but it has 1 tokens.*--max-length 6"):
         tokenize_rows(tokenizer, rows, max_length=6)
     assert len(tokenize_rows(tokenizer, rows, max_length=6, skip_bad_rows=True)) == 1
+    with pytest.raises(ValueError, match="row 1, but it has .'prompt'"):
+        tokenize_rows(tokenizer, [{"prompt": "no response"}], max_length=6)
 
 
 @pytest.mark.parametrize("end", ["</s>{% endgeneration %}", "{% endgeneration %}</s>"])

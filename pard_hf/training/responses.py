@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -32,7 +31,7 @@ from ..loading import bundled_pair
 from ..tokens import Message, encode_prompt, next_prompt, pad_left, until_end
 from .data import PROMPTS, Row, check_rows, given_messages, read_rows, response_ids, skip_or_raise
 
-# Stands for an answer that is not written yet.
+# Replaces answers that are not written yet.
 PLACEHOLDER = {"role": "assistant", "content": "…"}
 # Settings of a checkpoint that change its answers.
 OWN_SETTINGS = (
@@ -299,7 +298,7 @@ class AnswerFile:
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         """Write rows as a shard of their own."""
-        shard = beside(self.path, "shards") / f"{time.time_ns()}-{uuid.uuid4().hex[:8]}.jsonl"
+        shard = beside(self.path, "shards") / f"{time.time_ns()}.{os.getpid()}.jsonl"
         shard.parent.mkdir(parents=True, exist_ok=True)
         write_whole(shard, "".join(map(json_line, rows)))
         tokens_before = self.counts.tokens
