@@ -29,7 +29,7 @@ from ..host import end_token_ids, input_device, num_positions, pad_token_id
 from ..io import conditions_of, sha256_of, shown_model, whole_file, write_whole
 from ..loading import bundled_pair
 from ..tokens import Message, encode_prompt, next_prompt, pad_left, until_end
-from .data import PROMPTS, Row, check_rows, given_messages, read_rows, response_ids, skip_or_raise
+from .data import PROMPTS, check_rows, given_messages, read_rows, response_ids, skip_or_raise
 
 # Replaces answers that are not written yet.
 PLACEHOLDER = {"role": "assistant", "content": "…"}
@@ -98,10 +98,9 @@ class Conversation(NamedTuple):
     digest: str  # Of the turns alone.
     id: str  # The digest, behind the row's own id if it has one: an edited prompt has another id.
     turns: tuple[tuple[Message, ...], ...]
-    source: str
 
 
-def conversation_of(row: Row) -> Conversation:
+def conversation_of(row: dict[str, Any]) -> Conversation:
     turns: list[tuple[Message, ...]] = []
     turn: list[Message] = []
     for message in given_messages(row):
@@ -111,7 +110,7 @@ def conversation_of(row: Row) -> Conversation:
             turns.append(tuple(turn))
             turn = []
     digest = digest_of(json.dumps([[message["role"], message["content"]] for turn in turns for message in turn]))
-    return Conversation(digest, f"{row['id']}:{digest}" if "id" in row else digest, tuple(turns), row.source)
+    return Conversation(digest, f"{row['id']}:{digest}" if "id" in row else digest, tuple(turns))
 
 
 @dataclass
@@ -270,10 +269,15 @@ class AnswerFile:
     """A `.jsonl` file of answers of one `identity`, its shards while it is unfinished, and its manifest.
 
     Two processes that write to one file lose and double no row: shards have names of their own, and a row that comes
-    twice is taken once. Raises a `ValueError` for rows of another identity or without a manifest.
+    twice is taken once. Raises a `ValueError` for rows of another identity or without a manifest; `restart` moves
+    earlier rows aside.
     """
 
-    def __init__(self, path: Path, identity: dict[str, Any], end_token_ids: Sequence[int]):
+    def __init__(self, path: Path, identity: dict[str, Any], end_token_ids: Sequence[int], restart: bool = False):
+        if path.suffix != ".jsonl":
+            raise ValueError(f"Expected an output file that ends in `.jsonl`, got `{path.name}`. Choose another name.")
+        if restart and row_files(path):
+            move_aside(path)
         self.path, self.identity, self.end_token_ids = path, identity, end_token_ids
         self.runs: list[dict[str, Any]] = []
         self.counts, self.done, self.token_counts = Counts(), set[tuple[str, int]](), Counter[int]()
@@ -421,53 +425,46 @@ def write_answers(
     `max_new_tokens` before the last position are left out and counted, as are later turns of a conversation.
 
     Greedy answers depend on the prompt alone, up to floating point; samples on `seed` and on the rest of the batch.
+    `settings` are fields of [`AnswerSettings`].
 
     Args:
         draft ([`PardDraftModel`], *optional*):
-            Makes generation faster; [`with_pard`] is applied to the target then.
+            Makes generation faster, by `num_assistant_tokens` proposals a round (the draft's own number by default).
+            [`with_pard`] is applied to the target then.
         batch_size (`int`, *optional*, defaults to 32):
             Prompts at a time; an interruption loses one batch at most, and the same call continues.
-        num_assistant_tokens (`int`, *optional*):
-            K, proposals a round; defaults to the draft's own.
         skip_bad_rows (`bool`, *optional*, defaults to `False`):
             Log rows that ask nothing or that the chat template refuses, and leave them out.
         restart (`bool`, *optional*, defaults to `False`):
-            Move answers that exist aside, with their manifest, and begin anew.
+            Move earlier answers aside, with their manifest, and begin anew.
         sources (`Sequence[dict]`, *optional*):
             Where the rows are from, for the manifest.
         report (`Callable`, *optional*):
             Called after each batch with the counts and the decoding statistics so far.
-        settings:
-            Fields of [`AnswerSettings`].
 
     Raises:
         ValueError: A row is bad, or `out` has answers of another target or other settings; nothing was written.
     """
-    out = Path(out)
-    if out.suffix != ".jsonl":
-        raise ValueError(f"Expected an output file that ends in `.jsonl`, got `{out.name}`. Choose another name.")
     if batch_size < 1:
         raise ValueError(f"Expected `batch_size` of at least 1, got {batch_size}.")
     generator = ResponseGenerator(target, tokenizer, AnswerSettings(**settings), draft, num_assistant_tokens)
     skipped = [number for source in sources for number in source.get("skipped", ())]
-    asked = [conversation_of(row) for row in check_rows(enumerate(rows, 1), "row {}", PROMPTS, skip_bad_rows, skipped)]
-    distinct: dict[str, Conversation] = {}
-    for conversation in asked:
-        distinct.setdefault(conversation.digest, conversation)
-    good = []
-    for conversation in distinct.values():
+    num_rows, digests, conversations = 0, set[str](), list[Conversation]()
+    for row in check_rows(enumerate(rows, 1), "row {}", PROMPTS, skip_bad_rows, skipped):
+        num_rows += 1
+        if (conversation := conversation_of(row)).digest in digests:
+            continue
+        digests.add(conversation.digest)
         if (problem := generator.template_problem(conversation)) is None:
-            good.append(conversation)
+            conversations.append(conversation)
         else:
-            skip_or_raise("a conversation to answer", conversation.source, problem, skip_bad_rows)
-    if restart and row_files(out):
-        move_aside(out)
-    file = AnswerFile(out, generator.identity(), generator.end_token_ids)
-    samples = generator.samples(good, file.done)
+            skip_or_raise("a conversation to answer", row.source, problem, skip_bad_rows)
+    file = AnswerFile(Path(out), generator.identity(), generator.end_token_ids, restart)
+    samples = generator.samples(conversations, file.done)
     waiting = [sample for sample in samples if generator.has_room(sample)]
     counts = file.counts
-    counts.prompts, counts.duplicates = len(distinct), len(asked) - len(distinct)
-    counts.bad_rows = len(distinct) - len(good) + len(skipped)
+    counts.prompts, counts.duplicates = len(digests), num_rows - len(digests)
+    counts.bad_rows = len(digests) - len(conversations) + len(skipped)
     counts.waiting, counts.left_out = len(waiting), len(samples) - len(waiting)
     run = conditions_of(target) | {"draft": draft and model_name(draft), "batch_size": batch_size}
     del run["decoding"]  # The settings record it.
