@@ -13,6 +13,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import platform
 import subprocess
 import zlib
@@ -31,7 +32,7 @@ from transformers import GenerationConfig
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A path to write to, which is given the name `path` when it is written: readers see the old file or the new."""
-    written = path.with_name(f"{path.name}.partial")
+    written = path.with_name(f"{path.name}.{os.getpid()}.partial")  # Two processes may write one file.
     yield written
     written.replace(path)
 
