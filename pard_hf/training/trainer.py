@@ -43,7 +43,7 @@ from ..draft.correction_head import DEFAULT_RANK, CorrectionHead
 from ..draft.model import PardDraftModel, check_loadable
 from ..draft.vocabulary import check_head
 from ..generation.stats import DecodingStats
-from ..hub.checkpoint import mend_checkpoint
+from ..hub.checkpoint import normalize_checkpoint
 from ..io import whole_file
 from .collator import DataCollatorForPard, EpochOfCollator
 from .objective import Objective, check_attention
@@ -456,7 +456,7 @@ class PardTrainer(Trainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # A pickle that names folders; nothing reads it.
-        mend_checkpoint(folder)  # Engines read every checkpoint, not only exported ones.
+        normalize_checkpoint(folder)  # Engines read every checkpoint, not only exported ones.
         if self.provenance is not None:
             step = self.state.global_step if self.loaded_step is None else self.loaded_step
             history = [e for e in self.state.log_history if "eval_acceptance_length" in e and e["step"] <= step]
