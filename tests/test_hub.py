@@ -14,8 +14,7 @@ from families import MASK_TOKEN_ID, add_head, make_draft, make_model
 from hub_server import READER, WRITER, publish, running_hub
 
 from pard_hf import PardDraftModel
-from pard_hf.draft.addons import PART_FILES
-from pard_hf.hub import export as upload
+from pard_hf.draft.addons import ADDON_FILES
 
 PROGRAM = Path(__file__).parent / "programs" / "hub.py"
 OTHER_MASK_KEYS = {"mask_token_id", "ptd_token_id", "dspark_noise_token_id", "dflash_config"}
@@ -160,7 +159,7 @@ def test_pushed_repository_holds_what_engines_need(answers, hub):
 def test_heads_are_pushed_loaded_and_taken_away_again(answers, hub, folders):
     """A head that stayed behind would be loaded with a draft that it was not trained on."""
     first, second = list(hub.repos["org/headed"].commits.values())[1:]
-    assert {name for name in first if "/" in name} == set(PART_FILES[:2])
+    assert {name for name in first if "/" in name} == set(ADDON_FILES[:2])
     assert b"correction head" in first["README.md"]
     ids = torch.tensor([[5, 6, 7]])
     headed = PardDraftModel.from_pretrained(folders / "headed")
@@ -305,16 +304,3 @@ def test_what_no_engine_would_load_is_not_pushed(small_tokenizer):
 
     with pytest.raises(ValueError, match="never produces"):
         draft.push_to_hub("org/draft", tokenizer=small_tokenizer)
-
-
-def test_limit_of_one_engine_is_logged_and_pushed_all_the_same(small_tokenizer, caplog, monkeypatch):
-    """vLLM would take it for an EAGLE draft by its name; transformers and TensorRT-LLM draft with it."""
-
-    def reached(**kwargs):
-        raise OSError("the Hub was asked")
-
-    monkeypatch.setattr(upload, "HfApi", reached)
-
-    with pytest.raises(OSError, match="the Hub was asked"):
-        make_draft(make_model("llama"), 4).push_to_hub("org/llama-eagle3", tokenizer=small_tokenizer)
-    assert "method 'eagle3'" in caplog.text

@@ -73,7 +73,7 @@ class CorrectionHead(nn.Module):
         return head
 
 
-class CorrectedPlaces:
+class CorrectedPositions:
     """The places of one round, with what is needed to correct each once the token before it is known.
 
     Args:

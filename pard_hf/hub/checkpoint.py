@@ -1,4 +1,4 @@
-"""Read a checkpoint without loading it: config, tokenizer and the headers of its weights; normalize what was written.
+"""Read a checkpoint without loading it: config, tokenizer and the headers of its weights.
 
 Problems are `ValueError`s that name the file and never the folder.
 """
@@ -16,8 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ..draft.addons import PART_FILES
-from ..draft.model import OTHER_MASK_KEYS
+from ..draft.addons import ADDON_FILES
 
 INDEX_FILE = "model.safetensors.index.json"
 # One of these holds the vocabulary; the other files of a tokenizer only configure it.
@@ -32,7 +31,7 @@ TOKENIZER_FILES = (
     "additional_chat_templates/*",
 )
 TARGET_FILES = ("config.json", *TOKENIZER_FILES)
-DRAFT_FILES = (*TARGET_FILES, *PART_FILES, "generation_config.json", "*.safetensors", INDEX_FILE)
+DRAFT_FILES = (*TARGET_FILES, *ADDON_FILES, "generation_config.json", "*.safetensors", INDEX_FILE)
 
 
 def local_folder(name: str | Path, patterns: tuple[str, ...], **kwargs: Any) -> Path:
@@ -93,21 +92,6 @@ def is_known_model(config: dict[str, Any]) -> bool:
     """Tell whether the installed transformers has a config class for the model, not counting code of its own."""
     kind = config.get("model_type")
     return isinstance(kind, str) and kind in CONFIG_MAPPING and "auto_map" not in config
-
-
-def legacy_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Return `rope_parameters` as the top-level keys that transformers 4 reads; empty where layers differ in it.
-
-    >>> legacy_rope({"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}})
-    {'rope_theta': 1000000.0}
-    """
-    rope = config.get("rope_parameters")
-    if not isinstance(rope, dict) or "rope_theta" not in rope:
-        return {}
-    keys = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
-    if rope.get("rope_type", "default") != "default":
-        keys["rope_scaling"] = {key: value for key, value in rope.items() if key not in keys}
-    return keys
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
@@ -191,30 +175,3 @@ def vocabulary_rows(folder: Path, shapes: dict[str, list[int]]) -> dict[str, int
 def first_lines(error: Exception) -> str:
     return " ".join(str(error).split("\n")[:2])
 
-
-def normalize_checkpoint(folder: Path) -> None:
-    """Make a written checkpoint one that engines read: one mask key, the rope of both formats, readable files."""
-    normalize_config(folder)
-    make_weights_readable(folder)
-
-
-def normalize_config(folder: Path) -> None:
-    """Remove mask keys beside `pard_token` and `n_predict` from config.json; add the rope keys of transformers 4."""
-    config = without_keys(read_json(folder, "config.json"), (*OTHER_MASK_KEYS, "n_predict"))
-    config |= legacy_rope(config)
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def make_weights_readable(folder: Path) -> None:
-    """Give the weights the file mode of config.json: safetensors writes files that only their owner may read."""
-    for path in folder.glob("*.safetensors"):
-        path.chmod((folder / "config.json").stat().st_mode)
-
-
-def without_keys(value: Any, keys: tuple[str, ...]) -> Any:
-    """Return a JSON value without the given keys, at any depth."""
-    if isinstance(value, dict):
-        return {key: without_keys(part, keys) for key, part in value.items() if key not in keys}
-    if isinstance(value, list):
-        return [without_keys(part, keys) for part in value]
-    return value

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..draft.mask_token import check_mask_token
-from ..draft.model import OTHER_MASK_KEYS
+from ..draft.model import OTHER_MASK_KEYS, legacy_rope
 from ..host import compare_tokenizers
 from .checkpoint import (
     DRAFT_FILES,
     TARGET_FILES,
     is_known_model,
-    legacy_rope,
     load_tokenizer,
     local_folder,
     read_json,

@@ -16,7 +16,6 @@ from .checkpoint import (
     first_lines,
     load_tokenizer,
     local_folder,
-    normalize_checkpoint,
     read_json,
     tokenizer_files,
     vocab_size,
@@ -74,7 +73,6 @@ def export_draft(
     with TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as beside:
         written = Path(beside) / "draft"
         model.save_pretrained(written)
-        normalize_checkpoint(written)
         for path in tokenizer_files(tokenizer_folder):
             copy = written / path.relative_to(tokenizer_folder)
             copy.parent.mkdir(exist_ok=True)

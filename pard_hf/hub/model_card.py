@@ -18,9 +18,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..draft.addons import CORRECTION_HEAD, SETTINGS_FILE
+from ..draft.known_drafts import KNOWN_DRAFTS, KnownDraft
 from ..loading import bundled_pair
 from .checkpoint import local_folder, read_json, tensor_shapes, text_config
-from .known_drafts import KNOWN_DRAFTS, KnownDraft
 
 TEMPLATES = Path(__file__).parent / "templates"
 PUBLISHED: dict[str, list[dict[str, str]]] = json.loads((TEMPLATES / "published.json").read_text(encoding="utf-8"))
@@ -195,16 +195,14 @@ def model_card(source: CardSource) -> ModelCard:
         title=f"PARD draft of {base}" if base and not known else source.name,
         base=base,
         target=source.target or (known.example if known else None) or provenance.get("target") or PLACEHOLDER,
-        placeholder=PLACEHOLDER,
         num_drafts=source.num_assistant_tokens or DEFAULT_NUM_DRAFTS,
-        checkpoint=checkpoint_properties(source),
+        text=text_config(source.config),
         trained=training_table(provenance.get("metrics") or {}),
         results=[
             {"rows": result_table(result), "conditions": conditions_line(result), "command": result.get("command")}
             for result in source.results
         ],
         published=[PUBLISHED_HEADINGS, *published] if published else None,
-        made=how_made(source),
     )
 
 
@@ -240,63 +238,6 @@ def datasets_of(provenance: dict[str, Any]) -> Iterator[str]:
             for value in entry.values() if isinstance(entry, dict) else ():
                 if isinstance(value, str) and value.startswith("hub:") and HUB_ID.fullmatch(value[4:].split(":")[0]):
                     yield value[4:].split(":")[0]
-
-
-def checkpoint_properties(source: CardSource) -> dict[str, Any]:
-    """Describe the checkpoint by its config, the table of known drafts or its provenance."""
-    config, known, settings = source.config, source.known, source.provenance.get("settings") or {}
-    text = text_config(config)
-    rows: dict[str, Any] = {}
-    if not source.is_target:
-        family = known.family if known else None
-        rows["targets"] = family or source.target or source.provenance.get("target") or "any with its tokenizer"
-        mask = config.get("pard_token", settings.get("mask_token_id"))
-        rows["mask token (`pard_token`)"] = known.mask_token_id if known else mask
-        rows["K, proposals a round"] = source.num_assistant_tokens or f"not stated, {DEFAULT_NUM_DRAFTS} here"
-    if known:
-        return rows | {"vocabulary of its targets": ", ".join(f"{size:,}" for size in known.vocab_sizes)}
-    rows["architecture"] = ", ".join(config.get("architectures") or ())
-    if "hidden_size" in text:
-        rows["layers × width"] = f"{text.get('num_hidden_layers')} × {text['hidden_size']}"
-    rows["parameters"] = f"{source.num_parameters:,}" if source.num_parameters else None
-    if source.correction_head:
-        rank = source.correction_head.get("rank")
-        rows["correction head"] = f"rank {rank}, in the folder `correction_head`; serving engines draft without it"
-    rows["vocabulary"] = f"{text['vocab_size']:,}" if "vocab_size" in text else None
-    rows["positions"] = text.get("max_position_embeddings")
-    rows["weights"] = config.get("dtype") or config.get("torch_dtype")
-    return rows
-
-
-def how_made(source: CardSource) -> dict[str, Any]:
-    """Describe training by the provenance, or by the table of known drafts; empty where neither is there."""
-    if source.known is not None:
-        base, data = source.known.base_model, source.known.training_data
-        return {
-            "base model": f"`{base}`, by the checkpoint's name or the authors' example" if base else None,
-            "data": f"{data}, through notes of third parties" if data else None,
-            "code": "[AMD-AGI/PARD](https://github.com/AMD-AGI/PARD)",
-        }
-    provenance = source.provenance
-    if not provenance:
-        return {}
-    settings, counts = provenance.get("settings") or {}, provenance.get("counts") or {}
-    names = ("num_draft_tokens", "retention_rate", "min_retention_rate")
-    files = [file.get("file") for file in provenance.get("data") or () if isinstance(file, dict)]
-    return {
-        "base model": provenance.get("base"),
-        "target": provenance.get("target"),
-        "K_train, r, r_min": ", ".join(str(settings.get(name)) for name in names) if settings else None,
-        "objective": settings.get("objective"),
-        "step": provenance.get("step"),
-        "rows, tokens": ", ".join(f"{counts[name]:,}" for name in ("num_rows", "num_tokens") if name in counts),
-        "data": ", ".join(str(file) for file in files if file),
-        "command": f"`{provenance['command']}`" if provenance.get("command") else None,
-        "commit": provenance.get("commit"),
-        "versions": ", ".join(f"{name} {version}" for name, version in (provenance.get("versions") or {}).items()),
-        "device": provenance.get("device"),
-        "date": provenance.get("date"),
-    }
 
 
 def training_table(metrics: dict[str, Any]) -> list[list[str]]:
