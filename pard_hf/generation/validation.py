@@ -56,7 +56,7 @@ over_slots: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 over_blocks: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
-def why_other_logits(model: PreTrainedModel) -> str | None:
+def unsupported_by_slot_cache(model: PreTrainedModel) -> str | None:
     """Say that a model's logits over our cache are not those of a plain forward; `None` when they are."""
     if is_tested() and not takes_code_from_elsewhere(model):
         return None
@@ -65,7 +65,7 @@ def why_other_logits(model: PreTrainedModel) -> str | None:
     return f"Over our cache `{type(model).__name__}` has other logits than over its own"
 
 
-def why_no_blocks(model: PreTrainedModel) -> str | None:
+def unsupported_by_stock_loop(model: PreTrainedModel) -> str | None:
     """Say that a model cannot read several tokens behind a cache as it reads them one by one; `None` when it can.
 
     Only models that count positions by their cache are looked at.
@@ -291,7 +291,7 @@ def check_prompt(
             )
 
 
-def why_no_draft(
+def unsupported_by_any_loop(
     target: PreTrainedModel, length: int, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
 ) -> str | None:
     """Say why no loop with a draft gives the text of plain decoding; `None` when one does."""
@@ -327,7 +327,7 @@ def smallest_window(model: PreTrainedModel) -> int | None:
     return min((layer.sliding_window for layer in layers if type(layer) is DynamicSlidingWindowLayer), default=None)
 
 
-def why_not_slots(
+def unsupported_by_own_loop(
     target: PreTrainedModel,
     draft: PardDraftModel,
     mask: torch.Tensor,
@@ -373,7 +373,7 @@ def why_not_slots(
     if window is not None and length > window and has_padding_inside(mask):
         # A row that ended before others did leaves some for the next turn. transformers' windows are of columns.
         return f"Padding inside a row counts in the sliding window of {window}"
-    return why_other_logits(target)
+    return unsupported_by_slot_cache(target)
 
 
 def has_padding_inside(mask: torch.Tensor) -> bool:
