@@ -501,7 +501,7 @@ def draft_class(base: type[PreTrainedModel]) -> type[PardDraftModel]:
 
 
 def normalize_config(file: Path) -> None:
-    """Rewrite a `config.json` for vLLM and TensorRT-LLM: one mask key, and the rope also under transformers 4's keys."""
+    """Rewrite a `config.json` for engines: one mask key, and the rope also under the keys of transformers 4."""
     config = without_keys(json.loads(file.read_text(encoding="utf-8")), (*OTHER_MASK_KEYS, "n_predict"))
     config |= legacy_rope(config)
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -174,4 +174,3 @@ def vocabulary_rows(folder: Path, shapes: dict[str, list[int]]) -> dict[str, int
 
 def first_lines(error: Exception) -> str:
     return " ".join(str(error).split("\n")[:2])
-

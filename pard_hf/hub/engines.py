@@ -109,7 +109,8 @@ class Draft:
         self.quantization = [quantization_method(part) for part in found if part is not None][:1]
         self.shapes, self.weight_problem = tried(tensor_shapes, folder)
         # Rows of the embedding and the LM head, by the names of their tensors.
-        self.rows, self.model_problem = {}, None
+        self.rows: dict[str, int | None] = {}
+        self.model_problem = None
         if self.shapes and self.vocab_size:
             rows, self.model_problem = tried(vocabulary_rows, folder, self.shapes)
             self.rows = rows or {}
