@@ -63,7 +63,6 @@ SCALED_ROPES = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_l
 # What config classes of transformers 4 take where the top level of a config has no `rope_theta`.
 DEFAULT_ROPE_THETA = 10000.0
 
-
 Engine = Literal["vLLM", "TensorRT-LLM"]
 # As shown to users, with the releases that the rules hold for.
 ENGINES: dict[Engine, str] = {"vLLM": "vLLM >= 0.16", "TensorRT-LLM": "TensorRT-LLM"}
@@ -168,7 +167,7 @@ def architecture(draft: Draft) -> str | None:
 
 def other_architecture(draft: Draft) -> str | None:
     name = architecture(draft)
-    return None if name is None or name.endswith(("ForCausalLM", "LMHeadModel")) else name
+    return None if name is None or name.endswith(("ForCausalLM", "LMHeadModel")) else repr(name)
 
 
 def rope_of_transformers_5_only(draft: Draft) -> str:
@@ -261,7 +260,7 @@ def quantization_method(quantization: Any) -> str | None:
 
 
 def other_vocab_size(draft: Draft) -> tuple[int, Any] | None:
-    if not draft.target:
+    if draft.target_folder is None:
         return None
     ours, theirs = draft.text.get("vocab_size"), vocab_size(draft.target)
     return (theirs, ours) if ours != theirs else None
@@ -290,6 +289,10 @@ def max_model_len(config: dict[str, Any], tokenizer_folder: Path) -> float:
     # Tokenizers without a limit are saved with one of 10 ** 30.
     bounds = [float(number) for number in numbers if isinstance(number, int | float) and number < 10**15]
     return min(bounds, default=float("inf")) * factor
+
+
+def lacks_target_tokenizer(draft: Draft) -> bool:
+    return draft.target_folder is not None and draft.tokenizer is not None and draft.difference is None
 
 
 def tokens_of_one_side(draft: Draft) -> str | None:
@@ -335,7 +338,7 @@ RULES: tuple[tuple[Engine | Literal["both"], bool, Callable[[Draft], Any], str],
     (BOTH, BLOCKING, lambda draft: architecture(draft) is None,
      "config.json names no architecture: put the base model's class in `architectures`."),
     (BOTH, BLOCKING, other_architecture,
-     "The architecture should be a causal LM (…ForCausalLM), got {!r}: put the base model's class in "
+     "The architecture should be a causal LM (…ForCausalLM), got {}: put the base model's class in "
      "`architectures`."),
     (BOTH, BLOCKING, lambda draft: draft.vocab_problem, "{}"),
     (BOTH, BLOCKING, rope_of_transformers_5_only,  # https://github.com/vllm-project/vllm/pull/44158
@@ -395,7 +398,7 @@ RULES: tuple[tuple[Engine | Literal["both"], bool, Callable[[Draft], Any], str],
     # Tokenizers: engines load the target's.
     (BOTH, NOTE, lambda draft: draft.tokenizer_problem,
      "{} Engines load the target's, and without the draft's the two cannot be compared."),
-    (BOTH, NOTE, lambda draft: draft.target and draft.tokenizer is not None and draft.difference is None,
+    (BOTH, NOTE, lacks_target_tokenizer,
      "The target has no tokenizer to compare the draft's with: check it yourself."),
     (BOTH, BLOCKING, lambda draft: draft.difference is not None and draft.difference.conflict,
      "Draft and target must share a tokenizer: {}. Take a draft of the target's family."),

@@ -24,7 +24,6 @@ from .checkpoint import local_folder, read_json, tensor_shapes, text_config
 
 TEMPLATES = Path(__file__).parent / "templates"
 PUBLISHED: dict[str, list[dict[str, str]]] = json.loads((TEMPLATES / "published.json").read_text(encoding="utf-8"))
-PUBLISHED_HEADINGS = ("target", "hardware", "engine", "prompts", "speedup", "tokens/s", "source")
 TAGS = ("pard", "speculative-decoding", "parallel-drafting")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 DEFAULT_NUM_DRAFTS = 12
@@ -53,28 +52,10 @@ PARD_ROUTES = ("tier2", "tier2_compiled", "tier1", "adaptive", "adaptive_compile
 class CardSource:
     """What a card is rendered from.
 
-    Args:
-        name (`str`):
-            Hub id, or the name of a folder.
-        config (`dict`), num_assistant_tokens (`int`, *optional*) and correction_head (`dict`):
-            Content of config.json, K of generation_config.json, and the settings of the head beside the checkpoint.
-        num_parameters (`int`, *optional*):
-            Counted in the headers of the weights.
-        provenance (`dict`):
-            Content of provenance.json, which training writes.
-        results (`tuple` of `dict`):
-            Contents of result files, each with its name under `file`.
-        known ([`KnownDraft`], *optional*):
-            Row of a draft that others have published.
-        metadata (`dict`):
-            `license`, `license_name`, `license_link`, `language`, `datasets`, `base_model` as the user states them,
-            before what files hold.
-        tags (`tuple[str, ...]`):
-            Beside those that every card has.
-        target (`str`, *optional*):
-            A target it serves; by default the one it was trained for.
-        is_target (`bool`) and is_bundled (`bool`):
-            Whether this is the card of a target, and of a model inside the package.
+    `config`, `provenance` and `correction_head` are contents of JSON files of the checkpoint, `results` those of result
+    files with their names under `file`, and `known` is the row of a draft that others have published. `metadata` has
+    `license`, `license_name`, `license_link`, `language`, `datasets` and `base_model` as the user states them, which
+    win over files; `tags` come beside those of every card.
     """
 
     name: str
@@ -186,7 +167,6 @@ def model_card(source: CardSource) -> ModelCard:
     """
     known, provenance = source.known, source.provenance
     base = known.base_model if known else provenance.get("base")
-    published = [[row.get(key, "not stated") for key in PUBLISHED_HEADINGS] for row in PUBLISHED.get(source.name, ())]
     return ModelCard.from_template(
         card_data(source),
         template_path=str(TEMPLATES / "draft_card.md"),
@@ -198,11 +178,8 @@ def model_card(source: CardSource) -> ModelCard:
         num_drafts=source.num_assistant_tokens or DEFAULT_NUM_DRAFTS,
         text=text_config(source.config),
         trained=training_table(provenance.get("metrics") or {}),
-        results=[
-            {"rows": result_table(result), "conditions": conditions_line(result), "command": result.get("command")}
-            for result in source.results
-        ],
-        published=[PUBLISHED_HEADINGS, *published] if published else None,
+        results=[(result, result_table(result)) for result in source.results],
+        published=PUBLISHED.get(source.name, ()),
     )
 
 
@@ -299,17 +276,6 @@ def acceptance_table(sets: dict[str, Any], num_drafts: int | None) -> list[list[
 
 def formatted(value: float | None, form: str) -> str:
     return "not measured" if value is None else format(value, form)
-
-
-def conditions_line(result: dict[str, Any]) -> str:
-    """State device, settings, versions and date of a result, and the file that holds every number."""
-    stated = [result.get("device"), result.get("dtype"), result.get("decoding")]
-    if result.get("max_new_tokens"):
-        stated.append(f"at most {result['max_new_tokens']} new tokens")
-    stated += [f"{name} {version}" for name, version in result.get("versions", {}).items()]
-    stated += [f"commit {result['commit']}" if result.get("commit") else None, result.get("date")]
-    line = " · ".join(str(part) for part in stated if part) or "Conditions not stated"
-    return f"{line}: `{result['file']}`" if result.get("file") else line
 
 
 def evaluation_results(result: dict[str, Any]) -> Iterator[EvalResult]:
