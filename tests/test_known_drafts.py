@@ -120,7 +120,7 @@ def test_what_is_no_target_is_refused(target):
 
 def test_folder_without_config_is_refused(tmp_path):
     for nowhere in (tmp_path, "./nowhere"):
-        with pytest.raises(OSError, match=str(nowhere)):
+        with pytest.raises((ValueError, OSError), match=str(nowhere)):
             known_draft_for(nowhere)
 
 

@@ -52,10 +52,10 @@ PARD_ROUTES = ("tier2", "tier2_compiled", "tier1", "adaptive", "adaptive_compile
 class CardSource:
     """What a card is rendered from.
 
-    `config`, `provenance` and `correction_head` are contents of JSON files of the checkpoint, `results` those of result
-    files with their names under `file`, and `known` is the row of a draft that others have published. `metadata` has
-    `license`, `license_name`, `license_link`, `language`, `datasets` and `base_model` as the user states them, which
-    win over files; `tags` come beside those of every card.
+    `config`, `provenance` and `correction_head` are JSON files of the checkpoint, `results` those of result files with
+    their names under `file`, and `known` is the row of a draft that others have published. `metadata` has `license`,
+    `license_name`, `license_link`, `language`, `datasets` and `base_model` as the user states them, which win over
+    files; `tags` come beside those of every card.
     """
 
     name: str
