@@ -7,6 +7,8 @@ import pytest
 import yaml
 from documents import DOCUMENTS, ROOT, blocks_of, prose_of
 
+import pard_hf
+
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10, where pytest brings it.
@@ -62,7 +64,7 @@ def test_fences_are_closed_and_named(document):
 def written_words(node):
     """A string as a reader sees it in the source: `…` where a value will stand."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return re.sub(r"%[sdr]", "…", node.value)
+        return re.sub(r"%[sdr]|\{\S*?\}", "…", node.value)
     if isinstance(node, ast.JoinedStr):
         return "".join(written_words(part) if isinstance(part, ast.Constant) else "…" for part in node.values)
     return ""
@@ -91,7 +93,7 @@ def test_citation_is_of_this_version():
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
     assert citation["cff-version"] == "1.2.0"
     assert citation["type"] == "software"
-    assert citation["version"] == PYPROJECT["project"]["version"]
+    assert citation["version"] == pard_hf.__version__
     assert citation["license"] == PYPROJECT["project"]["license"]
     assert paper == citation["preferred-citation"]
     assert {"type", "title", "authors"} <= paper.keys()
@@ -103,4 +105,4 @@ def test_changelog_begins_with_this_version():
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     versions = re.findall(r"^## \[(.*?)\] - (unreleased|\d{4}-\d\d-\d\d)$", changelog, flags=re.MULTILINE)
 
-    assert versions[0][0] == PYPROJECT["project"]["version"]
+    assert versions[0][0] == pard_hf.__version__

@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..io import numbered_lines, parse_line, why_no_text
+from ..io import numbered_lines, parse_line, text_problem
 from ..tokens import Message, encode_prompt, next_prompt, turn_end_ids
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def check_rows(
         name = value.source if isinstance(value, Row) else source.replace("{}", str(number), 1)
         row, problem = parse_line(value) if isinstance(value, bytes) else (value, None)
         if not isinstance(value, bytes | Row):
-            problem = why_no_text(value)
+            problem = text_problem(value)
         problem = problem or row_problem(row, fields)
         if problem is None:
             yield Row(row, name)
