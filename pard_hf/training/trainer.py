@@ -390,21 +390,21 @@ class PardTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        places = inputs.pop("places", None)
+        sources = inputs.pop("sources", None)
         loss = model(objective=self.objective, batch=inputs, num_items=num_items_in_batch)
         if not torch.isfinite(loss):
-            self.stop_at(loss, places)
+            self.stop_at(loss, sources)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # Labels were counted over all; gradients are averaged.
         if model.training:
             self.clock.count(inputs["anchors"], inputs["depths"])
         return (loss, {}) if return_outputs else loss
 
-    def stop_at(self, loss: torch.Tensor, places: Any) -> None:
+    def stop_at(self, loss: torch.Tensor, sources: Any) -> None:
         """End the run at a loss that is not finite, with the rows it came from saved."""
         file = Path(self.args.output_dir) / f"not_finite.{self.args.process_index}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"step": self.state.global_step + 1, "loss": str(loss.item()), "rows": places}))
+        file.write_text(json.dumps({"step": self.state.global_step + 1, "loss": str(loss.item()), "rows": sources}))
         raise FloatingPointError(
             f"Expected a finite loss in step {self.state.global_step + 1}, got {loss.item()}. Rows of the batch are "
             f"in `{file}`. Lower the learning rate, or look at these rows; checkpoints before this step are whole."
