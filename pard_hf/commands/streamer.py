@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from ..io import IncrementalDetokenizer
+from ..tokens import IncrementalDetokenizer
 
 GREEN, UNDERLINE, RESET = "\033[32m", "\033[4m", "\033[0m"
 
