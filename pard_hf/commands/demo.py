@@ -31,7 +31,8 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.benchmark import GAP, is_exact
     from ..evaluation.prompts import DEMO_PROMPTS, encode_prompt
     from ..evaluation.race import PARD, compile_plain, race
-    from ..evaluation.routes import pad_left, pad_token_id
+    from ..host import pad_token_id
+    from ..tokens import pad_left
 
     pair = load(args)
     device, dtype = pair.target.device, str(pair.target.dtype).removeprefix("torch.")
@@ -39,14 +40,14 @@ def run(args: argparse.Namespace) -> int:
     encoded = [encode_prompt(pair.tokenizer, prompt) for prompt in DEMO_PROMPTS]
     with_compiled = device.type != "cpu" if args.compiled is None else args.compiled
     if with_compiled:
-        longest = pad_left([max(encoded, key=len)], pad_token_id(pair.target))
+        longest = pad_left([max(encoded, key=len)], pad_token_id(pair.target.generation_config))
         if (reason := compile_plain(pair, longest, args.max_new_tokens)) is not None:
             with_compiled = False
             print(f"Compiled plain generate is left out: {reason}.\n")
     results = []
     for number, (prompt, ids) in enumerate(zip(DEMO_PROMPTS, encoded, strict=True), start=1):
         print(f"[{number}/{len(DEMO_PROMPTS)}] {prompt.rstrip()}")
-        inputs = pad_left([ids], pad_token_id(pair.target))
+        inputs = pad_left([ids], pad_token_id(pair.target.generation_config))
         settings = args.num_assistant_tokens, args.max_new_tokens, args.repeats, args.assistant_tree_size
         result = race(pair, inputs, *settings, with_compiled)
         results.append(result)

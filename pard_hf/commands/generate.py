@@ -104,10 +104,11 @@ def generate(args: argparse.Namespace, pair: Any, inputs: dict[str, Any], **kwar
 def complete_one(args: argparse.Namespace, pair: Any, prompt: str) -> None:
     """Stream the text of one prompt, or print it with what it took as JSON."""
     from ..evaluation.prompts import encode_prompt
-    from ..evaluation.routes import make_batches, pad_token_id
+    from ..evaluation.routes import make_batches
+    from ..host import pad_token_id
 
     ids = encode_prompt(pair.tokenizer, prompt, args.raw)
-    [batch] = make_batches([ids], 1, pad_token_id(pair.target), pair.target.device)
+    [batch] = make_batches([ids], 1, pad_token_id(pair.target.generation_config), pair.target.device)
     is_tinted = args.color == "always" or (args.color == "auto" and sys.stdout.isatty())
     start = time.perf_counter()
     output = generate(
@@ -132,14 +133,17 @@ def complete_one(args: argparse.Namespace, pair: Any, prompt: str) -> None:
 def complete_all(args: argparse.Namespace, pair: Any, prompts: list[str]) -> None:
     """Run prompts in batches of like length; print the texts in the order of the prompts."""
     from ..evaluation.prompts import encode_prompt
-    from ..evaluation.routes import end_token_ids, make_batches, pad_token_id
+    from ..evaluation.routes import make_batches
     from ..generation.stats import DecodingStats
+    from ..host import end_token_ids, pad_token_id
 
     encoded = [encode_prompt(pair.tokenizer, prompt, args.raw) for prompt in prompts]
-    ends = end_token_ids(pair.target)
+    ends = end_token_ids(pair.target.generation_config)
     texts: dict[int, list[int]] = {}
     stats, start = DecodingStats(), time.perf_counter()
-    for batch in make_batches(encoded, args.batch_size, pad_token_id(pair.target), pair.target.device):
+    for batch in make_batches(
+        encoded, args.batch_size, pad_token_id(pair.target.generation_config), pair.target.device
+    ):
         output = generate(args, pair, batch.inputs)
         texts |= batch.new_texts(output.sequences, ends)
         stats += output.stats
