@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, GenerationConfig
 
-from ..draft.addons import CORRECTION_HEAD, TRIMMED_VOCABULARY, load_parts, settings_of_part
+from ..draft.addons import CORRECTION_HEAD, TRIMMED_VOCABULARY, load_addons, addon_settings
 from ..draft.mask_token import check_mask_token, choose_mask_token, ids_named_in
 from ..draft.model import DEFAULT_NUM_ASSISTANT_TOKENS, PardDraftModel
 from ..host import compare_tokenizers, num_positions
@@ -189,13 +189,13 @@ def check_template(tokenizer: Any) -> None:
 
 def warn_of_dropped_addons(settings: TrainingSettings) -> None:
     """Warn of add-ons of the base that the new draft will not have."""
-    if settings.correction_head is None and settings_of_part(settings.base, CORRECTION_HEAD):
+    if settings.correction_head is None and addon_settings(settings.base, CORRECTION_HEAD):
         logger.warning(
             "The base's correction head is left off: it belongs to the hidden states of a draft that is about to "
             "change. Train it along with `--correction-head joint`, or a new one on the finished draft with "
             "`--correction-head frozen`."
         )
-    if settings_of_part(settings.base, TRIMMED_VOCABULARY):
+    if addon_settings(settings.base, TRIMMED_VOCABULARY):
         logger.warning(
             "The base's trimmed vocabulary is left off: training takes the whole one. Trim the finished draft again "
             "(`draft.trim_vocabulary`)."
@@ -248,7 +248,7 @@ def load_draft(settings: TrainingSettings, mask_token_id: int) -> PardDraftModel
     num_drafts = base.generation_config.num_assistant_tokens if was_draft else None
     draft = PardDraftModel.from_causal_lm(base, mask_token_id, num_drafts or DEFAULT_NUM_ASSISTANT_TOKENS)
     if settings.correction_head is not None and was_draft:
-        load_parts(draft, settings.base, (CORRECTION_HEAD,))
+        load_addons(draft, settings.base, (CORRECTION_HEAD,))
     return draft
 
 

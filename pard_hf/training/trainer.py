@@ -28,7 +28,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 
-from ..draft.addons import CORRECTION_HEAD, WEIGHTS_FILE, is_of_part
+from ..draft.addons import CORRECTION_HEAD, WEIGHTS_FILE, is_addon_weight
 from ..draft.correction_head import CorrectionHead
 from ..draft.model import PardDraftModel, check_loadable
 from ..draft.vocabulary import check_head
@@ -119,7 +119,7 @@ class PardTrainer(Trainer):
             )
         if args.eval_strategy != "no" and evaluator is None:
             raise ValueError("Expected an `evaluator` with an `eval_strategy`, got none. Pass one, or take 'no'.")
-        check_loadable(model, {n: weight for n, weight in model.state_dict().items() if not is_of_part(n)})
+        check_loadable(model)
         set_seed(args.seed)  # The correction head is initialised before `Trainer` sets the seed.
         prepare_head(model, args.correction_head, args.correction_head_rank)
         teacher = None if args.objective == "ce" else target
@@ -227,7 +227,7 @@ class PardTrainer(Trainer):
             self.accelerator.unwrap_model(self.model).correction_head.load_state_dict(weights)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        load_result.missing_keys[:] = [name for name in load_result.missing_keys if not is_of_part(name)]
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if not is_addon_weight(name)]
         super()._issue_warnings_after_load(load_result)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
