@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, GenerationConfig
 
-from ..draft.addons import CORRECTION_HEAD, TRIMMED_VOCABULARY, load_addons, addon_settings
+from ..draft.addons import CORRECTION_HEAD, TRIMMED_VOCABULARY, addon_settings, load_addons
 from ..draft.mask_token import check_mask_token, choose_mask_token, ids_named_in
 from ..draft.model import DEFAULT_NUM_ASSISTANT_TOKENS, PardDraftModel
 from ..host import compare_tokenizers, num_positions
