@@ -150,28 +150,28 @@ class PardTrainer(Trainer):
 
     @property
     def clock(self) -> TrainingClock:
-        """The clock; a resumed run replaces it by the checkpoint's."""
+        """The clock; a resumed run resources it by the checkpoint's."""
         return next(one for one in self.callback_handler.callbacks if isinstance(one, TrainingClock))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        places = inputs.pop("places", None)
+        sources = inputs.pop("sources", None)
         loss = model(objective=self.objective, batch=inputs, num_items=num_items_in_batch)
         if not torch.isfinite(loss):
-            self.stop_at(loss, places)
+            self.stop_at(loss, sources)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # Labels were counted over all; gradients are averaged.
         if model.training:
             self.clock.count(inputs["anchors"], inputs["depths"])
         return (loss, {}) if return_outputs else loss
 
-    def stop_at(self, loss: torch.Tensor, places: Any) -> None:
+    def stop_at(self, loss: torch.Tensor, sources: Any) -> None:
         """Save the names of the rows of a loss that is not finite, and end the run."""
         file = Path(self.args.output_dir) / f"not_finite.{self.args.process_index}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         step = self.state.global_step + 1
-        file.write_text(json.dumps({"step": step, "loss": str(loss.item()), "rows": places}), encoding="utf-8")
+        file.write_text(json.dumps({"step": step, "loss": str(loss.item()), "rows": sources}), encoding="utf-8")
         raise FloatingPointError(
             f"Expected a finite loss in step {step}, got {loss.item()}. The rows of the batch are named in `{file}`. "
             "Lower the learning rate, or look at these rows; checkpoints before this step are good."
