@@ -17,7 +17,7 @@ def add(commands: Any) -> None:
         help="adapt a small causal LM into a parallel draft",
         description="Adapt a small causal LM into a parallel draft. Rows: {text}, {prompt, response} or {messages}.",
     )
-    groups = {
+    groups: dict[Any, Any] = {
         None: parser,
         **{name: parser.add_argument_group(name) for name in ("rows", "method", "evaluation", "run")},
     }
