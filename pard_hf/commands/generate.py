@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..io import read_text, why_no_text
+from ..io import read_text, text_problem
 from .models import add_pair_arguments, load
 from .streamer import TintedStreamer
 
@@ -80,7 +80,7 @@ def is_rows(file: Path) -> bool:
 def checked(prompt: str) -> str:
     if not prompt.strip():
         raise ValueError("Expected a prompt, got nothing but white space. Pass it as an argument, `--file` or stdin.")
-    problem = why_no_text(prompt)
+    problem = text_problem(prompt)
     if problem is not None:
         raise ValueError(f"Expected a prompt in UTF-8, but the prompt has {problem.removeprefix('it has ')}. Mend it.")
     return prompt

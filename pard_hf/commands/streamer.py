@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from ..incremental_text import IncrementalText
+from ..tokens import IncrementalDetokenizer
 
 GREEN, UNDERLINE, RESET = "\033[32m", "\033[4m", "\033[0m"
 
@@ -14,7 +14,7 @@ class TintedStreamer:
     """Prints tokens as they come; accepted draft tokens are tinted, the target's own are plain."""
 
     def __init__(self, tokenizer: Any, is_tinted: bool):
-        self.text = IncrementalText(tokenizer)
+        self.text = IncrementalDetokenizer(tokenizer)
         self.is_tinted = is_tinted
         self.is_prompt = True
 
