@@ -21,7 +21,6 @@ import torch
 from benchmarks.scaling import enlarge_pair
 from pard_hf import load_pair
 from pard_hf.evaluation.prompts import DEMO_PROMPTS
-from pard_hf.generation.stats import measure_rounds
 from pard_hf.io import conditions_of, shown_command
 
 
@@ -45,18 +44,20 @@ def measure(pair: Any, text: torch.Tensor, length: int, new_tokens: int) -> dict
     attention = TimedAttention(2 * pair.draft.num_assistant_tokens)
     torch.nn.functional.scaled_dot_product_attention = attention
     try:
-        with measure_rounds() as clock:
-            pair.target.generate(
-                text[:, :length],
-                attention_mask=torch.ones_like(text[:, :length]),
-                assistant_model=pair.draft,
-                max_new_tokens=new_tokens,
-                eos_token_id=None,
-                do_sample=False,
-                disable_compile=True,
-            )
+        output = pair.target.generate(
+            text[:, :length],
+            attention_mask=torch.ones_like(text[:, :length]),
+            assistant_model=pair.draft,
+            max_new_tokens=new_tokens,
+            eos_token_id=None,
+            do_sample=False,
+            disable_compile=True,
+            return_dict_in_generate=True,
+            measure_rounds=True,
+        )
     finally:
         torch.nn.functional.scaled_dot_product_attention = attention.attend
+    clock = output.round_times
     seconds = clock.draft + clock.verify + clock.loop
     return {
         "num_rounds": clock.num_rounds,

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 import transformers
 
-from ..generation.stats import DecodingStats, measure_rounds
+from ..generation.stats import DecodingStats
 from ..host import (
     check_num_assistant_tokens,
     end_token_ids,
@@ -316,11 +316,15 @@ class Measurement:
             parts, stats = Parts(), DecodingStats()
             for batch in self.batches:
                 self.advance(record.route.name)
-                with measure_rounds() as clock:
-                    output = self.runner.generate(
-                        record.route, batch.inputs, self.max_new_tokens, return_dict_in_generate=True
-                    )
-                parts.add(clock)
+                output = self.runner.generate(
+                    record.route,
+                    batch.inputs,
+                    self.max_new_tokens,
+                    return_dict_in_generate=True,
+                    measure_rounds=True,
+                )
+                if output.round_times is not None:
+                    parts.add(output.round_times)
                 stats += output.stats
             record.parts.append(parts)
             record.stats = stats  # Where K adapts, the last run has adapted most.

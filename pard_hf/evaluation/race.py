@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..generation.compilation import why_not_compiled
+from ..generation.compilation import not_compilable_reason
 from ..generation.stats import DecodingStats
 from ..host import end_token_ids, pad_token_id
 from ..loading import Pair
@@ -148,7 +148,7 @@ def compiled_arguments() -> dict[str, Any]:
 
 def compile_plain(pair: Pair, inputs: Any, max_new_tokens: int) -> str | None:
     """Compile plain `generate` for prompts no longer than `inputs`; returns why that cannot be, if so."""
-    if (reason := why_not_compiled(pair.target, pair.target)) is not None:
+    if (reason := not_compilable_reason(pair.target, pair.target)) is not None:
         return reason
     inputs = {name: tensor.to(pair.target.device) for name, tensor in inputs.items()}
     try:

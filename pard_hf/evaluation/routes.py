@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import CompileConfig
 
-from ..generation.compilation import why_not_compiled, workspace_of
+from ..generation.compilation import compile_cache_of, not_compilable_reason
 from ..generation.mixin import with_pard, without_pard
 from ..generation.schedule import COUNTS
 from ..generation.stats import DecodingStats
@@ -200,18 +200,18 @@ class RouteRunner:
             if sizes[0] != sizes[1]:
                 return f"the stock assisted loop wants equal vocabularies, not {sizes[0]} and {sizes[1]} rows"
         if route.name in COMPILED_BY_HOST:
-            return why_not_compiled(self.target, self.target)
+            return not_compilable_reason(self.target, self.target)
         if route.needs_head and self.draft.correction_head is None:
             return "the draft has no correction head"
-        if route.name in COMPILED and why_not_compiled(self.target, self.draft):
-            return why_not_compiled(self.target, self.draft)
+        if route.name in COMPILED and not_compilable_reason(self.target, self.draft):
+            return not_compilable_reason(self.target, self.draft)
         if route.name.startswith("adaptive") and self.num_drafts not in COUNTS[1:]:
             return f"the adaptive schedule chooses up to a K of {COUNTS[1:]}, not {self.num_drafts}"
         return None
 
     def compile_failure(self, route: Route) -> str | None:
         """Why our rounds could not be compiled, if so."""
-        return workspace_of(self.target, self.arguments[route.name].get("assistant_model", self.draft)).failure
+        return compile_cache_of(self.target, self.arguments[route.name].get("assistant_model", self.draft)).failure
 
     def generate(self, route: Route, inputs: dict[str, torch.Tensor], max_new_tokens: int, **kwargs: Any) -> Any:
         """Generate greedily by `route`; `kwargs` go to `generate`."""
