@@ -13,6 +13,7 @@ import torch
 from transformers import TrainerCallback
 
 from .cod import build_rows, keep_rows
+from .settings import check_ranges
 
 # Values of padding rows: they have no label, and no real row attends to them.
 PADDING = {"input_ids": 0, "position_ids": 0, "labels": -100, "anchors": -1, "depths": 0, "starts": 0}
@@ -74,11 +75,7 @@ class DataCollatorForPard:
     def __post_init__(self) -> None:
         # Shared memory: workers that outlive an epoch must see the next one begin.
         self.shared_epoch = torch.zeros((), dtype=torch.long).share_memory_()
-        if self.num_draft_tokens < 1:
-            raise ValueError(f"Expected `num_draft_tokens` of at least 1, got {self.num_draft_tokens}.")
-        for name in ("retention_rate", "min_retention_rate"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"Expected `{name}` in [0, 1], got {getattr(self, name)}.")
+        check_ranges(vars(self))
 
     @property
     def epoch(self) -> int:

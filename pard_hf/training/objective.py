@@ -13,6 +13,7 @@ from ..generation.cache import attention_windows
 from ..host import input_device
 from .cod import attends, attention_mask
 from .losses import Correction, confidence_weights, gold_logprobs, row_losses
+from .settings import objective_weights
 
 ATTENTIONS = ("sdpa", "eager", "flex_attention")
 OBJECTIVES = ("ce", "kd", "cat")
@@ -113,13 +114,7 @@ class Objective:
             raise ValueError(f"Expected a target for the objective {self.name!r}, got none. Name the target model.")
         if self.temperature <= 0:
             raise ValueError(f"Expected a temperature above 0, got {self.temperature}.")
-        defaults = (1.0, 0.0) if self.name == "ce" else (0.1, 1.0)
-        given = (self.cross_entropy_weight, self.divergence_weight)
-        self.weights = tuple(d if g is None else float(g) for d, g in zip(defaults, given, strict=True))
-        if min(self.weights) < 0 or max(self.weights) == 0:
-            raise ValueError(f"Expected weights of at least 0, one of them positive, got {self.weights}.")
-        if self.name == "ce" and self.weights[1]:
-            raise ValueError("Expected no divergence weight for the objective 'ce', which has no teacher. Take 'kd'.")
+        self.weights = objective_weights(self.name, self.cross_entropy_weight, self.divergence_weight)
 
     def __call__(
         self, draft: PreTrainedModel, batch: dict[str, Any], num_items: torch.Tensor | int | None = None
