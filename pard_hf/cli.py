@@ -1,37 +1,528 @@
-"""`pard …`: which command runs, and how bad input ends."""
+"""Parse the command line of `pard`, call the library, print.
+
+Heavy imports stand inside the commands, so that `pard --help` loads neither torch nor transformers.
+A flag that takes several values is repeated, or given a comma-separated list.
+"""
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
+import hashlib
+import inspect
+import itertools
+import json
 import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from .commands import bench, card, check, data, demo, export, generate, train
-from .commands.streamer import TintedStreamer
+import typer
 
-__all__ = ["TintedStreamer", "build_parser", "main"]
+if TYPE_CHECKING:
+    from .hub.engines import Finding
+    from .loading import Pair
 
+app = typer.Typer(add_completion=False, rich_markup_mode=None, help="Parallel draft models for transformers.")
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="pard", description="Parallel draft models for transformers.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (generate, demo, bench, data, train, card, check, export):
-        command.add(commands)
-    return parser
+EXIT_DIFFERENT = 3  # A float32 text differs from plain generate's.
+GREEN, UNDERLINE, RESET = "\033[32m", "\033[4m", "\033[0m"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; bad input ends with a sentence and exit code 2, never a stack trace."""
-    words = sys.argv[1:] if argv is None else argv
-    args = build_parser().parse_args(words)
-    args.words = words
+    """Run one command and return its exit code; bad input ends with one line on standard error and code 2."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = " ".join(["pard", *words[:1]])
+    command = typer.main.get_command(app)
     try:
-        return args.run(args)
+        code = command(_with_head_mode(words), prog_name="pard", obj=words, standalone_mode=False) or 0
+    except typer.TyperException as error:
+        print(f"{name}: {error.format_message()} See `{name if words[1:] else 'pard'} --help`.", file=sys.stderr)
+        return error.exit_code
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"pard {args.command}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"pard {args.command}: interrupted", file=sys.stderr)
-        return 130
+    if code == 130:
+        print(f"{name}: interrupted", file=sys.stderr)
+    return code
+
+
+def _with_head_mode(words: list[str]) -> list[str]:
+    """Write `--correction-head` without a mode as `--correction-head frozen`: typer has no optional values."""
+    follows = [*words[1:], ""]
+    is_bare = [word == "--correction-head" and next_word not in ("frozen", "joint")
+               for word, next_word in zip(words, follows, strict=True)]  # fmt: skip
+    return [f"{word}=frozen" if bare else word for word, bare in zip(words, is_bare, strict=True)]
+
+
+def _words(text: str) -> list[str]:
+    """Split a comma-separated list; a file whose name has a comma is one value."""
+    return [text] if Path(text).exists() else text.split(",")
+
+
+def _paths(text: str) -> list[Path]:
+    return [Path(word) for word in _words(text)]
+
+
+def _integers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
+def _several(parser: Callable[[str], list[Any]], help: str, metavar: str | None = None) -> Any:
+    """Declare a flag that takes several values."""
+    return typer.Option(parser=parser, callback=_joined, help=help, metavar=f"{metavar or parser.__name__[1:-1]},…")
+
+
+def _joined(groups: Any) -> list[Any]:
+    return [value for group in groups or () for value in group]
+
+
+Target = Annotated[
+    str | None, typer.Option(help="folder or Hub id of the target model (default: the bundled target)")
+]
+Draft = Annotated[str | None, typer.Option(help="folder or Hub id of the draft model (default: the bundled draft)")]
+Dtype = Annotated[str, typer.Option(help="of the weights; auto: the checkpoint's, float32 on a CPU")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 … (default: cuda where there is one)")]
+MaxNewTokens = Annotated[int, typer.Option(help="new tokens at most")]
+NumAssistantTokens = Annotated[
+    int | None, typer.Option(min=1, help="K, draft tokens proposed a round (default: the draft's own)")
+]
+TreeSize = Annotated[
+    int | None, typer.Option(help="N, nodes of a tree verified a round; 0 = chain (default: the draft's)")
+]
+Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy")]
+SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help="leave broken rows out instead of stopping")]
+PROMPT_SETS = "a .jsonl or .jsonl.gz file, or a Hub data set as hub:org/name[:split[:field]]"
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="the prompt; '-' or nothing reads standard input")] = None,
+    file: Annotated[
+        list[Path] | None, _several(_paths, "a text file with a prompt, or .jsonl rows with a `prompt` each")
+    ] = None,
+    target: Target = None,
+    draft: Draft = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    max_new_tokens: MaxNewTokens = 128,
+    num_assistant_tokens: NumAssistantTokens = None,
+    assistant_tree_size: TreeSize = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="texts at a time, for several prompts")] = 8,
+    temperature: Temperature = 0.0,
+    seed: Annotated[int | None, typer.Option(help="seed for sampling")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="do not put the prompt into the chat template")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object a prompt instead of text")] = False,
+    color: Annotated[Literal["auto", "always", "never"], typer.Option(help="tint accepted tokens")] = "auto",
+) -> None:
+    """Complete one prompt, streamed; or all prompts of files, in batches."""
+    import torch
+
+    from .evaluation.prompts import encode_prompt
+    from .evaluation.routes import end_token_ids, make_batches, pad_token_id
+    from .generation.stats import DecodingStats
+
+    prompts, is_single = _read_prompts(prompt, file or [])
+    pair = _load(target, draft, dtype, device)
+    num_drafts = pair.draft.num_assistant_tokens if num_assistant_tokens is None else num_assistant_tokens
+    if seed is not None:
+        torch.manual_seed(seed)
+    arguments: dict[str, Any] = {
+        "assistant_model": pair.draft,
+        "num_assistant_tokens": num_drafts,
+        "assistant_tree_size": assistant_tree_size,
+        "max_new_tokens": max_new_tokens,
+        "return_dict_in_generate": True,
+        **({"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}),
+    }
+    if is_single and not as_json:
+        arguments["streamer"] = TintedStreamer(
+            pair.tokenizer, color == "always" or (color == "auto" and sys.stdout.isatty())
+        )
+    encoded = [encode_prompt(pair.tokenizer, prompt, raw) for prompt in prompts]
+    answers: dict[int, list[int]] = {}
+    stats, start = DecodingStats(), time.perf_counter()
+    for batch in make_batches(encoded, batch_size, pad_token_id(pair.target), pair.target.device):
+        output = pair.target.generate(**batch.inputs, **arguments)
+        answers |= batch.new_texts(output.sequences, end_token_ids(pair.target))
+        stats += output.stats
+    seconds = time.perf_counter() - start
+    num_new_tokens = sum(map(len, answers.values()))
+    for index, prompt in enumerate(prompts):
+        text = pair.tokenizer.decode(answers[index], skip_special_tokens=True)
+        if as_json:
+            row: dict[str, Any] = {} if is_single else {"prompt": prompt}
+            row |= {"text": text, "num_new_tokens": len(answers[index])}
+            if is_single:
+                row |= {"seconds": round(seconds, 4), "tokens_per_second": round(num_new_tokens / seconds, 2)}
+                row |= {"num_assistant_tokens": num_drafts, **stats.to_dict()}
+            print(json.dumps(row, ensure_ascii=False))
+        elif not is_single:
+            print(f"[{index + 1}/{len(prompts)}] {prompt.rstrip()}\n\n{text.rstrip()}\n")
+    if not (is_single and as_json):
+        print(
+            f"{num_new_tokens} tokens · {num_new_tokens / seconds:.2f} tokens/s (prefill included) · "
+            f"τ {stats.acceptance_length:.2f} · α {stats.acceptance_rate:.2f} · "
+            f"{stats.num_rounds} rounds of K = {num_drafts}",
+            file=sys.stderr,
+        )
+
+
+def _load(target: str | None, draft: str | None, dtype: str, device: str | None, *, may_lack_draft: bool = False) -> Pair:
+    """Load a pair; with `may_lack_draft`, a target that is named alone comes without one."""
+    from transformers.utils import logging
+
+    from .loading import Pair, load_pair, load_target
+
+    logging.disable_progress_bar()
+    if may_lack_draft and target is not None and draft is None:
+        model, tokenizer = load_target(target, dtype, device)
+        return Pair(model, None, tokenizer)
+    return load_pair(target, draft, dtype, device)
+
+
+def _read_prompts(prompt: str | None, files: list[Path]) -> tuple[list[str], bool]:
+    """Read the prompts, and whether it is a single one, which is streamed."""
+    from .evaluation.prompts import read_prompts
+    from .io import read_text, why_no_text
+
+    def is_rows(file: Path) -> bool:
+        return file.name.endswith((".jsonl", ".jsonl.gz"))
+
+    if not files:
+        prompts = [sys.stdin.read() if prompt in (None, "-") else str(prompt)]
+    elif prompt is not None:
+        raise ValueError("Expected a prompt or `--file`, got both. Drop one of them.")
+    else:
+        prompts = [
+            text
+            for file in files
+            for text in ([row["prompt"] for row in read_prompts(file)] if is_rows(file) else [read_text(file)])
+        ]
+    if not prompts:
+        raise ValueError("Expected at least one prompt in the files, got none. Add a row with a `prompt`.")
+    for text in prompts:
+        if not text.strip():
+            raise ValueError("Expected a prompt, got only white space. Pass it as an argument, `--file` or stdin.")
+        if (problem := why_no_text(text)) is not None:
+            raise ValueError(f"Expected a prompt in UTF-8, but {problem}. Fix the prompt.")
+    return prompts, not files or (len(files) == 1 and not is_rows(files[0]))
+
+
+class IncrementalText:
+    """Decode tokens as they arrive; the pieces, joined, are the text of all tokens.
+
+    A character may need the bytes of several tokens: it is held back until all of them are there.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.shown = ""
+
+    def decoded(self) -> str:
+        return self.tokenizer.decode(self.ids, skip_special_tokens=True)
+
+    def add(self, ids: list[int]) -> str:
+        """Return the text that these tokens complete."""
+        self.ids += ids
+        text = self.decoded()
+        if text.endswith("\ufffd"):
+            return ""
+        new, self.shown = text[len(self.shown) :], text
+        if text.endswith("\n"):  # Decode one line at a time; the line break keeps the space of the next token.
+            self.ids = self.ids[-1:]
+            self.shown = self.decoded()
+        return new
+
+    def rest(self) -> str:
+        """Return what is left of a text that was cut inside a character."""
+        return self.decoded()[len(self.shown) :]
+
+
+class TintedStreamer:
+    """Print tokens as they arrive, accepted draft tokens tinted."""
+
+    def __init__(self, tokenizer: Any, is_tinted: bool):
+        self.text = IncrementalText(tokenizer)
+        self.tint = GREEN if is_tinted else ""
+        self.is_prompt = True
+
+    def put(self, value: Any) -> None:
+        if not self.is_prompt:
+            self.show(value)
+        self.is_prompt = False
+
+    def put_accepted(self, value: Any) -> None:
+        self.show(value, self.tint)
+
+    def show(self, value: Any, tint: str = "") -> None:
+        new = self.text.add(value.tolist())
+        sys.stdout.write(f"{tint}{new}{RESET}" if tint and new else new)
+        sys.stdout.flush()
+
+    def end(self) -> None:
+        sys.stdout.write("\n")
+
+
+@app.command(epilog="Ends with 3 where a text differs from plain generate's in float32.")
+def demo(
+    target: Target = None,
+    draft: Draft = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    max_new_tokens: MaxNewTokens = 128,
+    num_assistant_tokens: NumAssistantTokens = None,
+    assistant_tree_size: TreeSize = None,
+    repeats: Annotated[int, typer.Option(min=1, help="timed runs a prompt and route")] = 3,
+    compiled: Annotated[
+        bool | None,
+        typer.Option(
+            "--compiled/--no-compiled",
+            help="race compiled plain generate as well, which compiles first (default: on a GPU, where ours does)",
+        ),
+    ] = None,
+) -> int:
+    """Race plain generate against PARD on real prompts."""
+    from .evaluation.benchmark import GAP, is_exact
+    from .evaluation.prompts import DEMO_PROMPTS, encode_prompt
+    from .evaluation.race import PARD, compile_plain, race
+    from .evaluation.routes import pad_left, pad_token_id
+
+    pair = _load(target, draft, dtype, device)
+    num_drafts = pair.draft.num_assistant_tokens if num_assistant_tokens is None else num_assistant_tokens
+    on, dtype = pair.target.device, str(pair.target.dtype).removeprefix("torch.")
+    print(f"K = {num_drafts} · {dtype} · {on} · greedy · up to {max_new_tokens} new tokens\n")
+    inputs = [
+        pad_left([encode_prompt(pair.tokenizer, prompt)], pad_token_id(pair.target)) for prompt in DEMO_PROMPTS
+    ]
+    with_compiled = on.type != "cpu" if compiled is None else compiled
+    if with_compiled:
+        longest = max(inputs, key=lambda one: one["input_ids"].shape[1])
+        if (reason := compile_plain(pair, longest, max_new_tokens)) is not None:
+            with_compiled = False
+            print(f"Compiled plain generate is left out: {reason}.\n")
+    results = []
+    heading = f"\n{UNDERLINE}{{}}{RESET}" if sys.stdout.isatty() else "\n{}"
+    for number, (prompt, one) in enumerate(zip(DEMO_PROMPTS, inputs, strict=True), start=1):
+        print(f"[{number}/{len(DEMO_PROMPTS)}] {prompt.rstrip()}")
+        result = race(pair, one, num_drafts, max_new_tokens, repeats, assistant_tree_size, with_compiled)
+        results.append(result)
+        print(heading.format("plain generate"), result.plain_text.rstrip(), sep="\n")
+        print(heading.format("with the draft"), result.pard_text.rstrip(), sep="\n")
+        identical = "yes" if result.is_identical else "NO"
+        print(f"\n  identical: {identical} · {result.num_new_tokens} tokens · {_speeds(result)}\n", flush=True)
+    total = sum(results[1:], results[0])
+    print(f"all prompts: identical {total.agreements[PARD]} · {_speeds(total)}")
+    if not is_exact(pair.target.dtype):
+        itself = [f"{name}: identical {agreed}" for name, agreed in total.agreements.items() if name != PARD]
+        print(f"plain generate against itself: {' · '.join(itself)} ({GAP})")
+    if target is None:
+        print("The bundled pair is a stand-in to see the mechanism, not a useful assistant.")
+    if total.is_identical or not is_exact(pair.target.dtype):
+        return 0
+    print(
+        f"pard demo: Expected the texts of plain `generate` in {dtype}, got {total.agreements[PARD]} identical. "
+        "Please report the pair of models and the versions.",
+        file=sys.stderr,
+    )
+    return EXIT_DIFFERENT
+
+
+def _speeds(result: Any) -> str:
+    over = result.speedup_over_compiled
+    return (
+        f"plain {result.plain_rate:.0f} tokens/s · PARD {result.pard_rate:.0f} tokens/s · "
+        f"τ {result.stats.acceptance_length:.2f} · speedup {result.speedup:.2f}"
+        + ("" if over is None else f" ({over:.2f} over compiled plain)")
+    )
+
+
+@app.command(epilog="Ends with 3 where a text differs from plain generate's in float32.")
+def bench(
+    context: typer.Context,
+    target: Target = None,
+    draft: Draft = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    max_new_tokens: MaxNewTokens = 128,
+    prompts: Annotated[
+        list[str] | None, _several(_words, f"`demo`, {PROMPT_SETS} (default: demo)", "prompt set")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="prompts a set")] = 16,
+    seed: Annotated[int, typer.Option(help="which prompts of a set")] = 0,
+    prompt_length: Annotated[
+        int | None, typer.Option("--context", help="put other text before prompts up to so many tokens")
+    ] = None,
+    routes: Annotated[
+        list[str] | None, _several(_words, "what to compare with plain generate (default: all that apply)", "route")
+    ] = None,
+    num_assistant_tokens: Annotated[
+        list[int] | None, _several(_integers, "K, draft tokens proposed a round (default: the draft's)")
+    ] = None,
+    assistant_tree_size: Annotated[int, typer.Option(help="N, nodes of a tree where a route drafts one")] = 64,
+    batch_sizes: Annotated[list[int] | None, _several(_integers, "texts at a time (default: 1)")] = None,
+    repeats: Annotated[int, typer.Option(help="timed runs of each route")] = 3,
+    output: Annotated[Path | None, typer.Option(help="write the JSON here: a .json file, or a folder")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted run's --output")] = False,
+) -> int:
+    """Measure plain generate, its rivals and PARD on the same prompts, interleaved.
+
+    Prints tables to standard error and the result to standard output, as one JSON object.
+    """
+    raise NotImplementedError
+
+
+@app.command()
+def data(
+    prompts: Annotated[list[str], _several(_words, f"{PROMPT_SETS} (split: train)", "prompt set")],
+    output: Annotated[Path, typer.Option(help=".jsonl file that the rows are appended to")],
+    target: Target = None,
+    draft: Annotated[
+        str | None, typer.Option(help="folder or Hub id of a draft that makes it faster (bundled target: its own)")
+    ] = None,
+    temperature: Temperature = 0.0,
+    top_p: Annotated[float, typer.Option(help="probability mass sampled from")] = 1.0,
+    num_samples: Annotated[int, typer.Option(help="answers to a prompt")] = 1,
+    max_new_tokens: MaxNewTokens = 512,
+    batch_size: Annotated[int, typer.Option(help="prompts at a time")] = 16,
+    limit: Annotated[int | None, typer.Option(min=1, help="read this many prompts at most")] = None,
+    seed: Annotated[int, typer.Option(help="seed for sampling")] = 0,
+    num_assistant_tokens: NumAssistantTokens = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    skip_bad_rows: SkipBadRows = False,
+    restart: Annotated[bool, typer.Option("--restart", help="move an old --output aside and begin anew")] = False,
+) -> None:
+    """Let the target write the answers a draft is trained on.
+
+    Rows {prompt}, {turns} or {messages} in, training rows out. The same command goes on where an interrupted one
+    stopped.
+    """
+    raise NotImplementedError
+
+
+@app.command()
+def check(
+    draft: Annotated[str, typer.Argument(help="folder or Hub id of the draft")],
+    target: Annotated[
+        str | None, typer.Option(help="folder or Hub id of the target; only config and tokenizer are read")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print the findings once more, as one JSON object")
+    ] = False,
+) -> int:
+    """Say whether vLLM and TensorRT-LLM would load a draft, and what is wrong if not.
+
+    Weights are not loaded. Exit code 0 where both would load it, 1 where one would not.
+    """
+    from .hub.engines import ENGINES, check_draft, would_load
+
+    findings = check_draft(draft, target)
+    _print_findings(findings)
+    engines = {engine: would_load(findings, engine) for engine in ENGINES}
+    if as_json:
+        print(json.dumps({"engines": engines, "findings": [dataclasses.asdict(finding) for finding in findings]}))
+    return 0 if all(engines.values()) else 1
+
+
+def _print_findings(findings: list[Finding]) -> None:
+    from .hub.engines import ENGINES, would_load
+
+    for engine, title in ENGINES.items():
+        print(f"{title}: would {'' if would_load(findings, engine) else 'not '}load it")
+    for finding in findings:
+        kind = "must be fixed" if finding.is_blocking else "note"
+        print(f"{kind} ({finding.engine.replace('both', 'both engines')}): {finding.message}")
+
+
+@app.command()
+def export(
+    draft: Annotated[str, typer.Argument(help="folder or Hub id of the draft")],
+    output: Annotated[Path, typer.Option(help="folder to write, not there yet or empty")],
+    target: Annotated[
+        str | None, typer.Option(help="folder or Hub id of the target, whose config has the vocabulary size")
+    ] = None,
+    pad_vocab_to: Annotated[
+        int | None, typer.Option(metavar="N", help="vocabulary size, where no target is at hand")
+    ] = None,
+) -> int:
+    """Write a draft as vLLM and TensorRT-LLM load it: one mask key, the target's vocabulary size.
+
+    Exit code 0 where both would load it, 1 where it is written and one of them would not.
+    """
+    from transformers.utils import logging
+
+    from .hub.checkpoint import read_json, vocab_size
+    from .hub.engines import ENGINES, check_draft, would_load
+    from .hub.export import export_draft
+
+    if target is not None and pad_vocab_to is not None:
+        raise ValueError("Expected `--target` or `--pad-vocab-to`, got both. Drop one of them.")
+    logging.disable_progress_bar()
+    folder = export_draft(draft, output, target, pad_vocab_to)
+    findings = check_draft(folder, target, name=str(output))
+    _print_findings(findings)
+    print(json.dumps({"draft": str(folder), "vocab_size": vocab_size(read_json(folder, "config.json"))}))
+    return 0 if all(would_load(findings, engine) for engine in ENGINES) else 1
+
+
+@app.command()
+def card(
+    checkpoint: Annotated[
+        str | None,
+        typer.Argument(
+            help="folder or Hub id, `bundled-draft` or `bundled-target`; published drafts of the table are not "
+            "downloaded"
+        ),
+    ] = None,
+    render_all: Annotated[
+        bool, typer.Option("--all", help="render every card of this repository into a folder")
+    ] = False,
+    results: Annotated[
+        list[str] | None, _several(_words, "results of `pard bench`; of a folder, those that name the checkpoint", "json")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="file, or folder with --all (default: standard output)")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="a target it serves (default: the one it was trained for)")
+    ] = None,
+    license: Annotated[str | None, typer.Option(help="as the Hub names it, such as apache-2.0")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub id of the model it was made from (default: from the files)")
+    ] = None,
+    datasets: Annotated[
+        list[str] | None, _several(_words, "Hub ids of its training data (default: from the files)", "id")
+    ] = None,
+    language: Annotated[list[str] | None, _several(_words, "of its training text, such as en", "code")] = None,
+    tags: Annotated[list[str] | None, _several(_words, "beside those that every card has", "tag")] = None,
+) -> None:
+    """Render the model card of a draft from its config, provenance and results.
+
+    Reads config.json, provenance.json, result files and the table of published drafts; what none of them holds is
+    stated to be missing.
+    """
+    from .hub.model_card import all_names, card_source, model_card
+
+    if render_all == (checkpoint is not None):
+        raise ValueError("Expected a checkpoint or --all, got " + ("both." if render_all else "neither."))
+    given = {"target": target, "license": license, "base_model": base_model}
+    given |= {"datasets": datasets, "language": language, "tags": tags}
+    flags = [f"--{name.replace('_', '-')}" for name, value in given.items() if value]
+    if render_all and flags:
+        raise ValueError(f"Expected {', '.join(flags)} with one checkpoint only, got --all.")
+    if render_all and (output is None or output.is_file()):
+        raise ValueError("Expected with --all a folder for the cards: pass --output model_cards.")
+    if checkpoint is not None:
+        text = model_card(card_source(checkpoint, results, **given))
+        if output is None:
+            print(text)
+            return
+        cards = {output: text}
+    else:
+        cards = {output / f"{name.split('/')[-1]}.md": model_card(card_source(name, results)) for name in all_names()}
+    for file, text in cards.items():
+        text.save(file)
+    print(json.dumps({"cards": [file.name for file in cards]}))
 
 
 if __name__ == "__main__":
