@@ -173,15 +173,16 @@ def mask_length(generation_config: GenerationConfig, default: int) -> int:
     return getattr(generation_config, "_mask_length", default)
 
 
+def end_token_ids(generation_config: GenerationConfig) -> list[int]:
+    """The end tokens of a generation config, which names one, several or none."""
+    ends = generation_config.eos_token_id
+    return [] if ends is None else torch.as_tensor(ends).flatten().tolist()
+
+
 def pad_token_id(generation_config: GenerationConfig) -> int | None:
-    """The padding token that `generate()` settled on."""
-    pad = generation_config._pad_token_tensor
-    return None if pad is None else int(pad)
-
-
-def end_token_ids(generation_config: GenerationConfig) -> torch.Tensor | None:
-    """The end tokens that `generate()` settled on."""
-    return getattr(generation_config, "_eos_token_tensor", None)
+    """The padding token as `generate()` settles on it: the first end token where none is named."""
+    pad = generation_config.pad_token_id
+    return next(iter(end_token_ids(generation_config)), None) if pad is None else int(pad)
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

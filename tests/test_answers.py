@@ -19,7 +19,8 @@ from transformers import AutoTokenizer
 import pard_hf
 from pard_hf import bundled_pair
 from pard_hf.cli import main
-from pard_hf.training.data import encode_prompt, encode_row, next_prompt, read_rows, tokenize_rows
+from pard_hf.tokens import encode_prompt, next_prompt
+from pard_hf.training.data import encode_row, read_rows, tokenize_rows
 from pard_hf.training.responses import AnswerFile, write_answers
 
 
