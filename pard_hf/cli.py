@@ -15,9 +15,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin, get_type_hints
 
 import typer
+
+from .training.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from .hub.engines import Finding
@@ -25,6 +27,11 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, help="Parallel draft models for transformers.")
 
+# What must agree before a run may go on with an earlier one's cells; its sets, batch sizes and K may be others.
+RESUMED = (
+    *("target", "draft", "commit", "versions", "device", "dtype", "decoding"),
+    *("routes", "repeats", "max_new_tokens", "limit", "seed", "context", "assistant_tree_size"),
+)
 EXIT_DIFFERENT = 3  # A float32 text differs from plain generate's.
 GREEN, UNDERLINE, RESET = "\033[32m", "\033[4m", "\033[0m"
 
@@ -77,9 +84,7 @@ def _joined(groups: Any) -> list[Any]:
     return [value for group in groups or () for value in group]
 
 
-Target = Annotated[
-    str | None, typer.Option(help="folder or Hub id of the target model (default: the bundled target)")
-]
+Target = Annotated[str | None, typer.Option(help="folder or Hub id of the target model (default: the bundled target)")]
 Draft = Annotated[str | None, typer.Option(help="folder or Hub id of the draft model (default: the bundled draft)")]
 Dtype = Annotated[str, typer.Option(help="of the weights; auto: the checkpoint's, float32 on a CPU")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 … (default: cuda where there is one)")]
@@ -168,7 +173,9 @@ def generate(
         )
 
 
-def _load(target: str | None, draft: str | None, dtype: str, device: str | None, *, may_lack_draft: bool = False) -> Pair:
+def _load(
+    target: str | None, draft: str | None, dtype: str, device: str | None, *, may_lack_draft: bool = False
+) -> Pair:
     """Load a pair; with `may_lack_draft`, a target that is named alone comes without one."""
     from transformers.utils import logging
 
@@ -209,41 +216,12 @@ def _read_prompts(prompt: str | None, files: list[Path]) -> tuple[list[str], boo
     return prompts, not files or (len(files) == 1 and not is_rows(files[0]))
 
 
-class IncrementalText:
-    """Decode tokens as they arrive; the pieces, joined, are the text of all tokens.
-
-    A character may need the bytes of several tokens: it is held back until all of them are there.
-    """
-
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self.shown = ""
-
-    def decoded(self) -> str:
-        return self.tokenizer.decode(self.ids, skip_special_tokens=True)
-
-    def add(self, ids: list[int]) -> str:
-        """Return the text that these tokens complete."""
-        self.ids += ids
-        text = self.decoded()
-        if text.endswith("\ufffd"):
-            return ""
-        new, self.shown = text[len(self.shown) :], text
-        if text.endswith("\n"):  # Decode one line at a time; the line break keeps the space of the next token.
-            self.ids = self.ids[-1:]
-            self.shown = self.decoded()
-        return new
-
-    def rest(self) -> str:
-        """Return what is left of a text that was cut inside a character."""
-        return self.decoded()[len(self.shown) :]
-
-
 class TintedStreamer:
     """Print tokens as they arrive, accepted draft tokens tinted."""
 
     def __init__(self, tokenizer: Any, is_tinted: bool):
+        from .tokens import IncrementalText
+
         self.text = IncrementalText(tokenizer)
         self.tint = GREEN if is_tinted else ""
         self.is_prompt = True
@@ -293,9 +271,7 @@ def demo(
     num_drafts = pair.draft.num_assistant_tokens if num_assistant_tokens is None else num_assistant_tokens
     on, dtype = pair.target.device, str(pair.target.dtype).removeprefix("torch.")
     print(f"K = {num_drafts} · {dtype} · {on} · greedy · up to {max_new_tokens} new tokens\n")
-    inputs = [
-        pad_left([encode_prompt(pair.tokenizer, prompt)], pad_token_id(pair.target)) for prompt in DEMO_PROMPTS
-    ]
+    inputs = [pad_left([encode_prompt(pair.tokenizer, prompt)], pad_token_id(pair.target)) for prompt in DEMO_PROMPTS]
     with_compiled = on.type != "cpu" if compiled is None else compiled
     if with_compiled:
         longest = max(inputs, key=lambda one: one["input_ids"].shape[1])
@@ -370,7 +346,60 @@ def bench(
 
     Prints tables to standard error and the result to standard output, as one JSON object.
     """
-    raise NotImplementedError
+    from transformers.utils import logging
+
+    from .evaluation.benchmark import Benchmark, BenchmarkSettings, PartialFile, differences, is_exact, run_metadata
+    from .evaluation.metrics import BenchmarkResult, CellResult
+    from .evaluation.prompts import load_prompts
+    from .evaluation.report import difference_sentence, make_console, progress_bar, show_cell
+    from .evaluation.routes import ROUTES
+    from .io import write_whole
+
+    if output is None and resume:
+        raise ValueError("Expected `--output` with `--resume`, got none. Name a file.")
+    if output is not None and output.suffix != ".json":
+        output = output / "bench.json"
+    settings = BenchmarkSettings(
+        routes=tuple(routes or ROUTES),
+        batch_sizes=tuple(batch_sizes or [1]),
+        num_assistant_tokens=tuple(num_assistant_tokens or ()),
+        repeats=repeats,
+        max_new_tokens=max_new_tokens,
+        limit=limit,
+        seed=seed,
+        context=prompt_length,
+        tree_size=assistant_tree_size,
+    )
+    sets: dict[str, Any] = {}
+    for source in prompts or ["demo"]:
+        name, rows = load_prompts(source)
+        if name in sets:
+            raise ValueError(f"Expected prompt sets of different names, got `{name}` twice. Rename one of the files.")
+        sets[name] = rows
+    logging.set_verbosity_error()  # The stock loop warns of its own defaults in every call.
+    pair = _load(target, draft, dtype, device)
+    metadata = run_metadata(pair, settings, context.obj, target, draft)
+    partial, finished = None, []
+    if output is not None:
+        partial = PartialFile(output, {name: metadata.get(name) for name in RESUMED})
+        finished = partial.begin(resume)
+    console = make_console()
+
+    def keep(cell: CellResult) -> None:
+        if partial is not None:
+            partial.append(cell)
+        show_cell(console, cell)
+
+    with progress_bar(console) as advance:
+        result = BenchmarkResult(metadata, Benchmark(pair, settings, advance).run(sets, finished, keep))
+    if output is not None and partial is not None:
+        write_whole(output, result.to_json())
+        partial.remove()
+    different = differences(result.cells) if is_exact(pair.target.dtype) else []
+    for route, difference in different[:1]:
+        print(f"pard bench: {difference_sentence(route, difference)}", file=sys.stderr)
+    print(json.dumps(result.to_dict(), ensure_ascii=False))
+    return EXIT_DIFFERENT if different else 0
 
 
 @app.command()
@@ -399,7 +428,152 @@ def data(
     Rows {prompt}, {turns} or {messages} in, training rows out. The same command goes on where an interrupted one
     stopped.
     """
-    raise NotImplementedError
+    from .training.responses import write_answers
+
+    sources: list[dict[str, Any]] = []
+    rows = list(itertools.islice(_read_all(prompts, skip_bad_rows, sources), limit))
+    if not rows:
+        raise ValueError(f"Expected at least one prompt in {', '.join(prompts)}, got none. Name another file.")
+    pair = _load(target, draft, dtype, device, may_lack_draft=True)
+    progress = Progress()
+    counts = write_answers(
+        pair.target,
+        pair.tokenizer,
+        rows,
+        output,
+        draft=pair.draft,
+        batch_size=batch_size,
+        num_assistant_tokens=num_assistant_tokens,
+        restart=restart,
+        sources=sources,
+        report=progress,
+        skip_bad_rows=skip_bad_rows,
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        num_samples=num_samples,
+        seed=seed,
+    )
+    if counts.left_out or counts.shortened:
+        print(
+            f"{counts.left_out} rows had no room for an answer, {counts.shortened} for every turn: lower "
+            "`--max-new-tokens` to have them.",
+            file=sys.stderr,
+        )
+    print(json.dumps({"output": output.name, **counts.to_dict(), **progress.ratios()}))
+
+
+def _read_all(prompts: list[str], skip_bad_rows: bool, sources: list[dict[str, Any]]) -> Iterator[Any]:
+    """Read the rows of files and Hub data sets in order; appends the name and digest of each to `sources`."""
+    from .evaluation.prompts import HUB_PREFIX
+    from .io import sha256_of
+    from .training.data import PROMPTS, read_rows
+
+    for name in prompts:
+        skipped: list[int] = []
+        if name.startswith(HUB_PREFIX):
+            shown, rows, digest = _read_hub(name, skip_bad_rows, skipped)
+        else:
+            shown, rows = Path(name).name, read_rows(name, skip_bad_rows, PROMPTS, skipped)
+            digest = sha256_of(Path(name)).hexdigest()
+        sources.append({"name": shown, "sha256": digest, "skipped": skipped})
+        yield from rows
+
+
+def _read_hub(source: str, skip_bad_rows: bool, skipped: list[int]) -> tuple[str, Iterator[Any], str]:
+    """Read a Hub data set as prompts; returns its name, the rows and their digest."""
+    from .evaluation.prompts import read_hub_rows
+    from .training.data import PROMPTS, check_rows
+
+    fields = ("messages", "turns", "prompt")
+    name, field, found = read_hub_rows(source, "train")
+    if found and not field:
+        field = next((name for name in fields if name in found[0]), "")
+    if found and field not in found[0]:
+        raise ValueError(
+            f"Expected one of the fields {', '.join(fields)} in {source!r}, got {sorted(found[0])}. Name one of "
+            "these as `hub:org/name:split:field`."
+        )
+    rows = [_as_prompt(row, field) for row in found]
+    digest = hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
+    numbered = enumerate(rows, start=1)
+    return name, check_rows(numbered, f"row {{}} of `{source}`", PROMPTS, skip_bad_rows, skipped), digest
+
+
+def _as_prompt(row: dict[str, Any], field: str) -> dict[str, Any]:
+    """Take one field of a row: text is a prompt, a list of texts is turns, anything else has to be messages."""
+    value = row[field]
+    is_turns = isinstance(value, list) and all(isinstance(turn, str) for turn in value)
+    kind = "prompt" if isinstance(value, str) else "turns" if is_turns else "messages"
+    return {kind: value, **({"id": row["id"]} if isinstance(row.get("id"), str | int) else {})}
+
+
+class Progress:
+    """Print the progress of `pard data` to standard error, one line every five seconds."""
+
+    def __init__(self) -> None:
+        self.start = self.last = time.perf_counter()
+        self.speed, self.acceptance_length = 0.0, 0.0
+
+    def __call__(self, counts: Any, stats: Any) -> None:
+        now = time.perf_counter()
+        self.speed, self.acceptance_length = counts.new_tokens / (now - self.start), stats.acceptance_length
+        if now - self.last < 5.0 and counts.waiting:
+            return
+        self.last = now
+        acceptance = f" · τ {self.acceptance_length:.2f}" if stats.num_rounds else ""
+        print(
+            f"{counts.new_rows}/{counts.new_rows + counts.waiting} rows · {self.speed:.1f} tokens/s{acceptance}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def ratios(self) -> dict[str, float]:
+        """Return tokens a second and, with a draft, the acceptance length."""
+        ratios = {"tokens_per_second": round(self.speed, 2)}
+        return ratios | ({"acceptance_length": round(self.acceptance_length, 4)} if self.acceptance_length else {})
+
+
+def train(context: typer.Context, **settings: Any) -> None:
+    """Adapt a small causal LM into a parallel draft. Rows: {text}, {prompt, response} or {messages}."""
+    from .evaluation.acceptance import prepare_evaluator
+    from .hub.model_card import draft_card
+    from .io import shown_command
+    from .training.train import train_draft
+
+    settings["training_arguments"] = dict(settings["training_arguments"])
+    spec = TrainingSettings(**settings, command=shown_command(context.obj))
+    print(json.dumps({"draft": str(train_draft(spec, prepare_evaluator, draft_card))}))
+
+
+def _flag(setting: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
+    """Declare the flag of a training setting, whose type is `kind`."""
+    name, metadata, default = setting.name, setting.metadata, setting.default
+    flag, help = f"--{name.replace('_', '-')}", metadata["help"]
+    if get_origin(kind) in (list, dict):
+        one = metadata.get("parse")
+        parser = (lambda text: [one(text)]) if one else _paths if kind == list[Path] else _words
+        kind, option = list[str], _several(parser, help, metadata.get("metavar"))
+    elif "none" in metadata:
+        option = typer.Option(flag, help=help, parser=lambda text: None if text == metadata["none"] else int(text))
+    else:
+        option = typer.Option(flag, help=help)
+    if default is dataclasses.MISSING:
+        default = inspect.Parameter.empty if setting.default_factory is dataclasses.MISSING else None
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+
+
+def _with_training_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Give `train` a flag for each setting, the required ones first."""
+    kinds = get_type_hints(TrainingSettings)
+    flags = [_flag(one, kinds[one.name]) for one in dataclasses.fields(TrainingSettings) if "help" in one.metadata]
+    flags.sort(key=lambda flag: flag.default is not inspect.Parameter.empty)
+    context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    command.__signature__ = inspect.Signature([context, *flags])
+    return command
+
+
+app.command()(_with_training_flags(train))
 
 
 @app.command()
@@ -408,9 +582,7 @@ def check(
     target: Annotated[
         str | None, typer.Option(help="folder or Hub id of the target; only config and tokenizer are read")
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="print the findings once more, as one JSON object")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the findings once more, as one JSON object")] = False,
 ) -> int:
     """Say whether vLLM and TensorRT-LLM would load a draft, and what is wrong if not.
 
@@ -480,7 +652,8 @@ def card(
         bool, typer.Option("--all", help="render every card of this repository into a folder")
     ] = False,
     results: Annotated[
-        list[str] | None, _several(_words, "results of `pard bench`; of a folder, those that name the checkpoint", "json")
+        list[str] | None,
+        _several(_words, "results of `pard bench`; of a folder, those that name the checkpoint", "json"),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="file, or folder with --all (default: standard output)")] = None,
     target: Annotated[
@@ -505,24 +678,23 @@ def card(
 
     if render_all == (checkpoint is not None):
         raise ValueError("Expected a checkpoint or --all, got " + ("both." if render_all else "neither."))
-    given = {"target": target, "license": license, "base_model": base_model}
-    given |= {"datasets": datasets, "language": language, "tags": tags}
+    fields = {"target": target, "license": license, "base_model": base_model}
+    given: dict[str, Any] = {**fields, "datasets": datasets, "language": language, "tags": tags}
     flags = [f"--{name.replace('_', '-')}" for name, value in given.items() if value]
     if render_all and flags:
         raise ValueError(f"Expected {', '.join(flags)} with one checkpoint only, got --all.")
     if render_all and (output is None or output.is_file()):
         raise ValueError("Expected with --all a folder for the cards: pass --output model_cards.")
-    if checkpoint is not None:
-        text = model_card(card_source(checkpoint, results, **given))
-        if output is None:
+    cards = {}
+    for name in [checkpoint] if checkpoint is not None else all_names():
+        file = output if checkpoint is not None else Path(output or "", f"{name.split('/')[-1]}.md")
+        cards[file] = model_card(card_source(name, results or [], **given))
+    for file, text in cards.items():
+        if file is None:
             print(text)
             return
-        cards = {output: text}
-    else:
-        cards = {output / f"{name.split('/')[-1]}.md": model_card(card_source(name, results)) for name in all_names()}
-    for file, text in cards.items():
         text.save(file)
-    print(json.dumps({"cards": [file.name for file in cards]}))
+    print(json.dumps({"cards": [file.name for file in cards if file is not None]}))
 
 
 if __name__ == "__main__":

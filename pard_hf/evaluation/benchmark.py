@@ -33,7 +33,7 @@ import transformers
 
 from ..generation.stats import DecodingStats, measure_rounds
 from ..host import check_num_assistant_tokens, input_device, num_positions, without_head
-from ..io import write_whole
+from ..io import conditions_of, shown_command, shown_model, write_whole
 from ..loading import Pair
 from .memory import MemoryGauge, cache_bytes, cache_layer_sizes, copy_bandwidth, now, weight_bytes
 from .metrics import CellResult, Difference, Parts, Regrouped, RouteRecord, route_result
@@ -587,3 +587,23 @@ def differences(cells: list[CellResult]) -> list[tuple[str, Difference]]:
 
 def known(gaps: dict[int, float | None]) -> list[float]:
     return [gap for gap in gaps.values() if gap is not None]
+
+
+def run_metadata(
+    pair: Pair, settings: BenchmarkSettings, words: list[str], target: str | None = None, draft: str | None = None
+) -> dict[str, Any]:
+    """Describe a run: command, models, versions, device and settings; file names only, never folders."""
+    metadata = {
+        "command": shown_command(words),
+        "target": shown_model(target),
+        "draft": shown_model(draft),
+        **conditions_of(pair.target),
+        "repeats": settings.repeats,
+        "max_new_tokens": settings.max_new_tokens,
+        "limit": settings.limit,
+        "seed": settings.seed,
+        "context": settings.context,
+        "assistant_tree_size": settings.tree_size,
+        "routes": None if settings.routes == tuple(ROUTES) else list(settings.routes),
+    }
+    return {name: value for name, value in metadata.items() if value is not None}
