@@ -127,9 +127,9 @@ class Trace:
         sys.setprofile(None)
 
     def record(self, frame: FrameType, event: str, _: object) -> None:
-        file = frame.f_code.co_filename
-        if event == "call" and file.startswith(str(PACKAGE)):
-            self.calls.append((file, frame.f_code.co_qualname if sys.version_info >= (3, 11) else frame.f_code.co_name))
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(str(PACKAGE)):
+            self.calls.append((code.co_filename, getattr(code, "co_qualname", code.co_name)))
 
     def figures(self) -> dict[str, int]:
         files = [file for file, _ in self.calls]

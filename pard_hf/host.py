@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
 from itertools import chain, islice, takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -230,6 +230,42 @@ def croppable_cache(config: PreTrainedConfig) -> DynamicCache:
     if all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
         return DynamicCache()
     return cache
+
+
+class TokenizerDifference(NamedTuple):
+    """What ids mean to a draft's and a target's tokenizer; `conflict` is `None` where no id has two meanings."""
+
+    conflict: str | None
+    num_draft_only: int
+    num_target_only: int
+
+
+def compare_tokenizers(draft: Any, target: Any, with_added_tokens: bool = True) -> TokenizerDifference:
+    """Compare the vocabularies of a draft's and a target's tokenizer id by id.
+
+    Args:
+        with_added_tokens (`bool`, *optional*, defaults to `True`):
+            Whether added tokens count. Families rename reserved and special ones from release to release, and text is
+            made of the others.
+
+    Returns:
+        The first id that they read differently, such as `"id 35 is 'B' for the draft and 'A' for the target"`, and
+        how many ids only one of them has.
+    """
+    ours, theirs = (
+        {
+            index: token
+            for token, index in tokenizer.get_vocab().items()
+            if with_added_tokens or index not in tokenizer.added_tokens_decoder
+        }
+        for tokenizer in (draft, target)
+    )
+    shared = ours.keys() & theirs.keys()
+    index = min((index for index in shared if ours[index] != theirs[index]), default=None)
+    conflict = (
+        None if index is None else f"id {index} is {ours[index]!r} for the draft and {theirs[index]!r} for the target"
+    )
+    return TokenizerDifference(conflict, len(ours) - len(shared), len(theirs) - len(shared))
 
 
 def num_positions(config: PreTrainedConfig) -> int:

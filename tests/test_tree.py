@@ -217,7 +217,7 @@ def test_every_node_reads_its_own_path(family):
     columns = torch.arange(16) - 16 + lengths.unsqueeze(1)
 
     def forward(ids, positions, on_path=None):
-        mask = cache.place(positions, 64, on_path)
+        mask = cache.prepare(positions, 64, on_path)
         with torch.no_grad():
             return model(
                 input_ids=ids, attention_mask=mask, position_ids=positions.clamp(min=0), past_key_values=cache
