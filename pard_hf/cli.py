@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     name = " ".join(["pard", *words[:1]])
     command = typer.main.get_command(app)
     try:
-        code = command(_with_head_mode(words), prog_name="pard", obj=words, standalone_mode=False) or 0
+        code = command(with_head_mode(words), prog_name="pard", obj=words, standalone_mode=False) or 0
     except typer.TyperException as error:
         print(f"{name}: {error.format_message()} See `{name if words[1:] else 'pard'} --help`.", file=sys.stderr)
         return error.exit_code
@@ -54,12 +54,12 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
-def _with_head_mode(words: list[str]) -> list[str]:
-    """Write `--correction-head` without a mode as `--correction-head frozen`: typer has no optional values."""
-    follows = [*words[1:], ""]
-    is_bare = [word == "--correction-head" and next_word not in ("frozen", "joint")
-               for word, next_word in zip(words, follows, strict=True)]  # fmt: skip
-    return [f"{word}=frozen" if bare else word for word, bare in zip(words, is_bare, strict=True)]
+def with_head_mode(words: list[str]) -> list[str]:
+    """Write `--correction-head` without a mode as `--correction-head=frozen`: typer has no optional values."""
+    return [
+        f"{word}=frozen" if word == "--correction-head" and following not in ("frozen", "joint") else word
+        for word, following in zip(words, [*words[1:], ""], strict=False)
+    ]
 
 
 def _words(text: str) -> list[str]:

@@ -379,7 +379,7 @@ def test_files_are_read_in_order_and_broken_lines_named(command, tmp_path, out, 
     second = write_prompts(
         tmp_path / "second.jsonl", [{"turns": ["c", "d"]}, {"messages": [{"role": "tool", "content": "x"}]}]
     )
-    command += ["--prompts", first, second]
+    command += ["--prompts", first, "--prompts", second]
 
     assert main(command) == 2
     assert "in line 3 of" in capsys.readouterr().err

@@ -3,12 +3,13 @@
 import importlib.util
 import json
 import re
+from dataclasses import fields
 
 import pytest
 from documents import DOCUMENTS, RESULTS, ROOT, prose_of
 
-from pard_hf.cli import build_parser
 from pard_hf.hub.model_card import PUBLISHED
+from pard_hf.training.settings import TrainingSettings
 
 DOCS = ROOT / "docs"
 SETS = ("heldout_code_functions", "gsm8k_test")
@@ -160,8 +161,7 @@ def decimals_in(value):
 
 
 def defaults_of_training():
-    args = build_parser().parse_args(["train", "--base", "b", "--data", "d", "--output", "o"])
-    return {str(value) for value in vars(args).values() if isinstance(value, float)}
+    return {str(setting.default) for setting in fields(TrainingSettings) if isinstance(setting.default, float)}
 
 
 @pytest.mark.parametrize("document", sorted(DOCS.glob("*.md")), ids=lambda path: path.name)
