@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         code = command(with_head_mode(words), prog_name="pard", obj=words, standalone_mode=False) or 0
     except typer.TyperException as error:
-        print(f"{name}: {error.format_message()} See `{name if words[1:] else 'pard'} --help`.", file=sys.stderr)
+        print(f"{name}: {error.format_message().rstrip('.')}. See `pard --help`.", file=sys.stderr)
         return error.exit_code
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"{name}: {error}", file=sys.stderr)
@@ -80,23 +80,23 @@ def _several(parser: Callable[[str], list[Any]], help: str, metavar: str | None 
     return typer.Option(parser=parser, callback=_joined, help=help, metavar=f"{metavar or parser.__name__[1:-1]},…")
 
 
+def _flag(help: str, *names: str, **settings: Any) -> Any:
+    return typer.Option(*names, help=help, **settings)
+
+
 def _joined(groups: Any) -> list[Any]:
     return [value for group in groups or () for value in group]
 
 
-Target = Annotated[str | None, typer.Option(help="folder or Hub id of the target model (default: the bundled target)")]
-Draft = Annotated[str | None, typer.Option(help="folder or Hub id of the draft model (default: the bundled draft)")]
-Dtype = Annotated[str, typer.Option(help="of the weights; auto: the checkpoint's, float32 on a CPU")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 … (default: cuda where there is one)")]
-MaxNewTokens = Annotated[int, typer.Option(help="new tokens at most")]
-NumAssistantTokens = Annotated[
-    int | None, typer.Option(min=1, help="K, draft tokens proposed a round (default: the draft's own)")
-]
-TreeSize = Annotated[
-    int | None, typer.Option(help="N, nodes of a tree verified a round; 0 = chain (default: the draft's)")
-]
-Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy")]
-SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help="leave broken rows out instead of stopping")]
+Target = Annotated[str | None, _flag("folder or Hub id of the target model (default: the bundled target)")]
+Draft = Annotated[str | None, _flag("folder or Hub id of the draft model (default: the bundled draft)")]
+Dtype = Annotated[str, _flag("of the weights; auto: the checkpoint's, float32 on a CPU")]
+Device = Annotated[str | None, _flag("cpu, cuda, cuda:1 … (default: cuda where there is one)")]
+MaxNewTokens = Annotated[int, _flag("new tokens at most")]
+NumAssistantTokens = Annotated[int | None, _flag("K, draft tokens proposed a round (default: the draft's own)", min=1)]
+TreeSize = Annotated[int | None, _flag("N, nodes of a tree verified a round; 0 = chain (default: the draft's)")]
+Temperature = Annotated[float, _flag("0 is greedy", min=0)]
+SkipBadRows = Annotated[bool, _flag("leave broken rows out instead of stopping", "--skip-bad-rows")]
 PROMPT_SETS = "a .jsonl or .jsonl.gz file, or a Hub data set as hub:org/name[:split[:field]]"
 
 
@@ -113,12 +113,12 @@ def generate(
     max_new_tokens: MaxNewTokens = 128,
     num_assistant_tokens: NumAssistantTokens = None,
     assistant_tree_size: TreeSize = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="texts at a time, for several prompts")] = 8,
+    batch_size: Annotated[int, _flag("texts at a time, for several prompts", min=1)] = 8,
     temperature: Temperature = 0.0,
-    seed: Annotated[int | None, typer.Option(help="seed for sampling")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="do not put the prompt into the chat template")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object a prompt instead of text")] = False,
-    color: Annotated[Literal["auto", "always", "never"], typer.Option(help="tint accepted tokens")] = "auto",
+    seed: Annotated[int | None, _flag("seed for sampling")] = None,
+    raw: Annotated[bool, _flag("do not put the prompt into the chat template", "--raw")] = False,
+    as_json: Annotated[bool, _flag("print one JSON object a prompt instead of text", "--json")] = False,
+    color: Annotated[Literal["auto", "always", "never"], _flag("tint accepted tokens")] = "auto",
 ) -> None:
     """Complete one prompt, streamed; or all prompts of files, in batches."""
     import torch
@@ -252,7 +252,7 @@ def demo(
     max_new_tokens: MaxNewTokens = 128,
     num_assistant_tokens: NumAssistantTokens = None,
     assistant_tree_size: TreeSize = None,
-    repeats: Annotated[int, typer.Option(min=1, help="timed runs a prompt and route")] = 3,
+    repeats: Annotated[int, _flag("timed runs a prompt and route", min=1)] = 3,
     compiled: Annotated[
         bool | None,
         typer.Option(
@@ -325,10 +325,10 @@ def bench(
     prompts: Annotated[
         list[str] | None, _several(_words, f"`demo`, {PROMPT_SETS} (default: demo)", "prompt set")
     ] = None,
-    limit: Annotated[int, typer.Option(help="prompts a set")] = 16,
-    seed: Annotated[int, typer.Option(help="which prompts of a set")] = 0,
+    limit: Annotated[int, _flag("prompts a set")] = 16,
+    seed: Annotated[int, _flag("which prompts of a set")] = 0,
     prompt_length: Annotated[
-        int | None, typer.Option("--context", help="put other text before prompts up to so many tokens")
+        int | None, _flag("put other text before prompts up to so many tokens", "--context")
     ] = None,
     routes: Annotated[
         list[str] | None, _several(_words, "what to compare with plain generate (default: all that apply)", "route")
@@ -336,11 +336,11 @@ def bench(
     num_assistant_tokens: Annotated[
         list[int] | None, _several(_integers, "K, draft tokens proposed a round (default: the draft's)")
     ] = None,
-    assistant_tree_size: Annotated[int, typer.Option(help="N, nodes of a tree where a route drafts one")] = 64,
+    assistant_tree_size: Annotated[int, _flag("N, nodes of a tree where a route drafts one")] = 64,
     batch_sizes: Annotated[list[int] | None, _several(_integers, "texts at a time (default: 1)")] = None,
-    repeats: Annotated[int, typer.Option(help="timed runs of each route")] = 3,
-    output: Annotated[Path | None, typer.Option(help="write the JSON here: a .json file, or a folder")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted run's --output")] = False,
+    repeats: Annotated[int, _flag("timed runs of each route")] = 3,
+    output: Annotated[Path | None, _flag("write the JSON here: a .json file, or a folder")] = None,
+    resume: Annotated[bool, _flag("go on with an interrupted run's --output", "--resume")] = False,
 ) -> int:
     """Measure plain generate, its rivals and PARD on the same prompts, interleaved.
 
@@ -405,23 +405,23 @@ def bench(
 @app.command()
 def data(
     prompts: Annotated[list[str], _several(_words, f"{PROMPT_SETS} (split: train)", "prompt set")],
-    output: Annotated[Path, typer.Option(help=".jsonl file that the rows are appended to")],
+    output: Annotated[Path, _flag(".jsonl file that the rows are appended to")],
     target: Target = None,
     draft: Annotated[
-        str | None, typer.Option(help="folder or Hub id of a draft that makes it faster (bundled target: its own)")
+        str | None, _flag("folder or Hub id of a draft that makes it faster (bundled target: its own)")
     ] = None,
     temperature: Temperature = 0.0,
-    top_p: Annotated[float, typer.Option(help="probability mass sampled from")] = 1.0,
-    num_samples: Annotated[int, typer.Option(help="answers to a prompt")] = 1,
+    top_p: Annotated[float, _flag("probability mass sampled from")] = 1.0,
+    num_samples: Annotated[int, _flag("answers to a prompt")] = 1,
     max_new_tokens: MaxNewTokens = 512,
-    batch_size: Annotated[int, typer.Option(help="prompts at a time")] = 16,
-    limit: Annotated[int | None, typer.Option(min=1, help="read this many prompts at most")] = None,
-    seed: Annotated[int, typer.Option(help="seed for sampling")] = 0,
+    batch_size: Annotated[int, _flag("prompts at a time")] = 16,
+    limit: Annotated[int | None, _flag("read this many prompts at most", min=1)] = None,
+    seed: Annotated[int, _flag("seed for sampling")] = 0,
     num_assistant_tokens: NumAssistantTokens = None,
     dtype: Dtype = "auto",
     device: Device = None,
     skip_bad_rows: SkipBadRows = False,
-    restart: Annotated[bool, typer.Option("--restart", help="move an old --output aside and begin anew")] = False,
+    restart: Annotated[bool, _flag("move an old --output aside and begin anew", "--restart")] = False,
 ) -> None:
     """Let the target write the answers a draft is trained on.
 
@@ -546,7 +546,7 @@ def train(context: typer.Context, **settings: Any) -> None:
     print(json.dumps({"draft": str(train_draft(spec, prepare_evaluator, draft_card))}))
 
 
-def _flag(setting: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
+def _setting_flag(setting: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
     """Declare the flag of a training setting, whose type is `kind`."""
     name, metadata, default = setting.name, setting.metadata, setting.default
     flag, help = f"--{name.replace('_', '-')}", metadata["help"]
@@ -566,7 +566,9 @@ def _flag(setting: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
 def _with_training_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Give `train` a flag for each setting, the required ones first."""
     kinds = get_type_hints(TrainingSettings)
-    flags = [_flag(one, kinds[one.name]) for one in dataclasses.fields(TrainingSettings) if "help" in one.metadata]
+    flags = [
+        _setting_flag(one, kinds[one.name]) for one in dataclasses.fields(TrainingSettings) if "help" in one.metadata
+    ]
     flags.sort(key=lambda flag: flag.default is not inspect.Parameter.empty)
     context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
     command.__signature__ = inspect.Signature([context, *flags])
@@ -579,10 +581,8 @@ app.command()(_with_training_flags(train))
 @app.command()
 def check(
     draft: Annotated[str, typer.Argument(help="folder or Hub id of the draft")],
-    target: Annotated[
-        str | None, typer.Option(help="folder or Hub id of the target; only config and tokenizer are read")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print the findings once more, as one JSON object")] = False,
+    target: Annotated[str | None, _flag("folder or Hub id of the target; only config and tokenizer are read")] = None,
+    as_json: Annotated[bool, _flag("print the findings once more, as one JSON object", "--json")] = False,
 ) -> int:
     """Say whether vLLM and TensorRT-LLM would load a draft, and what is wrong if not.
 
@@ -611,9 +611,9 @@ def _print_findings(findings: list[Finding]) -> None:
 @app.command()
 def export(
     draft: Annotated[str, typer.Argument(help="folder or Hub id of the draft")],
-    output: Annotated[Path, typer.Option(help="folder to write, not there yet or empty")],
+    output: Annotated[Path, _flag("folder to write, not there yet or empty")],
     target: Annotated[
-        str | None, typer.Option(help="folder or Hub id of the target, whose config has the vocabulary size")
+        str | None, _flag("folder or Hub id of the target, whose config has the vocabulary size")
     ] = None,
     pad_vocab_to: Annotated[
         int | None, typer.Option(metavar="N", help="vocabulary size, where no target is at hand")
@@ -648,21 +648,15 @@ def card(
             "downloaded"
         ),
     ] = None,
-    render_all: Annotated[
-        bool, typer.Option("--all", help="render every card of this repository into a folder")
-    ] = False,
+    render_all: Annotated[bool, _flag("render every card of this repository into a folder", "--all")] = False,
     results: Annotated[
         list[str] | None,
         _several(_words, "results of `pard bench`; of a folder, those that name the checkpoint", "json"),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="file, or folder with --all (default: standard output)")] = None,
-    target: Annotated[
-        str | None, typer.Option(help="a target it serves (default: the one it was trained for)")
-    ] = None,
-    license: Annotated[str | None, typer.Option(help="as the Hub names it, such as apache-2.0")] = None,
-    base_model: Annotated[
-        str | None, typer.Option(help="Hub id of the model it was made from (default: from the files)")
-    ] = None,
+    output: Annotated[Path | None, _flag("file, or folder with --all (default: standard output)")] = None,
+    target: Annotated[str | None, _flag("a target it serves (default: the one it was trained for)")] = None,
+    license: Annotated[str | None, _flag("as the Hub names it, such as apache-2.0")] = None,
+    base_model: Annotated[str | None, _flag("Hub id of the model it was made from (default: from the files)")] = None,
     datasets: Annotated[
         list[str] | None, _several(_words, "Hub ids of its training data (default: from the files)", "id")
     ] = None,
