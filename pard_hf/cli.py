@@ -123,9 +123,10 @@ def generate(
     """Complete one prompt, streamed; or all prompts of files, in batches."""
     import torch
 
-    from .evaluation.prompts import encode_prompt
-    from .evaluation.routes import end_token_ids, make_batches, pad_token_id
+    from .evaluation.routes import make_batches
     from .generation.stats import DecodingStats
+    from .host import end_token_ids, pad_token_id
+    from .tokens import encode_prompt
 
     prompts, is_single = _read_prompts(prompt, file or [])
     pair = _load(target, draft, dtype, device)
@@ -145,11 +146,11 @@ def generate(
             pair.tokenizer, color == "always" or (color == "auto" and sys.stdout.isatty())
         )
     encoded = [encode_prompt(pair.tokenizer, prompt, raw) for prompt in prompts]
-    answers: dict[int, list[int]] = {}
+    config, answers = pair.target.generation_config, dict[int, list[int]]()
     stats, start = DecodingStats(), time.perf_counter()
-    for batch in make_batches(encoded, batch_size, pad_token_id(pair.target), pair.target.device):
+    for batch in make_batches(encoded, batch_size, pad_token_id(config), pair.target.device):
         output = pair.target.generate(**batch.inputs, **arguments)
-        answers |= batch.new_texts(output.sequences, end_token_ids(pair.target))
+        answers |= batch.new_texts(output.sequences, end_token_ids(config))
         stats += output.stats
     seconds = time.perf_counter() - start
     num_new_tokens = sum(map(len, answers.values()))
@@ -263,15 +264,17 @@ def demo(
 ) -> int:
     """Race plain generate against PARD on real prompts."""
     from .evaluation.benchmark import GAP, is_exact
-    from .evaluation.prompts import DEMO_PROMPTS, encode_prompt
+    from .evaluation.prompts import DEMO_PROMPTS
     from .evaluation.race import PARD, compile_plain, race
-    from .evaluation.routes import pad_left, pad_token_id
+    from .host import pad_token_id
+    from .tokens import encode_prompt, pad_left
 
     pair = _load(target, draft, dtype, device)
     num_drafts = pair.draft.num_assistant_tokens if num_assistant_tokens is None else num_assistant_tokens
     on, dtype = pair.target.device, str(pair.target.dtype).removeprefix("torch.")
     print(f"K = {num_drafts} · {dtype} · {on} · greedy · up to {max_new_tokens} new tokens\n")
-    inputs = [pad_left([encode_prompt(pair.tokenizer, prompt)], pad_token_id(pair.target)) for prompt in DEMO_PROMPTS]
+    pad = pad_token_id(pair.target.generation_config)
+    inputs = [pad_left([encode_prompt(pair.tokenizer, prompt)], pad) for prompt in DEMO_PROMPTS]
     with_compiled = on.type != "cpu" if compiled is None else compiled
     if with_compiled:
         longest = max(inputs, key=lambda one: one["input_ids"].shape[1])

@@ -76,11 +76,11 @@ def turn_end_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return special if tokenizer.eos_token_id is None else special | {tokenizer.eos_token_id}
 
 
-def pad_left(rows: Sequence[list[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
+def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int | None) -> dict[str, torch.Tensor]:
     """Pad token ids on the left; returns `input_ids` and `attention_mask`, each `[B, longest]`."""
-    width = max(map(len, rows))
+    width, pad = max(map(len, rows)), pad_token_id or 0
     return {
-        "input_ids": torch.tensor([[pad_token_id] * (width - len(row)) + row for row in rows]),
+        "input_ids": torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows]),
         "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
     }
 

@@ -10,9 +10,9 @@ import torch
 
 from ..generation.mixin import PardGenerationMixin, with_pard, without_pard
 from ..generation.stats import DecodingStats
-from ..host import input_device, without_head
+from ..host import end_token_ids, input_device, pad_token_id, without_head
 from .prompts import repeated_share
-from .routes import end_token_ids, make_batches, pad_token_id
+from .routes import make_batches
 
 
 @dataclass
@@ -63,11 +63,13 @@ class AcceptanceEvaluator:
 
     @torch.no_grad()
     def measure(self, target: Any, draft: Any, name: str, prompts: Sequence[list[int]]) -> DecodingStats:
-        stats, ends = DecodingStats(), end_token_ids(target)
+        stats, ends = DecodingStats(), end_token_ids(target.generation_config)
         draft = draft if self.uses_head else without_head(draft)
         texts = dict[int, list[int]]()
         kwargs = {} if self.num_assistant_tokens is None else {"num_assistant_tokens": self.num_assistant_tokens}
-        for batch in make_batches(list(prompts), self.batch_size, pad_token_id(target), input_device(target)):
+        for batch in make_batches(
+            list(prompts), self.batch_size, pad_token_id(target.generation_config), input_device(target)
+        ):
             output = target.generate(
                 **batch.inputs,
                 assistant_model=draft,

@@ -32,7 +32,14 @@ import torch
 import transformers
 
 from ..generation.stats import DecodingStats, measure_rounds
-from ..host import check_num_assistant_tokens, input_device, num_positions, without_head
+from ..host import (
+    check_num_assistant_tokens,
+    end_token_ids,
+    input_device,
+    num_positions,
+    pad_token_id,
+    without_head,
+)
 from ..io import conditions_of, shown_command, shown_model, write_whole
 from ..loading import Pair
 from .memory import MemoryGauge, cache_bytes, cache_layer_sizes, copy_bandwidth, now, weight_bytes
@@ -46,9 +53,7 @@ from .routes import (
     RoundStreamer,
     Route,
     RouteRunner,
-    end_token_ids,
     make_batches,
-    pad_token_id,
     regroup,
 )
 
@@ -117,7 +122,7 @@ def logit_gap(target: Any, prompt: list[int], expected: list[int], got: list[int
         attention_mask=torch.ones_like(ids),
         max_new_tokens=1,
         do_sample=False,
-        pad_token_id=pad_token_id(target),
+        pad_token_id=pad_token_id(target.generation_config),
         return_dict_in_generate=True,
         output_logits=True,
     )
@@ -211,7 +216,7 @@ class Measurement:
     ):
         self.runner, self.batches, self.max_new_tokens, self.advance = runner, batches, max_new_tokens, advance
         self.device = runner.target.device
-        self.ends = end_token_ids(runner.target)
+        self.ends = end_token_ids(runner.target.generation_config)
         self.gauge = MemoryGauge(self.device)
         self.records: dict[str, RouteRecord] = {}
         self.not_served: dict[str, str] = {}

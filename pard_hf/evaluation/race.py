@@ -11,9 +11,10 @@ import torch
 
 from ..generation.compilation import why_not_compiled
 from ..generation.stats import DecodingStats
+from ..host import end_token_ids, pad_token_id
 from ..loading import Pair
 from .benchmark import Agreement, agreement, is_exact
-from .routes import REGROUPED_SIZE, compile_anywhere, cut, end_token_ids, pad_token_id
+from .routes import REGROUPED_SIZE, compile_anywhere, cut
 
 PARD, COMPILED, BATCH = "with the draft", "eager against compiled", f"one row against a batch of {REGROUPED_SIZE}"
 
@@ -120,8 +121,10 @@ def race(
             seconds[name].append(time.perf_counter() - start)
     if not is_exact(pair.target.dtype):
         rows = {name: tensor.repeat(REGROUPED_SIZE, 1) for name, tensor in inputs.items()}
-        outputs["batch"] = pair.target.generate(**rows, **common, pad_token_id=pad_token_id(pair.target))
-    prompt, ends = inputs["input_ids"][0].tolist(), end_token_ids(pair.target)
+        outputs["batch"] = pair.target.generate(
+            **rows, **common, pad_token_id=pad_token_id(pair.target.generation_config)
+        )
+    prompt, ends = inputs["input_ids"][0].tolist(), end_token_ids(pair.target.generation_config)
     new = {name: cut(output.sequences[0, len(prompt) :].tolist(), ends) for name, output in outputs.items()}
     return RaceResult(
         plain_text=pair.tokenizer.decode(new["plain"], skip_special_tokens=True),

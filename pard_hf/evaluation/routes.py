@@ -21,8 +21,9 @@ from ..generation.compilation import why_not_compiled, workspace_of
 from ..generation.mixin import with_pard, without_pard
 from ..generation.schedule import COUNTS
 from ..generation.stats import DecodingStats
-from ..host import sharing_weights, without_head
+from ..host import pad_token_id, sharing_weights, without_head
 from ..loading import Pair
+from ..tokens import pad_left
 
 # Rows of the batches that single rows are compared with.
 REGROUPED_SIZE = 4
@@ -51,7 +52,7 @@ def cut(text: list[int], end_token_ids: Sequence[int]) -> list[int]:
 
 
 def make_batches(
-    encoded: list[list[int]], batch_size: int, pad_token_id: int, device: torch.device | str
+    encoded: list[list[int]], batch_size: int, pad_token_id: int | None, device: torch.device | str
 ) -> list[PromptBatch]:
     """Batches of prompts of like length, longest first: the first batch shows whether memory and positions suffice."""
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]), reverse=True)
@@ -63,7 +64,7 @@ def make_batches(
     return batches
 
 
-def regroup(encoded: list[list[int]], batches: list[PromptBatch], pad_token_id: int) -> list[PromptBatch]:
+def regroup(encoded: list[list[int]], batches: list[PromptBatch], pad_token_id: int | None) -> list[PromptBatch]:
     """Batches of other sizes: the rows of `batches` one at a time, or four at a time where each came alone.
 
     Rows that come alone in either way are left out; some come again to fill a batch.
@@ -74,27 +75,6 @@ def regroup(encoded: list[list[int]], batches: list[PromptBatch], pad_token_id: 
     indices = together or [index % len(encoded) for index in range(len(encoded) + -len(encoded) % size)]
     made = make_batches([encoded[index] for index in indices], size, pad_token_id, device)
     return [PromptBatch(tuple(indices[place] for place in batch.indices), batch.inputs) for batch in made]
-
-
-def pad_left(rows: list[list[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Rows of ids as `input_ids` and `attention_mask`, padded on the left."""
-    width = max(map(len, rows))
-    return {
-        "input_ids": torch.tensor([[pad_token_id] * (width - len(row)) + row for row in rows]),
-        "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
-    }
-
-
-def end_token_ids(model: Any) -> list[int]:
-    """Every id that ends a text of `model`."""
-    ends = model.generation_config.eos_token_id
-    return [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [ends]
-
-
-def pad_token_id(model: Any) -> int:
-    """The id `model` pads with; an end token, or 0, where it names none."""
-    pad = model.generation_config.pad_token_id
-    return pad if pad is not None else next(iter(end_token_ids(model)), 0)
 
 
 # One compiled forward a batch size and cache length: a sweep needs more of them than torch keeps by default.
@@ -175,7 +155,7 @@ class RouteRunner:
         self.target, self.draft = pair.target, pair.draft
         self.headless = headless or without_head(pair.draft)
         self.num_drafts, self.tree_size = num_assistant_tokens, tree_size
-        self.pad_token_id = pad_token_id(pair.target)
+        self.pad_token_id = pad_token_id(pair.target.generation_config)
         self.arguments = self.arguments_of_routes()
 
     def arguments_of_routes(self) -> dict[str, dict[str, Any]]:
