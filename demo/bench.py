@@ -9,13 +9,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from pard_hf.draft.known_drafts import known_draft_for
 from pard_hf.evaluation.benchmark import Benchmark, BenchmarkSettings, run_metadata
 from pard_hf.evaluation.metrics import BenchmarkResult, CellResult
 from pard_hf.evaluation.plots import write_plots
 from pard_hf.evaluation.prompts import NAMED_SETS, load_prompts
 from pard_hf.evaluation.report import SPEED_HEADINGS, difference_sentence, speed_row
 from pard_hf.evaluation.routes import ROUTES
-from pard_hf.hub.known_drafts import known_draft_for
 from pard_hf.loading import Pair
 
 from .html import message, table

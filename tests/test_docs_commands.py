@@ -10,6 +10,7 @@ import io
 import json
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,9 +21,9 @@ from test_docs import PYPROJECT
 
 from pard_hf import bundled_pair
 from pard_hf.cli import app, main, with_head_mode
+from pard_hf.draft import model as draft_model
+from pard_hf.draft.known_drafts import KNOWN_DRAFTS
 from pard_hf.hub import checkpoint
-from pard_hf.hub import export as upload
-from pard_hf.hub.known_drafts import KNOWN_DRAFTS
 from pard_hf.hub.model_card import engine_snippets
 
 EVALUATED = "--eval-steps 1 --eval-limit 1 --eval-max-new-tokens 4 --early-stopping-patience 9"
@@ -167,8 +168,8 @@ class RecordedHub:
     def file_exists(self, *args, **kwargs):
         return False
 
-    def create_commit(self, repo_id, operations, **kwargs):
-        self.commits.append({operation.path_in_repo for operation in operations})
+    def upload_folder(self, folder_path, **kwargs):
+        self.commits.append({path.name for path in Path(folder_path).iterdir()})
 
 
 @pytest.fixture
@@ -185,7 +186,7 @@ def quick_compilation(monkeypatch):
 @pytest.fixture
 def hub(monkeypatch):
     monkeypatch.setattr(RecordedHub, "commits", [], raising=False)
-    monkeypatch.setattr(upload, "HfApi", RecordedHub)
+    monkeypatch.setattr(draft_model, "HfApi", RecordedHub)
     monkeypatch.setattr(checkpoint, "snapshot_download", lambda name, **kwargs: answered(name, ROOT))
     return RecordedHub
 

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 import pard_hf
 from pard_hf.cli import main
-from pard_hf.hub.known_drafts import KNOWN_DRAFTS
+from pard_hf.draft.known_drafts import KNOWN_DRAFTS
 from pard_hf.hub.model_card import PUBLISHED, CardSource, all_names, card_source, draft_card, model_card
 
 ROOT = Path(pard_hf.__file__).parent.parent

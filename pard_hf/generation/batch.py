@@ -82,7 +82,9 @@ class Role:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Of a draft: logits of the last `num_places` rows, and their hidden states where a head asks for them."""
         model: Any = self.model
-        found = model.places(num_places, **self.arguments(positions, num_visible, None, {"input_ids": input_ids}))
+        found = model.position_logits(
+            num_places, **self.arguments(positions, num_visible, None, {"input_ids": input_ids})
+        )
         self.cache.slots.flat_rows = None
         return found
 

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, GenerationConfig
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..draft.addons import CORRECTION_HEAD, TRIMMED_VOCABULARY, load_parts, settings_of_part
+from ..draft.addons import CORRECTION_HEAD, TRIMMED_VOCABULARY, addon_settings, load_addons
 from ..draft.correction_head import CorrectionHead
 from ..draft.mask_token import check_mask_token, choose_mask_token, ids_named_in
 from ..draft.model import DEFAULT_NUM_ASSISTANT_TOKENS, PardDraftModel
@@ -318,7 +318,7 @@ def draft_of(spec: TrainingSpec, base: Any, mask_token_id: int, args: PardTraini
     num_drafts = base.generation_config.num_assistant_tokens if is_adapted(base.config) else None
     draft = PardDraftModel.from_causal_lm(base, mask_token_id, num_drafts or DEFAULT_NUM_ASSISTANT_TOKENS)
     if args.correction_head is not None and is_adapted(base.config):
-        load_parts(draft, spec.base, (CORRECTION_HEAD,))
+        load_addons(draft, spec.base, (CORRECTION_HEAD,))
     return draft
 
 
@@ -394,13 +394,13 @@ def check_before_loading(spec: TrainingSpec, tokenizer: Any, args: PardTrainingA
 
 def say_what_is_left_off(base: str, head_mode: str | None) -> None:
     """Warn of what lies beside a draft and will not lie beside the one that is trained from it."""
-    if head_mode is None and settings_of_part(base, CORRECTION_HEAD):
+    if head_mode is None and addon_settings(base, CORRECTION_HEAD):
         logger.warning(
             "The base's correction head is left off: it belongs to the hidden states of a draft that is about to "
             "change. Train it along with `--correction-head joint`, or a new one on the finished draft with "
             "`--correction-head frozen`."
         )
-    if settings_of_part(base, TRIMMED_VOCABULARY):
+    if addon_settings(base, TRIMMED_VOCABULARY):
         logger.warning(
             "The base's trimmed vocabulary is left off: training takes all rows. Trim the finished draft again "
             "(`draft.trim_vocabulary`)."

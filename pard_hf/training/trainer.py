@@ -38,12 +38,11 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
-from ..draft.addons import CORRECTION_HEAD, WEIGHTS_FILE, is_of_part
+from ..draft.addons import CORRECTION_HEAD, WEIGHTS_FILE, is_addon_weight
 from ..draft.correction_head import DEFAULT_RANK, CorrectionHead
 from ..draft.model import PardDraftModel, check_loadable
 from ..draft.vocabulary import check_head
 from ..generation.stats import DecodingStats
-from ..hub.checkpoint import mend_checkpoint
 from ..io import whole_file
 from .collator import DataCollatorForPard, EpochOfCollator
 from .objective import Objective, check_attention
@@ -343,7 +342,7 @@ class PardTrainer(Trainer):
             )
         if args.eval_strategy != "no" and evaluator is None:
             raise ValueError("Expected an `evaluator` with an `eval_strategy`, got none. Pass one, or take 'no'.")
-        check_loadable(model, {n: weight for n, weight in model.state_dict().items() if not is_of_part(n)})
+        check_loadable(model)
         set_seed(args.seed)  # The host does so too, when the head is made already.
         prepare_head(model, args.correction_head, args.correction_head_rank)
         self.objective = Objective(
@@ -456,7 +455,6 @@ class PardTrainer(Trainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # A pickle that names folders; nothing reads it.
-        mend_checkpoint(folder)  # Engines read every checkpoint, not only exported ones.
         if self.provenance is not None:
             step = self.state.global_step if self.loaded_step is None else self.loaded_step
             history = [e for e in self.state.log_history if "eval_acceptance_length" in e and e["step"] <= step]
@@ -472,7 +470,7 @@ class PardTrainer(Trainer):
         self.loaded_step = self.state.best_global_step
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        load_result.missing_keys[:] = [name for name in load_result.missing_keys if not is_of_part(name)]
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if not is_addon_weight(name)]
         super()._issue_warnings_after_load(load_result)
 
     def load_head(self, folder: str) -> None:
