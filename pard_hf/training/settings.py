@@ -221,10 +221,9 @@ class TrainingSettings(MethodSettings):
 
     def trainer_arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of [`PardTrainingArguments`], without its output folder."""
-        given = {
-            one.metadata["argument"]: getattr(self, one.name) for one in fields(self) if "argument" in one.metadata
-        }
-        given |= {name: getattr(self, name) for name in METHOD}
+        names = {one.name: one.metadata["argument"] for one in fields(self) if "argument" in one.metadata}
+        names |= {name: name for name in METHOD}
+        given = {argument: getattr(self, name) for name, argument in names.items() if getattr(self, name) is not False}
         given |= {"use_cpu": self.device == "cpu", "save_total_limit": 2, **self.training_arguments}
         if self.eval_prompts:
             every = self.eval_steps or given["save_steps"]
