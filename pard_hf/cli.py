@@ -75,9 +75,9 @@ def _integers(text: str) -> list[int]:
     return [int(word) for word in text.split(",")]
 
 
-def _several(parser: Callable[[str], list[Any]], help: str, metavar: str | None = None) -> Any:
+def _several(help: str, split: Callable[[str], list[Any]], metavar: str) -> Any:
     """Declare a flag that takes several values."""
-    return typer.Option(parser=parser, callback=_joined, help=help, metavar=f"{metavar or parser.__name__[1:-1]},…")
+    return typer.Option(help=help, parser=split, callback=_joined, metavar=f"{metavar},…")
 
 
 def _flag(help: str, *names: str, **settings: Any) -> Any:
@@ -104,7 +104,7 @@ PROMPT_SETS = "a .jsonl or .jsonl.gz file, or a Hub data set as hub:org/name[:sp
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="the prompt; '-' or nothing reads standard input")] = None,
     file: Annotated[
-        list[Path] | None, _several(_paths, "a text file with a prompt, or .jsonl rows with a `prompt` each")
+        list[Path] | None, _several("a text file with a prompt, or .jsonl rows with a `prompt` each", _paths, "FILE")
     ] = None,
     target: Target = None,
     draft: Draft = None,
@@ -326,7 +326,7 @@ def bench(
     device: Device = None,
     max_new_tokens: MaxNewTokens = 128,
     prompts: Annotated[
-        list[str] | None, _several(_words, f"`demo`, {PROMPT_SETS} (default: demo)", "prompt set")
+        list[str] | None, _several(f"`demo`, {PROMPT_SETS} (default: demo)", _words, "PROMPT SET")
     ] = None,
     limit: Annotated[int, _flag("prompts a set")] = 16,
     seed: Annotated[int, _flag("which prompts of a set")] = 0,
@@ -334,13 +334,13 @@ def bench(
         int | None, _flag("put other text before prompts up to so many tokens", "--context")
     ] = None,
     routes: Annotated[
-        list[str] | None, _several(_words, "what to compare with plain generate (default: all that apply)", "route")
+        list[str] | None, _several("what to compare with plain generate (default: all that apply)", _words, "ROUTE")
     ] = None,
     num_assistant_tokens: Annotated[
-        list[int] | None, _several(_integers, "K, draft tokens proposed a round (default: the draft's)")
+        list[int] | None, _several("K, draft tokens proposed a round (default: the draft's)", _integers, "N")
     ] = None,
     assistant_tree_size: Annotated[int, _flag("N, nodes of a tree where a route drafts one")] = 64,
-    batch_sizes: Annotated[list[int] | None, _several(_integers, "texts at a time (default: 1)")] = None,
+    batch_sizes: Annotated[list[int] | None, _several("texts at a time (default: 1)", _integers, "N")] = None,
     repeats: Annotated[int, _flag("timed runs of each route")] = 3,
     output: Annotated[Path | None, _flag("write the JSON here: a .json file, or a folder")] = None,
     resume: Annotated[bool, _flag("go on with an interrupted run's --output", "--resume")] = False,
@@ -407,7 +407,7 @@ def bench(
 
 @app.command()
 def data(
-    prompts: Annotated[list[str], _several(_words, f"{PROMPT_SETS} (split: train)", "prompt set")],
+    prompts: Annotated[list[str], _several(f"{PROMPT_SETS} (split: train)", _words, "PROMPT SET")],
     output: Annotated[Path, _flag(".jsonl file that the rows are appended to")],
     target: Target = None,
     draft: Annotated[
@@ -545,40 +545,34 @@ def train(context: typer.Context, **settings: Any) -> None:
     from .training.train import train_draft
 
     settings["training_arguments"] = dict(settings["training_arguments"])
-    spec = TrainingSettings(**settings, command=shown_command(context.obj))
-    print(json.dumps({"draft": str(train_draft(spec, prepare_evaluator, draft_card))}))
+    chosen = TrainingSettings(**settings, command=shown_command(context.obj))
+    print(json.dumps({"draft": str(train_draft(chosen, prepare_evaluator, draft_card))}))
 
 
-def _setting_flag(setting: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
-    """Declare the flag of a training setting, whose type is `kind`."""
-    name, metadata, default = setting.name, setting.metadata, setting.default
-    flag, help = f"--{name.replace('_', '-')}", metadata["help"]
+def _training_flag(setting: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
+    """Make the flag of a training setting, whose type is `kind`."""
+    help, none, parse = setting.metadata["help"], setting.metadata.get("none"), setting.metadata.get("parse")
+    option = _flag(help, f"--{setting.name.replace('_', '-')}")
+    if none:
+        option.parser = lambda word: None if word == none else int(word)
     if get_origin(kind) in (list, dict):
-        one = metadata.get("parse")
-        parser = (lambda text: [one(text)]) if one else _paths if kind == list[Path] else _words
-        kind, option = list[str], _several(parser, help, metadata.get("metavar"))
-    elif "none" in metadata:
-        option = typer.Option(flag, help=help, parser=lambda text: None if text == metadata["none"] else int(text))
-    else:
-        option = typer.Option(flag, help=help)
-    if default is dataclasses.MISSING:
-        default = inspect.Parameter.empty if setting.default_factory is dataclasses.MISSING else None
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+        split = (lambda word: [parse(word)]) if parse else _paths if kind == list[Path] else _words
+        kind, option = list[Any], _several(help, split, "VALUE")
+    is_required = setting.default is dataclasses.MISSING and setting.default_factory is dataclasses.MISSING
+    default = None if setting.default is dataclasses.MISSING else setting.default
+    return inspect.Parameter(
+        setting.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if is_required else default,
+        annotation=Annotated[kind, option],
+    )
 
 
-def _with_training_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Give `train` a flag for each setting, the required ones first."""
-    kinds = get_type_hints(TrainingSettings)
-    flags = [
-        _setting_flag(one, kinds[one.name]) for one in dataclasses.fields(TrainingSettings) if "help" in one.metadata
-    ]
-    flags.sort(key=lambda flag: flag.default is not inspect.Parameter.empty)
-    context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
-    command.__signature__ = inspect.Signature([context, *flags])
-    return command
-
-
-app.command()(_with_training_flags(train))
+_kinds = get_type_hints(TrainingSettings)
+_flags = [_training_flag(one, _kinds[one.name]) for one in dataclasses.fields(TrainingSettings) if one.metadata]
+_flags.sort(key=lambda flag: flag.default is not inspect.Parameter.empty)  # The required ones first.
+train.__signature__ = inspect.Signature([inspect.signature(train).parameters["context"], *_flags])  # type: ignore[attr-defined]
+app.command()(train)
 
 
 @app.command()
@@ -654,17 +648,17 @@ def card(
     render_all: Annotated[bool, _flag("render every card of this repository into a folder", "--all")] = False,
     results: Annotated[
         list[str] | None,
-        _several(_words, "results of `pard bench`; of a folder, those that name the checkpoint", "json"),
+        _several("results of `pard bench`; of a folder, those that name the checkpoint", _words, "JSON"),
     ] = None,
     output: Annotated[Path | None, _flag("file, or folder with --all (default: standard output)")] = None,
     target: Annotated[str | None, _flag("a target it serves (default: the one it was trained for)")] = None,
     license: Annotated[str | None, _flag("as the Hub names it, such as apache-2.0")] = None,
     base_model: Annotated[str | None, _flag("Hub id of the model it was made from (default: from the files)")] = None,
     datasets: Annotated[
-        list[str] | None, _several(_words, "Hub ids of its training data (default: from the files)", "id")
+        list[str] | None, _several("Hub ids of its training data (default: from the files)", _words, "ID")
     ] = None,
-    language: Annotated[list[str] | None, _several(_words, "of its training text, such as en", "code")] = None,
-    tags: Annotated[list[str] | None, _several(_words, "beside those that every card has", "tag")] = None,
+    language: Annotated[list[str] | None, _several("of its training text, such as en", _words, "CODE")] = None,
+    tags: Annotated[list[str] | None, _several("beside those that every card has", _words, "TAG")] = None,
 ) -> None:
     """Render the model card of a draft from its config, provenance and results.
 
