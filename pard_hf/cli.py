@@ -544,8 +544,9 @@ def train(context: typer.Context, **settings: Any) -> None:
     from .io import shown_command
     from .training.train import train_draft
 
-    settings["training_arguments"] = dict(settings["training_arguments"])
-    chosen = TrainingSettings(**settings, command=shown_command(context.obj))
+    given = {name: value for name, value in settings.items() if value is not None}
+    given["training_arguments"] = dict(given.get("training_arguments", ()))
+    chosen = TrainingSettings(**given, command=shown_command(context.obj))
     print(json.dumps({"draft": str(train_draft(chosen, prepare_evaluator, draft_card))}))
 
 
