@@ -22,6 +22,7 @@ import typer
 from .training.settings import TrainingSettings
 
 if TYPE_CHECKING:
+    from .evaluation.race import RaceResult
     from .hub.engines import Finding
     from .loading import Pair
 
@@ -265,55 +266,56 @@ def demo(
     """Race plain generate against PARD on real prompts."""
     from .evaluation.benchmark import GAP, is_exact
     from .evaluation.prompts import DEMO_PROMPTS
-    from .evaluation.race import PARD, compile_plain, race
-    from .host import pad_token_id
-    from .tokens import encode_prompt, pad_left
+    from .evaluation.race import PARD, PLAIN, compile_plain, race
+    from .tokens import encode_prompt
 
     pair = _load(target, draft, dtype, device)
     num_drafts = pair.draft.num_assistant_tokens if num_assistant_tokens is None else num_assistant_tokens
     on, dtype = pair.target.device, str(pair.target.dtype).removeprefix("torch.")
     print(f"K = {num_drafts} · {dtype} · {on} · greedy · up to {max_new_tokens} new tokens\n")
-    pad = pad_token_id(pair.target.generation_config)
-    inputs = [pad_left([encode_prompt(pair.tokenizer, prompt)], pad) for prompt in DEMO_PROMPTS]
+    encoded = [encode_prompt(pair.tokenizer, prompt) for prompt in DEMO_PROMPTS]
     with_compiled = on.type != "cpu" if compiled is None else compiled
-    if with_compiled:
-        longest = max(inputs, key=lambda one: one["input_ids"].shape[1])
-        if (reason := compile_plain(pair, longest, max_new_tokens)) is not None:
-            with_compiled = False
-            print(f"Compiled plain generate is left out: {reason}.\n")
-    results = []
+    if with_compiled and (reason := compile_plain(pair, max(encoded, key=len), max_new_tokens)) is not None:
+        with_compiled = False
+        print(f"Compiled plain generate is left out: {reason}.\n")
+    ours = {"num_assistant_tokens": num_drafts, "assistant_tree_size": assistant_tree_size}
     heading = f"\n{UNDERLINE}{{}}{RESET}" if sys.stdout.isatty() else "\n{}"
-    for number, (prompt, one) in enumerate(zip(DEMO_PROMPTS, inputs, strict=True), start=1):
+    results = []
+    for number, (prompt, ids) in enumerate(zip(DEMO_PROMPTS, encoded, strict=True), start=1):
         print(f"[{number}/{len(DEMO_PROMPTS)}] {prompt.rstrip()}")
-        result = race(pair, one, num_drafts, max_new_tokens, repeats, assistant_tree_size, with_compiled)
+        result = race(pair, ids, max_new_tokens, repeats, with_compiled, **ours)
         results.append(result)
-        print(heading.format("plain generate"), result.plain_text.rstrip(), sep="\n")
-        print(heading.format("with the draft"), result.pard_text.rstrip(), sep="\n")
-        identical = "yes" if result.is_identical else "NO"
+        for way in (PLAIN, PARD):
+            print(heading.format(way), result.texts[way].rstrip(), sep="\n")
+        identical = "NO" if result.gaps[PARD] else "yes"
         print(f"\n  identical: {identical} · {result.num_new_tokens} tokens · {_speeds(result)}\n", flush=True)
     total = sum(results[1:], results[0])
-    print(f"all prompts: identical {total.agreements[PARD]} · {_speeds(total)}")
+    print(f"all prompts: identical {total.agreement(PARD)} · {_speeds(total)}")
     if not is_exact(pair.target.dtype):
-        itself = [f"{name}: identical {agreed}" for name, agreed in total.agreements.items() if name != PARD]
+        itself = [f"{way}: identical {total.agreement(way)}" for way in total.gaps if way not in (PLAIN, PARD)]
         print(f"plain generate against itself: {' · '.join(itself)} ({GAP})")
     if target is None:
         print("The bundled pair is a stand-in to see the mechanism, not a useful assistant.")
-    if total.is_identical or not is_exact(pair.target.dtype):
+    if not total.gaps[PARD] or not is_exact(pair.target.dtype):
         return 0
     print(
-        f"pard demo: Expected the texts of plain `generate` in {dtype}, got {total.agreements[PARD]} identical. "
+        f"pard demo: Expected the texts of plain `generate` in {dtype}, got {total.agreement(PARD)} identical. "
         "Please report the pair of models and the versions.",
         file=sys.stderr,
     )
     return EXIT_DIFFERENT
 
 
-def _speeds(result: Any) -> str:
-    over = result.speedup_over_compiled
+def _speeds(result: RaceResult) -> str:
+    """Format tokens per second, τ, and the speedup over eager and, if it ran, over compiled plain `generate`."""
+    from .evaluation.race import COMPILED, PARD, PLAIN
+
+    plain, pard = (result.num_new_tokens / result.seconds[way] for way in (PLAIN, PARD))
+    speedups = {way: seconds / result.seconds[PARD] for way, seconds in result.seconds.items()}
     return (
-        f"plain {result.plain_rate:.0f} tokens/s · PARD {result.pard_rate:.0f} tokens/s · "
-        f"τ {result.stats.acceptance_length:.2f} · speedup {result.speedup:.2f}"
-        + ("" if over is None else f" ({over:.2f} over compiled plain)")
+        f"plain {plain:.0f} tokens/s · PARD {pard:.0f} tokens/s · τ {result.stats.acceptance_length:.2f} · "
+        f"speedup {speedups[PLAIN]:.2f}"
+        + (f" ({speedups[COMPILED]:.2f} over compiled plain)" if COMPILED in speedups else "")
     )
 
 
