@@ -223,7 +223,7 @@ def test_every_committed_result_is_identical_in_float32():
 
     assert found["bundled_routes"] == {1.0}
     assert all(shares <= {1.0} for shares in found.values())
-    assert "every committed result says so" in " ".join(text_of("docs/limits.md").split())
+    assert "every committed result shows it" in " ".join(text_of("docs/limits.md").split())
 
 
 def pinned(package):
