@@ -131,7 +131,7 @@ def test_seed_makes_the_head(tmp_path):
 def test_batch_without_a_label_has_a_gradient_of_zero(tmp_path, mode):
     rows = [{"input_ids": [1, 5, 6, 7, 2], "loss_mask": [0] * 5}] * 8
     trainer = make_trainer(tmp_path, 1, rows, correction_head=mode)
-    batch = {name: values for name, values in trainer.data_collator(rows[:2]).items() if name != "places"}
+    batch = {name: values for name, values in trainer.data_collator(rows[:2]).items() if name != "sources"}
 
     trainer.model(objective=trainer.objective, batch=to_device(batch)).backward()
 

@@ -280,7 +280,7 @@ def test_evaluation_is_the_decoding_loop(tmp_path):
 
 
 def test_loss_that_is_not_finite_names_its_rows(tmp_path):
-    rows = [{**row, "place": f"rows.jsonl line {number}"} for number, row in enumerate(ROWS, start=1)]
+    rows = [{**row, "source": f"rows.jsonl line {number}"} for number, row in enumerate(ROWS, start=1)]
     trainer = make_trainer(tmp_path, 4, rows=rows, save_strategy="steps", save_steps=1)
 
     class Spoil(TrainerCallback):
@@ -296,7 +296,7 @@ def test_loss_that_is_not_finite_names_its_rows(tmp_path):
     report = json.loads((tmp_path / "not_finite.0.json").read_text())
     assert report["step"] == 3
     assert len(report["rows"]) == 4
-    assert all(place.startswith("rows.jsonl line ") for place in report["rows"])
+    assert all(source.startswith("rows.jsonl line ") for source in report["rows"])
 
 
 @pytest.mark.parametrize("content", [None, "{"])

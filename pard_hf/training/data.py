@@ -284,7 +284,7 @@ def tokenize_rows(
             logger.warning("%s skipped: %s", place, problem)
             continue
         if len(example["input_ids"]) >= 2 and any(example["loss_mask"][1:]):
-            examples.append({**example, "place": place})
+            examples.append({**example, "source": place})
         elif skip_bad_rows:
             logger.warning("%s skipped: %d tokens, none to learn", place, num_tokens)
         else:

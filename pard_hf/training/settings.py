@@ -40,10 +40,7 @@ class MethodSettings:
     divergence_weight: float | None = setting(None, "weight of the divergence; by default 0 for ce, else 1")
     distillation_temperature: float = setting(1.0, "temperature of both distributions in kd and cat")
     correction_head: Literal["frozen", "joint"] | None = setting(
-        None,
-        "train a correction head on a draft that does not change (frozen), or with it (joint)",
-        nargs="?",
-        const="frozen",
+        None, "train a correction head alone (frozen) or with the draft (joint)", nargs="?", const="frozen"
     )
     correction_head_rank: int = setting(128, "rank of the correction head")
     correction_head_learning_rate: float = setting(3e-3, "learning rate of the correction head, which starts at zero")
@@ -55,7 +52,7 @@ class MethodSettings:
     def check_method(self) -> None:
         """Raise a `ValueError` for a setting of the method outside its choices or its range."""
         check_choices(self, MethodSettings)
-        check_ranges(self, self.label)
+        check_ranges({name: getattr(self, name) for name in METHOD}, self.label)
         if self.distillation_temperature <= 0:
             raise ValueError(
                 f"Expected {self.label('distillation_temperature')} above 0, got {self.distillation_temperature}."
@@ -78,9 +75,9 @@ def check_choices(settings: MethodSettings, declared_in: type) -> None:
             raise ValueError(f"Expected {settings.label(name)} to be one of {', '.join(choices)}, got {value!r}.")
 
 
-def check_ranges(settings: Any, label: Callable[[str], str] = "`{}`".format) -> None:
-    """Raise a `ValueError` for a count below 1 or a rate outside [0, 1] among the attributes of `settings`."""
-    for name, value in vars(settings).items():
+def check_ranges(values: dict[str, Any], label: Callable[[str], str] = "`{}`".format) -> None:
+    """Raise a `ValueError` for a count below 1 or a rate outside [0, 1] among named values."""
+    for name, value in values.items():
         if name in COUNTS and value is not None and value < 1:
             raise ValueError(f"Expected {label(name)} of at least 1, got {value}.")
         if name in RATES and not 0 <= value <= 1:
@@ -99,7 +96,7 @@ def objective_weights(
     given = (cross_entropy_weight, divergence_weight)
     cross_entropy, divergence = (d if g is None else float(g) for d, g in zip(defaults, given, strict=True))
     if min(cross_entropy, divergence) < 0 or max(cross_entropy, divergence) == 0:
-        raise ValueError(f"Expected weights of at least 0, not both 0, got {cross_entropy} and {divergence}.")
+        raise ValueError(f"Expected weights of at least 0, one of them positive, got {(cross_entropy, divergence)}.")
     if objective == "ce" and divergence:
         raise ValueError("Expected no divergence weight for the objective 'ce', which has no teacher. Take 'kd'.")
     return cross_entropy, divergence
@@ -124,11 +121,11 @@ class TrainingSettings(MethodSettings):
     """What one run adapts, on what, into which folder.
 
     A field with `help` is a flag of `pard train`: `max_length` is `--max-length`, a `bool` is a switch, a `list` or
-    `dict` takes several values. Other metadata:
+    `dict` takes several values. A field that [`TrainingArguments`] has as well sets it there. Other metadata:
 
-    - `group`: heading in the help; "method" where a field of [`MethodSettings`] names none;
-    - `argument`: the field of `TrainingArguments` that it sets;
-    - `record`: "settings" to write it into the provenance, "identity" if a resumed run must not change it either;
+    - `group`: heading in the help; "method" for the fields of [`MethodSettings`];
+    - `argument`: name that the field has in `TrainingArguments`, where it is another;
+    - `record`: whether the provenance holds it, and `identity`, whether a resumed run must not change it;
     - `none`: the word for `None` on the command line; `const`: the value of a flag that is given without one;
     - `parse`: function from a word of the command line to a value.
     """
@@ -137,14 +134,14 @@ class TrainingSettings(MethodSettings):
     data: list[Path] = field(metadata={"help": "training rows, .jsonl or .jsonl.gz"})
     output: Path = field(metadata={"help": "folder for checkpoints and the finished draft"})
 
-    max_length: int = of_rows(512, "tokens of the longest row", record="identity")
-    overlong: Literal["truncate", "drop"] = of_rows("truncate", "cut longer rows, or drop them", record="identity")
-    pack: bool = of_rows(False, "fill sequences with rows that do not see each other", record="identity")
+    max_length: int = of_rows(512, "tokens of the longest row", identity=True)
+    overlong: Literal["truncate", "drop"] = of_rows("truncate", "cut longer rows, or drop them", identity=True)
+    pack: bool = of_rows(False, "fill sequences with rows that do not see each other", identity=True)
     chat_template: Path | None = of_rows(None, "file with a chat template, instead of the base model's own")
     skip_bad_rows: bool = of_rows(False, "leave broken rows out instead of stopping")
 
     mask_token_id: int | None = setting(
-        None, "id the tokenizer never produces (default: auto)", group="method", none="auto", record="identity"
+        None, "id the tokenizer never produces (default: auto)", group="method", none="auto", identity=True
     )
 
     target: str | None = of_evaluation(None, "folder or Hub id: teacher of kd and cat, verifier of evaluations")
@@ -163,26 +160,20 @@ class TrainingSettings(MethodSettings):
         None, "evaluations in a row without a larger acceptance length that end the run"
     )
 
-    epochs: float = of_run(1.0, "passes over the rows", argument="num_train_epochs", record="settings")
-    max_steps: int = of_run(-1, "optimizer steps, instead of epochs", argument="max_steps", record="settings")
-    batch_size: int = of_run(
-        8, "sequences a step and device", argument="per_device_train_batch_size", record="settings"
-    )
-    gradient_accumulation_steps: int = of_run(
-        1, "batches a step", argument="gradient_accumulation_steps", record="settings"
-    )
-    learning_rate: float = of_run(3e-5, "peak; the paper's for Qwen2.5", argument="learning_rate", record="settings")
-    save_steps: int = of_run(200, "steps between checkpoints, the best draft's apart", argument="save_steps")
+    epochs: float = of_run(1.0, "passes over the rows", argument="num_train_epochs", record=True)
+    max_steps: int = of_run(-1, "optimizer steps, instead of epochs", record=True)
+    batch_size: int = of_run(8, "sequences a step and device", argument="per_device_train_batch_size", record=True)
+    gradient_accumulation_steps: int = of_run(1, "batches a step", record=True)
+    learning_rate: float = of_run(3e-5, "peak learning rate; the paper's for Qwen2.5", record=True)
+    save_steps: int = of_run(200, "steps between checkpoints, the best draft's apart")
     dtype: str = of_run("float32", "dtype of the draft's weights")
     target_dtype: str | None = of_run(None, "dtype of the target (default: its checkpoint's; float32 on a CPU)")
-    bf16: bool = of_run(False, "compute in bfloat16; weights keep their dtype", argument="bf16")
-    gradient_checkpointing: bool = of_run(
-        False, "recompute activations: less memory, one more forward", argument="gradient_checkpointing"
-    )
+    bf16: bool = of_run(False, "compute in bfloat16; weights keep their dtype")
+    gradient_checkpointing: bool = of_run(False, "recompute activations: less memory, one more forward")
     attention: Literal["sdpa", "eager", "flex_attention"] = of_run("sdpa", "attention implementation of the draft")
     device: Literal["auto", "cpu"] = of_run("auto", "cpu keeps off the GPU")
-    report_to: str = of_run("none", "wandb, tensorboard, …", argument="report_to")
-    seed: int = of_run(42, "seed of the run", argument="seed", record="identity")
+    report_to: str = of_run("none", "wandb, tensorboard, …")
+    seed: int = of_run(42, "seed of the run", identity=True)
     restart: bool = of_run(False, "move checkpoints in --output aside and begin anew")
     training_arguments: dict[str, Any] = field(
         default_factory=dict,
@@ -200,6 +191,7 @@ class TrainingSettings(MethodSettings):
     def __post_init__(self) -> None:
         self.check_method()
         check_choices(self, TrainingSettings)
+        check_ranges(vars(self), self.label)
         if self.num_draft_tokens >= self.max_length:
             raise ValueError(
                 f"Expected `--num-draft-tokens` below `--max-length`, got {self.num_draft_tokens} and "
@@ -219,27 +211,13 @@ class TrainingSettings(MethodSettings):
         if not self.eval_prompts and (self.early_stopping_patience is not None or self.eval_steps is not None):
             raise ValueError("Expected something to evaluate, got none. Give `--target` and `--eval-prompts`.")
 
-    def trainer_arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments of [`PardTrainingArguments`], without its output folder."""
-        names = {one.name: one.metadata["argument"] for one in fields(self) if "argument" in one.metadata}
-        names |= {name: name for name in METHOD}
-        given = {argument: getattr(self, name) for name, argument in names.items() if getattr(self, name) is not False}
-        given |= {"use_cpu": self.device == "cpu", "save_total_limit": 2, **self.training_arguments}
-        if self.eval_prompts:
-            every = self.eval_steps or given["save_steps"]
-            given = {"eval_strategy": "steps", "eval_steps": every, "load_best_model_at_end": True, **given}
-        return given
-
-    def recorded(self, arguments: Any) -> dict[str, Any]:
-        """Return the settings for the provenance, as `arguments` ([`PardTrainingArguments`]) has them in the end."""
-        names = {one.name: one.metadata.get("argument", one.name) for one in fields(self) if "record" in one.metadata}
-        names |= {name: name for name in METHOD}
-        return {argument: getattr(arguments, argument, getattr(self, name)) for name, argument in names.items()}
-
 
 METHOD = tuple(one.name for one in fields(MethodSettings))
 # What a resumed run must not change: it decides what is learned.
 IDENTITY = (
     *(name for name in METHOD if not name.endswith("learning_rate")),
-    *(one.name for one in fields(TrainingSettings) if one.metadata.get("record") == "identity"),
+    *(one.name for one in fields(TrainingSettings) if "identity" in one.metadata),
 )
+RECORDED = (*METHOD, *(one.name for one in fields(TrainingSettings) if {"record", "identity"} & one.metadata.keys()))
+# Names of the settings in `TrainingArguments`.
+ARGUMENTS = {one.name: one.metadata.get("argument", one.name) for one in fields(TrainingSettings)}

@@ -18,27 +18,28 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, GenerationConfig
 
-from ..draft.addons import CORRECTION_HEAD, TRIMMED_VOCABULARY, addon_settings, load_addons
+from ..draft.addons import CORRECTION_HEAD, TRIMMED_VOCABULARY, addon_settings
 from ..draft.mask_token import check_mask_token, choose_mask_token, ids_named_in
-from ..draft.model import DEFAULT_NUM_ASSISTANT_TOKENS, PardDraftModel
+from ..draft.model import PardDraftModel
 from ..host import compare_tokenizers, num_positions
 from ..io import conditions_of, read_text, sha256_of, shown_model, write_whole
 from ..loading import named_dtype
 from .collator import pack_rows
 from .data import has_marks, read_rows, tokenize_rows
 from .responses import manifest_path
-from .settings import IDENTITY, TrainingSettings
+from .settings import ARGUMENTS, IDENTITY, RECORDED, TrainingSettings
 from .trainer import Evaluator, PardTrainer, PardTrainingArguments, last_checkpoint
 
 logger = logging.getLogger(__name__)
 
+CardMaker = Callable[[dict[str, Any]], str]
 PROBE = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
 
 
 def train_draft(
     settings: TrainingSettings,
     prepare_evaluator: Callable[[TrainingSettings, Any, int], Callable[[Any], Evaluator]] | None = None,
-    make_card: Callable[[dict[str, Any]], str] | None = None,
+    make_card: CardMaker | None = None,
 ) -> Path:
     """Adapt a base model into a draft; returns `settings.output`, its folder.
 
@@ -68,12 +69,28 @@ def train_draft(
     make_evaluator = None
     if settings.eval_prompts and prepare_evaluator is not None:
         make_evaluator = prepare_evaluator(settings, tokenizer, min(map(num_positions, configs)))
-    rows = load_rows(settings, tokenizer, mask_token_id)
+    rows = tokenize_rows(
+        tokenizer,
+        (row for file in settings.data for row in read_rows(file, settings.skip_bad_rows)),
+        settings.max_length,
+        settings.skip_bad_rows,
+        settings.overlong,
+        mask_token_id,
+    )
+    if not rows:
+        raise ValueError(f"Expected training rows in {', '.join(map(str, settings.data))}, got none.")
     counts = {"num_rows": len(rows), "num_tokens": sum(len(row["input_ids"]) for row in rows)}
     if settings.pack:
         rows = pack_rows(rows, settings.max_length)
         logger.warning("Packed %d rows into %d sequences.", counts["num_rows"], len(rows))
-    draft = load_draft(settings, mask_token_id)
+    draft = PardDraftModel.from_pretrained(
+        settings.base,
+        mask_token_id=mask_token_id,
+        correction_head=settings.correction_head is not None,
+        trimmed_vocabulary=False,
+        dtype=settings.dtype,
+        attn_implementation=settings.attention,
+    )
     target = None
     if settings.target and (make_evaluator or settings.objective != "ce"):
         dtype = settings.target_dtype or ("float32" if args.device.type == "cpu" else "auto")
@@ -96,15 +113,20 @@ def train_draft(
 
 
 def training_arguments(settings: TrainingSettings) -> PardTrainingArguments:
-    """Make the arguments of the trainer; with evaluations the checkpoint of the longest blocks is kept."""
-    given = settings.trainer_arguments()
-    unknown = set(given) - {field.name for field in fields(PardTrainingArguments) if field.init} | {
-        "output_dir"
-    } & set(given)
+    """Return the arguments of the trainer; with evaluations the draft with the longest blocks is kept."""
+    known = {field.name for field in fields(PardTrainingArguments) if field.init} - {"output_dir"}
+    unknown = sorted(settings.training_arguments.keys() - known)
     if unknown:
-        raise ValueError(f"Expected training arguments of `PardTrainingArguments`, got {', '.join(sorted(unknown))}.")
-    given.setdefault("dataloader_pin_memory", torch.cuda.is_available() and not given["use_cpu"])
-    return PardTrainingArguments(str(settings.output / "checkpoints"), **given)
+        raise ValueError(f"Expected training arguments of `PardTrainingArguments`, got {', '.join(unknown)}.")
+    given = {argument: getattr(settings, name) for name, argument in ARGUMENTS.items() if argument in known}
+    given = {argument: value for argument, value in given.items() if value is not None and value is not False}
+    given |= settings.training_arguments
+    use_cpu = settings.device == "cpu"
+    defaults = {"use_cpu": use_cpu, "save_total_limit": 2}
+    defaults["dataloader_pin_memory"] = torch.cuda.is_available() and not given.get("use_cpu", use_cpu)
+    if settings.eval_prompts:
+        defaults |= {"eval_strategy": "steps", "eval_steps": given["save_steps"], "load_best_model_at_end": True}
+    return PardTrainingArguments(str(settings.output / "checkpoints"), **{**defaults, **given})
 
 
 def load_tokenizer(settings: TrainingSettings) -> Any:
@@ -134,40 +156,32 @@ def load_tokenizer(settings: TrainingSettings) -> Any:
 
 def check_base(settings: TrainingSettings, config: Any, tokenizer: Any) -> None:
     """Raise a `ValueError` for a base model, dtypes or lengths that the run cannot use."""
-    base, vocab_size = settings.base, config.get_text_config().vocab_size
+    base, vocab_size, positions = settings.base, config.get_text_config().vocab_size, num_positions(config)
     if config.is_encoder_decoder:
         raise ValueError(f"Expected a decoder-only base model, got the encoder-decoder `{base}`.")
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= vocab_size:
         raise ValueError(
             f"Expected a base model with a row for each id of its tokenizer, got ids up to {largest} for {vocab_size} "
-            f"rows in `{base}`. The tokenizer is another model's, or tokens were added without "
-            "`model.resize_token_embeddings`."
+            f"rows in `{base}`. Take the model's own tokenizer, or call `model.resize_token_embeddings`."
         )
-    if settings.max_length > num_positions(config):
+    if settings.max_length > positions:
         raise ValueError(
-            f"Expected `--max-length` within the {num_positions(config)} positions of the base model, got "
-            f"{settings.max_length}."
+            f"Expected `--max-length` within the {positions} positions of the base, got {settings.max_length}."
         )
     for dtype in {settings.dtype, settings.target_dtype} - {None, "auto"}:
         named_dtype(str(dtype))
-    if settings.correction_head == "frozen" and not is_adapted(config):
+    if settings.correction_head == "frozen" and getattr(config, "pard_token", None) is None:
         raise ValueError(
             f"Expected a draft as the base of a frozen correction head, got `{base}`, whose config has no "
             "`pard_token`. Adapt it first, or train both with `--correction-head joint`."
         )
 
 
-def is_adapted(config: Any) -> bool:
-    """Return whether a base model is a draft already."""
-    return getattr(config, "pard_token", None) is not None
-
-
 def check_template(tokenizer: Any) -> None:
-    """Raise a `ValueError` for a chat template from which the beginning of an answer cannot be told.
+    """Raise a `ValueError` for a chat template that does not show where an answer begins.
 
-    It can with `{% generation %}` marks around answers; without them, the text of a prompt must be the beginning of
-    its text with an answer.
+    It does by `{% generation %}` marks; without them a prompt must read the same with and without an answer.
     """
     if tokenizer.chat_template is None or has_marks(tokenizer):
         return
@@ -182,8 +196,8 @@ def check_template(tokenizer: Any) -> None:
         raise ValueError(f"Expected a chat template for a question and an answer, got: {error}. {remedy}") from error
     if not whole.startswith(before) or PROBE[1]["content"] not in whole[len(before) :]:
         raise ValueError(
-            "Expected a chat template that writes the same before an answer with and without it, got "
-            f"{before!r} and {whole!r}: where the answer begins cannot be told. {remedy}"
+            f"Expected a chat template that writes the same before an answer with and without it, got {before!r} and "
+            f"{whole!r}: where the answer begins cannot be told. {remedy}"
         )
 
 
@@ -203,53 +217,23 @@ def warn_of_dropped_addons(settings: TrainingSettings) -> None:
 
 
 def mask_token_of(settings: TrainingSettings, configs: list[Any], tokenizer: Any) -> int:
-    """Return the mask token's id: the one that is named and free, that of a draft, or a chosen one."""
+    """Return the named mask token if it is free, that of a base which is a draft already, or choose one."""
     named, vocab_size = settings.mask_token_id, configs[0].get_text_config().vocab_size
-    if named is None and is_adapted(configs[0]):
+    if named is None and getattr(configs[0], "pard_token", None) is not None:
         return configs[0].pard_token
     all_configs = [*configs, *(config.get_text_config() for config in configs)]
-    for name in (settings.base, settings.target):
+    for name in filter(None, (settings.base, settings.target)):
         with suppress(OSError):
-            all_configs += [GenerationConfig.from_pretrained(name)] if name else []
-    named_ids = ids_named_in(*all_configs)
+            all_configs.append(GenerationConfig.from_pretrained(name))
+    ids_in_use = ids_named_in(*all_configs)
     if named is None:
-        chosen, why = choose_mask_token(tokenizer, vocab_size, named_ids)
-        logger.warning("Mask token %d: %s.", chosen, why)
+        chosen, reason = choose_mask_token(tokenizer, vocab_size, ids_in_use)
+        logger.warning("Mask token %d: %s.", chosen, reason)
         return chosen
     if not 0 <= named < vocab_size:
-        raise ValueError(
-            f"Expected `--mask-token-id` to be an id in [0, {vocab_size}), got {named}. `auto` chooses one."
-        )
-    check_mask_token(tokenizer, named, named_ids)
+        raise ValueError(f"Expected `--mask-token-id` to be an id in [0, {vocab_size}) or `auto`, got {named}.")
+    check_mask_token(tokenizer, named, ids_in_use)
     return named
-
-
-def load_rows(settings: TrainingSettings, tokenizer: Any, mask_token_id: int) -> list[dict[str, Any]]:
-    """Read and tokenize the files of rows."""
-    rows = tokenize_rows(
-        tokenizer,
-        (row for file in settings.data for row in read_rows(file, settings.skip_bad_rows)),
-        settings.max_length,
-        settings.skip_bad_rows,
-        settings.overlong,
-        mask_token_id,
-    )
-    if not rows:
-        raise ValueError(f"Expected training rows in {', '.join(map(str, settings.data))}, got none.")
-    return rows
-
-
-def load_draft(settings: TrainingSettings, mask_token_id: int) -> PardDraftModel:
-    """Load the base model as a draft; one that is a draft already keeps its K, and the head to be trained further."""
-    base = AutoModelForCausalLM.from_pretrained(
-        settings.base, dtype=settings.dtype, use_safetensors=True, attn_implementation=settings.attention
-    )
-    was_draft = is_adapted(base.config)
-    num_drafts = base.generation_config.num_assistant_tokens if was_draft else None
-    draft = PardDraftModel.from_causal_lm(base, mask_token_id, num_drafts or DEFAULT_NUM_ASSISTANT_TOKENS)
-    if settings.correction_head is not None and was_draft:
-        load_addons(draft, settings.base, (CORRECTION_HEAD,))
-    return draft
 
 
 def provenance_of(
@@ -258,7 +242,7 @@ def provenance_of(
     """Return what `provenance.json` holds of every checkpoint of a run; paths are never recorded."""
     args = trainer.args
     recorded = {
-        **settings.recorded(args),
+        **{ARGUMENTS[name]: getattr(args, ARGUMENTS[name], getattr(settings, name)) for name in RECORDED},
         "mask_token_id": trainer.model.mask_token_id,
         "target_dtype": None if target is None else str(target.dtype).removeprefix("torch."),
         "lr_scheduler_type": args.lr_scheduler_type,
@@ -287,11 +271,7 @@ def describe(file: Path) -> dict[str, Any]:
 
 
 def write_provenance(
-    content: dict[str, Any],
-    make_card: Callable[[dict[str, Any]], str] | None,
-    folder: Path,
-    step: int,
-    metrics: dict[str, Any],
+    content: dict[str, Any], make_card: CardMaker | None, folder: Path, step: int, metrics: dict[str, Any]
 ) -> None:
     """Write `provenance.json` and a draft of the model card beside a saved draft."""
     content = {**content, "step": step, "metrics": metrics}

@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,15 +123,19 @@ class PardTrainer(Trainer):
         check_loadable(model)
         set_seed(args.seed)  # The correction head is initialised before `Trainer` sets the seed.
         prepare_head(model, args.correction_head, args.correction_head_rank)
-        teacher = None if args.objective == "ce" else target
         self.objective = Objective(
-            args.objective, args.cross_entropy_weight, args.divergence_weight, args.distillation_temperature, teacher
+            args.objective, args.cross_entropy_weight, args.divergence_weight, args.distillation_temperature, target
         )
         if "data_collator" not in kwargs:
             seed = args.seed if args.data_seed is None else args.data_seed
-            rates = (args.num_draft_tokens, args.retention_rate, args.min_retention_rate)
-            kwargs["data_collator"] = DataCollatorForPard(model.mask_token_id, *rates, seed=seed)
-        check_models(model, teacher, "text_lengths" in next(iter(kwargs.get("train_dataset") or ()), {}), args.device)
+            method = (args.num_draft_tokens, args.retention_rate, args.min_retention_rate)
+            kwargs["data_collator"] = DataCollatorForPard(model.mask_token_id, *method, seed=seed)
+        is_packed = "text_lengths" in next(iter(kwargs.get("train_dataset") or ()), {})
+        check_attention(model, is_packed, device=args.device)
+        check_head(model)
+        if target is not None and args.objective != "ce":
+            check_attention(target.eval().requires_grad_(False), is_packed, is_teacher=True)
+            check_head(target)
         # `Trainer` wants a data set wherever it evaluates; the evaluator has its own.
         super().__init__(model, args, eval_dataset=() if evaluator else None, **kwargs)
         if args.correction_head is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
@@ -150,28 +155,28 @@ class PardTrainer(Trainer):
 
     @property
     def clock(self) -> TrainingClock:
-        """The clock; a resumed run replaces it by the checkpoint's."""
+        """The clock; a resumed run resources it by the checkpoint's."""
         return next(one for one in self.callback_handler.callbacks if isinstance(one, TrainingClock))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        places = inputs.pop("places", None)
+        sources = inputs.pop("sources", None)
         loss = model(objective=self.objective, batch=inputs, num_items=num_items_in_batch)
         if not torch.isfinite(loss):
-            self.stop_at(loss, places)
+            self.stop_at(loss, sources)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # Labels were counted over all; gradients are averaged.
         if model.training:
             self.clock.count(inputs["anchors"], inputs["depths"])
         return (loss, {}) if return_outputs else loss
 
-    def stop_at(self, loss: torch.Tensor, places: Any) -> None:
-        """Save the names of the rows of a loss that is not finite, and end the run."""
+    def stop_at(self, loss: torch.Tensor, sources: Any) -> None:
+        """Save the sources of the batch whose loss is not finite, and end the run."""
         file = Path(self.args.output_dir) / f"not_finite.{self.args.process_index}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         step = self.state.global_step + 1
-        file.write_text(json.dumps({"step": step, "loss": str(loss.item()), "rows": places}), encoding="utf-8")
+        file.write_text(json.dumps({"step": step, "loss": str(loss.item()), "rows": sources}), encoding="utf-8")
         raise FloatingPointError(
             f"Expected a finite loss in step {step}, got {loss.item()}. The rows of the batch are named in `{file}`. "
             "Lower the learning rate, or look at these rows; checkpoints before this step are good."
@@ -251,19 +256,8 @@ class PardTrainer(Trainer):
             ) from error
 
 
-def check_models(
-    draft: PardDraftModel, teacher: PreTrainedModel | None, is_packed: bool, device: torch.device
-) -> None:
-    """Raise a `ValueError` for attention or an LM head that training cannot use; freeze the teacher."""
-    check_attention(draft, is_packed, device=device)
-    check_head(draft)
-    if teacher is not None:
-        check_attention(teacher.eval().requires_grad_(False), is_packed, is_teacher=True)
-        check_head(teacher)
-
-
 def prepare_head(draft: PardDraftModel, mode: str | None, rank: int) -> None:
-    """Add the correction head to be trained, and set which weights are; without `mode` remove the head.
+    """Attach the correction head that is to be trained and freeze the draft for `"frozen"`; detach it without `mode`.
 
     Raises:
         ValueError: The draft has a head of another rank, or a trimmed vocabulary.
@@ -273,8 +267,9 @@ def prepare_head(draft: PardDraftModel, mode: str | None, rank: int) -> None:
             "Expected a draft with its whole vocabulary, got a trimmed one, whose weights would not follow the "
             "training. Load it with `trimmed_vocabulary=False` and trim it afterwards."
         )
+    head = draft.correction_head
     if mode is None:
-        if draft.correction_head is not None:
+        if head is not None:
             logger.warning(
                 "The draft's correction head is left off: the hidden states it belongs to are about to change. Train "
                 'it along with `correction_head="joint"`, or a new one on the finished draft.'
@@ -283,40 +278,34 @@ def prepare_head(draft: PardDraftModel, mode: str | None, rank: int) -> None:
         if not any(parameter.requires_grad for parameter in draft.parameters()):
             draft.requires_grad_(True)  # An earlier run froze it to train its head.
         return
-    config = draft.config.get_text_config()
-    if draft.correction_head is None:
-        head = CorrectionHead(config.vocab_size, config.hidden_size, rank)
-        draft.correction_head = head.to(draft.device, draft.dtype)
-    elif draft.correction_head.rank != rank:
+    if head is not None and head.rank != rank:
         raise ValueError(
-            f"Expected the draft's correction head to have the rank {rank}, got {draft.correction_head.rank}. Pass "
-            "that rank, or load the draft with `correction_head=False` to begin a new head."
+            f"Expected the draft's correction head to have the rank {rank}, got {head.rank}. Pass that rank, or load "
+            "the draft with `correction_head=False` to begin a new head."
         )
+    if head is None:
+        config = draft.config.get_text_config()
+        head = CorrectionHead(config.vocab_size, config.hidden_size, rank).to(draft.device, draft.dtype)
+    draft.correction_head = head
     draft.requires_grad_(mode == "joint")
-    draft.correction_head.requires_grad_(True)
+    head.requires_grad_(True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, module: torch.nn.Module, learning_rate: float) -> None:
     """Move the parameters of a module into groups with a learning rate of their own."""
-    own = {id(parameter) for parameter in module.parameters()}
-    groups = []
+    own, groups = {id(parameter) for parameter in module.parameters()}, []
     for group in optimizer.param_groups:
-        for is_own, rate in ((False, {}), (True, {"lr": learning_rate})):
+        for is_own, rate in ((False, group["lr"]), (True, learning_rate)):
             parameters = [parameter for parameter in group["params"] if (id(parameter) in own) == is_own]
-            groups += [{**group, "params": parameters, **rate}] if parameters else []
+            groups += [{**group, "params": parameters, "lr": rate}] if parameters else []
     optimizer.param_groups[:] = groups
 
 
 def whole_draft(draft: PardDraftModel, wrapped: Any) -> PardDraftModel:
-    """Return the draft, or a copy with all weights where FSDP has sharded them; all processes must call it together.
+    """Return the draft, or a copy with all weights where FSDP has sharded `wrapped`, the wrapper around it.
 
-    Processes decode different prompts in different numbers of rounds, so none may wait for another's shards.
-
-    Args:
-        draft ([`PardDraftModel`]):
-            The draft, without wrappers.
-        wrapped (`torch.nn.Module`):
-            The module that is trained: the draft, or the wrapper around it.
+    Processes decode different prompts in different numbers of rounds, so none may wait for another's shards; only
+    this function must be called by all of them together.
     """
     if not isinstance(wrapped, FSDPModule | FullyShardedDataParallel):
         return draft
@@ -329,15 +318,11 @@ def whole_draft(draft: PardDraftModel, wrapped: Any) -> PardDraftModel:
 
 def last_checkpoint(folder: str | Path) -> str | None:
     """Find the last checkpoint that was written to its end, which is when `Trainer` writes `trainer_state.json`."""
-    found = {int(path.name.split("-")[1]): path for path in Path(folder).glob("checkpoint-*") if is_complete(path)}
-    return str(found[max(found)]) if found else None
-
-
-def is_complete(checkpoint: Path) -> bool:
-    try:
-        return bool(json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return False
+    steps = []
+    for file in Path(folder).glob(f"checkpoint-*/{TRAINER_STATE_NAME}"):
+        with suppress(ValueError):  # The file itself was cut short.
+            steps.append(json.loads(file.read_text(encoding="utf-8"))["global_step"])
+    return f"{folder}/checkpoint-{max(steps)}" if steps else None
 
 
 def metrics_of(sets: dict[str, DecodingStats]) -> dict[str, float]:
