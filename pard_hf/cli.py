@@ -89,10 +89,13 @@ def _joined(groups: Any) -> list[Any]:
     return [value for group in groups or () for value in group]
 
 
-Target = Annotated[str | None, _flag("folder or Hub id of the target model (default: the bundled target)")]
-Draft = Annotated[str | None, _flag("folder or Hub id of the draft model (default: the bundled draft)")]
+Text = str | None
+Texts = list[str] | None
+Integers = list[int] | None
+Target = Annotated[Text, _flag("folder or Hub id of the target model (default: the bundled target)")]
+Draft = Annotated[Text, _flag("folder or Hub id of the draft model (default: the bundled draft)")]
 Dtype = Annotated[str, _flag("of the weights; auto: the checkpoint's, float32 on a CPU")]
-Device = Annotated[str | None, _flag("cpu, cuda, cuda:1 … (default: cuda where there is one)")]
+Device = Annotated[Text, _flag("cpu, cuda, cuda:1 … (default: cuda where there is one)")]
 MaxNewTokens = Annotated[int, _flag("new tokens at most")]
 NumAssistantTokens = Annotated[int | None, _flag("K, draft tokens proposed a round (default: the draft's own)", min=1)]
 TreeSize = Annotated[int | None, _flag("N, nodes of a tree verified a round; 0 = chain (default: the draft's)")]
@@ -103,7 +106,7 @@ PROMPT_SETS = "a .jsonl or .jsonl.gz file, or a Hub data set as hub:org/name[:sp
 
 @app.command()
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="the prompt; '-' or nothing reads standard input")] = None,
+    prompt: Annotated[Text, typer.Argument(help="the prompt; '-' or nothing reads standard input")] = None,
     file: Annotated[
         list[Path] | None, _several("a text file with a prompt, or .jsonl rows with a `prompt` each", _paths, "FILE")
     ] = None,
@@ -256,11 +259,7 @@ def demo(
     assistant_tree_size: TreeSize = None,
     repeats: Annotated[int, _flag("timed runs a prompt and route", min=1)] = 3,
     compiled: Annotated[
-        bool | None,
-        typer.Option(
-            "--compiled/--no-compiled",
-            help="race compiled plain generate as well, which compiles first (default: on a GPU, where ours does)",
-        ),
+        bool | None, _flag("race compiled plain generate too (default: on a GPU)", "--compiled/--no-compiled")
     ] = None,
 ) -> int:
     """Race plain generate against PARD on real prompts."""
@@ -327,22 +326,18 @@ def bench(
     dtype: Dtype = "auto",
     device: Device = None,
     max_new_tokens: MaxNewTokens = 128,
-    prompts: Annotated[
-        list[str] | None, _several(f"`demo`, {PROMPT_SETS} (default: demo)", _words, "PROMPT SET")
-    ] = None,
+    prompts: Annotated[Texts, _several(f"`demo`, {PROMPT_SETS} (default: demo)", _words, "PROMPT SET")] = None,
     limit: Annotated[int, _flag("prompts a set")] = 16,
     seed: Annotated[int, _flag("which prompts of a set")] = 0,
-    prompt_length: Annotated[
-        int | None, _flag("put other text before prompts up to so many tokens", "--context")
-    ] = None,
+    length: Annotated[int | None, _flag("put other text before prompts up to so many tokens", "--context")] = None,
     routes: Annotated[
-        list[str] | None, _several("what to compare with plain generate (default: all that apply)", _words, "ROUTE")
+        Texts, _several("compared with plain generate (default: all that apply)", _words, "ROUTE")
     ] = None,
     num_assistant_tokens: Annotated[
-        list[int] | None, _several("K, draft tokens proposed a round (default: the draft's)", _integers, "N")
+        Integers, _several("K, draft tokens a round (default: the draft's)", _integers, "N")
     ] = None,
     assistant_tree_size: Annotated[int, _flag("N, nodes of a tree where a route drafts one")] = 64,
-    batch_sizes: Annotated[list[int] | None, _several("texts at a time (default: 1)", _integers, "N")] = None,
+    batch_sizes: Annotated[Integers, _several("texts at a time (default: 1)", _integers, "N")] = None,
     repeats: Annotated[int, _flag("timed runs of each route")] = 3,
     output: Annotated[Path | None, _flag("write the JSON here: a .json file, or a folder")] = None,
     resume: Annotated[bool, _flag("go on with an interrupted run's --output", "--resume")] = False,
@@ -372,7 +367,7 @@ def bench(
         max_new_tokens=max_new_tokens,
         limit=limit,
         seed=seed,
-        context=prompt_length,
+        context=length,
         tree_size=assistant_tree_size,
     )
     sets: dict[str, Any] = {}
@@ -412,9 +407,7 @@ def data(
     prompts: Annotated[list[str], _several(f"{PROMPT_SETS} (split: train)", _words, "PROMPT SET")],
     output: Annotated[Path, _flag(".jsonl file that the rows are appended to")],
     target: Target = None,
-    draft: Annotated[
-        str | None, _flag("folder or Hub id of a draft that makes it faster (bundled target: its own)")
-    ] = None,
+    draft: Annotated[Text, _flag("folder or Hub id of a draft that makes it faster")] = None,
     temperature: Temperature = 0.0,
     top_p: Annotated[float, _flag("probability mass sampled from")] = 1.0,
     num_samples: Annotated[int, _flag("answers to a prompt")] = 1,
@@ -447,17 +440,17 @@ def data(
         rows,
         output,
         draft=pair.draft,
-        batch_size=batch_size,
-        num_assistant_tokens=num_assistant_tokens,
-        restart=restart,
         sources=sources,
         report=progress,
-        skip_bad_rows=skip_bad_rows,
+        batch_size=batch_size,
+        num_assistant_tokens=num_assistant_tokens,
+        num_samples=num_samples,
         temperature=temperature,
         top_p=top_p,
         max_new_tokens=max_new_tokens,
-        num_samples=num_samples,
         seed=seed,
+        skip_bad_rows=skip_bad_rows,
+        restart=restart,
     )
     if counts.left_out or counts.shortened:
         print(
@@ -472,45 +465,41 @@ def _read_all(prompts: list[str], skip_bad_rows: bool, sources: list[dict[str, A
     """Read the rows of files and Hub data sets in order; appends the name and digest of each to `sources`."""
     from .evaluation.prompts import HUB_PREFIX
     from .io import sha256_of
-    from .training.data import PROMPTS, read_rows
+    from .training.data import PROMPTS, check_rows, read_rows
 
-    for name in prompts:
+    for source in prompts:
         skipped: list[int] = []
-        if name.startswith(HUB_PREFIX):
-            shown, rows, digest = _read_hub(name, skip_bad_rows, skipped)
+        if source.startswith(HUB_PREFIX):
+            name, found = _read_hub(source)
+            digest = hashlib.sha256(json.dumps(found, default=str).encode()).hexdigest()
+            rows = check_rows(enumerate(found, start=1), f"row {{}} of `{source}`", PROMPTS, skip_bad_rows, skipped)
         else:
-            shown, rows = Path(name).name, read_rows(name, skip_bad_rows, PROMPTS, skipped)
-            digest = sha256_of(Path(name)).hexdigest()
-        sources.append({"name": shown, "sha256": digest, "skipped": skipped})
+            name, digest = Path(source).name, sha256_of(Path(source)).hexdigest()
+            rows = read_rows(source, skip_bad_rows, PROMPTS, skipped)
+        sources.append({"name": name, "sha256": digest, "skipped": skipped})
         yield from rows
 
 
-def _read_hub(source: str, skip_bad_rows: bool, skipped: list[int]) -> tuple[str, Iterator[Any], str]:
-    """Read a Hub data set as prompts; returns its name, the rows and their digest."""
+def _read_hub(source: str) -> tuple[str, list[dict[str, Any]]]:
+    """Read a Hub data set: text of a field is a prompt, a list of texts is turns, anything else has to be messages."""
     from .evaluation.prompts import read_hub_rows
-    from .training.data import PROMPTS, check_rows
 
     fields = ("messages", "turns", "prompt")
-    name, field, found = read_hub_rows(source, "train")
-    if found and not field:
-        field = next((name for name in fields if name in found[0]), "")
-    if found and field not in found[0]:
+    name, field, rows = read_hub_rows(source, "train")
+    if rows and not field:
+        field = next((name for name in fields if name in rows[0]), "")
+    if rows and field not in rows[0]:
         raise ValueError(
-            f"Expected one of the fields {', '.join(fields)} in {source!r}, got {sorted(found[0])}. Name one of "
+            f"Expected one of the fields {', '.join(fields)} in {source!r}, got {sorted(rows[0])}. Name one of "
             "these as `hub:org/name:split:field`."
         )
-    rows = [_as_prompt(row, field) for row in found]
-    digest = hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
-    numbered = enumerate(rows, start=1)
-    return name, check_rows(numbered, f"row {{}} of `{source}`", PROMPTS, skip_bad_rows, skipped), digest
 
+    def kind_of(value: Any) -> str:
+        is_turns = isinstance(value, list) and all(isinstance(turn, str) for turn in value)
+        return "prompt" if isinstance(value, str) else "turns" if is_turns else "messages"
 
-def _as_prompt(row: dict[str, Any], field: str) -> dict[str, Any]:
-    """Take one field of a row: text is a prompt, a list of texts is turns, anything else has to be messages."""
-    value = row[field]
-    is_turns = isinstance(value, list) and all(isinstance(turn, str) for turn in value)
-    kind = "prompt" if isinstance(value, str) else "turns" if is_turns else "messages"
-    return {kind: value, **({"id": row["id"]} if isinstance(row.get("id"), str | int) else {})}
+    ids = [{"id": row["id"]} if isinstance(row.get("id"), str | int) else {} for row in rows]
+    return name, [{kind_of(row[field]): row[field], **id} for row, id in zip(rows, ids, strict=True)]
 
 
 class Progress:
@@ -581,7 +570,7 @@ app.command()(train)
 @app.command()
 def check(
     draft: Annotated[str, typer.Argument(help="folder or Hub id of the draft")],
-    target: Annotated[str | None, _flag("folder or Hub id of the target; only config and tokenizer are read")] = None,
+    target: Annotated[Text, _flag("folder or Hub id of the target; only config and tokenizer are read")] = None,
     as_json: Annotated[bool, _flag("print the findings once more, as one JSON object", "--json")] = False,
 ) -> int:
     """Say whether vLLM and TensorRT-LLM would load a draft, and what is wrong if not.
@@ -591,14 +580,15 @@ def check(
     from .hub.engines import ENGINES, check_draft, would_load
 
     findings = check_draft(draft, target)
-    _print_findings(findings)
-    engines = {engine: would_load(findings, engine) for engine in ENGINES}
+    code = _print_findings(findings)
     if as_json:
+        engines = {engine: would_load(findings, engine) for engine in ENGINES}
         print(json.dumps({"engines": engines, "findings": [dataclasses.asdict(finding) for finding in findings]}))
-    return 0 if all(engines.values()) else 1
+    return code
 
 
-def _print_findings(findings: list[Finding]) -> None:
+def _print_findings(findings: list[Finding]) -> int:
+    """Print one line an engine and one a finding; returns 1 if an engine would not load the draft."""
     from .hub.engines import ENGINES, would_load
 
     for engine, title in ENGINES.items():
@@ -606,18 +596,15 @@ def _print_findings(findings: list[Finding]) -> None:
     for finding in findings:
         kind = "must be fixed" if finding.is_blocking else "note"
         print(f"{kind} ({finding.engine.replace('both', 'both engines')}): {finding.message}")
+    return 0 if all(would_load(findings, engine) for engine in ENGINES) else 1
 
 
 @app.command()
 def export(
     draft: Annotated[str, typer.Argument(help="folder or Hub id of the draft")],
     output: Annotated[Path, _flag("folder to write, not there yet or empty")],
-    target: Annotated[
-        str | None, _flag("folder or Hub id of the target, whose config has the vocabulary size")
-    ] = None,
-    pad_vocab_to: Annotated[
-        int | None, typer.Option(metavar="N", help="vocabulary size, where no target is at hand")
-    ] = None,
+    target: Annotated[Text, _flag("folder or Hub id of the target, read for its vocabulary size")] = None,
+    pad_vocab_to: Annotated[int | None, _flag("vocabulary size, where no target is at hand")] = None,
 ) -> int:
     """Write a draft as vLLM and TensorRT-LLM load it: one mask key, the target's vocabulary size.
 
@@ -626,42 +613,34 @@ def export(
     from transformers.utils import logging
 
     from .hub.checkpoint import read_json, vocab_size
-    from .hub.engines import ENGINES, check_draft, would_load
+    from .hub.engines import check_draft
     from .hub.export import export_draft
 
-    if target is not None and pad_vocab_to is not None:
-        raise ValueError("Expected `--target` or `--pad-vocab-to`, got both. Drop one of them.")
     logging.disable_progress_bar()
     folder = export_draft(draft, output, target, pad_vocab_to)
     findings = check_draft(folder, target, name=str(output))
-    _print_findings(findings)
+    code = _print_findings(findings)
     print(json.dumps({"draft": str(folder), "vocab_size": vocab_size(read_json(folder, "config.json"))}))
-    return 0 if all(would_load(findings, engine) for engine in ENGINES) else 1
+    return code
 
 
 @app.command()
 def card(
     checkpoint: Annotated[
-        str | None,
-        typer.Argument(
-            help="folder or Hub id, `bundled-draft` or `bundled-target`; published drafts of the table are not "
-            "downloaded"
-        ),
+        Text,
+        typer.Argument(help="folder or Hub id, `bundled-draft` or `bundled-target`; known drafts are not downloaded"),
     ] = None,
     render_all: Annotated[bool, _flag("render every card of this repository into a folder", "--all")] = False,
     results: Annotated[
-        list[str] | None,
-        _several("results of `pard bench`; of a folder, those that name the checkpoint", _words, "JSON"),
+        Texts, _several("results of `pard bench`; of a folder, those of the checkpoint", _words, "JSON")
     ] = None,
     output: Annotated[Path | None, _flag("file, or folder with --all (default: standard output)")] = None,
-    target: Annotated[str | None, _flag("a target it serves (default: the one it was trained for)")] = None,
-    license: Annotated[str | None, _flag("as the Hub names it, such as apache-2.0")] = None,
-    base_model: Annotated[str | None, _flag("Hub id of the model it was made from (default: from the files)")] = None,
-    datasets: Annotated[
-        list[str] | None, _several("Hub ids of its training data (default: from the files)", _words, "ID")
-    ] = None,
-    language: Annotated[list[str] | None, _several("of its training text, such as en", _words, "CODE")] = None,
-    tags: Annotated[list[str] | None, _several("beside those that every card has", _words, "TAG")] = None,
+    target: Annotated[Text, _flag("a target it serves (default: the one it was trained for)")] = None,
+    license: Annotated[Text, _flag("as the Hub names it, such as apache-2.0")] = None,
+    base_model: Annotated[Text, _flag("Hub id of the model it was made from (default: the files')")] = None,
+    datasets: Annotated[Texts, _several("Hub ids of its training data (default: the files')", _words, "ID")] = None,
+    language: Annotated[Texts, _several("of its training text, such as en", _words, "CODE")] = None,
+    tags: Annotated[Texts, _several("beside those that every card has", _words, "TAG")] = None,
 ) -> None:
     """Render the model card of a draft from its config, provenance and results.
 
@@ -672,23 +651,22 @@ def card(
 
     if render_all == (checkpoint is not None):
         raise ValueError("Expected a checkpoint or --all, got " + ("both." if render_all else "neither."))
-    fields = {"target": target, "license": license, "base_model": base_model}
-    given: dict[str, Any] = {**fields, "datasets": datasets, "language": language, "tags": tags}
-    flags = [f"--{name.replace('_', '-')}" for name, value in given.items() if value]
+    stated: dict[str, Any] = {"target": target, "license": license, "base_model": base_model}
+    stated |= {"datasets": datasets, "language": language, "tags": tags}
+    flags = [f"--{name.replace('_', '-')}" for name, value in stated.items() if value]
     if render_all and flags:
         raise ValueError(f"Expected {', '.join(flags)} with one checkpoint only, got --all.")
     if render_all and (output is None or output.is_file()):
         raise ValueError("Expected with --all a folder for the cards: pass --output model_cards.")
-    cards = {}
+    written = []
     for name in [checkpoint] if checkpoint is not None else all_names():
-        file = output if checkpoint is not None else Path(output or "", f"{name.split('/')[-1]}.md")
-        cards[file] = model_card(card_source(name, results or [], **given))
-    for file, text in cards.items():
-        if file is None:
+        text = model_card(card_source(name, results or [], **stated))
+        if output is None:
             print(text)
             return
-        text.save(file)
-    print(json.dumps({"cards": [file.name for file in cards if file is not None]}))
+        written.append(output / f"{name.split('/')[-1]}.md" if render_all else output)
+        text.save(written[-1])
+    print(json.dumps({"cards": [file.name for file in written]}))
 
 
 if __name__ == "__main__":
