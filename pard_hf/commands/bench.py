@@ -1,20 +1,15 @@
-"""`pard bench`: every route on the same prompts, as tables, JSON and figures."""
+"""`pard bench`: every route on the same prompts, as tables and JSON."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .models import EXIT_DIFFERENT, add_model_arguments
-
-# What must agree before a run may go on with an earlier one's cells; its sets, batch sizes and K may be others.
-RESUMED = (
-    *("target", "draft", "scale", "commit", "versions", "device", "dtype", "decoding"),
-    *("routes", "repeats", "max_new_tokens", "limit", "seed", "context", "assistant_tree_size"),
-)
 
 
 def add(commands: Any) -> None:
@@ -45,70 +40,43 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1], help="texts at a time (default: 1)")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each route (default: 3)")
-    parser.add_argument(
-        "--scale", nargs=2, metavar=("TARGET_SHAPE", "DRAFT_SHAPE"), help="enlarge the pair to these shapes first"
-    )
     parser.add_argument("--output", type=Path, help="write the JSON here: a .json file, or a folder")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run's --output")
-    parser.add_argument("--plots", action="store_true", help="draw figures beside --output")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..evaluation.plots import need_matplotlib
-    from ..evaluation.prompts import load_prompts
-    from ..evaluation.report import make_console
+    from transformers.utils import logging
 
-    if args.output is None and (args.resume or args.plots):
-        raise ValueError(
-            f"Expected `--output` with `--{'resume' if args.resume else 'plots'}`, got none. Name a file."
-        )
+    from ..evaluation.benchmark import Benchmark, differences, is_exact, run_benchmark, run_metadata
+    from ..evaluation.prompts import load_prompts
+    from ..evaluation.report import difference_sentence, make_console, progress_bar, show_cell
+    from ..loading import load_pair
+
+    if args.output is None and args.resume:
+        raise ValueError("Expected `--output` with `--resume`, got none. Name a file.")
     if args.output is not None and args.output.suffix != ".json":
         args.output = args.output / "bench.json"
     console = make_console()
-    if args.plots:
-        need_matplotlib()
     prompt_sets: dict[str, Any] = {}
     for source in args.prompts:
         name, rows = load_prompts(source)
         if name in prompt_sets:
             raise ValueError(f"Expected prompt sets of different names, got `{name}` twice. Rename one of the files.")
         prompt_sets[name] = rows
-    return measure(args, prompt_sets, console)
-
-
-def measure(args: argparse.Namespace, prompt_sets: dict[str, Any], console: Any) -> int:
-    """Measure, show and write everything; returns the exit code."""
-    from ..evaluation.benchmark import Benchmark, PartialFile, differences, is_exact
-    from ..evaluation.metrics import BenchmarkResult, CellResult
-    from ..evaluation.plots import write_plots
-    from ..evaluation.report import difference_sentence, progress_bar, show_cell
-    from ..io import write_whole
-
     settings = settings_of(args)
-    pair = load_for_benchmark(args)
-    conditions = conditions_for(args, pair)
-    partial, finished = None, []
-    if args.output is not None:
-        partial = PartialFile(args.output, {name: conditions.get(name) for name in RESUMED})
-        finished = partial.begin(args.resume)
-
-    def keep(cell: CellResult) -> None:
-        if partial is not None:
-            partial.append(cell)
-        show_cell(console, cell)
-
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # The stock loop warns of its own defaults in every call.
+    pair = load_pair(args.target, args.draft, args.dtype, args.device)
+    metadata = run_metadata(pair, settings, args.words, args.target, args.draft)
     with progress_bar(console) as advance:
-        result = BenchmarkResult(conditions, Benchmark(pair, settings, advance).run(prompt_sets, finished, keep))
-    if partial is not None:
-        write_whole(args.output, result.to_json())
-        partial.remove()
-    if args.plots:
-        write_plots(result, args.output)
-    different = differences(result.cells) if is_exact(pair.target.dtype) else []
+        benchmark = Benchmark(pair, settings, advance)
+        show = partial(show_cell, console)
+        result = run_benchmark(benchmark, prompt_sets, metadata, args.output, args.resume, show)
+    different = differences(result["cells"]) if is_exact(pair.target.dtype) else []
     for route, difference in different[:1]:
         print(f"pard bench: {difference_sentence(route, difference)}", file=sys.stderr)
-    print(json.dumps(result.to_dict(), ensure_ascii=False))
+    print(json.dumps(result, ensure_ascii=False))
     return EXIT_DIFFERENT if different else 0
 
 
@@ -127,48 +95,3 @@ def settings_of(args: argparse.Namespace) -> Any:
         context=args.context,
         tree_size=args.assistant_tree_size,
     )
-
-
-def load_for_benchmark(args: argparse.Namespace) -> Any:
-    """Load the pair that the flags name, enlarged where `--scale` asks for it."""
-    from transformers.utils import logging
-
-    from ..host import num_positions
-    from ..loading import check_device, default_device, load_pair, weight_dtype
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # The stock loop warns of its own defaults in every call.
-    if args.scale is None:
-        return load_pair(args.target, args.draft, args.dtype, args.device)
-    from benchmarks.scaling import enlarge_pair
-
-    device = args.device or default_device()
-    check_device(device)
-    small = load_pair(args.target, args.draft, "float32", "cpu")
-    dtype = weight_dtype(small.target.name_or_path, args.dtype, device)
-    # Rotary positions go on as far as anyone asks; without `--context` the enlarged pair has plenty.
-    positions = None
-    if args.context is not None:
-        positions = max(args.context + args.max_new_tokens, num_positions(small.target.config))
-    return enlarge_pair(small, *args.scale, dtype=dtype, device=device, max_position_embeddings=positions)
-
-
-def conditions_for(args: argparse.Namespace, pair: Any) -> dict[str, Any]:
-    """What the result says of itself; file names only, never folders."""
-    from ..io import conditions_of, shown_command, shown_model
-
-    conditions = {
-        "command": shown_command(args.words),
-        "target": shown_model(args.target),
-        "draft": shown_model(args.draft),
-        "scale": args.scale,
-        **conditions_of(pair.target),
-        "repeats": args.repeats,
-        "max_new_tokens": args.max_new_tokens,
-        "limit": args.limit,
-        "seed": args.seed,
-        "context": args.context,
-        "assistant_tree_size": args.assistant_tree_size,
-        "routes": args.routes,
-    }
-    return {name: value for name, value in conditions.items() if value is not None}

@@ -28,9 +28,10 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..evaluation.benchmark import GAP, is_exact
+    from ..evaluation.benchmark import is_exact
     from ..evaluation.prompts import DEMO_PROMPTS, encode_prompt
     from ..evaluation.race import PARD, compile_plain, race
+    from ..evaluation.report import GAP
     from ..host import pad_left, pad_token_id
 
     pair = load(args)

@@ -103,8 +103,7 @@ def generate(args: argparse.Namespace, pair: Any, inputs: dict[str, Any], **kwar
 
 def complete_one(args: argparse.Namespace, pair: Any, prompt: str) -> None:
     """Stream the text of one prompt, or print it with what it took as JSON."""
-    from ..evaluation.prompts import encode_prompt
-    from ..evaluation.routes import make_batches
+    from ..evaluation.prompts import encode_prompt, make_batches
     from ..host import pad_token_id
 
     ids = encode_prompt(pair.tokenizer, prompt, args.raw)
@@ -132,8 +131,7 @@ def complete_one(args: argparse.Namespace, pair: Any, prompt: str) -> None:
 
 def complete_all(args: argparse.Namespace, pair: Any, prompts: list[str]) -> None:
     """Run prompts in batches of like length; print the texts in the order of the prompts."""
-    from ..evaluation.prompts import encode_prompt
-    from ..evaluation.routes import make_batches
+    from ..evaluation.prompts import encode_prompt, make_batches
     from ..generation.stats import DecodingStats
     from ..host import end_token_ids, pad_token_id
 

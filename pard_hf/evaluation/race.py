@@ -13,10 +13,37 @@ from ..generation.compilation import why_not_compiled
 from ..generation.stats import DecodingStats
 from ..host import end_token_ids, pad_token_id
 from ..loading import Pair
-from .benchmark import Agreement, agreement, is_exact
-from .routes import REGROUPED_SIZE, compile_anywhere, cut
+from .benchmark import is_exact, logit_gap
+from .prompts import REGROUPED_SIZE, cut
+from .routes import compile_anywhere
 
 PARD, COMPILED, BATCH = "with the draft", "eager against compiled", f"one row against a batch of {REGROUPED_SIZE}"
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How many texts are identical, and the logit gaps of the others; agreements on several texts add up."""
+
+    num_identical: int
+    num_texts: int = 1
+    logit_gaps: tuple[float, ...] = ()
+
+    def __add__(self, other: Agreement) -> Agreement:
+        return Agreement(
+            self.num_identical + other.num_identical,
+            self.num_texts + other.num_texts,
+            self.logit_gaps + other.logit_gaps,
+        )
+
+    def __str__(self) -> str:
+        gap = f", gap {max(self.logit_gaps):.2g}" if self.logit_gaps else ""
+        return f"{self.num_identical}/{self.num_texts}{gap}"
+
+
+def agreement(target: Any, prompt: list[int], expected: list[int], got: list[int]) -> Agreement:
+    """Compare one text with plain `generate`'s."""
+    gap = None if got == expected else logit_gap(target, prompt, expected, got)
+    return Agreement(int(got == expected), logit_gaps=() if gap is None else (gap,))
 
 
 @dataclass(frozen=True)
