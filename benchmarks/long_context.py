@@ -9,20 +9,16 @@ what is left shows what else grows. The last line of standard output is the resu
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.scaling import enlarge_pair
+from benchmarks.script import finish, parser_of, run_metadata
 from pard_hf import load_pair
 from pard_hf.evaluation.prompts import DEMO_PROMPTS
 from pard_hf.generation.stats import measure_rounds
-from pard_hf.io import conditions_of, shown_command
 
 
 class TimedAttention:
@@ -68,20 +64,18 @@ def measure(pair: Any, text: torch.Tensor, length: int, new_tokens: int) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--lengths", type=int, nargs=2, default=[512, 8192], metavar=("SHORT", "LONG"))
     parser.add_argument("--shapes", nargs=2, default=["cpu-1.2b", "cpu-0.15b"], metavar=("TARGET", "DRAFT"))
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     pair = enlarge_pair(load_pair(dtype=args.dtype), *args.shapes)
     words = pair.tokenizer("".join(DEMO_PROMPTS), return_tensors="pt")["input_ids"]
     text = words.repeat(1, max(args.lengths) // words.shape[1] + 1)
     short, long = (measure(pair, text, length, args.new_tokens) for length in args.lengths)
     result = {
-        "command": shown_command(sys.argv[1:], "python benchmarks/long_context.py"),
-        **conditions_of(pair.target),
+        **run_metadata(pair.target),
         "shapes": args.shapes,
         "num_assistant_tokens": pair.draft.num_assistant_tokens,
         "lengths": args.lengths,
@@ -91,9 +85,7 @@ def main() -> None:
             (long["round"] - long["attention"]) / (short["round"] - short["attention"]), 3
         ),
     }
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    finish(result, args.output)
 
 
 if __name__ == "__main__":

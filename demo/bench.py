@@ -9,10 +9,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from benchmarks.plots import write_plots
 from pard_hf.draft.known_drafts import known_draft_for
 from pard_hf.evaluation.benchmark import Benchmark, BenchmarkSettings, run_metadata
-from pard_hf.evaluation.metrics import BenchmarkResult, CellResult
-from pard_hf.evaluation.plots import write_plots
 from pard_hf.evaluation.prompts import NAMED_SETS, load_prompts
 from pard_hf.evaluation.report import SPEED_HEADINGS, difference_sentence, speed_row
 from pard_hf.evaluation.routes import ROUTES
@@ -78,7 +77,7 @@ class BenchJob(Job):
         self.benchmark = Benchmark(pair, chosen, self.advance)
         self.conditions = run_metadata(pair, chosen, words, *models)
         self.share, self.doing = 0.0, "Beginning …"
-        self.cells: list[CellResult] = []
+        self.cells: list[dict[str, Any]] = []
 
     def advance(self, share: float, text: str) -> None:
         """Told before each run of a route; the job is stopped here."""
@@ -89,8 +88,8 @@ class BenchJob(Job):
         self.benchmark.run(self.sets, keep=self.cells.append)
 
     @property
-    def result(self) -> BenchmarkResult:
-        return BenchmarkResult(self.conditions, self.cells)
+    def result(self) -> dict[str, Any]:
+        return {**self.conditions, "cells": self.cells}
 
 
 def prompt_sets(shelf: PairShelf) -> list[str]:
@@ -124,7 +123,7 @@ def progress(job: BenchJob) -> str:
 def report(job: BenchJob) -> str:
     """Table and figures of what was measured, and the command that measures it again."""
     result = job.result
-    tables = "".join(cell_table(cell) for cell in result.cells)
+    tables = "".join(cell_table(cell) for cell in result["cells"])
     with tempfile.TemporaryDirectory() as folder:
         plots = [(file.stem, file.read_bytes()) for file in write_plots(result, Path(folder) / "bench.json")]
     figures = "".join(
@@ -132,14 +131,14 @@ def report(job: BenchJob) -> str:
         f'src="data:image/svg+xml;base64,{base64.b64encode(content).decode()}">'
         for name, content in plots
     )
-    command = escape(result.conditions["command"])
+    command = escape(result["command"])
     return f'{tables}<div class="pard-plots">{figures}</div><p>On the shell: <code>{command}</code></p>'
 
 
-def cell_table(cell: CellResult) -> str:
+def cell_table(cell: dict[str, Any]) -> str:
     """What each route reached on one set."""
-    rows = [("", [ROUTES[route.route].title, *speed_row(route)]) for route in cell.routes]
-    left = [f"{ROUTES[name].title}: not served: {reason}" for name, reason in cell.not_served.items()]
-    wrong = [difference_sentence(r.route, r.difference) for r in cell.routes if r.difference is not None]
-    title = f"{cell.prompts}: {cell.num_prompts} prompts, K = {cell.num_assistant_tokens}"
+    rows = [("", [ROUTES[route["route"]].title, *speed_row(route)]) for route in cell["routes"]]
+    left = [f"{ROUTES[name].title}: not served: {reason}" for name, reason in cell["not_served"].items()]
+    wrong = [difference_sentence(r["route"], r["difference"]) for r in cell["routes"] if "difference" in r]
+    title = f"{cell['prompts']}: {cell['num_prompts']} prompts, K = {cell['num_assistant_tokens']}"
     return table(title, ("route", *SPEED_HEADINGS), rows) + "".join(message(text, True) for text in [*left, *wrong])

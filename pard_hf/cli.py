@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin, get_type_hints
 
@@ -28,11 +29,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, help="Parallel draft models for transformers.")
 
-# What must agree before a run may go on with an earlier one's cells; its sets, batch sizes and K may be others.
-RESUMED = (
-    *("target", "draft", "commit", "versions", "device", "dtype", "decoding"),
-    *("routes", "repeats", "max_new_tokens", "limit", "seed", "context", "assistant_tree_size"),
-)
 EXIT_DIFFERENT = 3  # A float32 text differs from plain generate's.
 GREEN, UNDERLINE, RESET = "\033[32m", "\033[4m", "\033[0m"
 
@@ -127,7 +123,7 @@ def generate(
     """Complete one prompt, streamed; or all prompts of files, in batches."""
     import torch
 
-    from .evaluation.routes import make_batches
+    from .evaluation.prompts import make_batches
     from .generation.stats import DecodingStats
     from .host import end_token_ids, pad_token_id
     from .tokens import encode_prompt
@@ -263,9 +259,10 @@ def demo(
     ] = None,
 ) -> int:
     """Race plain generate against PARD on real prompts."""
-    from .evaluation.benchmark import GAP, is_exact
+    from .evaluation.benchmark import is_exact
     from .evaluation.prompts import DEMO_PROMPTS
     from .evaluation.race import PARD, PLAIN, compile_plain, race
+    from .evaluation.report import GAP
     from .tokens import encode_prompt
 
     pair = _load(target, draft, dtype, device)
@@ -348,17 +345,28 @@ def bench(
     """
     from transformers.utils import logging
 
-    from .evaluation.benchmark import Benchmark, BenchmarkSettings, PartialFile, differences, is_exact, run_metadata
-    from .evaluation.metrics import BenchmarkResult, CellResult
+    from .evaluation.benchmark import (
+        Benchmark,
+        BenchmarkSettings,
+        differences,
+        is_exact,
+        run_benchmark,
+        run_metadata,
+    )
     from .evaluation.prompts import load_prompts
     from .evaluation.report import difference_sentence, make_console, progress_bar, show_cell
     from .evaluation.routes import ROUTES
-    from .io import write_whole
 
     if output is None and resume:
         raise ValueError("Expected `--output` with `--resume`, got none. Name a file.")
     if output is not None and output.suffix != ".json":
         output = output / "bench.json"
+    sets: dict[str, Any] = {}
+    for source in prompts or ["demo"]:
+        name, rows = load_prompts(source)
+        if name in sets:
+            raise ValueError(f"Expected prompt sets of different names, got `{name}` twice. Rename one of the files.")
+        sets[name] = rows
     settings = BenchmarkSettings(
         routes=tuple(routes or ROUTES),
         batch_sizes=tuple(batch_sizes or [1]),
@@ -370,35 +378,16 @@ def bench(
         context=length,
         tree_size=assistant_tree_size,
     )
-    sets: dict[str, Any] = {}
-    for source in prompts or ["demo"]:
-        name, rows = load_prompts(source)
-        if name in sets:
-            raise ValueError(f"Expected prompt sets of different names, got `{name}` twice. Rename one of the files.")
-        sets[name] = rows
     logging.set_verbosity_error()  # The stock loop warns of its own defaults in every call.
-    pair = _load(target, draft, dtype, device)
+    pair, console = _load(target, draft, dtype, device), make_console()
     metadata = run_metadata(pair, settings, context.obj, target, draft)
-    partial, finished = None, []
-    if output is not None:
-        partial = PartialFile(output, {name: metadata.get(name) for name in RESUMED})
-        finished = partial.begin(resume)
-    console = make_console()
-
-    def keep(cell: CellResult) -> None:
-        if partial is not None:
-            partial.append(cell)
-        show_cell(console, cell)
-
     with progress_bar(console) as advance:
-        result = BenchmarkResult(metadata, Benchmark(pair, settings, advance).run(sets, finished, keep))
-    if output is not None and partial is not None:
-        write_whole(output, result.to_json())
-        partial.remove()
-    different = differences(result.cells) if is_exact(pair.target.dtype) else []
+        benchmark = Benchmark(pair, settings, advance)
+        result = run_benchmark(benchmark, sets, metadata, output, resume, partial(show_cell, console))
+    different = differences(result["cells"]) if is_exact(pair.target.dtype) else []
     for route, difference in different[:1]:
         print(f"pard bench: {difference_sentence(route, difference)}", file=sys.stderr)
-    print(json.dumps(result.to_dict(), ensure_ascii=False))
+    print(json.dumps(result, ensure_ascii=False))
     return EXIT_DIFFERENT if different else 0
 
 

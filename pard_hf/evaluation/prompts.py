@@ -1,14 +1,19 @@
-"""Prompt sets by name, file or Hub data set, and what to say about the texts that come back."""
+"""Prompt sets by name, file or Hub data set, as token ids and as batches."""
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..io import numbered_lines, parse_line, why_no_text
+from ..tokens import pad_left
 
 DEMO_PROMPTS = (
     'def is_palindrome(text: str) -> bool:\n    """Return True if text reads the same backwards."""\n',
@@ -22,8 +27,10 @@ DEMO_PROMPTS = (
 )
 NAMED_SETS = {"demo": DEMO_PROMPTS}
 HUB_PREFIX = "hub:"
-# Where the answer of a row is, in the sets we know.
+# Fields that hold the reference answer in common sets.
 ANSWER_FIELDS = ("reference", "solution", "response", "answer")
+# Rows of the batches that single rows are compared with.
+REGROUPED_SIZE = 4
 
 
 def load_prompts(source: str) -> tuple[str, list[dict[str, Any]]]:
@@ -124,8 +131,8 @@ def read_hub_rows(source: str, default_split: str) -> tuple[str, str, list[dict[
     return f"{Path(path).name}:{split}", field, rows
 
 
-def choose_rows(rows: list[dict[str, Any]], limit: int | None, seed: int) -> list[int]:
-    """Indices of at most `limit` rows, the same for the same seed, in the order of the set."""
+def choose_rows(rows: Sequence[Any], limit: int | None, seed: int) -> list[int]:
+    """Indices of at most `limit` rows, drawn by `seed`, in the order of the set."""
     indices = list(range(len(rows)))
     random.Random(seed).shuffle(indices)
     return sorted(indices[:limit])
@@ -140,51 +147,76 @@ def encode_prompt(tokenizer: Any, prompt: str, raw: bool = False) -> list[int]:
 
 
 def encode_answer(tokenizer: Any, row: dict[str, Any], num_tokens: int) -> list[int] | None:
-    """Token ids of a row's reference answer, cut where a model's answers are cut; `None` where the row has none."""
+    """At most `num_tokens` token ids of a row's reference answer; `None` where the row has none."""
     text = next((row[field] for field in ANSWER_FIELDS if isinstance(row.get(field), str)), None)
     if text is None:
         return None
-    text = re.sub(r"<<[^<>]*>>", "", text)  # GSM8K's calculator notes, which nobody says.
+    text = re.sub(r"<<[^<>]*>>", "", text)  # Calculator annotations of GSM8K, which are no text.
     return tokenizer(text, add_special_tokens=False)["input_ids"][:num_tokens]
 
 
 def lengthen(ids: list[int], others: Sequence[list[int]], context: int, start: int | None) -> list[int]:
-    """Put other text before a prompt that is shorter than `context` tokens, so that it has as many.
+    """Put other text before a prompt of fewer than `context` tokens, so that it has as many.
 
     Args:
         ids (`list[int]`):
             Token ids of the prompt.
         others (`Sequence[list[int]]`):
-            Texts to put there, in order, again from the first where they do not suffice.
-        context (`int`):
-            Tokens of the result, or more where the prompt has more.
+            Texts to put there, in order, and again from the first where they do not suffice.
         start (`int`, *optional*):
             The id that every text begins with; it stays in front.
     """
     missing = max(context - len(ids), 0)
-    filler: list[int] = []
-    while len(filler) < missing:
-        size = len(filler)
-        for text in others:
-            filler += text[: missing - len(filler)]
-        if len(filler) == size:
-            raise ValueError("Expected text to put before a short prompt, got none. Choose a set that has some.")
-    head = ids[:1] if ids[:1] == [start] else []
-    return [*head, *filler, *ids[len(head) :]]
+    if missing and not any(others):
+        raise ValueError("Expected text to put before a short prompt, got none. Choose a set that has some.")
+    filler = islice(chain.from_iterable(cycle(others)), missing)
+    num_start = int(ids[:1] == [start])
+    return [*ids[:num_start], *filler, *ids[num_start:]]
 
 
-def repeated_share(texts: Iterable[Sequence[int]], size: int = 4) -> float:
-    """Share of n-grams that a text has said before, over all texts: loops look like high acceptance.
+@dataclass(frozen=True)
+class PromptBatch:
+    """Some prompts of a list: their indices, and left-padded `input_ids` and `attention_mask` `[B, T]`."""
 
-    Args:
-        texts (`Iterable[Sequence[int]]`):
-            Token ids of each text; n-grams do not cross texts.
-        size (`int`, *optional*, defaults to 4):
-            Tokens of an n-gram.
+    indices: tuple[int, ...]
+    inputs: dict[str, torch.Tensor]
+
+    @property
+    def num_columns(self) -> int:
+        return self.inputs["input_ids"].shape[1]
+
+    def new_texts(self, sequences: torch.Tensor, end_token_ids: Sequence[int]) -> dict[int, list[int]]:
+        """New tokens of each batch row of `sequences` `[B, T + new]`, up to and with the first end token."""
+        rows = sequences[:, self.num_columns :].tolist()
+        return {index: cut(row, end_token_ids) for index, row in zip(self.indices, rows, strict=True)}
+
+
+def cut(text: list[int], end_token_ids: Sequence[int]) -> list[int]:
+    """The text up to and with its first end token."""
+    return next((text[: index + 1] for index, token in enumerate(text) if token in end_token_ids), text)
+
+
+def make_batches(
+    encoded: Sequence[list[int]], batch_size: int, pad_token_id: int | None, device: torch.device | str
+) -> list[PromptBatch]:
+    """Batches of prompts of like length, longest first: the first batch shows whether memory and positions suffice."""
+    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]), reverse=True)
+    batches = []
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        inputs = pad_left([encoded[index] for index in indices], pad_token_id)
+        batches.append(PromptBatch(tuple(indices), {name: tensor.to(device) for name, tensor in inputs.items()}))
+    return batches
+
+
+def regroup(encoded: Sequence[list[int]], batches: list[PromptBatch], pad_token_id: int | None) -> list[PromptBatch]:
+    """Batches of another size: the prompts of `batches` one at a time, or four at a time where each came alone.
+
+    Prompts that come alone both times are left out; some come again to fill a batch.
     """
-    repeated = total = 0
-    for text in texts:
-        grams = [tuple(text[i : i + size]) for i in range(len(text) - size + 1)]
-        repeated += len(grams) - len(set(grams))
-        total += len(grams)
-    return repeated / total if total else 0.0
+    device = batches[0].inputs["input_ids"].device
+    together = [index for batch in batches if len(batch.indices) > 1 for index in batch.indices]
+    size = 1 if together else REGROUPED_SIZE
+    indices = together or [index % len(encoded) for index in range(len(encoded) + -len(encoded) % size)]
+    made = make_batches([encoded[index] for index in indices], size, pad_token_id, device)
+    return [PromptBatch(tuple(indices[index] for index in batch.indices), batch.inputs) for batch in made]
