@@ -8,7 +8,7 @@ from typing import Any
 
 from pard_hf.evaluation.metrics import repeated_share
 from pard_hf.generation.stats import DecodingStats
-from pard_hf.tokens import IncrementalText
+from pard_hf.io import IncrementalDetokenizer
 
 from .chat import ChatTurn
 from .inside import Node, Proposal
@@ -29,7 +29,7 @@ def pieces(tokenizer: Any, groups: Sequence[Sequence[int]]) -> list[str]:
 
     A character that needs tokens of several groups shows in the last of them.
     """
-    text = IncrementalText(tokenizer)
+    text = IncrementalDetokenizer(tokenizer)
     texts = [text.add(group) for group in groups]
     if texts:
         texts[-1] += text.rest()

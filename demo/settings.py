@@ -8,7 +8,7 @@ from typing import Any
 
 from pard_hf.evaluation.prompts import encode_prompt
 from pard_hf.host import num_positions
-from pard_hf.io import why_no_text
+from pard_hf.io import text_problem
 from pard_hf.loading import Pair
 
 MOST_DRAFT_TOKENS = 16
@@ -115,7 +115,7 @@ def checked_prompt(prompt: Any) -> str:
         raise ValueError(f"Expected text as a prompt, got {shown(prompt)}. Type some, or take an example.")
     if not prompt.strip():
         raise ValueError("Expected a prompt, got nothing but white space. Type one, or take an example.")
-    if (why := why_no_text(prompt)) is not None:
+    if (why := text_problem(prompt)) is not None:
         raise ValueError(f"Expected text as a prompt, but {why}. Type it again.")
     if len(prompt) > MOST_CHARACTERS:
         raise ValueError(f"Expected at most {MOST_CHARACTERS} characters, got {len(prompt)}. Shorten the text.")

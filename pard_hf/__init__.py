@@ -6,20 +6,34 @@
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .draft.model import PardDraftModel
-from .generation.candidate_generator import PardCandidateGenerator
-from .generation.config import PardGenerateOutput
-from .generation.mixin import PardGenerationMixin, with_pard, without_pard
-from .generation.stats import DecodingStats
-from .loading import bundled_pair, load_pair
+if TYPE_CHECKING:
+    from .draft.model import PardDraftModel
+    from .generation.candidate_generator import PardCandidateGenerator
+    from .generation.config import PardGenerateOutput
+    from .generation.mixin import PardGenerationMixin, with_pard, without_pard
+    from .generation.stats import DecodingStats
+    from .loading import bundled_pair, load_pair
+    from .training.collator import DataCollatorForPard
+    from .training.trainer import PardTrainer, PardTrainingArguments
 
-# Training needs the host's Trainer, whose import alone takes seconds: only when asked for.
-LAZY = {
-    "DataCollatorForPard": ".training.collator",
-    "PardTrainer": ".training.trainer",
-    "PardTrainingArguments": ".training.trainer",
+__version__ = "0.1.0"
+
+# Where each public name is; imported when it is asked for, since torch and transformers take seconds.
+MODULES = {
+    "DataCollatorForPard": "training.collator",
+    "DecodingStats": "generation.stats",
+    "PardCandidateGenerator": "generation.candidate_generator",
+    "PardDraftModel": "draft.model",
+    "PardGenerateOutput": "generation.config",
+    "PardGenerationMixin": "generation.mixin",
+    "PardTrainer": "training.trainer",
+    "PardTrainingArguments": "training.trainer",
+    "bundled_pair": "loading",
+    "load_pair": "loading",
+    "with_pard": "generation.mixin",
+    "without_pard": "generation.mixin",
 }
 
 __all__ = [
@@ -39,6 +53,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in LAZY:
-        return getattr(import_module(LAZY[name], __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{MODULES[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

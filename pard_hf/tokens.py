@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -88,34 +87,3 @@ def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int | None) -> dict[st
 def until_end(ids: list[int], end_token_ids: Collection[int]) -> list[int]:
     """Cut ids behind their first end token."""
     return next((ids[: index + 1] for index, token in enumerate(ids) if token in end_token_ids), ids)
-
-
-class IncrementalText:
-    """Decode tokens as they arrive; the pieces, joined, are the text of all tokens.
-
-    A character may need the bytes of several tokens: it is held back until all of them are there.
-    """
-
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self.shown = ""
-
-    def decoded(self) -> str:
-        return self.tokenizer.decode(self.ids, skip_special_tokens=True)
-
-    def add(self, ids: list[int]) -> str:
-        """Return the text that these tokens complete."""
-        self.ids += ids
-        text = self.decoded()
-        if text.endswith("\ufffd"):
-            return ""
-        new, self.shown = text[len(self.shown) :], text
-        if text.endswith("\n"):  # Decode one line at a time; the line break keeps the space of the next token.
-            self.ids = self.ids[-1:]
-            self.shown = self.decoded()
-        return new
-
-    def rest(self) -> str:
-        """Return what is left of a text that was cut inside a character."""
-        return self.decoded()[len(self.shown) :]

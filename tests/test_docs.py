@@ -7,6 +7,8 @@ import pytest
 import yaml
 from documents import DOCUMENTS, ROOT, blocks_of, prose_of
 
+import pard_hf
+
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10, where pytest brings it.
@@ -91,7 +93,7 @@ def test_citation_is_of_this_version():
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
     assert citation["cff-version"] == "1.2.0"
     assert citation["type"] == "software"
-    assert citation["version"] == PYPROJECT["project"]["version"]
+    assert citation["version"] == pard_hf.__version__
     assert citation["license"] == PYPROJECT["project"]["license"]
     assert paper == citation["preferred-citation"]
     assert {"type", "title", "authors"} <= paper.keys()
@@ -103,4 +105,4 @@ def test_changelog_begins_with_this_version():
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     versions = re.findall(r"^## \[(.*?)\] - (unreleased|\d{4}-\d\d-\d\d)$", changelog, flags=re.MULTILINE)
 
-    assert versions[0][0] == PYPROJECT["project"]["version"]
+    assert versions[0][0] == pard_hf.__version__

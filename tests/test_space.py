@@ -3,14 +3,12 @@
 import re
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 import yaml
 
 import pard_hf
-from pard_hf import io as conditions
 
 ROOT = Path(pard_hf.__file__).parent.parent
 
@@ -60,12 +58,3 @@ def test_the_app_starts_from_the_folder_alone(space, monkeypatch):
 
     assert run.returncode == 0, run.stderr
     assert Path(run.stdout.split()[-1]).is_relative_to(space.resolve())
-
-
-def test_a_package_that_is_not_installed_has_no_version(monkeypatch, tiny_target):
-    def version(name):
-        raise PackageNotFoundError(name)
-
-    monkeypatch.setattr(conditions, "version", version)
-
-    assert conditions.conditions_of(tiny_target)["versions"]["pard_hf"] == "not installed"

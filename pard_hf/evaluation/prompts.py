@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..io import numbered_lines, parse_line, why_no_text
+from ..io import numbered_lines, parse_line, text_problem
 from ..tokens import pad_left
 
 DEMO_PROMPTS = (
@@ -97,7 +97,7 @@ def read_hub_prompts(source: str) -> tuple[str, list[dict[str, Any]]]:
     if rows and not isinstance(rows[0].get(field), str):
         raise ValueError(f"Expected a text field {field!r} in {source!r}, got {sorted(rows[0])}. Name one of these.")
     for number, row in enumerate(rows, start=1):
-        problem = why_no_text(row) or why_no_prompt({**row, "prompt": row.get(field)})
+        problem = text_problem(row) or why_no_prompt({**row, "prompt": row.get(field)})
         if problem is not None:
             raise ValueError(f"Expected a text field {field!r} in row {number} of {source!r}, but {problem}.")
     return name, [{**row, "prompt": row[field]} for row in rows]

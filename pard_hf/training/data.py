@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from ..io import numbered_lines, parse_line, why_no_text
+from ..io import numbered_lines, parse_line, text_problem
 from ..tokens import encode_prompt, next_prompt, turn_end_ids
 
 logger = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ def check_rows(
 ) -> Iterator[Row]:
     """The rows among numbered lines, or numbered objects, that are of one kind; errors as for [`read_rows`]."""
     for number, value in numbered:
-        row, problem = parse_line(value) if isinstance(value, bytes) else (value, why_no_text(value))
+        row, problem = parse_line(value) if isinstance(value, bytes) else (value, text_problem(value))
         problem = problem or kind.problem_of(row)
         if problem is None:
             row = Row(row)
@@ -212,7 +212,7 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> dict[
 
 def why_not_encoded(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> str | None:
     """Say why a row cannot become tokens, and what to do; `None` when it can."""
-    problem = None if isinstance(row, Row) else why_no_text(row)
+    problem = None if isinstance(row, Row) else text_problem(row)
     if problem is not None:
         return f"{problem}. Mend the row, or pass `--skip-bad-rows` to go on without it."
     if tokenizer.chat_template is None and messages_of(row) is row.get("messages") is not None:
@@ -367,7 +367,7 @@ def conversation_of(row: dict[str, Any], place: str) -> Conversation:
     Raises:
         ValueError: The row asks nothing, or has no known shape.
     """
-    problem = why_no_conversation(row) or why_no_text(row)
+    problem = why_no_conversation(row) or text_problem(row)
     if problem is not None:
         raise ValueError(f"Expected a row with {PROMPTS.fields} in {place}, but {problem}. Mend the row.")
     turns: list[tuple[Message, ...]] = []
