@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 from pard_hf.draft.known_drafts import known_draft_for
 from pard_hf.generation.validation import check_pair
 from pard_hf.hub.checkpoint import DRAFT_FILES
-from pard_hf.hub.errors import hub_errors
 from pard_hf.loading import Pair, PairPaths, bundled_pair, load_pair
 
 from .job import DEVICE, TICK_SECONDS
@@ -183,13 +182,16 @@ class PairShelf:
             raise ValueError(f"Expected a Hub id such as `Qwen/Qwen2.5-7B-Instruct`, got {name!r}. Mend the id.")
         patterns = list(DRAFT_FILES)
         bars = bar_class(name, report)
-        with hub_errors(name):
-            if not is_offline_mode():
+        if not is_offline_mode():
+            try:
                 files: Any = snapshot_download(
                     name, allow_patterns=patterns, dry_run=True, tqdm_class=bars, token=self.token
                 )
-                check_disk(name, sum(file.file_size for file in files if file.will_download))
-            return Path(snapshot_download(name, allow_patterns=patterns, tqdm_class=bars, token=self.token))
+            except OSError as error:  # A dry run hides the Hub's own message.
+                reason = " ".join(str(error.__cause__ or error).split())
+                raise OSError(f"`{name}` cannot be downloaded: {reason}") from error
+            check_disk(name, sum(file.file_size for file in files if file.will_download))
+        return Path(snapshot_download(name, allow_patterns=patterns, tqdm_class=bars, token=self.token))
 
 
 @contextmanager

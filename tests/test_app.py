@@ -234,8 +234,8 @@ def test_k_out_of_range_gets_a_sentence(address):
 @pytest.mark.parametrize(
     ("kind", "target", "draft", "sentence"),
     [
-        ("Hub id", "org/none", "org/draft", "The Hub has no `org/none`, or it is private"),
-        ("Hub id", "org/target", "org/secret", "The Hub has no `org/secret`, or it is private"),
+        ("Hub id", "org/none", "org/draft", "`org/none` cannot be downloaded: 401 Client Error"),
+        ("Hub id", "org/target", "org/secret", "`org/secret` cannot be downloaded: 401 Client Error"),
         ("Hub id", "not an id", "org/draft", "Expected a Hub id such as"),
         ("Hub id", "org/target", "", "Expected a target with a known PARD draft, got"),
         ("Hub id", "org/target", "org/target", "has no `pard_token`"),

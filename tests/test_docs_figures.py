@@ -119,9 +119,9 @@ def rows_of_tree_batches():
 
 def rows_published():
     targets = (("Llama 3.1 8B", "A100"), ("Llama 3.3 70B", "H20"), ("Qwen3 8B", "A100"))
-    figures = [figure for part in PUBLISHED.values() for figure in part if "V1 engine" in figure.engine]
+    figures = [figure for part in PUBLISHED.values() for figure in part if "V1 engine" in figure["engine"]]
     for target in targets:
-        speedups = {f.prompts: f.speedup for f in figures if (f.target, f.hardware) == target}
+        speedups = {f["prompts"]: f["speedup"] for f in figures if (f["target"], f["hardware"]) == target}
         yield row(*target, *(speedups[prompts] for prompts in ("HumanEval", "GSM8K", "MT-Bench")))
 
 
@@ -169,7 +169,7 @@ def test_decimals_come_from_files_that_are_linked(document):
     text = " ".join(prose_of(document.read_text(encoding="utf-8")).split())
     linked = re.findall(r"results/([\w/]+)\.json", text)
     known = {figure for name in linked for figure in decimals_in(result(name))}
-    known |= {figure.speedup for figures in PUBLISHED.values() for figure in figures}
+    known |= {figure["speedup"] for figures in PUBLISHED.values() for figure in figures}
     known |= defaults_of_training()
 
     for number in re.findall(r"\d+\.\d+", NAMES.sub("", re.sub(r"`[^`]*`", "", text))):
@@ -194,7 +194,7 @@ def test_long_context_is_as_quoted():
 
 
 def test_batches_of_others_are_as_published():
-    speedups = {f.prompts: f.speedup for f in PUBLISHED["amd/PARD-Llama-3.2-1B"] if "V0" in f.engine}
+    speedups = {f["prompts"]: f["speedup"] for f in PUBLISHED["amd/PARD-Llama-3.2-1B"] if "V0" in f["engine"]}
 
     assert (speedups["HumanEval"], speedups["HumanEval, batch 16"]) == ("3.63", "1.33")
     assert "3.63 at batch 1 and 1.33 at batch 16" in " ".join(text_of("docs/choosing-k.md").split())

@@ -97,8 +97,9 @@ def test_figures_of_others_are_marked_as_theirs(known):
 
     assert ours.endswith("## Measured with pard-hf\n\nNot measured.\n\n")
     for figure in PUBLISHED.get(known.name, ()):
-        start = f"| {figure.target} | {figure.hardware} | {figure.engine} | {figure.prompts} | {figure.speedup} |"
-        assert any(line.startswith(start) and line.endswith(f"{figure.source} |") for line in theirs.splitlines())
+        start = " | ".join(figure[key] for key in ("target", "hardware", "engine", "prompts", "speedup"))
+        end = f"{figure['source']} |"
+        assert any(line.startswith(f"| {start} |") and line.endswith(end) for line in theirs.splitlines())
     assert PUBLISHED.get(known.name) or "None that we have read." in theirs
 
 

@@ -40,6 +40,7 @@ def test_requirements_are_those_of_the_package(space):
         "safetensors",
         "huggingface-hub",
         "typer",
+        "jinja2",
         "matplotlib",
         "rich",
     ]

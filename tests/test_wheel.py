@@ -84,7 +84,7 @@ def test_wheel_is_small_and_holds_the_package_only(built):
 
     assert wheel.stat().st_size < LARGEST
     assert {name.split("/")[0].split("-")[0] for name in names} == {"pard_hf"}
-    assert {"pard_hf/py.typed", "pard_hf/bundled/README.md"} <= set(names)
+    assert {"pard_hf/py.typed", "pard_hf/bundled/README.md", "pard_hf/hub/templates/draft_card.md"} <= set(names)
     for model in ("target", "draft"):
         assert {f"pard_hf/bundled/{model}/{file}" for file in ("model.safetensors", "tokenizer.json")} <= set(names)
 

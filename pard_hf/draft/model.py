@@ -501,18 +501,25 @@ def draft_class(base: type[PreTrainedModel]) -> type[PardDraftModel]:
 
 
 def normalize_config(file: Path) -> None:
-    """Rewrite a `config.json` for vLLM and TensorRT-LLM: one mask key, and the rope also under transformers 4's keys.
-
-    Transformers 4 has no keys for a rope that differs from layer to layer.
-    """
+    """Rewrite a `config.json` for engines: one mask key, and the rope also under the keys of transformers 4."""
     config = without_keys(json.loads(file.read_text(encoding="utf-8")), (*OTHER_MASK_KEYS, "n_predict"))
-    rope = config.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_theta" in rope:
-        keys = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
-        if rope.get("rope_type", "default") != "default":
-            keys["rope_scaling"] = {key: value for key, value in rope.items() if key not in keys}
-        config |= keys
+    config |= legacy_rope(config)
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def legacy_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """Return `rope_parameters` as the top-level keys of transformers 4, which has none for a rope that layers vary.
+
+    >>> legacy_rope({"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}})
+    {'rope_theta': 1000000.0}
+    """
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        return {}
+    keys = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    if rope.get("rope_type", "default") != "default":
+        keys["rope_scaling"] = {key: value for key, value in rope.items() if key not in keys}
+    return keys
 
 
 def without_keys(value: Any, keys: tuple[str, ...]) -> Any:

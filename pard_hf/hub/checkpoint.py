@@ -1,7 +1,6 @@
-"""A checkpoint folder as files, without loading it: its config, its tokenizer and the headers of its weights.
+"""Read a checkpoint without loading it: config, tokenizer and the headers of its weights.
 
-Knows which files make a checkpoint; knows nothing of engines. Reading reports what is wrong as a
-`ValueError` whose sentence holds file names only, never the folder.
+Problems are `ValueError`s that name the file and never the folder.
 """
 
 from __future__ import annotations
@@ -13,14 +12,14 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..draft.addons import ADDON_FILES
-from .errors import hub_errors
 
 INDEX_FILE = "model.safetensors.index.json"
-# A vocabulary lies in one of these; the other files of a tokenizer only say how it is used.
+# One of these holds the vocabulary; the other files of a tokenizer only configure it.
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.*", "spiece.model", "*.tiktoken", "tekken.json")
 TOKENIZER_FILES = (
     *VOCABULARY_FILES,
@@ -36,25 +35,25 @@ DRAFT_FILES = (*TARGET_FILES, *ADDON_FILES, "generation_config.json", "*.safeten
 
 
 def local_folder(name: str | Path, patterns: tuple[str, ...], **kwargs: Any) -> Path:
-    """The folder of a checkpoint; one on the Hub is downloaded, as far as `patterns` name its files.
+    """Return the folder of a checkpoint; of one on the Hub, download the files that match `patterns`.
 
-    `kwargs` are those of `snapshot_download`, such as `token` and `revision`.
-
-    Raises:
-        OSError: There is neither such a folder nor such a repository, or the Hub cannot be reached.
+    `kwargs` go to `snapshot_download`, such as `token` and `revision`, and its errors (`OSError`) pass.
     """
     if Path(name).is_dir():
         return Path(name)
-    is_hub_id = len(Path(name).parts) <= 2 and str(name) == Path(name).as_posix() and str(name)[0] not in "./~"
-    if not is_hub_id:
-        raise FileNotFoundError(f"Expected a folder or a Hub id such as `amd/PARD-Qwen2.5-0.5B`, got {str(name)!r}.")
-    with hub_errors(name, kwargs.get("revision")):
+    try:
         return Path(snapshot_download(str(name), allow_patterns=list(patterns), **kwargs))
+    except HFValidationError as error:
+        raise FileNotFoundError(
+            f"Expected a folder or a Hub id such as `amd/PARD-Qwen2.5-0.5B`, got {str(name)!r}."
+        ) from error
 
 
-def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """The JSON object in a file of `folder`."""
+def read_json(folder: Path, name: str, missing: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Read a JSON object; return `missing` where there is no such file, or raise a `ValueError` if that is `None`."""
     if not (folder / name).is_file():
+        if missing is not None:
+            return missing
         raise ValueError(f"The checkpoint has no {name}. Save it with `save_pretrained`, or name the folder inside.")
     try:
         content = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -66,9 +65,9 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a config that describes the language model, the whole of it for most.
+    """Return the part of a config that describes the language model, the whole config for most.
 
-    Where that part leaves the vocabulary to the defaults of its class, as Gemma 3's does, these are filled in.
+    Where that part leaves `vocab_size` to the defaults of its class, as Gemma 3's does, these are filled in.
     """
     nested = config.get("text_config")
     if not isinstance(nested, dict):
@@ -76,28 +75,34 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     if "vocab_size" in nested:
         return nested
     if "vocab_size" not in config and is_known_model(config):
-        with suppress(Exception):  # A config of any content; what is wrong with it is said where a value is missed.
+        with suppress(Exception):  # The config may hold anything; `vocab_size` reports what is missing.
             return CONFIG_MAPPING[config["model_type"]].from_dict(config).get_text_config().to_dict()
     return config
 
 
 def vocab_size(config: dict[str, Any]) -> int:
-    """Rows a config declares for the embedding and the language-model head."""
+    """Return the number of rows that a config declares for the embedding and the LM head."""
     size = text_config(config).get("vocab_size")
     if type(size) is not int or size < 1:
         raise ValueError(f"config.json should hold a positive integer `vocab_size`, got {size!r}.")
     return size
 
 
+def is_known_model(config: dict[str, Any]) -> bool:
+    """Tell whether the installed transformers has a config class for the model, not counting code of its own."""
+    kind = config.get("model_type")
+    return isinstance(kind, str) and kind in CONFIG_MAPPING and "auto_map" not in config
+
+
 def tokenizer_files(folder: Path) -> list[Path]:
-    """Files of a tokenizer, none where no vocabulary is among them."""
+    """List the files of a tokenizer; none where no vocabulary is among them."""
     if not any(path.is_file() for pattern in VOCABULARY_FILES for path in folder.glob(pattern)):
         return []
     return sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()})
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer beside a checkpoint; its code, if it has any of its own, is not run."""
+    """Load the tokenizer beside a checkpoint, without running code of its own."""
     if not tokenizer_files(folder):
         raise ValueError("The checkpoint has no tokenizer. Save the target's beside it.")
     try:
@@ -108,33 +113,8 @@ def load_tokenizer(folder: Path) -> Any:
         ) from error
 
 
-def legacy_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """The rope of a config under the top-level keys that transformers 4 reads; empty where layers differ in it.
-
-    >>> legacy_rope({"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}})
-    {'rope_theta': 1000000.0}
-    """
-    rope = config.get("rope_parameters")
-    if not isinstance(rope, dict) or "rope_theta" not in rope:
-        return {}
-    keys = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
-    if rope.get("rope_type", "default") != "default":
-        keys["rope_scaling"] = {key: value for key, value in rope.items() if key not in keys}
-    return keys
-
-
-def is_known_model(config: dict[str, Any]) -> bool:
-    """Whether the installed transformers has a config class for the model, its own code aside."""
-    kind = config.get("model_type")
-    return isinstance(kind, str) and kind in CONFIG_MAPPING and "auto_map" not in config
-
-
-def first_line(error: Exception) -> str:
-    return " ".join(str(error).split("\n")[:2])
-
-
 def weight_files(folder: Path) -> list[str]:
-    """Names of the safetensors files a loader reads: those of the index file, else all there are."""
+    """Name the safetensors files that a loader reads: those of the index file, or else all of the folder."""
     if not (folder / INDEX_FILE).is_file():
         return sorted(path.name for path in folder.glob("*.safetensors"))
     weight_map = read_json(folder, INDEX_FILE).get("weight_map")
@@ -144,10 +124,10 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def tensor_shapes(folder: Path) -> dict[str, list[int]]:
-    """Shapes of all tensors, read from the headers of the safetensors files.
+    """Read the shapes of all tensors from the headers of the safetensors files; empty where there are none.
 
     Raises:
-        ValueError: A file is missing or truncated, or a tensor that the index names is not there.
+        ValueError: A file is missing or truncated, or holds no tensor of a name that the index gives it.
     """
     shapes: dict[str, list[int]] = {}
     files = weight_files(folder)
@@ -160,31 +140,37 @@ def tensor_shapes(folder: Path) -> dict[str, list[int]]:
                 shapes |= {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{name} is truncated or no safetensors file: download or save it again.") from error
-    if (folder / INDEX_FILE).is_file():
-        lost = sorted(read_json(folder, INDEX_FILE)["weight_map"].keys() - shapes.keys())
-        if lost:
-            raise ValueError(
-                f"{INDEX_FILE} names tensors no file holds, such as {lost[0]}: save the checkpoint again."
-            )
+    lost = sorted(read_json(folder, INDEX_FILE, {}).get("weight_map", {}).keys() - shapes.keys())
+    if lost:
+        raise ValueError(f"{INDEX_FILE} names tensors no file holds, such as {lost[0]}: save the checkpoint again.")
     return shapes
 
 
-def vocabulary_tensors(folder: Path) -> list[str]:
-    """Names of the tensors with one row a vocabulary entry: the embedding and, unless tied to it, the head.
+def vocabulary_rows(folder: Path, shapes: dict[str, list[int]]) -> dict[str, int | None]:
+    """Count the rows of the embedding and, unless tied to it, the LM head; `None` where the weights lack one.
 
-    Built without weights from the config, by the transformers at hand.
+    Their names come from a model that the installed transformers builds from the config, without weights.
     """
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # A config of any content ends here; what is wrong with it differs by family.
+    except Exception as error:  # The config may hold anything, and families fail in different ways.
         raise ValueError(
             "The transformers installed here builds no causal LM from config.json, so the weights were not compared "
-            f"with it ({type(error).__name__}: {first_line(error)})."
+            f"with it ({type(error).__name__}: {first_lines(error)})."
         ) from error
     modules = [model.get_input_embeddings()]
     if not config.get_text_config().tie_word_embeddings:
         modules.append(model.get_output_embeddings())
-    names = {id(module): name for name, module in model.named_modules()}
-    return [f"{names[id(module)]}.weight" for module in modules if module is not None]
+    names = [f"{name}.weight" for name, module in model.named_modules() if any(module is one for one in modules)]
+    rows: dict[str, int | None] = {}
+    for name in names:
+        # Checkpoints of the model without its head, and of one inside another, have other prefixes.
+        found = next((key for key in shapes if f".{key}".endswith(f".{name}") or name.endswith(f".{key}")), None)
+        rows[found or name] = (shapes[found] or [0])[0] if found else None
+    return rows
+
+
+def first_lines(error: Exception) -> str:
+    return " ".join(str(error).split("\n")[:2])

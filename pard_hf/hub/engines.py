@@ -1,31 +1,25 @@
-"""What vLLM alone makes of a draft: which method it takes it for, and what it refuses of one.
+"""Would vLLM and TensorRT-LLM load a checkpoint as a parallel draft, and what is wrong if not: the table of rules.
 
-Read in the source of vLLM 0.16.0, 0.32.0 and 0.33.0, which is not run here: `config/speculative.py` (method,
-`n_predict`), `v1/spec_decode/` (M-RoPE, layers), `transformers_utils/config.py` (what counts as M-RoPE),
-`config/model.py` (quantization, positions).
-
-Whether vLLM and TensorRT-LLM would load a checkpoint as a parallel draft, and what is wrong if not.
-
-Knows what the two engines read of a draft; runs neither. Sources: vLLM `v1/spec_decode/llm_base_proposer.py` (mask
-token) and `config/speculative.py` (vocabulary), 0.16 to 0.33; TensorRT-LLM `_torch/models/modeling_speculative.py`
-(PARDForCausalLM). What vLLM alone makes of a draft is in `vllm`. Whether an engine implements the draft's architecture
-is in its own list, which is not read here.
+Read in the source of vLLM 0.16.0, 0.32.0 and 0.33.0: `v1/spec_decode/` (mask token, M-RoPE, layers),
+`config/speculative.py` (method, vocabulary, `n_predict`), `transformers_utils/config.py` (what counts as M-RoPE) and
+`config/model.py` (quantization, positions); and of TensorRT-LLM: `_torch/models/modeling_speculative.py`
+(PARDForCausalLM). Neither engine is run here. Which architectures an engine implements is in its own list, not here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ..draft.mask_token import check_mask_token
-from ..draft.model import OTHER_MASK_KEYS
+from ..draft.model import OTHER_MASK_KEYS, legacy_rope
+from ..host import compare_tokenizers
 from .checkpoint import (
     DRAFT_FILES,
     TARGET_FILES,
     is_known_model,
-    legacy_rope,
     load_tokenizer,
     local_folder,
     read_json,
@@ -33,11 +27,10 @@ from .checkpoint import (
     text_config,
     tokenizer_files,
     vocab_size,
-    vocabulary_tensors,
-    weight_files,
+    vocabulary_rows,
 )
 
-# Words that vLLM looks for in the draft's name, in small letters, and the method that it then takes.
+# Words in a draft's name, case aside, that decide the method in vLLM before `"method": "draft_model"` does.
 METHODS_BY_NAME = {"eagle-": "eagle", "eagle3": "eagle3", "dflash": "dflash", "dspark": "dspark"}
 # `SpeculativeConfig.hf_config_override` turns each of these, of a target as of a draft, into its MTP layers.
 MTP_MODEL_TYPES = frozenset(
@@ -60,199 +53,22 @@ QUANTIZATIONS = frozenset(
     "modelopt modelopt_fp4 modelopt_mixed modelopt_mxfp8 moe_wna16 mxfp4 mxfp8 nvfp4_per_token online quark "
     "torchao".split()
 )
-# Keys of a config that say how many positions a model was made for; the smallest holds.
+# Keys of a config that bound the positions; the smallest value holds.
 POSITION_KEYS = (
-    "max_position_embeddings",
-    "n_positions",
-    "max_seq_len",
-    "seq_length",
-    "model_max_length",
-    "max_target_positions",
-    "max_sequence_length",
-    "max_seq_length",
-    "seq_len",
+    "max_position_embeddings n_positions max_seq_len seq_length model_max_length max_target_positions "
+    "max_sequence_length max_seq_length seq_len".split()
 )
 # Ropes whose factor is in the number of positions already.
 SCALED_ROPES = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
-
-
-def vllm_rules(name: str, config: dict[str, Any], num_drafts: int | None) -> Iterator[tuple[bool, str]]:
-    """Say what vLLM alone would do with a draft other than drafting with it, each with whether it keeps it from that.
-
-    Args:
-        name (`str`):
-            What `"model"` of `--speculative-config` will be: folder or Hub id.
-        config (`dict[str, Any]`):
-            The draft's config.json.
-        num_drafts (`int`, *optional*):
-            K, where the draft says it.
-    """
-    yield from name_rules(name)
-    yield from mtp_rules(config)
-    yield from layer_rules(config)
-    yield from n_predict_rules(config, num_drafts)
-    yield from quantization_rules(config)
-
-
-def name_rules(name: str) -> Iterator[tuple[bool, str]]:
-    """The name decides before `"method": "draft_model"` does."""
-    for is_given, text in ((True, name), (False, str(Path(name).absolute()) if Path(name).is_dir() else "")):
-        for word, method in METHODS_BY_NAME.items():
-            if word in text.lower():
-                where = "draft's name" if is_given else "draft's absolute path, if you pass that,"
-                yield (
-                    is_given,
-                    f"The {where} should hold none of {', '.join(map(repr, METHODS_BY_NAME))}, got one with {word!r}: "
-                    f"vLLM takes the draft for one of method {method!r}, whatever `method` says. Rename the folder or "
-                    "repository.",
-                )
-                return
-
-
-def mtp_rules(config: dict[str, Any]) -> Iterator[tuple[bool, str]]:
-    """Families with layers for multi-token prediction (MTP): vLLM looks for those layers in any draft of them."""
-    kind = str(config.get("model_type"))
-    architecture = str((config.get("architectures") or [None])[0])
-    num_layers = config.get("num_nextn_predict_layers")
-    if (
-        kind in MTP_MODEL_TYPES
-        or architecture in MTP_ARCHITECTURES
-        or kind.split("_")[-1] == "mtp"
-        or "exaone4_5" in kind
-        or (kind in ("nemotron_h", "nemotron_h_puzzle") and isinstance(num_layers, int) and num_layers > 0)
-    ):
-        yield (
-            True,
-            f"Expected a draft of a family that vLLM serves as `draft_model`, got {kind!r} ({architecture}), of which "
-            "it takes the layers for multi-token prediction (MTP) only, whatever `method` says: use the draft in "
-            "transformers, or take a base model of another family.",
-        )
-
-
-def layer_rules(config: dict[str, Any]) -> Iterator[tuple[bool, str]]:
-    """Draft models need positions of one number a token, and layers whose caches are all of one kind."""
-    if has_mrope(config):
-        yield (
-            True,
-            "Expected a draft with one position a token, got `mrope_section` (M-RoPE) in config.json, which vLLM "
-            "refuses in draft models: take a base model without it.",
-        )
-    kinds = text_config(config).get("layer_types")
-    kinds = sorted(set(map(str, kinds))) if isinstance(kinds, list) else []
-    if len(kinds) > 1 and "chunked_attention" not in kinds:  # Chunks switch off the groups by themselves.
-        is_local = kinds == ["full_attention", "sliding_attention"]
-        remedy = "start vLLM with `--disable-hybrid-kv-cache-manager`" if is_local else "take a base model with one"
-        yield (
-            True,
-            f"Expected a draft with layers of one kind, got {', '.join(kinds)}: vLLM wants the caches of all its "
-            f"layers in one group and stops at its start otherwise. As it is, {remedy}.",
-        )
-
-
-def has_mrope(config: dict[str, Any]) -> bool:
-    """Whether a config, or the language model's inside it, says how positions are divided into sections."""
-    thinker = config.get("thinker_config")
-    inner = thinker.get("text_config") if isinstance(thinker, dict) else None
-    for part in (config, text_config(config), config.get("text_config"), inner):
-        if not isinstance(part, dict):
-            continue
-        for rope in (part, *ropes(part)):
-            if any(isinstance(rope.get(key), list) for key in ("mrope_section", "xdrope_section")):
-                return True
-    return False
-
-
-def ropes(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The rope of a config, in the words of transformers 5 or 4; one for each kind of layer where they differ."""
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = config.get(key)
-        if isinstance(rope, dict):
-            yield rope
-            yield from (part for part in rope.values() if isinstance(part, dict))
-
-
-def n_predict_rules(config: dict[str, Any], num_drafts: int | None) -> Iterator[tuple[bool, str]]:
-    """`n_predict` is a word of other drafts for their own number of tokens; vLLM wants K to fit it."""
-    value = config.get("n_predict")
-    if value is None:
-        return
-    fits = value == 1
-    if type(value) is int and value > 1 and num_drafts is not None:
-        fits = num_drafts <= value or num_drafts % value == 0
-    yield (
-        not fits,
-        f"Expected no `n_predict` in config.json, got {value!r}: vLLM refuses a larger `num_speculative_tokens` that "
-        "is no multiple of it, and takes it where none is given. Run `pard export`, or remove it.",
-    )
-
-
-def quantization_rules(config: dict[str, Any]) -> Iterator[tuple[bool, str]]:
-    """Quantized weights are read by the methods that vLLM knows."""
-    inner = config.get("text_config")
-    parts = (config, inner) if isinstance(inner, dict) else (config,)
-    found = [part.get("quantization_config", part.get("compression_config")) for part in parts]
-    quantization = next((part for part in found if part is not None), None)
-    if quantization is None:
-        return
-    method = quantization_method(quantization)
-    if not method:
-        yield (
-            False,
-            "`quantization_config` should name a `quant_method`, got none: vLLM reads the weights as not quantized. "
-            "Name it, or remove the key where they are not.",
-        )
-    elif method not in QUANTIZATIONS:
-        yield (
-            True,
-            f"Expected weights that are not quantized or a `quant_method` that vLLM 0.33 knows, got {method!r}: "
-            "quantize the draft with one of those, such as 'compressed-tensors', 'awq', 'gptq' or 'fp8'.",
-        )
-
-
-def quantization_method(quantization: Any) -> str | None:
-    """The method's name as vLLM reads it."""
-    if not isinstance(quantization, dict):
-        return None
-    producer, inner = quantization.get("producer"), quantization.get("quantization")
-    is_modelopt = isinstance(producer, dict) and producer.get("name") == "modelopt"
-    if is_modelopt and isinstance(inner, dict) and inner.get("quant_algo"):
-        return "modelopt"
-    method = quantization.get("quant_method")
-    return method.lower().replace("compressed_tensors", "compressed-tensors") if isinstance(method, str) else None
-
-
-def max_model_len(config: dict[str, Any], tokenizer_folder: Path) -> float:
-    """Say for how many positions vLLM takes a model to be made: infinite where nothing says it.
-
-    Args:
-        config (`dict[str, Any]`):
-            The model's config.json.
-        tokenizer_folder (`Path`):
-            Folder of the target, whose tokenizer serves draft and target.
-    """
-    config = text_config(config)
-    numbers = [config.get(key) for key in POSITION_KEYS]
-    try:
-        numbers.append(read_json(tokenizer_folder, "tokenizer_config.json").get("model_max_length"))
-    except ValueError:
-        pass
-    factor = 1.0
-    for rope in ropes(config):
-        kind = rope.get("rope_type", rope.get("type"))
-        if kind == "longrope" and isinstance(original := config.get("original_max_position_embeddings"), int):
-            return float(original)
-        if kind not in SCALED_ROPES and "gemma3" not in str(config.get("model_type")):
-            factor = rope.get("factor") or factor
-    # Tokenizers that know no limit are saved with one of 10 ** 30.
-    said = [float(number) for number in numbers if isinstance(number, int | float) and number < 10**15]
-    return min(said, default=float("inf")) * factor
-
+# What config classes of transformers 4 take where the top level of a config has no `rope_theta`.
+DEFAULT_ROPE_THETA = 10000.0
 
 Engine = Literal["vLLM", "TensorRT-LLM"]
-# In the words of a reader, with the releases meant.
+# As shown to users, with the releases that the rules hold for.
 ENGINES: dict[Engine, str] = {"vLLM": "vLLM >= 0.16", "TensorRT-LLM": "TensorRT-LLM"}
-# What config classes of transformers 4 take where a config does not say it on the top level.
-DEFAULT_ROPE_THETA = 10000.0
+BOTH: Literal["both"] = "both"
+# Whether a finding is blocking.
+BLOCKING, NOTE = True, False
 
 
 @dataclass(frozen=True)
@@ -273,10 +89,329 @@ class Finding:
     message: str
 
 
-def check_draft(draft: str | Path, target: str | Path | None = None, name: str | None = None) -> list[Finding]:
-    """Say whether the engines would load a checkpoint as a parallel draft. Weights are not loaded, only their headers.
+class Draft:
+    """What the rules look at: the files of a draft and of its target, each read once.
 
-    Of the tensors, the embedding and the head are compared with the config; [`export_draft`] compares them all.
+    A `..._problem` is the error message of a reading that failed.
+    """
+
+    def __init__(self, config: dict[str, Any], folder: Path, name: str, target_folder: Path | None):
+        self.config, self.folder, self.name, self.target_folder = config, folder, name, target_folder
+        self.text = text_config(config)
+        self.mask_token_id = config.get("pard_token")
+        self.vocab_size, self.vocab_problem = tried(vocab_size, config)
+        num_drafts = (tried(read_json, folder, "generation_config.json")[0] or {}).get("num_assistant_tokens")
+        self.num_drafts = num_drafts if isinstance(num_drafts, int) else None
+        inner = config.get("text_config")
+        parts = (config, inner) if isinstance(inner, dict) else (config,)
+        found = [part.get("quantization_config", part.get("compression_config")) for part in parts]
+        self.quantization = [quantization_method(part) for part in found if part is not None][:1]
+        self.shapes, self.weight_problem = tried(tensor_shapes, folder)
+        # Rows of the embedding and the LM head, by the names of their tensors.
+        self.rows: dict[str, int | None] = {}
+        self.model_problem = None
+        if self.shapes and self.vocab_size:
+            rows, self.model_problem = tried(vocabulary_rows, folder, self.shapes)
+            self.rows = rows or {}
+        self.target = {} if target_folder is None else read_json(target_folder, "config.json")
+        self.tokenizer, self.tokenizer_problem = tried(load_tokenizer, folder)
+        self.difference = None
+        if self.tokenizer is not None and target_folder is not None and tokenizer_files(target_folder):
+            self.difference = compare_tokenizers(self.tokenizer, load_tokenizer(target_folder))
+
+
+def tried(read: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
+    """Read something; returns it and no problem, or `None` and the problem."""
+    try:
+        return read(*arguments), None
+    except ValueError as error:
+        return None, str(error)
+
+
+def nested_mask_token(draft: Draft) -> str | None:
+    """Find the key of the part of config.json that holds `pard_token` where the top level does not."""
+    parts = draft.config.items() if draft.mask_token_id is None else ()
+    return next((key for key, part in parts if isinstance(part, dict) and "pard_token" in part), None)
+
+
+def keys_before_pard_token(draft: Draft, is_same: bool) -> str:
+    """List keys that vLLM reads before `pard_token` and that hold the same id, or another one."""
+    found = []
+    for key in (key for key in OTHER_MASK_KEYS if key in draft.config and key != "ptd_token_id"):
+        value = draft.config[key]
+        if draft.mask_token_id is None or (value is None and key != "dspark_noise_token_id"):  # Its null is read.
+            continue
+        if key == "dflash_config":
+            value = value.get("mask_token_id", draft.mask_token_id) if isinstance(value, dict) else None
+        if (value == draft.mask_token_id) == is_same:
+            found.append(f"`{key}`")
+    return ", ".join(found)
+
+
+def mask_token_outside(draft: Draft) -> tuple[int, int] | None:
+    size, mask = draft.vocab_size, draft.mask_token_id
+    return (size, mask) if size and type(mask) is int and not 0 <= mask < size else None
+
+
+def produced_mask_token(draft: Draft) -> str | None:
+    if draft.tokenizer is None or type(draft.mask_token_id) is not int:
+        return None
+    return tried(check_mask_token, draft.tokenizer, draft.mask_token_id)[1]
+
+
+def architecture(draft: Draft) -> str | None:
+    """Return the class that engines look up; `None` where config.json names none."""
+    names = draft.config.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else None
+
+
+def other_architecture(draft: Draft) -> str | None:
+    name = architecture(draft)
+    return None if name is None or name.endswith(("ForCausalLM", "LMHeadModel")) else repr(name)
+
+
+def rope_of_transformers_5_only(draft: Draft) -> str:
+    """List rope keys without which an engine on transformers 4 silently takes other values than the draft's."""
+    missing = {key: value for key, value in legacy_rope(draft.text).items() if key not in draft.text}
+    return "" if missing == {"rope_theta": DEFAULT_ROPE_THETA} else ", ".join(f"`{key}`" for key in missing)
+
+
+def has_pickled_weights(draft: Draft) -> bool:
+    return any(path for pattern in ("*.bin", "*.pt") for path in draft.folder.glob(pattern))
+
+
+def other_number_of_rows(draft: Draft) -> tuple[str, int, int] | None:
+    size, rows = draft.vocab_size, draft.rows.items()
+    return next(((name, number, size) for name, number in rows if number not in (None, size)), None)
+
+
+def method_by_name(text: str) -> tuple[str, str] | None:
+    """Find a word in a name that decides the method in vLLM, and that method."""
+    return next((found for found in METHODS_BY_NAME.items() if found[0] in text.lower()), None)
+
+
+def method_by_absolute_path(draft: Draft) -> tuple[str, str] | None:
+    is_folder = method_by_name(draft.name) is None and Path(draft.name).is_dir()
+    return method_by_name(str(Path(draft.name).absolute())) if is_folder else None
+
+
+def has_mtp_layers(config: dict[str, Any]) -> bool:
+    """Tell whether vLLM takes a model for its layers of multi-token prediction (MTP), a draft of it as well."""
+    kind = str(config.get("model_type"))
+    num_layers = config.get("num_nextn_predict_layers")
+    return (
+        kind in MTP_MODEL_TYPES
+        or str((config.get("architectures") or [None])[0]) in MTP_ARCHITECTURES
+        or kind.split("_")[-1] == "mtp"
+        or "exaone4_5" in kind
+        or (kind in ("nemotron_h", "nemotron_h_puzzle") and isinstance(num_layers, int) and num_layers > 0)
+    )
+
+
+def has_mrope(draft: Draft) -> bool:
+    """Tell whether the config, or one inside it, divides positions into sections."""
+    thinker = draft.config.get("thinker_config")
+    inner = thinker.get("text_config") if isinstance(thinker, dict) else None
+    parts = [part for part in (draft.config, draft.text, draft.config.get("text_config"), inner) if part]
+    return any(
+        isinstance(rope.get(key), list)
+        for part in parts if isinstance(part, dict)
+        for rope in (part, *ropes(part))
+        for key in ("mrope_section", "xdrope_section")
+    )  # fmt: skip
+
+
+def ropes(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Iterate over the ropes of a config, as transformers 5 or 4 names them; layers may have several."""
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = config.get(key)
+        if isinstance(rope, dict):
+            yield rope
+            yield from (part for part in rope.values() if isinstance(part, dict))
+
+
+def mixed_layers(draft: Draft) -> tuple[str, str] | None:
+    """Name layers of several kinds, and what helps; with chunked attention vLLM forms no groups of caches."""
+    kinds = draft.text.get("layer_types")
+    kinds = sorted(set(map(str, kinds))) if isinstance(kinds, list) else []
+    if len(kinds) < 2 or "chunked_attention" in kinds:
+        return None
+    is_local = kinds == ["full_attention", "sliding_attention"]
+    remedy = "start vLLM with `--disable-hybrid-kv-cache-manager`" if is_local else "take a base model with one"
+    return ", ".join(kinds), remedy
+
+
+def n_predict(draft: Draft, fits: bool) -> str | None:
+    """Show `n_predict` where K fits it, or where K does not."""
+    value, k = draft.config.get("n_predict"), draft.num_drafts
+    is_multiple = type(value) is int and value > 1 and k is not None and (k <= value or k % value == 0)
+    return None if value is None or (value == 1 or is_multiple) != fits else repr(value)
+
+
+def quantization_method(quantization: Any) -> str | None:
+    if not isinstance(quantization, dict):
+        return None
+    producer, inner = quantization.get("producer"), quantization.get("quantization")
+    is_modelopt = isinstance(producer, dict) and producer.get("name") == "modelopt"
+    if is_modelopt and isinstance(inner, dict) and inner.get("quant_algo"):
+        return "modelopt"
+    method = quantization.get("quant_method")
+    return method.lower().replace("compressed_tensors", "compressed-tensors") if isinstance(method, str) else None
+
+
+def other_vocab_size(draft: Draft) -> tuple[int, Any] | None:
+    if draft.target_folder is None:
+        return None
+    ours, theirs = draft.text.get("vocab_size"), vocab_size(draft.target)
+    return (theirs, ours) if ours != theirs else None
+
+
+def fewer_positions(draft: Draft) -> tuple[float, float] | None:
+    """Return the positions of draft and target where the draft's are fewer."""
+    if draft.target_folder is None:
+        return None
+    ours, theirs = (max_model_len(config, draft.target_folder) for config in (draft.config, draft.target))
+    return (ours, theirs) if ours < theirs < float("inf") else None
+
+
+def max_model_len(config: dict[str, Any], tokenizer_folder: Path) -> float:
+    """Count positions as vLLM does, from config and the target's tokenizer; infinite where nothing bounds them."""
+    config = text_config(config)
+    tokenizer_config = tried(read_json, tokenizer_folder, "tokenizer_config.json")[0] or {}
+    numbers = [*(config.get(key) for key in POSITION_KEYS), tokenizer_config.get("model_max_length")]
+    factor = 1.0
+    for rope in ropes(config):
+        kind = rope.get("rope_type", rope.get("type"))
+        if kind == "longrope" and isinstance(original := config.get("original_max_position_embeddings"), int):
+            return float(original)
+        if kind not in SCALED_ROPES and "gemma3" not in str(config.get("model_type")):
+            factor = rope.get("factor") or factor
+    # Tokenizers without a limit are saved with one of 10 ** 30.
+    bounds = [float(number) for number in numbers if isinstance(number, int | float) and number < 10**15]
+    return min(bounds, default=float("inf")) * factor
+
+
+def lacks_target_tokenizer(draft: Draft) -> bool:
+    return draft.target_folder is not None and draft.tokenizer is not None and draft.difference is None
+
+
+def tokens_of_one_side(draft: Draft) -> str | None:
+    difference = draft.difference
+    if difference is None or difference.conflict:
+        return None
+    number = difference.num_draft_only + difference.num_target_only
+    return f"{number} token{'s' * (number > 1)}" if number else None
+
+
+NAME = (
+    f"should hold none of {', '.join(map(repr, METHODS_BY_NAME))}, got one with {{!r}}: vLLM takes the draft for one "
+    "of method {!r}, whatever `method` says. Rename the folder or repository."
+)
+MASK_KEY = (
+    "config.json holds {}, which releases of vLLM, 0.33 among them, read before `pard_token`: run `pard export`, or "
+    "remove it."
+)
+N_PREDICT = (
+    "Expected no `n_predict` in config.json, got {}: vLLM refuses a larger `num_speculative_tokens` that is no "
+    "multiple of it, and takes it where none is given. Run `pard export`, or remove it."
+)
+
+# What engines want of a draft: engine, severity, predicate, message. A predicate returns what fills the gaps of the
+# message, or something falsy where the rule is kept.
+# fmt: off
+RULES: tuple[tuple[Engine | Literal["both"], bool, Callable[[Draft], Any], str], ...] = (
+    # Mask token
+    (BOTH, BLOCKING, nested_mask_token,
+     "`pard_token` stands in `{}`, and engines read the top level of config.json: move it there."),
+    (BOTH, BLOCKING, lambda draft: draft.mask_token_id is None and not nested_mask_token(draft),
+     "config.json has no `pard_token`, the mask token's id: train a draft with `pard train`, or add it."),
+    (BOTH, BLOCKING, lambda draft: type(draft.mask_token_id) not in (int, type(None)) and repr(draft.mask_token_id),
+     "`pard_token` should be an integer, got {}: put the mask token's id."),
+    (BOTH, BLOCKING, mask_token_outside,
+     "`pard_token` should be an id in [0, {}), got {}: put the id the draft was trained with."),
+    (BOTH, BLOCKING, produced_mask_token, "{}"),
+    ("vLLM", BLOCKING, lambda draft: keys_before_pard_token(draft, is_same=False), MASK_KEY),
+    ("vLLM", NOTE, lambda draft: keys_before_pard_token(draft, is_same=True), MASK_KEY),
+    ("vLLM", NOTE, lambda draft: draft.mask_token_id is not None and draft.config.get("ptd_token_id") is not None,
+     "config.json holds `ptd_token_id`, which vLLM reads after `pard_token`: remove it."),
+    # The rest of config.json
+    (BOTH, BLOCKING, lambda draft: architecture(draft) is None,
+     "config.json names no architecture: put the base model's class in `architectures`."),
+    (BOTH, BLOCKING, other_architecture,
+     "The architecture should be a causal LM (…ForCausalLM), got {}: put the base model's class in "
+     "`architectures`."),
+    (BOTH, BLOCKING, lambda draft: draft.vocab_problem, "{}"),
+    (BOTH, BLOCKING, rope_of_transformers_5_only,  # https://github.com/vllm-project/vllm/pull/44158
+     "config.json has {} in `rope_parameters` only, and engines that run on transformers 4 silently take their "
+     f"defaults (theta {DEFAULT_ROPE_THETA:.0f}): run `pard export`, which writes both."),
+    (BOTH, NOTE, lambda draft: draft.config.get("spd_type") != "pard" and repr(draft.config.get("spd_type")),
+     "`spd_type` should be 'pard', got {}: engines do not ask for it."),
+    # Weights. Engines may know a model that this transformers does not; a known one they read as it does.
+    (BOTH, BLOCKING, lambda draft: draft.weight_problem, "{}"),
+    (BOTH, BLOCKING, lambda draft: draft.shapes == {} and not has_pickled_weights(draft),
+     "The checkpoint has no weights: expected model.safetensors. Save it again."),
+    (BOTH, NOTE, lambda draft: draft.shapes == {} and has_pickled_weights(draft),
+     "The weights are pickled only, and pickle can run code. If you trust them, write safetensors with "
+     "`PardDraftModel.from_pretrained(…, use_safetensors=False).save_pretrained(…)`."),
+    (BOTH, BLOCKING, lambda draft: is_known_model(draft.config) and draft.model_problem, "{}"),
+    (BOTH, NOTE, lambda draft: not is_known_model(draft.config) and draft.model_problem, "{}"),
+    (BOTH, BLOCKING, lambda draft: ", ".join(name for name, number in draft.rows.items() if number is None),
+     "The weights hold no {}: save the checkpoint again."),
+    (BOTH, BLOCKING, other_number_of_rows,
+     "{} has {} rows, and config.json has `vocab_size` {}: correct the latter."),
+    # What vLLM takes the draft for
+    ("vLLM", BLOCKING, lambda draft: method_by_name(draft.name), f"The draft's name {NAME}"),
+    ("vLLM", NOTE, method_by_absolute_path, f"The draft's absolute path, if you pass that, {NAME}"),
+    ("vLLM", BLOCKING,
+     lambda draft: has_mtp_layers(draft.config) and (draft.config.get("model_type"), architecture(draft)),
+     "Expected a draft of a family that vLLM serves as `draft_model`, got {!r} ({}), of which it takes the layers for "
+     "multi-token prediction (MTP) only, whatever `method` says: use the draft in transformers, or take a base model "
+     "of another family."),
+    ("vLLM", BLOCKING, has_mrope,
+     "Expected a draft with one position a token, got `mrope_section` (M-RoPE) in config.json, which vLLM refuses in "
+     "draft models: take a base model without it."),
+    ("vLLM", BLOCKING, mixed_layers,
+     "Expected a draft with layers of one kind, got {}: vLLM wants the caches of all its layers in one group and "
+     "stops at its start otherwise. To serve this draft, {}."),
+    ("vLLM", BLOCKING, lambda draft: n_predict(draft, fits=False), N_PREDICT),
+    ("vLLM", NOTE, lambda draft: n_predict(draft, fits=True), N_PREDICT),
+    ("vLLM", NOTE, lambda draft: draft.quantization in ([None], [""]),
+     "`quantization_config` should name a `quant_method`, got none: vLLM reads the weights as not quantized. Name it, "
+     "or remove the key where they are not."),
+    ("vLLM", BLOCKING,
+     lambda draft: ", ".join(repr(method) for method in draft.quantization if method and method not in QUANTIZATIONS),
+     "Expected weights that are not quantized or a `quant_method` that vLLM 0.33 knows, got {}: quantize the draft "
+     "with one of those, such as 'compressed-tensors', 'awq', 'gptq' or 'fp8'."),
+    # Draft and target
+    ("vLLM", BLOCKING, other_vocab_size,
+     "vLLM wants the draft's `vocab_size` to equal the target's {}, got {}: run `pard export --target …`."),
+    (BOTH, NOTE, fewer_positions,
+     "The draft was made for {0:.0f} positions and the target for {1:.0f}: vLLM drafts for no text of a batch while "
+     "one of them is longer. Serve texts up to {0:.0f} only (vLLM: `--max-model-len {0:.0f}`, TensorRT-LLM: "
+     "`max_seq_len`)."),
+    ("vLLM", NOTE, lambda draft: draft.target.keys() & {"vision_config", "audio_config"},
+     "The target reads images or sound: vLLM 0.16 refuses a draft model beside it, and later releases draft from its "
+     "text alone."),
+    (BOTH, NOTE, lambda draft: draft.num_drafts is None,
+     "generation_config.json names no `num_assistant_tokens`: choose K yourself (`num_speculative_tokens` in vLLM, "
+     "`max_draft_len` in TensorRT-LLM), 8 to 12 for most drafts."),
+    # Tokenizers: engines load the target's.
+    (BOTH, NOTE, lambda draft: draft.tokenizer_problem,
+     "{} Engines load the target's, and without the draft's the two cannot be compared."),
+    (BOTH, NOTE, lacks_target_tokenizer,
+     "The target has no tokenizer to compare the draft's with: check it yourself."),
+    (BOTH, BLOCKING, lambda draft: draft.difference is not None and draft.difference.conflict,
+     "Draft and target must share a tokenizer: {}. Take a draft of the target's family."),
+    (BOTH, NOTE, tokens_of_one_side,
+     "{} of one tokenizer, draft's or target's, unknown to the other: drafts stop there."),
+)
+# fmt: on
+
+
+def check_draft(draft: str | Path, target: str | Path | None = None, name: str | None = None) -> list[Finding]:
+    """Check whether the engines would load a checkpoint as a parallel draft, from its files and weight headers alone.
+
+    Of the tensors, embedding and LM head are compared with the config; [`export_draft`] loads them all.
 
     Args:
         draft (`str`):
@@ -287,248 +422,28 @@ def check_draft(draft: str | Path, target: str | Path | None = None, name: str |
             Folder or Hub id that vLLM will be given, which decides there what kind of draft it is.
 
     Returns:
-        A list of [`Finding`]; empty where there is nothing to say.
+        A list of [`Finding`], the blocking ones first; empty where there is nothing to report.
 
     Raises:
-        OSError: There is no such draft or target.
-        ValueError: The target's config cannot be read.
+        OSError: There is no such draft or target, or the Hub cannot be reached.
+        ValueError: The target's config or tokenizer cannot be read.
 
     >>> would_load(check_draft("my-draft", target="Qwen/Qwen2.5-7B-Instruct"), "vLLM")
     """
     folder = local_folder(draft, DRAFT_FILES)
     target_folder = None if target is None else local_folder(target, TARGET_FILES)
-    target_config = None if target_folder is None else read_json(target_folder, "config.json")
-    try:
-        config = read_json(folder, "config.json")
-    except ValueError as error:
-        return [Finding("both", True, str(error))]
-    findings = [*mask_findings(config), *config_findings(config), *weight_findings(folder, config)]
-    num_drafts = num_drafts_of(folder)
-    findings += [
-        Finding("vLLM", *said) for said in vllm_rules(str(draft) if name is None else name, config, num_drafts)
-    ]
-    if target_folder is not None and target_config is not None:
-        findings += target_findings(config, target_config, target_folder)
-    findings += [*generation_findings(num_drafts), *tokenizer_findings(folder, config, target_folder)]
+    config, problem = tried(read_json, folder, "config.json")
+    if problem is not None:
+        return [Finding(BOTH, BLOCKING, problem)]
+    checked = Draft(config, folder, str(draft) if name is None else name, target_folder)
+    findings = []
+    for engine, is_blocking, find, message in RULES:
+        if found := find(checked):
+            gaps = found if isinstance(found, tuple) else (found,)
+            findings.append(Finding(engine, is_blocking, message.format(*gaps)))
     return sorted(findings, key=lambda finding: not finding.is_blocking)
 
 
 def would_load(findings: list[Finding], engine: Engine) -> bool:
-    """Whether no finding keeps the engine from drafting with the checkpoint."""
-    return not any(finding.is_blocking and finding.engine in (engine, "both") for finding in findings)
-
-
-def mask_findings(config: dict[str, Any]) -> Iterator[Finding]:
-    """The mask token: one integer, `pard_token`, on the top level, and no key that is read before it."""
-    mask_token_id = config.get("pard_token")
-    if mask_token_id is None:
-        where = next((key for key, part in config.items() if isinstance(part, dict) and "pard_token" in part), None)
-        yield Finding(
-            "both",
-            True,
-            f"`pard_token` stands in `{where}`, and engines read the top level of config.json: move it there."
-            if where
-            else "config.json has no `pard_token`, the mask token's id: train a draft with `pard train`, or add it.",
-        )
-        return
-    if type(mask_token_id) is not int:
-        yield Finding("both", True, f"`pard_token` should be an integer, got {mask_token_id!r}: put the mask's id.")
-    for key in OTHER_MASK_KEYS:
-        if config.get(key) is not None or (key == "dspark_noise_token_id" and key in config):  # null is read, too
-            yield stray_key_finding(key, config[key], mask_token_id)
-
-
-def stray_key_finding(key: str, value: Any, mask_token_id: Any) -> Finding:
-    """What another mask key does: only `ptd_token_id` is read after `pard_token`."""
-    if key == "ptd_token_id":
-        return Finding(
-            "vLLM", False, "config.json holds `ptd_token_id`, which vLLM reads after `pard_token`: remove it."
-        )
-    if key == "dflash_config":
-        value = value.get("mask_token_id", mask_token_id) if isinstance(value, dict) else None
-    since = "releases after 0.16" if key == "dflash_config" else "later releases, 0.33 among them,"
-    return Finding(
-        "vLLM",
-        value != mask_token_id,
-        f"config.json holds `{key}`, which vLLM reads before `pard_token` ({since} do): run `pard export`, or remove "
-        "it.",
-    )
-
-
-def config_findings(config: dict[str, Any]) -> Iterator[Finding]:
-    """The rest of config.json: architecture, vocabulary, rope and the kind of draft."""
-    architectures = config.get("architectures")
-    if not isinstance(architectures, list) or not architectures:
-        yield Finding(
-            "both", True, "config.json names no architecture: put the base model's class in `architectures`."
-        )
-    elif not str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel")):
-        yield Finding(
-            "both",
-            True,
-            f"The architecture should be a causal LM (…ForCausalLM), got {architectures[0]!r}: put the base model's "
-            "class in `architectures`.",
-        )
-    try:
-        size, mask_token_id = vocab_size(config), config.get("pard_token")
-        if type(mask_token_id) is int and not 0 <= mask_token_id < size:
-            yield Finding(
-                "both",
-                True,
-                f"`pard_token` should be an id in [0, {size}), got {mask_token_id}: put the id the draft was trained "
-                "with.",
-            )
-    except ValueError as error:
-        yield Finding("both", True, str(error))
-    yield from rope_findings(text_config(config))
-    if config.get("spd_type") != "pard":
-        yield Finding(
-            "both", False, f"`spd_type` should be 'pard', got {config.get('spd_type')!r}: engines do not ask for it."
-        )
-
-
-def rope_findings(config: dict[str, Any]) -> Iterator[Finding]:
-    """Engines on transformers 4 do not read `rope_parameters` (https://github.com/vllm-project/vllm/pull/44158)."""
-    unsaid = {key: value for key, value in legacy_rope(config).items() if key not in config}
-    if unsaid and unsaid != {"rope_theta": DEFAULT_ROPE_THETA}:
-        yield Finding(
-            "both",
-            True,
-            f"config.json says {', '.join(f'`{key}`' for key in unsaid)} in `rope_parameters` only, and engines that "
-            f"run on transformers 4 silently take their defaults (theta {DEFAULT_ROPE_THETA:.0f}): run `pard export`, "
-            "which writes both.",
-        )
-
-
-def weight_findings(folder: Path, config: dict[str, Any]) -> Iterator[Finding]:
-    """Weights: whole safetensors files, with as many vocabulary rows as the config says."""
-    try:
-        if not weight_files(folder):
-            yield no_safetensors_finding(folder)
-            return
-        shapes = tensor_shapes(folder)
-    except ValueError as error:
-        yield Finding("both", True, str(error))
-        return
-    try:
-        size, names = vocab_size(config), vocabulary_tensors(folder)
-    except ValueError as error:
-        if "vocab_size" not in str(error):  # that one is the config's finding
-            # The engines may know a model this transformers does not; a known one they read as it does.
-            yield Finding("both", is_known_model(config), str(error))
-        return
-    for name in names:
-        # Checkpoints of the model without its head, and of one inside another, have other prefixes.
-        found = next((key for key in shapes if f".{key}".endswith(f".{name}") or name.endswith(f".{key}")), None)
-        if found is None:
-            yield Finding("both", True, f"The weights hold no {name}: save the checkpoint again.")
-        elif (num_rows := (shapes[found] or [0])[0]) != size:
-            yield Finding(
-                "both",
-                True,
-                f"{found} has {num_rows} rows, and config.json says `vocab_size` {size}: correct the latter.",
-            )
-            return
-
-
-def no_safetensors_finding(folder: Path) -> Finding:
-    if not [*folder.glob("*.bin"), *folder.glob("*.pt")]:
-        return Finding("both", True, "The checkpoint has no weights: expected model.safetensors. Save it again.")
-    return Finding(
-        "both",
-        False,
-        "The weights are pickled only, and pickle can run code. If you trust them, write safetensors with "
-        "`PardDraftModel.from_pretrained(…, use_safetensors=False).save_pretrained(…)`.",
-    )
-
-
-def target_findings(config: dict[str, Any], target_config: dict[str, Any], target_folder: Path) -> Iterator[Finding]:
-    """Draft and target beside each other: the same number of vocabulary rows, positions enough."""
-    num_rows, size = vocab_size(target_config), text_config(config).get("vocab_size")
-    if size != num_rows:
-        yield Finding(
-            "vLLM",
-            True,
-            f"vLLM wants the draft's `vocab_size` to equal the target's {num_rows}, got {size}: run "
-            "`pard export --target …`.",
-        )
-    reach, needed = (max_model_len(side, target_folder) for side in (config, target_config))
-    if reach < needed < float("inf"):
-        yield Finding(
-            "both",
-            False,
-            f"The draft was made for {reach:.0f} positions and the target for {needed:.0f}: vLLM drafts for no text "
-            f"of a batch while one of them is longer. Serve texts up to {reach:.0f} only (vLLM: `--max-model-len "
-            f"{reach:.0f}`, TensorRT-LLM: `max_seq_len`).",
-        )
-    if target_config.keys() & {"vision_config", "audio_config"}:
-        yield Finding(
-            "vLLM",
-            False,
-            "The target reads images or sound: vLLM 0.16 refuses a draft model beside it, and later releases draft "
-            "from its text alone.",
-        )
-
-
-def num_drafts_of(folder: Path) -> int | None:
-    """K as the draft says it, None where it does not."""
-    try:
-        num_drafts = read_json(folder, "generation_config.json").get("num_assistant_tokens")
-    except ValueError:
-        return None
-    return num_drafts if isinstance(num_drafts, int) else None
-
-
-def generation_findings(num_drafts: int | None) -> Iterator[Finding]:
-    """K is a flag of the engines; the draft says which one it was made for."""
-    if num_drafts is None:
-        yield Finding(
-            "both",
-            False,
-            "generation_config.json names no `num_assistant_tokens`: choose K yourself (`num_speculative_tokens` in "
-            "vLLM, `max_draft_len` in TensorRT-LLM), 8 to 12 for most drafts.",
-        )
-
-
-def tokenizer_findings(folder: Path, config: dict[str, Any], target_folder: Path | None) -> Iterator[Finding]:
-    """One tokenizer for both, and a mask token it never produces. Engines load the target's."""
-    try:
-        tokenizer = load_tokenizer(folder)
-    except ValueError as error:
-        yield Finding("both", False, f"{error} Engines take the target's, but nobody can compare the two.")
-        return
-    if type(config.get("pard_token")) is int:
-        try:
-            check_mask_token(tokenizer, config["pard_token"])
-        except ValueError as error:
-            yield Finding("both", True, str(error))
-    if target_folder is None:
-        return
-    if not tokenizer_files(target_folder):
-        yield Finding("both", False, "The target has no tokenizer to compare the draft's with: check it yourself.")
-        return
-    yield from vocabulary_findings(tokenizer, load_tokenizer(target_folder))
-
-
-def vocabulary_findings(tokenizer: Any, target_tokenizer: Any) -> Iterator[Finding]:
-    """Ids mean the same tokens for both; tokens only one of them has are never proposed, or never accepted."""
-    ours, theirs = (
-        {index: token for token, index in side.get_vocab().items()} for side in (tokenizer, target_tokenizer)
-    )
-    differing = sorted(index for index in ours.keys() & theirs.keys() if ours[index] != theirs[index])
-    if differing:
-        index = differing[0]
-        yield Finding(
-            "both",
-            True,
-            f"Draft and target must share a tokenizer: id {index} is {ours[index]!r} for the draft and "
-            f"{theirs[index]!r} for the target. Take a draft of the target's family.",
-        )
-    elif ours.keys() != theirs.keys():
-        number = len(ours.keys() ^ theirs.keys())
-        yield Finding(
-            "both",
-            False,
-            f"{number} token{'s' * (number > 1)} of one tokenizer, draft's or target's, unknown to the other: drafts "
-            "stop there.",
-        )
+    """Tell whether no finding keeps the engine from drafting with the checkpoint."""
+    return not any(finding.is_blocking and finding.engine in (engine, BOTH) for finding in findings)

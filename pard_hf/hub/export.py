@@ -1,15 +1,8 @@
-"""Pushing a draft to the Hub as serving engines load it: one commit with weights, config, tokenizer and card.
-
-Writing a draft as vLLM and TensorRT-LLM load it: one mask key, and as many vocabulary rows as the target has.
-
-Knows how to change the number of rows without changing what the draft says; what engines want is in `engines`.
-"""
+"""Write a draft as vLLM and TensorRT-LLM load it: one mask key, and as many vocabulary rows as the target has."""
 
 from __future__ import annotations
 
-import logging
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,16 +13,14 @@ from ..draft.model import PardDraftModel
 from .checkpoint import (
     DRAFT_FILES,
     TARGET_FILES,
-    first_line,
+    first_lines,
     load_tokenizer,
     local_folder,
     read_json,
     tokenizer_files,
     vocab_size,
 )
-from .engines import ENGINES, Finding, check_draft, weight_findings, would_load
-
-logger = logging.getLogger(__name__)
+from .engines import ENGINES, check_draft, would_load
 
 
 def export_draft(
@@ -38,7 +29,7 @@ def export_draft(
     """Write a draft as vLLM (0.16 and later) and TensorRT-LLM load it, and check it; its proposals stay the same.
 
     vLLM wants exactly the target's number of vocabulary rows. Rows are added at the end of the embedding and of the
-    head (see [`pad_vocabulary`]); where the draft has more rows than the target, those that are mere padding are cut.
+    LM head (see [`pad_vocabulary`]); where the draft has more rows than the target, those that only pad are cut.
     Tensors keep their dtype, weights are safetensors, and the folder appears whole or not at all.
 
     Args:
@@ -47,7 +38,7 @@ def export_draft(
         output (`str`):
             Folder to write, not there yet or empty.
         target (`str`, *optional*):
-            Folder or Hub id of the target it is to serve with. Its config says the number of rows, and its tokenizer
+            Folder or Hub id of the target it is to serve with. Its config gives the number of rows, and its tokenizer
             is taken where the draft has none.
         pad_vocab_to (`int`, *optional*):
             Number of rows, where the target is not at hand.
@@ -56,10 +47,10 @@ def export_draft(
         `Path`: `output`.
 
     Raises:
-        OSError: There is no such draft or target.
-        ValueError: The output is in use, rows in use would have to be cut, or something is wrong that no export can
-            mend, such as a mask token the tokenizer produces. What one engine alone cannot serve is written:
-            [`~engines.check_draft`] says so.
+        OSError: There is no such draft or target, or the Hub cannot be reached.
+        ValueError: The output is in use, rows in use would have to be cut, or no engine would draft with the result,
+            such as for a mask token that the tokenizer produces. What one engine alone would not load is written:
+            [`~engines.check_draft`] reports it.
     """
     output = Path(output).absolute()
     if output == Path.cwd():
@@ -69,7 +60,7 @@ def export_draft(
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"Expected an output folder that is not there yet or empty, got {str(output)!r}.")
     if target is not None and pad_vocab_to is not None:
-        raise ValueError("Expected a target or a number of rows to pad to, not both: the target's config says it.")
+        raise ValueError("Expected a target or a number of rows to pad to, not both: the target's config gives it.")
     folder = local_folder(draft, DRAFT_FILES)
     target_folder = None if target is None else local_folder(target, TARGET_FILES)
     model = load_draft(folder)
@@ -82,8 +73,14 @@ def export_draft(
     with TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as beside:
         written = Path(beside) / "draft"
         model.save_pretrained(written)
-        copy_files(tokenizer_files(tokenizer_folder), tokenizer_folder, written)
-        refuse(check_draft(written, target_folder))
+        for path in tokenizer_files(tokenizer_folder):
+            copy = written / path.relative_to(tokenizer_folder)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
+        findings = check_draft(written, target_folder)
+        if not any(would_load(findings, engine) for engine in ENGINES):
+            problems = " ".join(finding.message for finding in findings if finding.is_blocking)
+            raise ValueError(f"Expected a draft that vLLM or TensorRT-LLM can load. {problems}")
         if output.is_dir():
             output.rmdir()
         written.rename(output)
@@ -91,43 +88,30 @@ def export_draft(
 
 
 def load_draft(folder: Path) -> PardDraftModel:
-    """The draft in a folder, whole: transformers would fill a missing tensor with noise."""
-    config = read_json(folder, "config.json")
-    if config.get("quantization_config"):
+    """Load a draft, or raise a `ValueError` where a tensor is missing, which transformers would draw at random."""
+    if read_json(folder, "config.json").get("quantization_config"):
         raise ValueError("Expected a draft in a floating-point type, got a quantized one: export, then quantize.")
-    refuse(weight_findings(folder, config))
     try:
         model, info = PardDraftModel.from_pretrained(str(folder), dtype="auto", output_loading_info=True)
     except (ValueError, OSError):
         raise
-    except Exception as error:  # Weights of other shapes, a config of other types: a class of error for each.
-        raise ValueError(f"The draft cannot be loaded ({type(error).__name__}: {first_line(error)}).") from error
+    except Exception as error:  # Truncated files, weights of other shapes, a config of other types.
+        raise ValueError(f"The draft cannot be loaded ({type(error).__name__}: {first_lines(error)}).") from error
     if info["missing_keys"]:
-        raise ValueError(
-            f"Expected all tensors of the draft, but {', '.join(sorted(info['missing_keys']))} is missing."
-        )
+        missing = ", ".join(sorted(info["missing_keys"]))
+        raise ValueError(f"Expected all tensors of the draft, but {missing} is missing: save it again.")
     return model
 
 
-def refuse(findings: Iterable[Finding]) -> None:
-    """Raise a `ValueError` with all that is wrong where no engine would draft with the checkpoint."""
-    findings = list(findings)
-    if any(would_load(findings, engine) for engine in ENGINES):
-        return
-    messages = [finding.message for finding in findings if finding.is_blocking]
-    raise ValueError("Expected a draft that vLLM or TensorRT-LLM can load. " + " ".join(messages))
-
-
 def fit_vocabulary(model: PardDraftModel, num_rows: int, tokenizer_folder: Path) -> None:
-    """Give the draft the target's number of rows; only rows that are mere padding are cut."""
-    size = model.config.get_text_config().vocab_size
-    if num_rows >= size:
+    """Give the draft the target's number of rows; only rows that merely pad are cut."""
+    if num_rows >= model.config.get_text_config().vocab_size:
         pad_vocabulary(model, num_rows)
         return
     largest = max(load_tokenizer(tokenizer_folder).get_vocab().values())
     if max(largest, model.mask_token_id) >= num_rows:
         raise ValueError(
-            f"Expected a draft whose rows from the target's {num_rows} on are mere padding, but its mask token is "
+            f"Expected a draft whose rows from the target's {num_rows} on merely pad, but its mask token is "
             f"{model.mask_token_id} and the tokenizer's largest id is {largest}. Train the draft with a mask token "
             f"below {num_rows}, on the target's tokenizer."
         )
@@ -136,29 +120,21 @@ def fit_vocabulary(model: PardDraftModel, num_rows: int, tokenizer_folder: Path)
 
 @torch.no_grad()
 def pad_vocabulary(model: PardDraftModel, num_rows: int) -> None:
-    """Add rows to embedding and head, in place, that never win the argmax and leave all other logits as they are.
+    """Add rows to embedding and LM head, in place, that never win the argmax and leave all other logits unchanged.
 
-    Each added row is the mean of the rows there were, without the mask token's. A head is linear, so the row's logit
-    is the mean of their logits: never above the largest of them, and as large only where all are equal, when the
-    first wins the argmax. A monotone function of the logits, such as a soft cap, changes nothing in that. The same
-    mean stands in the embedding, so tied weights stay tied. (A row of zeros would win wherever all other logits are
-    negative, one of -inf cannot be an embedding, and a copy of a row ties with it, so that rounding decides.)
+    Each added row is the mean of the existing rows without the mask token's. The head is linear, so its logit is the
+    mean of their logits: never above the largest, and equal to it only where all are equal, when the first wins the
+    argmax. Monotone functions of the logits, such as a soft cap, preserve this. The embedding gets the same mean, so
+    tied weights stay tied. (A row of zeros would win where all other logits are negative, -inf cannot be an embedding,
+    and a copy of a row ties with it.)
 
-    In sampled drafting a row keeps some probability: by Jensen's inequality no more than the average token's, so n
-    rows beside N hold at most n / N of what those hold, in practice far less.
-    https://nlp.stanford.edu/~johnhew/vocab-expansion.html takes this mean for tokens that are to be trained.
-
-    The limit is rounding: in bfloat16 the entries of a row are those of the mean within 0.4 %, which could tell only
-    where the largest logit is about as close to the mean of all.
-
-    Args:
-        model ([`PardDraftModel`]):
-            The draft.
-        num_rows (`int`):
-            Rows to have afterwards.
+    In sampled drafting, by Jensen's inequality, n added rows beside N hold at most n / N of the others' probability.
+    https://nlp.stanford.edu/~johnhew/vocab-expansion.html takes this mean for tokens that are to be trained. In
+    bfloat16 the entries are those of the mean within 0.4 %, which matters only where the largest logit is about as
+    close to the mean of all.
 
     Raises:
-        ValueError: The draft has more rows than that.
+        ValueError: The draft has more than `num_rows` rows.
     """
     size = model.config.get_text_config().vocab_size
     if num_rows < size:
@@ -173,11 +149,3 @@ def pad_vocabulary(model: PardDraftModel, num_rows: int) -> None:
         if rows is not None:
             others = rows[:size].sum(0, dtype=torch.float64) - rows[model.mask_token_id].double()
             rows[size:] = (others / (size - 1)).to(rows.dtype)
-
-
-def copy_files(paths: list[Path], source: Path, destination: Path) -> None:
-    """Copy files under `source` byte for byte, to the same places under `destination`."""
-    for path in paths:
-        copy = destination / path.relative_to(source)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, copy)
