@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-DATA ?= ../shared/data/train
 WORKERS ?= 2
 # The oldest version of transformers that pyproject.toml admits, and what is run on it and on the newest.
 OLDEST := 5.17.0
@@ -91,6 +90,7 @@ style: $(VENV)/installed
 	$(BIN)/ruff format .
 
 bundled-pair: $(VENV)/installed
+	$(if $(DATA),,$(error Expected a folder with the training text, got none: make bundled-pair DATA=FOLDER))
 	$(BIN)/python recipes/bundled_pair.py --data $(DATA)
 
 cards: $(VENV)/installed

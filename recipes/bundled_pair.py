@@ -1,24 +1,28 @@
 """Make the bundled pair from permissively licensed text: tokenizer, targets, their answers, draft, correction head.
 
-    make bundled-pair DATA=../shared/data/train
+    make bundled-pair DATA=FOLDER
 
-Each stage writes into `--work` and is skipped when its result is there; interrupted training goes on from its last
-checkpoint, and writing answers after the last one written. A target this small is undertrained by any measure:
-it exists so that acceptance, cost and the whole path from training to `generate()` are real on a machine with no
-network and no GPU. A second target, of another depth and width, stays in `--work`: one draft serves both.
+`FOLDER` holds the files of `MIX` as `.jsonl.gz`. Each stage writes into `--work` and is skipped when its result is
+there; interrupted training continues from its last checkpoint, and answering after the last answer. The target is
+undertrained: it exists so that acceptance, cost and the whole path from training to `generate()` are real on a
+machine with no network and no GPU. A second target, of another depth and width, stays in `--work`: one draft serves
+both.
 
-Rows are `<|begin|>prompt\\nresponse<|end|>` or `<|begin|>text<|end|>`: one template, an end token on every row that is
-whole, so that stopping is learned.
+Training rows are `<|begin|>prompt\\nresponse<|end|>` or `<|begin|>text<|end|>`: every row that is not cut has an end
+token, so that stopping is learned.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -40,22 +44,17 @@ TARGET = {"hidden_size": 160, "intermediate_size": 416, "num_hidden_layers": 12,
 WIDE_TARGET = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 6, "num_attention_heads": 8}
 DRAFT = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 3}
 NUM_ASSISTANT_TOKENS = 8
-# Training prompts that a target answers: their longest (in tokens), and how many of each file, where targets are
-# settled and where the draft is adapted.
+# Training prompts that a target answers: the longest in tokens, and their number from each file, to settle the target
+# and to adapt the draft.
 LONGEST_PROMPT = 320
 SETTLING_PROMPTS = {"code_functions": 1_800, "math_gsm8k": 1_200}
 ADAPTING_PROMPTS = {"code_functions": 8_000, "math_gsm8k": 8_000, "code_leetcode": 1_500, "code_instruct": 1_500}
 # How often a file's rows are seen for each pass over the mix.
 MIX = {"math_gsm8k": 3, "code_functions": 2, "code_leetcode": 1, "code_instruct": 1}
-TRAINER = {
-    "save_steps": 200,
-    "save_total_limit": 1,
-    "logging_steps": 20,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "max_grad_norm": 1.0,
-    "use_cpu": True,
-}
+TRAINER: dict[str, Any] = {
+    "save_steps": 200, "save_total_limit": 1, "logging_steps": 20, "report_to": "none", "disable_tqdm": True,
+    "max_grad_norm": 1.0, "use_cpu": True, "train_sampling_strategy": "group_by_length",
+}  # fmt: skip
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
     "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
@@ -64,16 +63,8 @@ CHAT_TEMPLATE = (
 )
 
 
-def parts_of(row: dict[str, str]) -> tuple[str, str]:
-    """Split a row into what is given and what is to be written; plain text has an empty prompt."""
-    if "text" in row:
-        return "", row["text"]
-    prompt = row["prompt"] if row["prompt"].endswith("\n") else row["prompt"] + "\n"
-    return prompt, row["response"]
-
-
 def train_tokenizer(data: Path, out: Path) -> None:
-    """Byte-level BPE that never merges across a newline or between digits, so that prompt and answer split cleanly."""
+    """Train byte-level BPE that never merges across a newline or between digits, where prompt and answer meet."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     words = Regex(r"\n+|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|[^\S\n]+(?=[^\S\n]\S)|[^\S\n]+")
@@ -88,8 +79,9 @@ def train_tokenizer(data: Path, out: Path) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = (text for name in MIX for row in read_rows(data / f"{name}.jsonl.gz") for text in parts_of(row))
-    tokenizer.train_from_iterator(texts, trainer)
+    keys = ("text", "prompt", "response")
+    rows = (row for name in MIX for row in read_rows(data / f"{name}.jsonl.gz"))
+    tokenizer.train_from_iterator((row[key] for row in rows for key in keys if key in row), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<|begin|> $A", special_tokens=[("<|begin|>", tokenizer.token_to_id("<|begin|>"))]
     )
@@ -106,23 +98,10 @@ def train_tokenizer(data: Path, out: Path) -> None:
     fast.save_pretrained(out)
 
 
-def encode_rows(data: Path, tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
-    """Token ids of the mix, whole rows only where they fit, text cut at `MAX_ROW_TOKENS`."""
-    rows: list[list[int]] = []
-    for name, repeats in MIX.items():
-        for row in read_rows(data / f"{name}.jsonl.gz"):
-            prompt, answer = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts_of(row))
-            ids = [tokenizer.bos_token_id, *prompt, *answer, tokenizer.eos_token_id]
-            if prompt and len(prompt) > MAX_ROW_TOKENS - 32:
-                continue  # A cut inside the prompt would teach nothing about answering.
-            rows.extend([ids[:MAX_ROW_TOKENS]] * repeats)
-    return rows
-
-
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised by Newton-Schulz, for matrices; Adam for the rest. https://kellerjordan.github.io/posts/muon
+    """Orthogonalize the momentum of matrices (https://kellerjordan.github.io/posts/muon); Adam for the rest.
 
-    torch.optim.Muon works in bfloat16, which a CPU without matrix units runs eight times slower than float32.
+    `torch.optim.Muon` computes in bfloat16, which a CPU without matrix units runs eight times slower than float32.
     """
 
     def __init__(self, matrices: list[torch.Tensor], others: list[torch.Tensor], lr: float, adam_lr: float):
@@ -172,51 +151,37 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 def collate(rows: list[dict[str, list[int]]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Right-pad; causal attention keeps padding out of sight of every real token, so no mask is needed."""
-    longest = max(len(row["input_ids"]) for row in rows)
-    ids = torch.full((len(rows), longest), pad_token_id)
-    labels = torch.full_like(ids, -100)
-    for i, row in enumerate(rows):
-        length = len(row["input_ids"])
-        ids[i, :length] = torch.tensor(row["input_ids"])
-        labels[i, :length] = ids[i, :length].where(torch.tensor(row["loss_mask"]) == 1, -100)
-    return {"input_ids": ids, "labels": labels}
+    """Pad on the right: causal attention keeps padding out of sight of every real token, so no mask is needed."""
+    ids = [torch.tensor(row["input_ids"]) for row in rows]
+    labels = [row_ids.where(torch.tensor(row["loss_mask"]) == 1, -100) for row_ids, row in zip(ids, rows, strict=True)]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_token_id),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+    }
 
 
-def pretrain(data: Path, tokenizer_dir: Path, out: Path, shape: dict[str, int], steps: int) -> None:
-    """Ordinary language modeling of the mix, from nothing."""
+def pretrain(data: Path, tokenizer_dir: Path, shape: dict[str, int], steps: int, out: Path) -> None:
+    """Train a language model of the mix from scratch."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
-    rows = encode_rows(data, tokenizer)
+    rows = []
+    for name, repetitions in MIX.items():
+        of_file = tokenize_rows(tokenizer, read_rows(data / f"{name}.jsonl.gz"), MAX_ROW_TOKENS, skip_bad_rows=True)
+        rows += [{**row, "loss_mask": [1] * len(row["input_ids"])} for row in of_file for _ in range(repetitions)]
     random.Random(0).shuffle(rows)
-    print(f"{len(rows)} rows, {sum(map(len, rows)) / 1e6:.2f} M tokens a pass", flush=True)
     set_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            **shape,
-            vocab_size=VOCAB_SIZE,
-            num_key_value_heads=shape["num_attention_heads"],
-            max_position_embeddings=2048,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = LlamaConfig(
+        **shape, **ids, vocab_size=VOCAB_SIZE, num_key_value_heads=shape["num_attention_heads"],
+        max_position_embeddings=2048, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
     print(f"{model.num_parameters() / 1e6:.2f} M parameters", flush=True)
-    examples = [{"input_ids": ids, "loss_mask": [1] * len(ids)} for ids in rows]
-    fit(model, tokenizer, examples, out, steps, lr=0.02, adam_lr=4e-3)
+    fit(model, tokenizer, rows, out, steps, lr=0.02, adam_lr=4e-3)
 
 
-def fit(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    rows: list[dict[str, list[int]]],
-    out: Path,
-    steps: int,
-    lr: float,
-    adam_lr: float,
-) -> None:
-    """Next-token training on rows with loss masks; the rate falls to nothing over `steps`."""
+def fit(model: Any, tokenizer: Any, rows: list[Any], out: Path, steps: int, lr: float, adam_lr: float) -> None:
+    """Train next-token prediction on rows with loss masks; the learning rate falls to 0 over `steps`."""
+    print(f"{len(rows)} rows, {sum(sum(row['loss_mask']) for row in rows) / 1e6:.2f} M labels", flush=True)
     optimizer = Muon.for_model(model, lr, adam_lr)
     trainer = Trainer(
         model,
@@ -224,7 +189,6 @@ def fit(
             str(out / "checkpoints"),
             max_steps=steps,
             per_device_train_batch_size=16,
-            train_sampling_strategy="group_by_length",
             remove_unused_columns=False,
             **TRAINER,
         ),
@@ -232,13 +196,18 @@ def fit(
         train_dataset=rows,
         optimizers=(optimizer, get_linear_schedule_with_warmup(optimizer, min(40, steps // 10), steps)),
     )
+    finish(trainer, tokenizer, out)
+
+
+def finish(trainer: Trainer, tokenizer: Any, out: Path) -> None:
+    """Train, from the last checkpoint if there is one, and save the model with its tokenizer."""
     trainer.train(resume_from_checkpoint=any(out.glob("checkpoints/checkpoint-*")) or None)
-    model.save_pretrained(out)
+    trainer.model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
 def repeats(answer: list[int], size: int = 4) -> list[bool]:
-    """Mark each token that completes an n-gram said before in the same answer."""
+    """Mark each token that completes an n-gram that the answer already has."""
     seen: set[tuple[int, ...]] = set()
     marks = []
     for end in range(1, len(answer) + 1):
@@ -261,83 +230,61 @@ def without_loop(answer: list[int], breaks: set[int], end: int) -> list[int] | N
     return answer if len(answer) >= 4 and sum(repeats(answer)) <= 0.2 * len(answer) else None
 
 
-def settle_target(answers: Path, start: Path, out: Path, steps: int) -> None:
-    """Teach the target to end where it would begin to loop, on its own answers cut there.
+def settle_target(answers: Path, start: Path, steps: int, out: Path) -> None:
+    """Train the target to end where it would begin to loop, on its own answers cut there.
 
-    Loops look like high acceptance and say nothing. What the target says before stays its own, so it stays as
-    predictable for a draft as it was (unlikelihood training, tried first, made it say unlikely things).
+    Loops look like high acceptance. The text before them stays the target's own, and as predictable for a draft as it
+    was; unlikelihood training, tried first, made the target write unlikely text.
     """
     tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
-    end, rows = tokenizer.eos_token_id, []
     breaks = {index for token, index in tokenizer.get_vocab().items() if "\u010a" in token}
+    rows = []
     for row in read_rows(answers):
-        answer = without_loop(row["response_ids"], breaks, end)
+        answer = without_loop(row["response_ids"], breaks, tokenizer.eos_token_id)
         if answer is not None:
             rows.append(encode_row(tokenizer, {**row, "response_ids": answer}))
-    print(f"{len(rows)} answers, {sum(sum(row['loss_mask']) for row in rows) / 1e6:.2f} M tokens", flush=True)
     model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
     fit(model, tokenizer, rows, out, steps, lr=5e-3, adam_lr=1e-3)
 
 
-def answer_training_prompts(data: Path, target_dir: Path, out: Path, numbers: dict[str, int]) -> None:
-    """The target's own greedy answers to training prompts."""
+def answer_training_prompts(data: Path, target_dir: Path, numbers: dict[str, int], out: Path) -> None:
+    """Write the target's greedy answers to training prompts."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(target_dir)
     target = LlamaForCausalLM.from_pretrained(target_dir, dtype=torch.float32).eval()
-    chosen: list[str] = []
+    rows: list[dict[str, str]] = []
     for name, number in numbers.items():
         prompts = [row["prompt"] for row in read_rows(data / f"{name}.jsonl.gz") if "prompt" in row]
         prompts = [prompt for prompt in prompts if len(tokenizer(prompt)["input_ids"]) <= LONGEST_PROMPT]
         random.Random(0).shuffle(prompts)
-        chosen += prompts[:number]
-    rows = [{"prompt": prompt} for prompt in chosen]
+        rows += [{"prompt": prompt} for prompt in prompts[:number]]
     write_answers(target, tokenizer, rows, out, batch_size=96, max_new_tokens=128)
 
 
-def adapt_draft(answers: Path, start: Path, out: Path, steps: int) -> None:
-    """Adapt a small causal LM into the draft, on the target's answers."""
+def adapt(answers: Path, start: Path, steps: int, correction_head: str | None, out: Path) -> None:
+    """Adapt a causal LM into the draft on the target's answers, or train a correction head on a finished draft."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
     rows = tokenize_rows(tokenizer, read_rows(answers), MAX_ROW_TOKENS, skip_bad_rows=True)
-    base = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
-    draft = PardDraftModel.from_causal_lm(base, TOKENIZER_SIZE, NUM_ASSISTANT_TOKENS)
-    optimizer = Muon.for_model(draft, lr=0.01, adam_lr=2e-3)
-    arguments = PardTrainingArguments(
-        str(out / "checkpoints"),
-        num_draft_tokens=NUM_ASSISTANT_TOKENS,
-        max_steps=steps,
-        per_device_train_batch_size=16,
-        train_sampling_strategy="group_by_length",
-        **TRAINER,
+    draft = PardDraftModel.from_pretrained(
+        start, mask_token_id=TOKENIZER_SIZE, num_assistant_tokens=NUM_ASSISTANT_TOKENS, dtype=torch.float32
     )
-    schedule = get_linear_schedule_with_warmup(optimizer, 40, steps)
-    trainer = PardTrainer(draft, arguments, train_dataset=rows, optimizers=(optimizer, schedule))
-    trainer.train(resume_from_checkpoint=any(out.glob("checkpoints/checkpoint-*")) or None)
-    draft.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-
-
-def train_head(answers: Path, draft_dir: Path, out: Path, steps: int) -> None:
-    """A correction head on the draft, which stays as it is, on the same answers."""
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(draft_dir)
-    rows = tokenize_rows(tokenizer, read_rows(answers), MAX_ROW_TOKENS, skip_bad_rows=True)
+    optimizers: tuple[Any, Any] = (None, None)  # AdamW, for the head.
+    if correction_head is None:
+        optimizer = Muon.for_model(draft, lr=0.01, adam_lr=2e-3)
+        optimizers = (optimizer, get_linear_schedule_with_warmup(optimizer, 40, steps))
     arguments = PardTrainingArguments(
         str(out / "checkpoints"),
-        correction_head="frozen",
+        correction_head=correction_head,
         num_draft_tokens=NUM_ASSISTANT_TOKENS,
         max_steps=steps,
-        per_device_train_batch_size=32,
+        per_device_train_batch_size=16 if correction_head is None else 32,
         warmup_steps=min(30, steps // 10),
-        train_sampling_strategy="group_by_length",
         **TRAINER,
     )
-    draft = PardDraftModel.from_pretrained(draft_dir, dtype=torch.float32)
-    trainer = PardTrainer(draft, arguments, train_dataset=rows)
-    trainer.train(resume_from_checkpoint=any(out.glob("checkpoints/checkpoint-*")) or None)
-    draft.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    finish(PardTrainer(draft, arguments, train_dataset=rows, optimizers=optimizers), tokenizer, out)
 
 
 def package(target_dir: Path, draft_dir: Path, out: Path) -> None:
-    """Write the pair as it ships: bfloat16, small files, a tokenizer beside each."""
+    """Write the pair as it ships: bfloat16, shards of 14 MB, a tokenizer beside each."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(target_dir)
     tokenizer.chat_template = CHAT_TEMPLATE
     models = {
@@ -349,49 +296,46 @@ def package(target_dir: Path, draft_dir: Path, out: Path) -> None:
         tokenizer.save_pretrained(out / name)
 
 
+def stage(function: Callable[..., None], *arguments: Any) -> Path:
+    """Run a stage, whose last argument is the folder of its result, unless the result is there."""
+    out = arguments[-1]
+    if not any((out / name).exists() for name in ("model.safetensors", "tokenizer.json")):
+        function(*arguments)
+    return out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with the training text (*.jsonl.gz)")
-    parser.add_argument("--work", type=Path, default=Path("bundled-pair"), help="where stages leave their results")
-    parser.add_argument("--out", type=Path, default=Path("pard_hf/bundled"), help="where the finished pair goes")
+    parser.add_argument("--work", type=Path, default=Path("bundled-pair"), help="folder for the results of stages")
+    parser.add_argument("--out", type=Path, default=Path("pard_hf/bundled"), help="folder for the finished pair")
     parser.add_argument("--target-steps", type=int, default=2400, help="optimizer steps of language modeling")
     parser.add_argument("--settle-steps", type=int, default=180, help="optimizer steps against repetition, a turn")
     parser.add_argument("--draft-base-steps", type=int, default=700, help="language modeling of the draft's base")
     parser.add_argument("--draft-steps", type=int, default=6000, help="adaptation of the draft")
     parser.add_argument("--head-steps", type=int, default=1800, help="training of its correction head")
     args = parser.parse_args()
-    tokenizer_dir, target_dir = args.work / "tokenizer", args.work / "target"
-    if not (tokenizer_dir / "tokenizer.json").exists():
-        train_tokenizer(args.data, tokenizer_dir)
-    if not (target_dir / "model.safetensors").exists():
-        pretrain(args.data, tokenizer_dir, target_dir, TARGET, args.target_steps)
-    settled_dir = target_dir
+    missing = [name for name in MIX if not (args.data / f"{name}.jsonl.gz").is_file()]
+    if missing:
+        parser.error(
+            f"expected {', '.join(f'{name}.jsonl.gz' for name in missing)} in `{args.data}`: name another --data"
+        )
+    data, work = args.data, args.work
+    tokenizer = stage(train_tokenizer, data, work / "tokenizer")
+    target = stage(pretrain, data, tokenizer, TARGET, args.target_steps, work / "target")
     for turn in range(2):  # The second turn meets the loops that the first left over.
-        looping, start_dir = args.work / f"looping-answers-{turn}.jsonl", settled_dir
-        settled_dir = args.work / f"target-settled-{turn}"
-        if not (settled_dir / "model.safetensors").exists():
-            answer_training_prompts(args.data, start_dir, looping, SETTLING_PROMPTS)
-            settle_target(looping, start_dir, settled_dir, args.settle_steps)
-    base_dir, answers, draft_dir = args.work / "draft-base", args.work / "answers.jsonl", args.work / "draft"
-    if not (base_dir / "model.safetensors").exists():
-        pretrain(args.data, tokenizer_dir, base_dir, DRAFT, args.draft_base_steps)
-    answer_training_prompts(args.data, settled_dir, answers, ADAPTING_PROMPTS)
-    if not (draft_dir / "model.safetensors").exists():
-        adapt_draft(answers, base_dir, draft_dir, args.draft_steps)
-    head_dir = args.work / "draft-with-head"
-    if not (head_dir / "model.safetensors").exists():
-        train_head(answers, draft_dir, head_dir, args.head_steps)
-    package(settled_dir, head_dir, args.out)
-    make_wide_target(args)
-
-
-def make_wide_target(args: argparse.Namespace) -> None:
-    """A second target for the same draft, settled on the first one's answers, as real families share their tuning."""
-    start_dir, out = args.work / "target-wide-start", args.work / "target-wide"
-    if not (start_dir / "model.safetensors").exists():
-        pretrain(args.data, args.work / "tokenizer", start_dir, WIDE_TARGET, args.target_steps)
-    if not (out / "model.safetensors").exists():
-        settle_target(args.work / "looping-answers-0.jsonl", start_dir, out, args.settle_steps)
+        looping, settled = work / f"looping-answers-{turn}.jsonl", work / f"target-settled-{turn}"
+        if not (settled / "model.safetensors").exists():
+            answer_training_prompts(data, target, SETTLING_PROMPTS, looping)
+        target = stage(settle_target, looping, target, args.settle_steps, settled)
+    base = stage(pretrain, data, tokenizer, DRAFT, args.draft_base_steps, work / "draft-base")
+    answers = work / "answers.jsonl"
+    answer_training_prompts(data, target, ADAPTING_PROMPTS, answers)
+    draft = stage(adapt, answers, base, args.draft_steps, None, work / "draft")
+    package(target, stage(adapt, answers, draft, args.head_steps, "frozen", work / "draft-with-head"), args.out)
+    # A second target for the same draft, settled on the first one's answers, as families share their tuning data.
+    wide = stage(pretrain, data, tokenizer, WIDE_TARGET, args.target_steps, work / "target-wide-start")
+    stage(settle_target, work / "looping-answers-0.jsonl", wide, args.settle_steps, work / "target-wide")
 
 
 if __name__ == "__main__":

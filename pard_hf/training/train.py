@@ -121,12 +121,11 @@ def training_arguments(settings: TrainingSettings) -> PardTrainingArguments:
     given = {argument: getattr(settings, name) for name, argument in ARGUMENTS.items() if argument in known}
     given = {argument: value for argument, value in given.items() if value is not None and value is not False}
     given |= settings.training_arguments
-    use_cpu = settings.device == "cpu"
-    defaults = {"use_cpu": use_cpu, "save_total_limit": 2}
-    defaults["dataloader_pin_memory"] = torch.cuda.is_available() and not given.get("use_cpu", use_cpu)
+    defaults: dict[str, Any] = {"use_cpu": settings.device == "cpu", "save_total_limit": 2}
+    defaults["dataloader_pin_memory"] = torch.cuda.is_available() and not (defaults | given)["use_cpu"]
     if settings.eval_prompts:
         defaults |= {"eval_strategy": "steps", "eval_steps": given["save_steps"], "load_best_model_at_end": True}
-    return PardTrainingArguments(str(settings.output / "checkpoints"), **{**defaults, **given})
+    return PardTrainingArguments(str(settings.output / "checkpoints"), **(defaults | given))
 
 
 def load_tokenizer(settings: TrainingSettings) -> Any:

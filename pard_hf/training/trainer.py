@@ -307,7 +307,8 @@ def whole_draft(draft: PardDraftModel, wrapped: Any) -> PardDraftModel:
     Processes decode different prompts in different numbers of rounds, so none may wait for another's shards; only
     this function must be called by all of them together.
     """
-    if not isinstance(wrapped, FSDPModule | FullyShardedDataParallel):
+    is_sharded = isinstance(wrapped, FSDPModule | FullyShardedDataParallel)
+    if not is_sharded:
         return draft
     weights: dict[str, Any] = get_model_state_dict(wrapped, options=StateDictOptions(full_state_dict=True))
     copy = AutoModelForCausalLM.from_config(draft.config, dtype=draft.dtype)
