@@ -35,15 +35,9 @@ ROUND_HEADINGS = (
 
 
 def make_console() -> Any:
-    """A rich console on standard error.
+    """Return a rich console on standard error."""
+    from rich.console import Console
 
-    Raises:
-        ValueError: rich is not installed.
-    """
-    try:
-        from rich.console import Console
-    except ModuleNotFoundError:
-        raise ValueError("Expected the package `rich`, got none. Do `pip install 'pard-hf[bench]'`.") from None
     # A file or a pipe has no width, and tables must not be folded there.
     return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 170)
 
