@@ -16,7 +16,7 @@ from families import add_head, make_model
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig
 
-from pard_hf import DecodingStats, PardDraftModel
+from pard_hf import DecodingStats, PardDraftModel, training
 from pard_hf.cli import main
 
 pytest.importorskip("accelerate")
@@ -69,6 +69,16 @@ def command(base, data, out, *flags):
 
 def weights(folder):
     return load_file(folder / "model.safetensors")
+
+
+def test_settings_load_no_library():
+    """The command line is built from them: torch and transformers would make `pard --help` wait for seconds."""
+    file = Path(training.__file__).parent / "settings.py"
+    code = (
+        f"import runpy, sys; runpy.run_path({str(file)!r}); print(*({{'torch', 'transformers'}} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
 
 
 def test_base_and_rows_become_a_draft(base, data, tmp_path):

@@ -86,13 +86,13 @@ def train_draft(
     draft = PardDraftModel.from_pretrained(
         settings.base,
         mask_token_id=mask_token_id,
-        correction_head=settings.correction_head is not None,
+        correction_head=args.correction_head is not None,
         trimmed_vocabulary=False,
         dtype=settings.dtype,
         attn_implementation=settings.attention,
     )
     target = None
-    if settings.target and (make_evaluator or settings.objective != "ce"):
+    if settings.target and (make_evaluator or args.objective != "ce"):
         dtype = settings.target_dtype or ("float32" if args.device.type == "cpu" else "auto")
         target = AutoModelForCausalLM.from_pretrained(settings.target, dtype=dtype, use_safetensors=True)
     trainer = PardTrainer(

@@ -18,14 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 
@@ -155,7 +148,7 @@ class PardTrainer(Trainer):
 
     @property
     def clock(self) -> TrainingClock:
-        """The clock; a resumed run resources it by the checkpoint's."""
+        """The clock; a resumed run replaces it by the checkpoint's."""
         return next(one for one in self.callback_handler.callbacks if isinstance(one, TrainingClock))
 
     def compute_loss(
