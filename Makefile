@@ -18,7 +18,7 @@ PARD_TEST_DEVICE ?= cuda
 CASES ?= 2
 
 .PHONY: demo app test test-app test-gpu test-core-oldest test-oldest test-newest compatibility test-families fuzz soak screenshots \
-	quality style bundled-pair cards space clean
+	test-docs quality style bundled-pair cards space wheel clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +44,10 @@ app: $(VENV)/installed
 # Tests use one thread each: as many files at a time as WORKERS says.
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -q -m "not browser and not families" -n $(WORKERS) --dist loadfile
+
+# The documentation: its links, commands and code, its plots and the model cards.
+test-docs: $(VENV)/installed
+	$(BIN)/python -m pytest -q tests/test_docs.py tests/test_docs_commands.py tests/test_docs_figures.py tests/test_model_cards.py
 
 # Every family of transformers, and what docs/compatibility.md says of it.
 test-families: $(VENV)/installed
@@ -95,6 +99,10 @@ cards: $(VENV)/installed
 # What a Hugging Face Space of the web demo holds; `hf upload ORG/SPACE build/space --repo-type space` publishes it.
 space: $(VENV)/installed
 	$(BIN)/python spaces/build.py build/space
+
+wheel: $(VENV)/installed
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
 
 clean:
 	rm -rf $(VENV) .venv-oldest .venv-newest build *.egg-info

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pard_hf.generation.stats import DecodingStats
-from pard_hf.host import pad_left
+from pard_hf.tokens import pad_left
 
 # From texts so far, as a left-padded batch `input_ids` and `attention_mask` `[B, columns]`, to `[B, K]` proposals.
 Propose = Callable[[dict[str, torch.Tensor]], torch.Tensor]

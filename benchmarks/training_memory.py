@@ -48,7 +48,7 @@ def step(route: str, length: int) -> dict[str, Any]:
     draft = PardDraftModel.from_pretrained(bundled_pair().draft, dtype=torch.float32)
     collator = DataCollatorForPard(draft.mask_token_id, NUM_DRAFT_TOKENS, ROUTES[route])
     batch = collator([{"input_ids": torch.randint(3, 2000, (length,)).tolist()}])
-    batch.pop("places")
+    batch.pop("sources")
     # A first short step loads what every step needs.
     Objective()(draft, {name: values[:, :32] for name, values in batch.items()}).backward()
     before, start = peak(), time.perf_counter()

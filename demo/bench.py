@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.plots import write_plots
-from pard_hf.cli import build_parser
-from pard_hf.commands.bench import settings_of
-from pard_hf.evaluation.benchmark import Benchmark, run_metadata
+from pard_hf.draft.known_drafts import known_draft_for
+from pard_hf.evaluation.benchmark import Benchmark, BenchmarkSettings, run_metadata
 from pard_hf.evaluation.prompts import NAMED_SETS, load_prompts
 from pard_hf.evaluation.report import SPEED_HEADINGS, difference_sentence, speed_row
 from pard_hf.evaluation.routes import ROUTES
-from pard_hf.hub.known_drafts import known_draft_for
 from pard_hf.loading import Pair
 
 from .html import message, table
@@ -56,20 +54,28 @@ class BenchJob(Job):
         for route in routes or ("no route",):
             if route not in ROUTES:
                 raise ValueError(f"Expected routes among {', '.join(ROUTES)}, got {route!r}. Choose some of these.")
+        chosen = BenchmarkSettings(
+            routes=tuple(routes),
+            num_assistant_tokens=(settings.num_assistant_tokens,),
+            repeats=whole("Repeats", repeats, 1, 5),
+            max_new_tokens=settings.max_new_tokens,
+            limit=whole("Prompts", limit, 1, MOST_PROMPTS),
+            **({"tree_size": settings.tree_size} if settings.tree_size else {}),
+        )
         words = [
-            *("bench", "--prompts", prompts, "--limit", str(whole("Prompts", limit, 1, MOST_PROMPTS))),
-            *("--repeats", str(whole("Repeats", repeats, 1, 5)), "--max-new-tokens", str(settings.max_new_tokens)),
+            *("bench", "--prompts", prompts, "--limit", str(chosen.limit)),
+            *("--repeats", str(chosen.repeats), "--max-new-tokens", str(chosen.max_new_tokens)),
             *("--num-assistant-tokens", str(settings.num_assistant_tokens)),
-            *(("--assistant-tree-size", str(settings.tree_size)) if settings.tree_size else ()),
-            *("--routes", *routes),
+            *(("--assistant-tree-size", str(chosen.tree_size)) if settings.tree_size else ()),
+            *("--routes", ",".join(routes)),
         ]
+        models: tuple[str, str] | tuple[()] = ()
         if name.kind != BUNDLED:
-            words += [f"--target={name.target}", f"--draft={name.draft or known_draft_for(pair.target).name}"]
-        args = build_parser().parse_args(words)
-        args.words = words
+            models = name.target, name.draft or known_draft_for(pair.target).name
+            words += [f"--{role}={model}" for role, model in zip(("target", "draft"), models, strict=True)]
         self.sets = dict([load_prompts(prompts)])
-        self.benchmark = Benchmark(pair, settings_of(args), self.advance)
-        self.conditions = run_metadata(pair, self.benchmark.settings, words, args.target, args.draft)
+        self.benchmark = Benchmark(pair, chosen, self.advance)
+        self.conditions = run_metadata(pair, chosen, words, *models)
         self.share, self.doing = 0.0, "Beginning …"
         self.cells: list[dict[str, Any]] = []
 

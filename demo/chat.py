@@ -11,7 +11,7 @@ from typing import Any
 from pard_hf.generation.stats import DecodingStats
 from pard_hf.host import cache_of
 from pard_hf.loading import Pair
-from pard_hf.training.data import next_prompt
+from pard_hf.tokens import next_prompt
 
 from .generate import generate
 from .job import Job

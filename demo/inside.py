@@ -125,7 +125,7 @@ def look_at_tree(
     draft = pair.draft
     masks = [draft.mask_token_id] * (num_drafts - 1)
     ids = draft.readable(torch.tensor([[*prompt, *said, *masks]], device=draft.device))
-    logits, hidden = draft.places(num_drafts, input_ids=ids, use_cache=False)
+    logits, hidden = draft.position_logits(num_drafts, input_ids=ids, use_cache=False)
     scores = draft.proposal_scores(logits, pair.target.config.get_text_config().vocab_size)
     tree = proposals_from(draft, scores, hidden, settings.tree_size, draft.device).tree
     assert tree is not None

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 from huggingface_hub import is_offline_mode, snapshot_download
 from tqdm.auto import tqdm
 
+from pard_hf.draft.known_drafts import known_draft_for
 from pard_hf.generation.validation import check_pair
 from pard_hf.hub.checkpoint import DRAFT_FILES
 from pard_hf.hub.errors import hub_errors
-from pard_hf.hub.known_drafts import known_draft_for
 from pard_hf.loading import Pair, PairPaths, bundled_pair, load_pair
 
 from .job import DEVICE, TICK_SECONDS

@@ -1,37 +1,677 @@
-"""`pard …`: which command runs, and how bad input ends."""
+"""Parse the command line of `pard`, call the library, print.
+
+Heavy imports stand inside the commands, so that `pard --help` loads neither torch nor transformers.
+A flag that takes several values is repeated, or given a comma-separated list.
+"""
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
+import hashlib
+import inspect
+import itertools
+import json
 import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin, get_type_hints
 
-from .commands import bench, card, check, data, demo, export, generate, train
-from .commands.streamer import TintedStreamer
+import typer
 
-__all__ = ["TintedStreamer", "build_parser", "main"]
+from .training.settings import TrainingSettings
 
+if TYPE_CHECKING:
+    from .evaluation.race import RaceResult
+    from .hub.engines import Finding
+    from .loading import Pair
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="pard", description="Parallel draft models for transformers.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (generate, demo, bench, data, train, card, check, export):
-        command.add(commands)
-    return parser
+app = typer.Typer(add_completion=False, rich_markup_mode=None, help="Parallel draft models for transformers.")
+
+EXIT_DIFFERENT = 3  # A float32 text differs from plain generate's.
+GREEN, UNDERLINE, RESET = "\033[32m", "\033[4m", "\033[0m"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; bad input ends with a sentence and exit code 2, never a stack trace."""
-    words = sys.argv[1:] if argv is None else argv
-    args = build_parser().parse_args(words)
-    args.words = words
+    """Run one command and return its exit code; bad input ends with one line on standard error and code 2."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = " ".join(["pard", *words[:1]])
+    command = typer.main.get_command(app)
     try:
-        return args.run(args)
+        code = command(with_head_mode(words), prog_name="pard", obj=words, standalone_mode=False) or 0
+    except typer.TyperException as error:
+        print(f"{name}: {error.format_message().rstrip('.')}. See `pard --help`.", file=sys.stderr)
+        return error.exit_code
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"pard {args.command}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"pard {args.command}: interrupted", file=sys.stderr)
-        return 130
+    if code == 130:
+        print(f"{name}: interrupted", file=sys.stderr)
+    return code
+
+
+def with_head_mode(words: list[str]) -> list[str]:
+    """Write `--correction-head` without a mode as `--correction-head=frozen`: typer has no optional values."""
+    return [
+        f"{word}=frozen" if word == "--correction-head" and following not in ("frozen", "joint") else word
+        for word, following in zip(words, [*words[1:], ""], strict=False)
+    ]
+
+
+def _words(text: str) -> list[str]:
+    """Split a comma-separated list; a file whose name has a comma is one value."""
+    return [text] if Path(text).exists() else text.split(",")
+
+
+def _paths(text: str) -> list[Path]:
+    return [Path(word) for word in _words(text)]
+
+
+def _integers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
+def _several(help: str, split: Callable[[str], list[Any]], metavar: str) -> Any:
+    """Declare a flag that takes several values."""
+    return typer.Option(help=help, parser=split, callback=_joined, metavar=f"{metavar},…")
+
+
+def _flag(help: str, *names: str, **settings: Any) -> Any:
+    return typer.Option(*names, help=help, **settings)
+
+
+def _joined(groups: Any) -> list[Any]:
+    return [value for group in groups or () for value in group]
+
+
+Target = Annotated[str | None, _flag("folder or Hub id of the target model (default: the bundled target)")]
+Draft = Annotated[str | None, _flag("folder or Hub id of the draft model (default: the bundled draft)")]
+Dtype = Annotated[str, _flag("of the weights; auto: the checkpoint's, float32 on a CPU")]
+Device = Annotated[str | None, _flag("cpu, cuda, cuda:1 … (default: cuda where there is one)")]
+MaxNewTokens = Annotated[int, _flag("new tokens at most")]
+NumAssistantTokens = Annotated[int | None, _flag("K, draft tokens proposed a round (default: the draft's own)", min=1)]
+TreeSize = Annotated[int | None, _flag("N, nodes of a tree verified a round; 0 = chain (default: the draft's)")]
+Temperature = Annotated[float, _flag("0 is greedy", min=0)]
+SkipBadRows = Annotated[bool, _flag("leave broken rows out instead of stopping", "--skip-bad-rows")]
+PROMPT_SETS = "a .jsonl or .jsonl.gz file, or a Hub data set as hub:org/name[:split[:field]]"
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="the prompt; '-' or nothing reads standard input")] = None,
+    file: Annotated[
+        list[Path] | None, _several("a text file with a prompt, or .jsonl rows with a `prompt` each", _paths, "FILE")
+    ] = None,
+    target: Target = None,
+    draft: Draft = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    max_new_tokens: MaxNewTokens = 128,
+    num_assistant_tokens: NumAssistantTokens = None,
+    assistant_tree_size: TreeSize = None,
+    batch_size: Annotated[int, _flag("texts at a time, for several prompts", min=1)] = 8,
+    temperature: Temperature = 0.0,
+    seed: Annotated[int | None, _flag("seed for sampling")] = None,
+    raw: Annotated[bool, _flag("do not put the prompt into the chat template", "--raw")] = False,
+    as_json: Annotated[bool, _flag("print one JSON object a prompt instead of text", "--json")] = False,
+    color: Annotated[Literal["auto", "always", "never"], _flag("tint accepted tokens")] = "auto",
+) -> None:
+    """Complete one prompt, streamed; or all prompts of files, in batches."""
+    import torch
+
+    from .evaluation.prompts import make_batches
+    from .generation.stats import DecodingStats
+    from .host import end_token_ids, pad_token_id
+    from .tokens import encode_prompt
+
+    prompts, is_single = _read_prompts(prompt, file or [])
+    pair = _load(target, draft, dtype, device)
+    num_drafts = pair.draft.num_assistant_tokens if num_assistant_tokens is None else num_assistant_tokens
+    if seed is not None:
+        torch.manual_seed(seed)
+    arguments: dict[str, Any] = {
+        "assistant_model": pair.draft,
+        "num_assistant_tokens": num_drafts,
+        "assistant_tree_size": assistant_tree_size,
+        "max_new_tokens": max_new_tokens,
+        "return_dict_in_generate": True,
+        **({"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}),
+    }
+    if is_single and not as_json:
+        arguments["streamer"] = TintedStreamer(
+            pair.tokenizer, color == "always" or (color == "auto" and sys.stdout.isatty())
+        )
+    encoded = [encode_prompt(pair.tokenizer, prompt, raw) for prompt in prompts]
+    config, answers = pair.target.generation_config, dict[int, list[int]]()
+    stats, start = DecodingStats(), time.perf_counter()
+    for batch in make_batches(encoded, batch_size, pad_token_id(config), pair.target.device):
+        output = pair.target.generate(**batch.inputs, **arguments)
+        answers |= batch.new_texts(output.sequences, end_token_ids(config))
+        stats += output.stats
+    seconds = time.perf_counter() - start
+    num_new_tokens = sum(map(len, answers.values()))
+    for index, prompt in enumerate(prompts):
+        text = pair.tokenizer.decode(answers[index], skip_special_tokens=True)
+        if as_json:
+            row: dict[str, Any] = {} if is_single else {"prompt": prompt}
+            row |= {"text": text, "num_new_tokens": len(answers[index])}
+            if is_single:
+                row |= {"seconds": round(seconds, 4), "tokens_per_second": round(num_new_tokens / seconds, 2)}
+                row |= {"num_assistant_tokens": num_drafts, **stats.to_dict()}
+            print(json.dumps(row, ensure_ascii=False))
+        elif not is_single:
+            print(f"[{index + 1}/{len(prompts)}] {prompt.rstrip()}\n\n{text.rstrip()}\n")
+    if not (is_single and as_json):
+        print(
+            f"{num_new_tokens} tokens · {num_new_tokens / seconds:.2f} tokens/s (prefill included) · "
+            f"τ {stats.acceptance_length:.2f} · α {stats.acceptance_rate:.2f} · "
+            f"{stats.num_rounds} rounds of K = {num_drafts}",
+            file=sys.stderr,
+        )
+
+
+def _load(
+    target: str | None, draft: str | None, dtype: str, device: str | None, *, may_lack_draft: bool = False
+) -> Pair:
+    """Load a pair; with `may_lack_draft`, a target that is named alone comes without one."""
+    from transformers.utils import logging
+
+    from .loading import Pair, load_pair, load_target
+
+    logging.disable_progress_bar()
+    if may_lack_draft and target is not None and draft is None:
+        model, tokenizer = load_target(target, dtype, device)
+        return Pair(model, None, tokenizer)
+    return load_pair(target, draft, dtype, device)
+
+
+def _read_prompts(prompt: str | None, files: list[Path]) -> tuple[list[str], bool]:
+    """Read the prompts, and whether it is a single one, which is streamed."""
+    from .evaluation.prompts import read_prompts
+    from .io import read_text, why_no_text
+
+    def is_rows(file: Path) -> bool:
+        return file.name.endswith((".jsonl", ".jsonl.gz"))
+
+    if not files:
+        prompts = [sys.stdin.read() if prompt in (None, "-") else str(prompt)]
+    elif prompt is not None:
+        raise ValueError("Expected a prompt or `--file`, got both. Drop one of them.")
+    else:
+        prompts = [
+            text
+            for file in files
+            for text in ([row["prompt"] for row in read_prompts(file)] if is_rows(file) else [read_text(file)])
+        ]
+    if not prompts:
+        raise ValueError("Expected at least one prompt in the files, got none. Add a row with a `prompt`.")
+    for text in prompts:
+        if not text.strip():
+            raise ValueError("Expected a prompt, got only white space. Pass it as an argument, `--file` or stdin.")
+        if (problem := why_no_text(text)) is not None:
+            raise ValueError(f"Expected a prompt in UTF-8, but {problem}. Fix the prompt.")
+    return prompts, not files or (len(files) == 1 and not is_rows(files[0]))
+
+
+class TintedStreamer:
+    """Print tokens as they arrive, accepted draft tokens tinted."""
+
+    def __init__(self, tokenizer: Any, is_tinted: bool):
+        from .tokens import IncrementalText
+
+        self.text = IncrementalText(tokenizer)
+        self.tint = GREEN if is_tinted else ""
+        self.is_prompt = True
+
+    def put(self, value: Any) -> None:
+        if not self.is_prompt:
+            self.show(value)
+        self.is_prompt = False
+
+    def put_accepted(self, value: Any) -> None:
+        self.show(value, self.tint)
+
+    def show(self, value: Any, tint: str = "") -> None:
+        new = self.text.add(value.tolist())
+        sys.stdout.write(f"{tint}{new}{RESET}" if tint and new else new)
+        sys.stdout.flush()
+
+    def end(self) -> None:
+        sys.stdout.write("\n")
+
+
+@app.command(epilog="Ends with 3 where a text differs from plain generate's in float32.")
+def demo(
+    target: Target = None,
+    draft: Draft = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    max_new_tokens: MaxNewTokens = 128,
+    num_assistant_tokens: NumAssistantTokens = None,
+    assistant_tree_size: TreeSize = None,
+    repeats: Annotated[int, _flag("timed runs a prompt and route", min=1)] = 3,
+    compiled: Annotated[
+        bool | None,
+        typer.Option(
+            "--compiled/--no-compiled",
+            help="race compiled plain generate as well, which compiles first (default: on a GPU, where ours does)",
+        ),
+    ] = None,
+) -> int:
+    """Race plain generate against PARD on real prompts."""
+    from .evaluation.benchmark import is_exact
+    from .evaluation.prompts import DEMO_PROMPTS
+    from .evaluation.race import PARD, PLAIN, compile_plain, race
+    from .evaluation.report import GAP
+    from .tokens import encode_prompt
+
+    pair = _load(target, draft, dtype, device)
+    num_drafts = pair.draft.num_assistant_tokens if num_assistant_tokens is None else num_assistant_tokens
+    on, dtype = pair.target.device, str(pair.target.dtype).removeprefix("torch.")
+    print(f"K = {num_drafts} · {dtype} · {on} · greedy · up to {max_new_tokens} new tokens\n")
+    encoded = [encode_prompt(pair.tokenizer, prompt) for prompt in DEMO_PROMPTS]
+    with_compiled = on.type != "cpu" if compiled is None else compiled
+    if with_compiled and (reason := compile_plain(pair, max(encoded, key=len), max_new_tokens)) is not None:
+        with_compiled = False
+        print(f"Compiled plain generate is left out: {reason}.\n")
+    ours = {"num_assistant_tokens": num_drafts, "assistant_tree_size": assistant_tree_size}
+    heading = f"\n{UNDERLINE}{{}}{RESET}" if sys.stdout.isatty() else "\n{}"
+    results = []
+    for number, (prompt, ids) in enumerate(zip(DEMO_PROMPTS, encoded, strict=True), start=1):
+        print(f"[{number}/{len(DEMO_PROMPTS)}] {prompt.rstrip()}")
+        result = race(pair, ids, max_new_tokens, repeats, with_compiled, **ours)
+        results.append(result)
+        for way in (PLAIN, PARD):
+            print(heading.format(way), result.texts[way].rstrip(), sep="\n")
+        identical = "NO" if result.gaps[PARD] else "yes"
+        print(f"\n  identical: {identical} · {result.num_new_tokens} tokens · {_speeds(result)}\n", flush=True)
+    total = sum(results[1:], results[0])
+    print(f"all prompts: identical {total.agreement(PARD)} · {_speeds(total)}")
+    if not is_exact(pair.target.dtype):
+        itself = [f"{way}: identical {total.agreement(way)}" for way in total.gaps if way not in (PLAIN, PARD)]
+        print(f"plain generate against itself: {' · '.join(itself)} ({GAP})")
+    if target is None:
+        print("The bundled pair is a stand-in to see the mechanism, not a useful assistant.")
+    if not total.gaps[PARD] or not is_exact(pair.target.dtype):
+        return 0
+    print(
+        f"pard demo: Expected the texts of plain `generate` in {dtype}, got {total.agreement(PARD)} identical. "
+        "Please report the pair of models and the versions.",
+        file=sys.stderr,
+    )
+    return EXIT_DIFFERENT
+
+
+def _speeds(result: RaceResult) -> str:
+    """Format tokens per second, τ, and the speedup over eager and, if it ran, over compiled plain `generate`."""
+    from .evaluation.race import COMPILED, PARD, PLAIN
+
+    plain, pard = (result.num_new_tokens / result.seconds[way] for way in (PLAIN, PARD))
+    speedups = {way: seconds / result.seconds[PARD] for way, seconds in result.seconds.items()}
+    return (
+        f"plain {plain:.0f} tokens/s · PARD {pard:.0f} tokens/s · τ {result.stats.acceptance_length:.2f} · "
+        f"speedup {speedups[PLAIN]:.2f}"
+        + (f" ({speedups[COMPILED]:.2f} over compiled plain)" if COMPILED in speedups else "")
+    )
+
+
+@app.command(epilog="Ends with 3 where a text differs from plain generate's in float32.")
+def bench(
+    context: typer.Context,
+    target: Target = None,
+    draft: Draft = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    max_new_tokens: MaxNewTokens = 128,
+    prompts: Annotated[
+        list[str] | None, _several(f"`demo`, {PROMPT_SETS} (default: demo)", _words, "PROMPT SET")
+    ] = None,
+    limit: Annotated[int, _flag("prompts a set")] = 16,
+    seed: Annotated[int, _flag("which prompts of a set")] = 0,
+    prompt_length: Annotated[
+        int | None, _flag("put other text before prompts up to so many tokens", "--context")
+    ] = None,
+    routes: Annotated[
+        list[str] | None, _several("what to compare with plain generate (default: all that apply)", _words, "ROUTE")
+    ] = None,
+    num_assistant_tokens: Annotated[
+        list[int] | None, _several("K, draft tokens proposed a round (default: the draft's)", _integers, "N")
+    ] = None,
+    assistant_tree_size: Annotated[int, _flag("N, nodes of a tree where a route drafts one")] = 64,
+    batch_sizes: Annotated[list[int] | None, _several("texts at a time (default: 1)", _integers, "N")] = None,
+    repeats: Annotated[int, _flag("timed runs of each route")] = 3,
+    output: Annotated[Path | None, _flag("write the JSON here: a .json file, or a folder")] = None,
+    resume: Annotated[bool, _flag("go on with an interrupted run's --output", "--resume")] = False,
+) -> int:
+    """Measure plain generate, its rivals and PARD on the same prompts, interleaved.
+
+    Prints tables to standard error and the result to standard output, as one JSON object.
+    """
+    from transformers.utils import logging
+
+    from .evaluation.benchmark import Benchmark, BenchmarkSettings, differences, is_exact, run_benchmark, run_metadata
+    from .evaluation.prompts import load_prompts
+    from .evaluation.report import difference_sentence, make_console, progress_bar, show_cell
+    from .evaluation.routes import ROUTES
+
+    if output is None and resume:
+        raise ValueError("Expected `--output` with `--resume`, got none. Name a file.")
+    if output is not None and output.suffix != ".json":
+        output = output / "bench.json"
+    settings = BenchmarkSettings(
+        routes=tuple(routes or ROUTES),
+        batch_sizes=tuple(batch_sizes or [1]),
+        num_assistant_tokens=tuple(num_assistant_tokens or ()),
+        repeats=repeats,
+        max_new_tokens=max_new_tokens,
+        limit=limit,
+        seed=seed,
+        context=prompt_length,
+        tree_size=assistant_tree_size,
+    )
+    sets: dict[str, Any] = {}
+    for source in prompts or ["demo"]:
+        name, rows = load_prompts(source)
+        if name in sets:
+            raise ValueError(f"Expected prompt sets of different names, got `{name}` twice. Rename one of the files.")
+        sets[name] = rows
+    logging.set_verbosity_error()  # The stock loop warns of its own defaults in every call.
+    pair = _load(target, draft, dtype, device)
+    metadata = run_metadata(pair, settings, context.obj, target, draft)
+    console = make_console()
+    with progress_bar(console) as advance:
+        benchmark = Benchmark(pair, settings, advance)
+        result = run_benchmark(benchmark, sets, metadata, output, resume, partial(show_cell, console))
+    different = differences(result["cells"]) if is_exact(pair.target.dtype) else []
+    for route, difference in different[:1]:
+        print(f"pard bench: {difference_sentence(route, difference)}", file=sys.stderr)
+    print(json.dumps(result, ensure_ascii=False))
+    return EXIT_DIFFERENT if different else 0
+
+
+@app.command()
+def data(
+    prompts: Annotated[list[str], _several(f"{PROMPT_SETS} (split: train)", _words, "PROMPT SET")],
+    output: Annotated[Path, _flag(".jsonl file that the rows are appended to")],
+    target: Target = None,
+    draft: Annotated[
+        str | None, _flag("folder or Hub id of a draft that makes it faster (bundled target: its own)")
+    ] = None,
+    temperature: Temperature = 0.0,
+    top_p: Annotated[float, _flag("probability mass sampled from")] = 1.0,
+    num_samples: Annotated[int, _flag("answers to a prompt")] = 1,
+    max_new_tokens: MaxNewTokens = 512,
+    batch_size: Annotated[int, _flag("prompts at a time")] = 16,
+    limit: Annotated[int | None, _flag("read this many prompts at most", min=1)] = None,
+    seed: Annotated[int, _flag("seed for sampling")] = 0,
+    num_assistant_tokens: NumAssistantTokens = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    skip_bad_rows: SkipBadRows = False,
+    restart: Annotated[bool, _flag("move an old --output aside and begin anew", "--restart")] = False,
+) -> None:
+    """Let the target write the answers a draft is trained on.
+
+    Rows {prompt}, {turns} or {messages} in, training rows out. The same command goes on where an interrupted one
+    stopped.
+    """
+    from .training.responses import write_answers
+
+    sources: list[dict[str, Any]] = []
+    rows = list(itertools.islice(_read_all(prompts, skip_bad_rows, sources), limit))
+    if not rows:
+        raise ValueError(f"Expected at least one prompt in {', '.join(prompts)}, got none. Name another file.")
+    pair = _load(target, draft, dtype, device, may_lack_draft=True)
+    progress = Progress()
+    counts = write_answers(
+        pair.target,
+        pair.tokenizer,
+        rows,
+        output,
+        draft=pair.draft,
+        batch_size=batch_size,
+        num_assistant_tokens=num_assistant_tokens,
+        restart=restart,
+        sources=sources,
+        report=progress,
+        skip_bad_rows=skip_bad_rows,
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        num_samples=num_samples,
+        seed=seed,
+    )
+    if counts.left_out or counts.shortened:
+        print(
+            f"{counts.left_out} rows had no room for an answer, {counts.shortened} for every turn: lower "
+            "`--max-new-tokens` to have them.",
+            file=sys.stderr,
+        )
+    print(json.dumps({"output": output.name, **counts.to_dict(), **progress.ratios()}))
+
+
+def _read_all(prompts: list[str], skip_bad_rows: bool, sources: list[dict[str, Any]]) -> Iterator[Any]:
+    """Read the rows of files and Hub data sets in order; appends the name and digest of each to `sources`."""
+    from .evaluation.prompts import HUB_PREFIX
+    from .io import sha256_of
+    from .training.data import PROMPTS, read_rows
+
+    for name in prompts:
+        skipped: list[int] = []
+        if name.startswith(HUB_PREFIX):
+            shown, rows, digest = _read_hub(name, skip_bad_rows, skipped)
+        else:
+            shown, rows = Path(name).name, read_rows(name, skip_bad_rows, PROMPTS, skipped)
+            digest = sha256_of(Path(name)).hexdigest()
+        sources.append({"name": shown, "sha256": digest, "skipped": skipped})
+        yield from rows
+
+
+def _read_hub(source: str, skip_bad_rows: bool, skipped: list[int]) -> tuple[str, Iterator[Any], str]:
+    """Read a Hub data set as prompts; returns its name, the rows and their digest."""
+    from .evaluation.prompts import read_hub_rows
+    from .training.data import PROMPTS, check_rows
+
+    fields = ("messages", "turns", "prompt")
+    name, field, found = read_hub_rows(source, "train")
+    if found and not field:
+        field = next((name for name in fields if name in found[0]), "")
+    if found and field not in found[0]:
+        raise ValueError(
+            f"Expected one of the fields {', '.join(fields)} in {source!r}, got {sorted(found[0])}. Name one of "
+            "these as `hub:org/name:split:field`."
+        )
+    rows = [_as_prompt(row, field) for row in found]
+    digest = hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
+    numbered = enumerate(rows, start=1)
+    return name, check_rows(numbered, f"row {{}} of `{source}`", PROMPTS, skip_bad_rows, skipped), digest
+
+
+def _as_prompt(row: dict[str, Any], field: str) -> dict[str, Any]:
+    """Take one field of a row: text is a prompt, a list of texts is turns, anything else has to be messages."""
+    value = row[field]
+    is_turns = isinstance(value, list) and all(isinstance(turn, str) for turn in value)
+    kind = "prompt" if isinstance(value, str) else "turns" if is_turns else "messages"
+    return {kind: value, **({"id": row["id"]} if isinstance(row.get("id"), str | int) else {})}
+
+
+class Progress:
+    """Print the progress of `pard data` to standard error, one line every five seconds."""
+
+    def __init__(self) -> None:
+        self.start = self.last = time.perf_counter()
+        self.speed, self.acceptance_length = 0.0, 0.0
+
+    def __call__(self, counts: Any, stats: Any) -> None:
+        now = time.perf_counter()
+        self.speed, self.acceptance_length = counts.new_tokens / (now - self.start), stats.acceptance_length
+        if now - self.last < 5.0 and counts.waiting:
+            return
+        self.last = now
+        acceptance = f" · τ {self.acceptance_length:.2f}" if stats.num_rounds else ""
+        print(
+            f"{counts.new_rows}/{counts.new_rows + counts.waiting} rows · {self.speed:.1f} tokens/s{acceptance}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def ratios(self) -> dict[str, float]:
+        """Return tokens a second and, with a draft, the acceptance length."""
+        ratios = {"tokens_per_second": round(self.speed, 2)}
+        return ratios | ({"acceptance_length": round(self.acceptance_length, 4)} if self.acceptance_length else {})
+
+
+def train(context: typer.Context, **settings: Any) -> None:
+    """Adapt a small causal LM into a parallel draft. Rows: {text}, {prompt, response} or {messages}."""
+    from .evaluation.acceptance import prepare_evaluator
+    from .hub.model_card import draft_card
+    from .io import shown_command
+    from .training.train import train_draft
+
+    given = {name: value for name, value in settings.items() if value is not None}
+    given["training_arguments"] = dict(given.get("training_arguments", ()))
+    chosen = TrainingSettings(**given, command=shown_command(context.obj))
+    print(json.dumps({"draft": str(train_draft(chosen, prepare_evaluator, draft_card))}))
+
+
+def _training_flag(setting: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
+    """Make the flag of a training setting, whose type is `kind`."""
+    help, none, parse = setting.metadata["help"], setting.metadata.get("none"), setting.metadata.get("parse")
+    option = _flag(help, f"--{setting.name.replace('_', '-')}")
+    if none:
+        option.parser = lambda word: None if word == none else int(word)
+    if get_origin(kind) in (list, dict):
+        split = (lambda word: [parse(word)]) if parse else _paths if kind == list[Path] else _words
+        kind, option = list[Any], _several(help, split, "VALUE")
+    is_required = setting.default is dataclasses.MISSING and setting.default_factory is dataclasses.MISSING
+    default = None if setting.default is dataclasses.MISSING else setting.default
+    return inspect.Parameter(
+        setting.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if is_required else default,
+        annotation=Annotated[kind, option],
+    )
+
+
+_kinds = get_type_hints(TrainingSettings)
+_flags = [_training_flag(one, _kinds[one.name]) for one in dataclasses.fields(TrainingSettings) if one.metadata]
+_flags.sort(key=lambda flag: flag.default is not inspect.Parameter.empty)  # The required ones first.
+train.__signature__ = inspect.Signature([inspect.signature(train).parameters["context"], *_flags])  # type: ignore[attr-defined]
+app.command()(train)
+
+
+@app.command()
+def check(
+    draft: Annotated[str, typer.Argument(help="folder or Hub id of the draft")],
+    target: Annotated[str | None, _flag("folder or Hub id of the target; only config and tokenizer are read")] = None,
+    as_json: Annotated[bool, _flag("print the findings once more, as one JSON object", "--json")] = False,
+) -> int:
+    """Say whether vLLM and TensorRT-LLM would load a draft, and what is wrong if not.
+
+    Weights are not loaded. Exit code 0 where both would load it, 1 where one would not.
+    """
+    from .hub.engines import ENGINES, check_draft, would_load
+
+    findings = check_draft(draft, target)
+    _print_findings(findings)
+    engines = {engine: would_load(findings, engine) for engine in ENGINES}
+    if as_json:
+        print(json.dumps({"engines": engines, "findings": [dataclasses.asdict(finding) for finding in findings]}))
+    return 0 if all(engines.values()) else 1
+
+
+def _print_findings(findings: list[Finding]) -> None:
+    from .hub.engines import ENGINES, would_load
+
+    for engine, title in ENGINES.items():
+        print(f"{title}: would {'' if would_load(findings, engine) else 'not '}load it")
+    for finding in findings:
+        kind = "must be fixed" if finding.is_blocking else "note"
+        print(f"{kind} ({finding.engine.replace('both', 'both engines')}): {finding.message}")
+
+
+@app.command()
+def export(
+    draft: Annotated[str, typer.Argument(help="folder or Hub id of the draft")],
+    output: Annotated[Path, _flag("folder to write, not there yet or empty")],
+    target: Annotated[
+        str | None, _flag("folder or Hub id of the target, whose config has the vocabulary size")
+    ] = None,
+    pad_vocab_to: Annotated[
+        int | None, typer.Option(metavar="N", help="vocabulary size, where no target is at hand")
+    ] = None,
+) -> int:
+    """Write a draft as vLLM and TensorRT-LLM load it: one mask key, the target's vocabulary size.
+
+    Exit code 0 where both would load it, 1 where it is written and one of them would not.
+    """
+    from transformers.utils import logging
+
+    from .hub.checkpoint import read_json, vocab_size
+    from .hub.engines import ENGINES, check_draft, would_load
+    from .hub.export import export_draft
+
+    if target is not None and pad_vocab_to is not None:
+        raise ValueError("Expected `--target` or `--pad-vocab-to`, got both. Drop one of them.")
+    logging.disable_progress_bar()
+    folder = export_draft(draft, output, target, pad_vocab_to)
+    findings = check_draft(folder, target, name=str(output))
+    _print_findings(findings)
+    print(json.dumps({"draft": str(folder), "vocab_size": vocab_size(read_json(folder, "config.json"))}))
+    return 0 if all(would_load(findings, engine) for engine in ENGINES) else 1
+
+
+@app.command()
+def card(
+    checkpoint: Annotated[
+        str | None,
+        typer.Argument(
+            help="folder or Hub id, `bundled-draft` or `bundled-target`; published drafts of the table are not "
+            "downloaded"
+        ),
+    ] = None,
+    render_all: Annotated[bool, _flag("render every card of this repository into a folder", "--all")] = False,
+    results: Annotated[
+        list[str] | None,
+        _several("results of `pard bench`; of a folder, those that name the checkpoint", _words, "JSON"),
+    ] = None,
+    output: Annotated[Path | None, _flag("file, or folder with --all (default: standard output)")] = None,
+    target: Annotated[str | None, _flag("a target it serves (default: the one it was trained for)")] = None,
+    license: Annotated[str | None, _flag("as the Hub names it, such as apache-2.0")] = None,
+    base_model: Annotated[str | None, _flag("Hub id of the model it was made from (default: from the files)")] = None,
+    datasets: Annotated[
+        list[str] | None, _several("Hub ids of its training data (default: from the files)", _words, "ID")
+    ] = None,
+    language: Annotated[list[str] | None, _several("of its training text, such as en", _words, "CODE")] = None,
+    tags: Annotated[list[str] | None, _several("beside those that every card has", _words, "TAG")] = None,
+) -> None:
+    """Render the model card of a draft from its config, provenance and results.
+
+    Reads config.json, provenance.json, result files and the table of published drafts; what none of them holds is
+    stated to be missing.
+    """
+    from .hub.model_card import all_names, card_source, model_card
+
+    if render_all == (checkpoint is not None):
+        raise ValueError("Expected a checkpoint or --all, got " + ("both." if render_all else "neither."))
+    fields = {"target": target, "license": license, "base_model": base_model}
+    given: dict[str, Any] = {**fields, "datasets": datasets, "language": language, "tags": tags}
+    flags = [f"--{name.replace('_', '-')}" for name, value in given.items() if value]
+    if render_all and flags:
+        raise ValueError(f"Expected {', '.join(flags)} with one checkpoint only, got --all.")
+    if render_all and (output is None or output.is_file()):
+        raise ValueError("Expected with --all a folder for the cards: pass --output model_cards.")
+    cards = {}
+    for name in [checkpoint] if checkpoint is not None else all_names():
+        file = output if checkpoint is not None else Path(output or "", f"{name.split('/')[-1]}.md")
+        cards[file] = model_card(card_source(name, results or [], **given))
+    for file, text in cards.items():
+        if file is None:
+            print(text)
+            return
+        text.save(file)
+    print(json.dumps({"cards": [file.name for file in cards if file is not None]}))
 
 
 if __name__ == "__main__":

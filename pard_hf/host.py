@@ -16,10 +16,10 @@ import copy
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
 from itertools import chain, islice, takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -174,29 +174,15 @@ def mask_length(generation_config: GenerationConfig, default: int) -> int:
 
 
 def end_token_ids(generation_config: GenerationConfig) -> list[int]:
-    """Every id that ends a text."""
+    """The end tokens of a generation config, which names one, several or none."""
     ends = generation_config.eos_token_id
     return [] if ends is None else torch.as_tensor(ends).flatten().tolist()
 
 
-def end_token_tensor(generation_config: GenerationConfig) -> torch.Tensor | None:
-    """The end tokens as `generate()` prepared them, on its device."""
-    return getattr(generation_config, "_eos_token_tensor", None)
-
-
 def pad_token_id(generation_config: GenerationConfig) -> int | None:
-    """The padding token, or the first end token, which `generate()` pads with where no padding token is set."""
+    """The padding token as `generate()` settles on it: the first end token where none is named."""
     pad = generation_config.pad_token_id
     return next(iter(end_token_ids(generation_config)), None) if pad is None else int(pad)
-
-
-def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int | None) -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask` `[B, T]` of token ids of different lengths, padded on the left."""
-    width, pad = max(map(len, rows)), pad_token_id or 0
-    return {
-        "input_ids": torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows]),
-        "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
-    }
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
@@ -244,6 +230,42 @@ def croppable_cache(config: PreTrainedConfig) -> DynamicCache:
     if all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
         return DynamicCache()
     return cache
+
+
+class TokenizerDifference(NamedTuple):
+    """What ids mean to a draft's and a target's tokenizer; `conflict` is `None` where no id has two meanings."""
+
+    conflict: str | None
+    num_draft_only: int
+    num_target_only: int
+
+
+def compare_tokenizers(draft: Any, target: Any, with_added_tokens: bool = True) -> TokenizerDifference:
+    """Compare the vocabularies of a draft's and a target's tokenizer id by id.
+
+    Args:
+        with_added_tokens (`bool`, *optional*, defaults to `True`):
+            Whether added tokens count. Families rename reserved and special ones from release to release, and text is
+            made of the others.
+
+    Returns:
+        The first id that they read differently, such as `"id 35 is 'B' for the draft and 'A' for the target"`, and
+        how many ids only one of them has.
+    """
+    ours, theirs = (
+        {
+            index: token
+            for token, index in tokenizer.get_vocab().items()
+            if with_added_tokens or index not in tokenizer.added_tokens_decoder
+        }
+        for tokenizer in (draft, target)
+    )
+    shared = ours.keys() & theirs.keys()
+    index = min((index for index in shared if ours[index] != theirs[index]), default=None)
+    conflict = (
+        None if index is None else f"id {index} is {ours[index]!r} for the draft and {theirs[index]!r} for the target"
+    )
+    return TokenizerDifference(conflict, len(ours) - len(shared), len(theirs) - len(shared))
 
 
 def num_positions(config: PreTrainedConfig) -> int:

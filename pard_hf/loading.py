@@ -10,7 +10,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .draft.model import PardDraftModel
 from .generation.mixin import with_pard
-from .hub.errors import hub_errors
 
 
 class PairPaths(NamedTuple):
@@ -71,12 +70,9 @@ def load_target(target: str, dtype: str | torch.dtype = "auto", device: str | No
     """Load a target (with the mixin) and its tokenizer; dtype and device as for [`load_pair`]."""
     device = device or default_device()
     check_device(device)
-    with hub_errors(target):
-        dtype = weight_dtype(target, dtype, device)
-        tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            target, dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
+    dtype = weight_dtype(target, dtype, device)
+    tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     return with_pard(model.to(device).eval()), tokenizer
 
 

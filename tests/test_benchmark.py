@@ -355,13 +355,13 @@ def test_seed_chooses_prompts_and_answers_are_cut(bundled_like_tokenizer):
 def test_commands_are_shown_without_folders(tmp_path):
     (tmp_path / "model").mkdir()
     words = ["bench", "--target", str(tmp_path / "model"), "--draft", "org/draft", "--prompts", "a/b.jsonl"]
-    words += [f"hub:{tmp_path}/model:test", "hub:org/set", "--output=x/y.json", "--limit", "3"]
+    words += ["--prompts", f"c/d.jsonl,hub:{tmp_path}/model:test,hub:org/set", "--output=x/y.json", "--limit", "3"]
 
     shown = shown_command(words)
 
     assert shown == (
-        "pard bench --target model --draft org/draft --prompts b.jsonl hub:model:test hub:org/set --output=y.json "
-        "--limit 3"
+        "pard bench --target model --draft org/draft --prompts b.jsonl --prompts d.jsonl,hub:model:test,hub:org/set "
+        "--output=y.json --limit 3"
     )
     assert shown_model(None) == "bundled"
 
@@ -558,11 +558,11 @@ def test_command_goes_on_where_it_was_interrupted(folders, tmp_path, capsys):
     assert json.loads(file.read_text()) == result
     partial = file.rename(file.with_name("bench.partial.json"))  # As if stopped after its first cell.
 
-    assert main([*command, "--num-assistant-tokens", "2", "4"]) == 2
+    assert main([*command, "--num-assistant-tokens", "2,4"]) == 2
     assert "Pass `--resume`" in capsys.readouterr().err
-    assert main([*command, "--num-assistant-tokens", "2", "4", "--resume", "--seed", "5"]) == 2
+    assert main([*command, "--num-assistant-tokens", "2,4", "--resume", "--seed", "5"]) == 2
     assert "seed 5, got 0" in capsys.readouterr().err
-    assert main([*command, "--num-assistant-tokens", "2", "4", "--resume"]) == 0
+    assert main([*command, "--num-assistant-tokens", "2,4", "--resume"]) == 0
 
     resumed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert resumed["cells"][0] == result["cells"][0]
@@ -576,7 +576,7 @@ def test_command_goes_on_where_it_was_interrupted(folders, tmp_path, capsys):
         (["--prompts", "nothing"], "one of demo"),
         (["--routes", "tier9"], "Expected routes among"),
         (["--resume"], "`--output` with `--resume`"),
-        (["--prompts", "demo", "demo"], "`demo` twice"),
+        (["--prompts", "demo,demo"], "`demo` twice"),
         (["--context", "4000"], "Lower `--context`"),
     ],
 )
@@ -589,7 +589,7 @@ def test_bad_input_is_a_sentence(capsys, arguments, message):
 def test_bundled_pair_from_the_command_line(tmp_path, capsys):
     """The whole way, as a person would start it."""
     command = ["bench", "--limit", "1", "--max-new-tokens", "8", "--repeats", "1", "--dtype", "float32"]
-    command += ["--routes", "ad", "pld", "tier1", "tier2", "--output", str(tmp_path / "out.json")]
+    command += ["--routes", "ad,pld", "--routes", "tier1", "--routes", "tier2", "--output", str(tmp_path / "out.json")]
 
     assert main(command) == 0
 
@@ -600,7 +600,7 @@ def test_bundled_pair_from_the_command_line(tmp_path, capsys):
     assert all(route["identical_share"] == 1 for route in result["cells"][0]["routes"])
     assert result["cells"][0]["routes"][-1]["verify_ratio"] > 0
     assert result["command"].startswith("pard bench --limit 1")
-    assert result["command"].endswith("out.json")
+    assert result["command"].endswith("--output out.json")
     assert str(tmp_path) not in captured.out
     assert "PARD tier 2" in captured.err
     assert [file.name for file in tmp_path.iterdir()] == ["out.json"]

@@ -10,7 +10,7 @@ TRASH = -1
 
 
 def forward(model, cache, ids, positions, num_visible):
-    mask = cache.place(positions, num_visible)
+    mask = cache.prepare(positions, num_visible)
     with torch.no_grad():
         return model(
             input_ids=ids, attention_mask=mask, position_ids=positions.clamp(min=0), past_key_values=cache

@@ -187,11 +187,11 @@ def test_a_row_hears_only_what_it_may_see(tiny_draft):
 
     with torch.no_grad():
         before = hidden(batch["input_ids"])
-        for place in range(13):
+        for column in range(13):
             changed = batch["input_ids"].clone()
-            changed[0, place] = 95
+            changed[0, column] = 95
             moved = (hidden(changed) - before).abs().amax(-1) > 1e-6
-            assert torch.equal(moved, mask[0, :, place]), place
+            assert torch.equal(moved, mask[0, :, column]), column
 
 
 @pytest.mark.parametrize("length", [3, 9, 40])
@@ -204,7 +204,7 @@ def test_masks_for_kernels_are_the_rule(tiny_draft, length):
     expected = attention_mask(*rows)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(row_attention, "ROWS_AT_A_TIME", 7)
+        patch.setattr(row_attention, "MASK_CHUNK_SIZE", 7)
         additive = row_attention.row_mask(tiny_draft, *rows)
     blocks = row_attention.block_mask(*rows)
 

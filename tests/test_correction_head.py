@@ -13,8 +13,8 @@ from test_trainer import make_trainer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from pard_hf import PardDraftModel, PardTrainer, PardTrainingArguments, with_pard
-from pard_hf.draft.addons import PART_FILES, SETTINGS_FILE, WEIGHTS_FILE
-from pard_hf.draft.correction_head import CorrectedPlaces, CorrectionHead
+from pard_hf.draft.addons import ADDON_FILES, SETTINGS_FILE, WEIGHTS_FILE
+from pard_hf.draft.correction_head import CorrectedPositions, CorrectionHead
 from pard_hf.host import without_head
 from pard_hf.hub.export import export_draft
 from pard_hf.training.cod import build_rows, keep_rows
@@ -49,7 +49,7 @@ def test_chain_takes_the_best_after_the_one_before():
     hidden, scores = torch.randn(2, 5, 6), torch.randn(2, 5, 20)
 
     with torch.no_grad():
-        tokens, rows = CorrectedPlaces(head, hidden, scores).chain(lambda logits: logits.argmax(-1))
+        tokens, rows = CorrectedPositions(head, hidden, scores).chain(lambda logits: logits.argmax(-1))
 
         for row in range(2):
             token = scores[row, 0].argmax()
@@ -68,7 +68,7 @@ def test_wider_targets_have_rows_without_a_correction():
     scores = torch.nn.functional.pad(torch.randn(1, 3, 8), (0, 4), value=-torch.inf)
 
     with torch.no_grad():
-        tokens, _ = CorrectedPlaces(head, torch.randn(1, 3, 6), scores).chain(lambda logits: logits.argmax(-1))
+        tokens, _ = CorrectedPositions(head, torch.randn(1, 3, 6), scores).chain(lambda logits: logits.argmax(-1))
 
     assert tokens.max() < 8
 
@@ -92,11 +92,11 @@ def test_head_lies_beside_an_ordinary_checkpoint(headed, tmp_path):
 
 def test_saving_without_a_head_leaves_none_of_an_earlier_one(headed, tmp_path):
     headed.save_pretrained(tmp_path)
-    assert (tmp_path / PART_FILES[0]).exists()
+    assert (tmp_path / ADDON_FILES[0]).exists()
 
     make_draft(make_model("llama", seed=6)).save_pretrained(tmp_path)
 
-    assert not any((tmp_path / name).exists() for name in PART_FILES)
+    assert not any((tmp_path / name).exists() for name in ADDON_FILES)
     assert PardDraftModel.from_pretrained(tmp_path).correction_head is None
 
 
@@ -131,7 +131,7 @@ def test_seed_makes_the_head(tmp_path):
 def test_batch_without_a_label_has_a_gradient_of_zero(tmp_path, mode):
     rows = [{"input_ids": [1, 5, 6, 7, 2], "loss_mask": [0] * 5}] * 8
     trainer = make_trainer(tmp_path, 1, rows, correction_head=mode)
-    batch = {name: values for name, values in trainer.data_collator(rows[:2]).items() if name != "places"}
+    batch = {name: values for name, values in trainer.data_collator(rows[:2]).items() if name != "sources"}
 
     trainer.model(objective=trainer.objective, batch=to_device(batch)).backward()
 

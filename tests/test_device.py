@@ -276,8 +276,8 @@ def test_training_step_stays_on_the_device(objective, has_head, rows):
     assert loss.is_cuda
     assert loss.isfinite()
     assert all(parameter.grad.is_cuda for parameter in draft.parameters())
-    assert clock.figures()["num_tokens"] == sum(len(row["input_ids"]) for row in rows)
-    assert clock.figures()["num_rows"] > clock.figures()["num_tokens"]
+    assert clock.metrics()["num_tokens"] == sum(len(row["input_ids"]) for row in rows)
+    assert clock.metrics()["num_rows"] > clock.figures()["num_tokens"]
 
 
 class HostClock(TrainingClock):
@@ -309,7 +309,7 @@ def test_trainers_loss_stays_on_the_device(tmp_path):
     optimizer.step()
 
     assert loss.isfinite()
-    assert trainer.clock.figures()["num_tokens"] == sum(len(row["input_ids"]) for row in ROWS)
+    assert trainer.clock.metrics()["num_tokens"] == sum(len(row["input_ids"]) for row in ROWS)
 
 
 @only_stand_in

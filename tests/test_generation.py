@@ -611,6 +611,7 @@ def test_different_tokenizers_are_named(bundled_like_tokenizer, tmp_path):
         assistant_model=draft,
     )
     bundled_like_tokenizer.save_pretrained(tmp_path / "target")
+    target, draft = with_pard(make_model("llama")), make_draft(make_model("llama", seed=2))
     target.config.name_or_path, draft.config.name_or_path = str(tmp_path / "target"), str(other)
     with pytest.raises(ValueError, match="share a tokenizer"):
         target.generate(**prompts, assistant_model=draft)

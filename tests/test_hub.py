@@ -1,4 +1,4 @@
-"""Drafts on the Hub: pushed whole, loaded back the same, from the cache as well, and every failure said in words."""
+"""Drafts on the Hub: pushed whole, loaded back the same, also from the cache; errors of the Hub pass through."""
 
 import hashlib
 import json
@@ -14,8 +14,7 @@ from families import MASK_TOKEN_ID, add_head, make_draft, make_model
 from hub_server import READER, WRITER, publish, running_hub
 
 from pard_hf import PardDraftModel
-from pard_hf.draft.addons import PART_FILES
-from pard_hf.hub import export as upload
+from pard_hf.draft.addons import ADDON_FILES
 
 PROGRAM = Path(__file__).parent / "programs" / "hub.py"
 OTHER_MASK_KEYS = {"mask_token_id", "ptd_token_id", "dspark_noise_token_id", "dflash_config"}
@@ -160,7 +159,7 @@ def test_pushed_repository_holds_what_engines_need(answers, hub):
 def test_heads_are_pushed_loaded_and_taken_away_again(answers, hub, folders):
     """A head that stayed behind would be loaded with a draft that it was not trained on."""
     first, second = list(hub.repos["org/headed"].commits.values())[1:]
-    assert {name for name in first if "/" in name} == set(PART_FILES[:2])
+    assert {name for name in first if "/" in name} == set(ADDON_FILES[:2])
     assert b"correction head" in first["README.md"]
     ids = torch.tensor([[5, 6, 7]])
     headed = PardDraftModel.from_pretrained(folders / "headed")
@@ -199,29 +198,32 @@ def test_the_known_draft_of_a_target_is_loaded(answers, call):
     assert value["num_assistant_tokens"] == (3 if call == "for a folder" else 4)
 
 
+NOT_THERE = ["org/nobody", "not a valid model identifier", "hf auth login"]
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        ("unknown", ["`org/nobody`", "check the id", "hf auth login"]),
-        ("unknown, logged in", ["`org/nobody`", "check the id"]),
-        ("private", ["`org/private`", "private", "hf auth login"]),
-        ("private, logged in", ["`org/private`", "403", "token"]),
-        ("gated", ["`org/gated`", "terms", "hf auth login"]),
-        ("no revision", ["`org/draft`", "revision", "'v9'"]),
-        ("pair unknown", ["`org/nobody`", "check the id"]),
-        ("target unknown", ["`org/nobody`", "check the id"]),
-        ("export unknown", ["`org/nobody`", "check the id"]),
-        ("push as a stranger", ["`strangers/draft`", "403", "token"]),
-        ("push logged out", ["`org/draft`", "hf auth login"]),
+        ("unknown", NOT_THERE),
+        ("unknown, logged in", NOT_THERE),
+        ("private", ["org/private", "private", "hf auth login"]),
+        ("private, logged in", ["connect"]),
+        ("gated", ["org/gated", "gated"]),
+        ("no revision", ["org/draft", "v9"]),
+        ("pair unknown", NOT_THERE),
+        ("target unknown", NOT_THERE),
+        ("export unknown", ["org/nobody"]),
+        ("push as a stranger", ["403", "token"]),
+        ("push logged out", ["org/draft", "401"]),
     ],
 )
-def test_failures_say_what_to_do(answers, call, words):
+def test_failures_are_those_of_the_hub(answers, call, words):
+    """Errors of transformers and huggingface_hub pass through; all of them are `OSError`s."""
     failure = answers[call]
 
     assert failure["is_os_error"], failure
     assert all(word in failure["message"] for word in words), failure["message"]
     assert "Traceback" not in failure["message"]
-    assert "\n" not in failure["message"]
 
 
 def test_a_plain_checkpoint_is_not_a_draft(answers):
@@ -264,19 +266,13 @@ def test_cache_suffices_offline(folders, tmp_path):
     assert main["value"] == v1["value"] == commit["value"]
     assert len(ids["value"]) == 3
     assert known["value"]["mask_token_id"] == MASK_TOKEN_ID
-    for failure in (missing, pushed):
+    for failure, word in ((missing, "cached"), (pushed, "HF_HUB_OFFLINE")):
         assert failure["is_os_error"]
-        assert "HF_HUB_OFFLINE" in failure["message"]
-        assert "\n" not in failure["message"]
-
-
-def assert_network_is_blamed(failure):
-    assert failure["is_os_error"], failure
-    assert "cannot be reached" in failure["message"]
-    assert "network" in failure["message"]
+        assert word in failure["message"]
 
 
 def test_network_down(folders, tmp_path):
+    """A push ends in the error of the HTTP client that `huggingface_hub` uses."""
     calls = [
         ("load_for", ["org/target"], {}),
         ("export", ["org/draft", str(tmp_path / "out")], {}),
@@ -284,11 +280,13 @@ def test_network_down(folders, tmp_path):
         ("load", [str(folders / "draft")], {}),
     ]
 
-    *failures, local = ask(calls, tmp_path / "home", HF_ENDPOINT=CLOSED_PORT)
+    for_target, exported, pushed, local = ask(calls, tmp_path / "home", HF_ENDPOINT=CLOSED_PORT)
 
     assert "value" in local
-    for failure in failures:
-        assert_network_is_blamed(failure)
+    assert for_target["is_os_error"]
+    assert "connect" in for_target["message"]
+    assert exported["is_os_error"]
+    assert "refused" in pushed["message"]
 
 
 @pytest.mark.slow
@@ -296,25 +294,13 @@ def test_network_down_while_loading(tmp_path):
     """Half a minute: `huggingface_hub` asks for a file five times before it gives up."""
     (failure,) = ask([("load", ["org/draft"], {})], tmp_path, HF_ENDPOINT=CLOSED_PORT)
 
-    assert_network_is_blamed(failure)
+    assert failure["is_os_error"]
+    assert "connect" in failure["message"]
 
 
-def test_what_no_engine_would_load_is_not_pushed(small_tokenizer):
+def test_a_mask_token_that_text_contains_is_not_pushed(small_tokenizer):
     """Said before anything is created on the Hub: there is none here to ask."""
     draft = PardDraftModel.from_causal_lm(make_model("llama"), 50)
 
     with pytest.raises(ValueError, match="never produces"):
         draft.push_to_hub("org/draft", tokenizer=small_tokenizer)
-
-
-def test_limit_of_one_engine_is_logged_and_pushed_all_the_same(small_tokenizer, caplog, monkeypatch):
-    """vLLM would take it for an EAGLE draft by its name; transformers and TensorRT-LLM draft with it."""
-
-    def reached(**kwargs):
-        raise OSError("the Hub was asked")
-
-    monkeypatch.setattr(upload, "HfApi", reached)
-
-    with pytest.raises(OSError, match="the Hub was asked"):
-        make_draft(make_model("llama"), 4).push_to_hub("org/llama-eagle3", tokenizer=small_tokenizer)
-    assert "method 'eagle3'" in caplog.text

@@ -7,7 +7,7 @@ from families import make_draft, make_model
 from transformers import AutoConfig
 
 from pard_hf import PardDraftModel
-from pard_hf.hub.known_drafts import DEEPSEEK_TURN, KNOWN_DRAFTS, known_draft_for
+from pard_hf.draft.known_drafts import DEEPSEEK_TURN, KNOWN_DRAFTS, known_draft_for
 
 LLAMA_3, LLAMA_4, DEEPSEEK, QWEN_2_5, QWEN_3 = (draft.name for draft in KNOWN_DRAFTS)
 IM_START = "<|im_start|>"
@@ -119,10 +119,9 @@ def test_what_is_no_target_is_refused(target):
 
 
 def test_folder_without_config_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"no config\.json"):
-        known_draft_for(tmp_path)
-    with pytest.raises(OSError, match="folder or a Hub id"):
-        known_draft_for("./nowhere")
+    for nowhere in (tmp_path, "./nowhere"):
+        with pytest.raises((ValueError, OSError), match=str(nowhere)):
+            known_draft_for(nowhere)
 
 
 def test_a_draft_is_no_target_of_itself():

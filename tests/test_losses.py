@@ -55,14 +55,14 @@ def test_chunks_are_the_whole(monkeypatch, chunk_size):
     """Values and gradients, for chunks of one row, of some, and one of all."""
     head, target_head = (torch.nn.Linear(size, 50, bias=False).to(DEVICE) for size in (8, 6))
     hidden, target_hidden = torch.randn(23, 8, requires_grad=True), torch.randn(9, 6)
-    labels, places, weights = torch.randint(0, 50, (23,)), torch.randint(0, 9, (23,)), torch.rand(23)
+    labels, index, weights = torch.randint(0, 50, (23,)), torch.randint(0, 9, (23,)), torch.rand(23)
     logits = head(hidden)
     cross_entropy = (torch.nn.functional.cross_entropy(logits, labels, reduction="none") * weights).sum()
-    kl = (divergence(logits, target_head(target_hidden)[places]) * weights).sum()
+    kl = (divergence(logits, target_head(target_hidden)[index]) * weights).sum()
     expected = torch.autograd.grad(cross_entropy + kl, [hidden, head.weight])
 
     monkeypatch.setattr(losses, "CHUNK_SIZE", chunk_size)
-    sums = row_losses(head, hidden, labels, 50, weights, target_head, target_hidden, places)
+    sums = row_losses(head, hidden, labels, 50, weights, target_head, target_hidden, index)
     got = torch.autograd.grad(sums.cross_entropy + sums.divergence, [hidden, head.weight])
 
     torch.testing.assert_close(sums, losses.Losses(cross_entropy, kl))

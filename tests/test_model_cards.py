@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 import pard_hf
 from pard_hf.cli import main
-from pard_hf.hub.known_drafts import KNOWN_DRAFTS
+from pard_hf.draft.known_drafts import KNOWN_DRAFTS
 from pard_hf.hub.model_card import PUBLISHED, CardSource, all_names, card_source, draft_card, model_card
 
 ROOT = Path(pard_hf.__file__).parent.parent
@@ -210,7 +210,7 @@ def test_card_of_a_checkpoint_never_fails(provenance):
 
 
 def test_card_command_renders_a_folder(checkpoint, capsys):
-    assert main(["card", str(checkpoint), "--license", "mit", "--datasets", "org/a", "org/b", "--language", "en"]) == 0
+    assert main(["card", str(checkpoint), "--license", "mit", "--datasets", "org/a,org/b", "--language", "en"]) == 0
 
     card = ModelCard(capsys.readouterr().out)
     data = card.data.to_dict()

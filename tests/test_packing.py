@@ -17,7 +17,7 @@ def rows_of_lengths(lengths, seed=0):
         {
             "input_ids": [source.randrange(3, 90) for _ in range(length)],
             "loss_mask": [0, *(int(source.random() < 0.8) for _ in range(length - 2)), 1],
-            "place": f"row {number}",
+            "source": f"row {number}",
         }
         for number, length in enumerate(lengths)
     ]
@@ -36,8 +36,8 @@ def test_every_row_is_in_one_sequence(length):
         ids = iter(sequence["input_ids"])
         texts += [[next(ids) for _ in range(size)] for size in sequence["text_lengths"]]
     assert sorted(texts) == sorted(row["input_ids"] for row in rows)
-    assert sorted(name for sequence in packed for name in sequence["place"].split("; ")) == sorted(
-        row["place"] for row in rows
+    assert sorted(name for sequence in packed for name in sequence["source"].split("; ")) == sorted(
+        row["source"] for row in rows
     )
 
 

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,9 @@ from pard_hf import DecodingStats, PardDraftModel
 from pard_hf.cli import main
 
 pytest.importorskip("accelerate")
-from pard_hf.training.train import TrainingSpec, train_draft
+from pard_hf.hub.model_card import draft_card
+from pard_hf.training.settings import TrainingSettings
+from pard_hf.training.train import train_draft
 
 FLAGS = ["--mask-token-id", "102", "--max-length", "64", "--device", "cpu", "--learning-rate", "0.01"]
 
@@ -41,15 +44,20 @@ def data(tmp_path):
     return file
 
 
-def train(base, data, out, max_steps=4, evaluation=None, spec=None, **arguments):
-    settings = {
-        "use_cpu": DEVICE.type == "cpu",
-        "per_device_train_batch_size": 2,
-        "disable_tqdm": True,
-        "save_steps": 2,
-    }
-    spec = TrainingSpec(str(base), [data], out, **{"mask_token_id": 102, "max_length": 64, **(spec or {})})
-    return train_draft(spec, evaluation, max_steps=max_steps, **{**settings, **arguments})
+def train(base, data, out, max_steps=4, evaluation=None, **settings):
+    """Run `train_draft`; settings that are none of ours are training arguments."""
+    given = {
+        "mask_token_id": 102, "max_length": 64, "max_steps": max_steps, "batch_size": 2, "save_steps": 2,
+        "learning_rate": 5e-5, "device": "cpu" if DEVICE.type == "cpu" else "auto", **settings,
+    }  # fmt: skip
+    names = {field.name for field in fields(TrainingSettings)}
+    ours = {name: value for name, value in given.items() if name in names}
+    others = {"disable_tqdm": True, **{name: value for name, value in given.items() if name not in names}}
+    if evaluation is not None:
+        ours = {"target": str(base), "eval_prompts": ["some"], **ours}
+    return train_draft(
+        TrainingSettings(str(base), [data], out, **ours, training_arguments=others), evaluation, draft_card
+    )
 
 
 def command(base, data, out, *flags):
@@ -66,19 +74,19 @@ def weights(folder):
 def test_base_and_rows_become_a_draft(base, data, tmp_path):
     out = tmp_path / "draft"
 
-    train(base, data, out, spec={"command": "pard train"})
+    train(base, data, out, command="pard train")
 
     draft = PardDraftModel.from_pretrained(out)
     assert draft.mask_token_id == 102
     assert (out / "tokenizer.json").exists()
-    train(base, data, out, spec={"restart": True})
+    train(base, data, out, restart=True)
     assert (out / "checkpoints.1" / "checkpoint-4").is_dir()  # moved aside, not gone on from
 
 
 def test_checkpoints_say_where_they_come_from(base, data, tmp_path):
     (tmp_path / "rows.jsonl.manifest.json").write_text('{"target": "somebody/target"}')
 
-    train(base, data, tmp_path / "draft", spec={"command": "pard train --base base"})
+    train(base, data, tmp_path / "draft", command="pard train --base base")
 
     for folder in (tmp_path / "draft", tmp_path / "draft/checkpoints/checkpoint-2"):
         provenance = json.loads((folder / "provenance.json").read_text())
@@ -112,26 +120,26 @@ def test_bad_settings_end_before_weights_are_loaded(base, data, tmp_path, monkey
     out = tmp_path / "draft"
 
     for problem, arguments in {
-        "within the 128 positions": {"spec": {"max_length": 129}},
-        "never produces": {"spec": {"mask_token_id": 50}},
+        "within the 128 positions": {"max_length": 129},
+        "never produces": {"mask_token_id": 50},
         "below `--max-length`": {"num_draft_tokens": 64},
         "Expected a target for the objective": {"objective": "kd"},
-        "1 tokens with other ids .'zz' is None and 100": {"spec": {"target": str(other)}},
-        "where the answer begins cannot be told": {"spec": {"chat_template": template}},
+        "1 ids are in one of them only": {"target": str(other)},
+        "where the answer begins cannot be told": {"chat_template": template},
         "line 2 of": {"data": broken},
         "got none": {"data": empty},
-        "Expected something to evaluate": {"spec": {"early_stopping_patience": 2}},
+        "Expected something to evaluate": {"early_stopping_patience": 2},
         "something to evaluate, got none": {"eval_steps": 2},
-        "an id in .0, 104.": {"spec": {"mask_token_id": 104}},
+        "an id in .0, 104.": {"mask_token_id": 104},
         "no teacher": {"divergence_weight": 1.0},
-        "`retention_rate` in": {"retention_rate": 2.0},
-        "a dtype such as": {"spec": {"dtype": "float23"}},
-        "weights by name, got 'auto'": {"spec": {"dtype": "auto"}},
-        "such as 'float32'.* got 'bfloat61'": {"spec": {"target": str(base), "target_dtype": "bfloat61"}},
+        "`--retention-rate` in": {"retention_rate": 2.0},
+        "a dtype such as": {"dtype": "float23"},
+        "weights by name, got 'auto'": {"dtype": "auto"},
+        "such as 'float32'.* got 'bfloat61'": {"target": str(base), "target_dtype": "bfloat61"},
         "got output_dir": {"output_dir": "elsewhere"},
         "label_smoothing_factor": {"label_smoothing_factor": 0.1},
         "of `PardTrainingArguments`, got learning_rat": {"learning_rat": 1.0},
-        "'truncate' or 'drop'": {"spec": {"overlong": "wrap"}},
+        "one of truncate, drop": {"overlong": "wrap"},
     }.items():
         with pytest.raises(ValueError, match=problem):
             train(base, arguments.pop("data", data), out, **arguments)
@@ -195,7 +203,7 @@ def test_bad_evaluations_end_before_weights_are_loaded(base, data, tmp_path, cap
 
     for problem, flags in {
         "within the 128 positions of both models": ("--eval-prompts", data, "--eval-max-new-tokens", "127"),
-        "'rows' twice": ("--eval-prompts", data, same / "rows.jsonl"),
+        "'rows' twice": ("--eval-prompts", data, "--eval-prompts", same / "rows.jsonl"),
         "with words to evaluate on": ("--eval-prompts", empty),
         "`--eval-batch-size` of at least 1": ("--eval-prompts", data, "--eval-batch-size", "0"),
     }.items():
@@ -212,7 +220,7 @@ def test_run_does_not_go_on_under_other_settings(base, data, tmp_path):
     data.write_text(data.read_text() + "\n")
     with pytest.raises(ValueError, match="data was"):
         train(base, data, tmp_path / "draft", 8)
-    train(base, data, tmp_path / "draft", 8, spec={"restart": True})
+    train(base, data, tmp_path / "draft", 8, restart=True)
     assert last_checkpoint(tmp_path / "draft") == 8
 
 
@@ -226,7 +234,7 @@ def test_template_of_the_target_is_taken(base, data, tmp_path, caplog, bundled_l
     )
     bundled_like_tokenizer.save_pretrained(target)
 
-    train(base, data, tmp_path / "draft", 1, spec={"target": str(target)})
+    train(base, data, tmp_path / "draft", 1, target=str(target))
 
     assert "the target's is taken" in caplog.text
     assert "[a]" in (tmp_path / "draft/chat_template.jinja").read_text()
@@ -237,39 +245,34 @@ def test_overlong_rows_are_counted(base, data, tmp_path, caplog):
 
     train(base, data, tmp_path / "cut", max_steps=1)
     assert "1 of 17 rows are longer than 64 tokens and were cut there" in caplog.text
-    train(base, data, tmp_path / "dropped", max_steps=1, spec={"overlong": "drop"})
+    train(base, data, tmp_path / "dropped", max_steps=1, overlong="drop")
     assert "1 of 17 rows are longer than 64 tokens and were left out" in caplog.text
 
 
-class Scripted:
-    """Evaluations with given outcomes, the last again and again."""
+def scripted(*histograms, targets=None):
+    """Evaluations with given outcomes, the last again and again; targets are added to `targets`."""
+    left = list(histograms)
 
-    def __init__(self, *histograms):
-        self.histograms = list(histograms)
+    def evaluator(draft, share):
+        return {"some": DecodingStats(left.pop(0) if len(left) > 1 else left[0], 8)}
 
-    def prepare(self, tokenizer, longest):
+    def prepare(settings, tokenizer, longest):
         assert longest == 128
-        return lambda target: self.measure
+        return lambda target: evaluator if targets is None else targets.append(target) or evaluator
 
-    def measure(self, draft, part):
-        histogram = self.histograms.pop(0) if len(self.histograms) > 1 else self.histograms[0]
-        return {"some": DecodingStats(histogram, 8)}
+    return prepare
 
 
 def test_run_stops_when_blocks_grow_no_more(base, data, tmp_path):
-    spec = {"target": str(base), "early_stopping_patience": 2}
-    train(base, data, tmp_path / "draft", 40, Scripted((3, 1)), spec)
+    train(base, data, tmp_path / "draft", 40, scripted((3, 1)), early_stopping_patience=2)
 
     assert last_checkpoint(tmp_path / "draft") == 6  # The first evaluation is the best, two more are not better.
 
 
 def test_card_speaks_of_the_checkpoint_that_is_kept(base, data, tmp_path):
     """The blocks of the first evaluation are the longest: its weights are the draft, and its figures on the card."""
-    spec = {"target": str(base), "command": "pard train"}
-    train(
-        base, data, tmp_path / "draft", 6, Scripted((0, 4), (3, 1)), spec,
-        save_total_limit=5,
-    )  # fmt: skip
+    evaluations = scripted((0, 4), (3, 1))
+    train(base, data, tmp_path / "draft", 6, evaluations, command="pard train", save_total_limit=5)
 
     provenance = json.loads((tmp_path / "draft/provenance.json").read_text())
     assert provenance["step"] == 2
@@ -282,9 +285,8 @@ def test_card_speaks_of_the_checkpoint_that_is_kept(base, data, tmp_path):
 
 def test_evaluations_need_not_fall_on_saves(base, data, tmp_path):
     """As `--eval-steps 3` asks beside the default `--save-steps`: the best draft is saved when it is found."""
-    spec = {"target": str(base)}
-    evaluated = Scripted((3, 1), (0, 4), (3, 1))
-    train(base, data, tmp_path / "draft", 8, evaluated, spec, eval_steps=3, save_steps=7, save_total_limit=5)
+    evaluations = scripted((3, 1), (0, 4), (3, 1))
+    train(base, data, tmp_path / "draft", 8, evaluations, eval_steps=3, save_steps=7, save_total_limit=5)
 
     assert history(tmp_path / "draft", 8, "eval_some_acceptance_length").tolist() == [1.25, 2.0, 1.25]
     assert json.loads((tmp_path / "draft/provenance.json").read_text())["step"] == 6
@@ -313,14 +315,11 @@ def test_target_has_a_dtype_of_its_own(base, data, tmp_path, named, expected):
     make_model("llama", vocab_size=104).to(torch.bfloat16).save_pretrained(target)
     AutoTokenizer.from_pretrained(base).save_pretrained(target)
 
-    class Seen(Scripted):
-        def prepare(self, tokenizer, longest):
-            return lambda target: seen.append(target.dtype) or self.measure
+    dtypes = {"dtype": "bfloat16" if named is None else "float32", "target_dtype": named}
+    evaluations = scripted((3, 1), targets=seen)
+    train(base, data, tmp_path / "draft", 1, evaluations, target=str(target), objective="kd", **dtypes)
 
-    spec = {"target": str(target), "dtype": "bfloat16" if named is None else "float32", "target_dtype": named}
-    train(base, data, tmp_path / "draft", 1, Seen((3, 1)), spec, objective="kd")
-
-    assert seen == [expected]
+    assert [target.dtype for target in seen] == [expected]
     settings = json.loads((tmp_path / "draft/provenance.json").read_text())["settings"]
     assert settings["target_dtype"] == str(expected).removeprefix("torch.")
 
@@ -355,7 +354,6 @@ def test_killed_run_resumes_to_the_same_draft(base, data, tmp_path):
     whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     for name, weight in whole.items():
         assert torch.equal(killed[name], weight), name
-    assert not list((tmp_path / "killed/checkpoints").glob("unfinished"))
 
 
 def free_port():
@@ -384,8 +382,9 @@ def launch(*words):
 def test_two_processes_are_one_with_doubled_accumulation(base, data, tmp_path):
     """The same losses and weights, and a checkpoint of the one is gone on from by the other."""
     flags = ("--save-steps", "3", "--batch-size", "2", "--training-arguments", "logging_steps=1")
+    gloo = ("--training-arguments", "ddp_backend=gloo")
     evaluated = ("--target", str(base), "--eval-prompts", str(data), "--eval-limit", "5", "--eval-max-new-tokens", "9")
-    launch(*command(base, data, tmp_path / "two", "--max-steps", "6", *evaluated, *flags, "ddp_backend=gloo")[1:])
+    launch(*command(base, data, tmp_path / "two", "--max-steps", "6", *evaluated, *flags, *gloo)[1:])
     accumulated = ("--gradient-accumulation-steps", "2", *evaluated, *flags)
     assert main(command(base, data, tmp_path / "one", "--max-steps", "6", *accumulated)[3:]) == 0
 

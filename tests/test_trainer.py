@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 from device import DEVICE, torch
@@ -13,7 +14,7 @@ from pard_hf import DecodingStats, PardDraftModel
 from pard_hf.evaluation.acceptance import AcceptanceEvaluator
 from pard_hf.training.collator import pack_rows
 from pard_hf.training.objective import check_attention
-from pard_hf.training.trainer import TrainingClock
+from pard_hf.training.trainer import TrainingClock, last_checkpoint
 
 accelerate = pytest.importorskip("accelerate")
 from pard_hf import PardTrainer, PardTrainingArguments  # noqa: E402
@@ -164,7 +165,7 @@ def test_interrupted_run_resumes_as_the_same_run(tmp_path):
     for name, weight in whole.model.state_dict().items():
         torch.testing.assert_close(resumed.model.state_dict()[name], weight, msg=name)
     assert PardDraftModel.from_pretrained(tmp_path / "stopped" / "checkpoint-10").mask_token_id == 99
-    assert resumed.clock.figures()["num_rows"] == whole.clock.figures()["num_rows"]
+    assert resumed.clock.metrics()["num_rows"] == whole.clock.metrics()["num_rows"]
 
 
 def test_best_draft_between_two_saves_is_kept(tmp_path):
@@ -279,7 +280,7 @@ def test_evaluation_is_the_decoding_loop(tmp_path):
 
 
 def test_loss_that_is_not_finite_names_its_rows(tmp_path):
-    rows = [{**row, "place": f"rows.jsonl line {number}"} for number, row in enumerate(ROWS, start=1)]
+    rows = [{**row, "source": f"rows.jsonl line {number}"} for number, row in enumerate(ROWS, start=1)]
     trainer = make_trainer(tmp_path, 4, rows=rows, save_strategy="steps", save_steps=1)
 
     class Spoil(TrainerCallback):
@@ -295,26 +296,30 @@ def test_loss_that_is_not_finite_names_its_rows(tmp_path):
     report = json.loads((tmp_path / "not_finite.0.json").read_text())
     assert report["step"] == 3
     assert len(report["rows"]) == 4
-    assert all(place.startswith("rows.jsonl line ") for place in report["rows"])
+    assert all(source.startswith("rows.jsonl line ") for source in report["rows"])
 
 
-def test_full_disk_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
-    """Whatever file it is that no longer fits, no half checkpoint gets a name, and the run resumes."""
-    trainer = make_trainer(tmp_path, 6, save_strategy="steps", save_steps=2, save_total_limit=1)
+@pytest.mark.parametrize("content", [None, "{"])
+def test_full_disk_costs_the_steps_since_the_last_checkpoint(tmp_path, monkeypatch, content):
+    """A checkpoint that was not written to its end is not resumed from, and written again."""
+    saving = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+    trainer = make_trainer(tmp_path, 6, **saving)
     write = type(trainer.state).save_to_json
 
     def fail_late(state, path):
-        if "checkpoint-4" in path:
-            raise OSError(28, "No space left on device")
-        write(state, path)
+        if "checkpoint-4" not in path:
+            return write(state, path)
+        if content is not None:
+            Path(path).write_text(content)
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(type(trainer.state), "save_to_json", fail_late)
     with pytest.raises(OSError, match="No space left"):
         trainer.train()
     monkeypatch.undo()
 
-    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
-    resumed = make_trainer(tmp_path, 6, save_strategy="steps", save_steps=2, save_total_limit=1)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    resumed = make_trainer(tmp_path, 6, **saving)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 6
     assert [folder.name for folder in tmp_path.glob("*") if folder.is_dir()] == ["checkpoint-6"]
@@ -331,5 +336,5 @@ def test_the_clock_counts_where_the_batch_is_and_waits_for_nothing():
     clock = TrainingClock(num_tokens=5, num_rows=7)
     clock.count(torch.tensor([[0, 1, 1, -1]]), torch.tensor([[0, 0, 1, 0]]))
     clock.count(torch.tensor([[0, -1]]), torch.tensor([[0, 0]]))
-    assert clock.figures() == {"train_seconds": 0.0, "num_tokens": 8, "num_rows": 11}
+    assert clock.metrics() == {"train_seconds": 0.0, "num_tokens": 8, "num_rows": 11}
     assert clock.state()["attributes"] == {"seconds": 0.0, "num_tokens": 8, "num_rows": 11}

@@ -8,7 +8,7 @@ from families import FAMILIES, make_draft, make_model, make_prompts, make_self_d
 from transformers import GenerationConfig
 
 from pard_hf import with_pard, without_pard
-from pard_hf.draft.correction_head import CorrectedPlaces, CorrectionHead
+from pard_hf.draft.correction_head import CorrectedPositions, CorrectionHead
 from pard_hf.generation.cache import SlotCache
 from pard_hf.generation.sampling import sample_with_noise, verify_greedy
 from pard_hf.generation.tree import (
@@ -81,7 +81,7 @@ def test_tree_with_a_head_is_the_brute_force_best(num_nodes):
     head.to(DEVICE)
     hidden, scores = torch.randn(2, num_depths, 6), torch.randn(2, num_depths, vocab_size)
     with torch.no_grad():
-        places = CorrectedPlaces(head, hidden, scores)
+        places = CorrectedPositions(head, hidden, scores)
         tree = best_prefixes(places.candidates, places.logprobs, num_nodes)
         corrected = {
             (row, place, token): (scores[row, place] + head(hidden[row, place], torch.tensor(token))).log_softmax(-1)
@@ -104,9 +104,9 @@ def test_few_candidates_keep_their_probabilities():
     head.to(DEVICE)
     hidden, scores = torch.randn(1, 2, 6), 3 * torch.randn(1, 2, 50)
     with torch.no_grad():
-        whole = CorrectedPlaces(head, hidden, scores)
+        whole = CorrectedPositions(head, hidden, scores)
         head.num_candidates = 4
-        few = CorrectedPlaces(head, hidden, scores)
+        few = CorrectedPositions(head, hidden, scores)
         tokens = torch.tensor([[7, 9]])
         wanted = scores[0, 1].scatter_add(
             0, few.candidates[0, 1], head(hidden[0, 1], torch.tensor(7))[few.candidates[0, 1]]
@@ -217,7 +217,7 @@ def test_every_node_reads_its_own_path(family):
     columns = torch.arange(16) - 16 + lengths.unsqueeze(1)
 
     def forward(ids, positions, on_path=None):
-        mask = cache.place(positions, 64, on_path)
+        mask = cache.prepare(positions, 64, on_path)
         with torch.no_grad():
             return model(
                 input_ids=ids, attention_mask=mask, position_ids=positions.clamp(min=0), past_key_values=cache

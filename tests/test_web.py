@@ -586,7 +586,7 @@ def test_a_benchmark_is_that_of_the_shell(measured):
 
     assert result["command"] == (
         "pard bench --prompts demo --limit 2 --repeats 1 --max-new-tokens 12 --num-assistant-tokens 4 "
-        "--routes ar pld tier2"
+        "--routes ar,pld,tier2"
     )
     assert [route["route"] for route in result["cells"][0]["routes"]] == ["ar", "pld", "tier2"]
     assert result["target"] == result["draft"] == "bundled"

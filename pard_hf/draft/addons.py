@@ -1,14 +1,13 @@
-"""What lies beside a draft checkpoint: a correction head, a trimmed vocabulary.
+"""Optional modules of a draft, saved in subfolders of its checkpoint: correction head and trimmed vocabulary.
 
-Each has a folder with a safetensors file and a JSON file of its own, so the checkpoint stays the ordinary PARD one
-that vLLM and TensorRT-LLM load: they take every safetensors file in its folder for the
-draft's, and look into no other.
+Each has a JSON and a safetensors file in a folder of its own. vLLM and TensorRT-LLM take every safetensors file beside
+`config.json` for the draft's weights and do not look into subfolders, so the checkpoint stays an ordinary one.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,76 +15,69 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from .correction_head import CorrectionHead
 from .vocabulary import TrimmedVocabulary
 
-CORRECTION_HEAD, TRIMMED_VOCABULARY = PARTS = "correction_head", "trimmed_vocabulary"
+CORRECTION_HEAD, TRIMMED_VOCABULARY = ADDONS = "correction_head", "trimmed_vocabulary"
 SETTINGS_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
-PART_FILES = tuple(f"{part}/{name}" for part in PARTS for name in (SETTINGS_FILE, WEIGHTS_FILE))
+ADDON_FILES = tuple(f"{addon}/{name}" for addon in ADDONS for name in (SETTINGS_FILE, WEIGHTS_FILE))
 HEAD_SETTINGS = ("vocab_size", "hidden_size", "rank", "num_candidates")
-# How close a draft's hidden states must be to those a head was trained on: 16 bit and quantization change them little.
+# Least cosine between hidden states of a draft now and when its head was saved; 16 bit and quantization stay above.
 LEAST_COSINE = 0.97
 HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
+# What reading damaged files raises.
+DAMAGED = (KeyError, IndexError, TypeError, AttributeError, RuntimeError, json.JSONDecodeError, SafetensorError)
+
+
+def is_addon_weight(name: str) -> bool:
+    """Whether a name of the state dict belongs to an add-on and not to the draft's own checkpoint."""
+    return name.partition(".")[0] in ADDONS
 
 
 @contextmanager
-def without_parts(draft: Any) -> Iterator[None]:
-    """Take the parts off a draft for a while: what runs meanwhile sees the ordinary model."""
-    parts = {part: getattr(draft, part) for part in PARTS}
-    for part in PARTS:
-        setattr(draft, part, None)
+def without_addons(draft: Any) -> Iterator[None]:
+    """Detach the add-ons inside the context, which leaves the ordinary model."""
+    addons = {addon: getattr(draft, addon) for addon in ADDONS}
+    for addon in ADDONS:
+        setattr(draft, addon, None)
     try:
         yield
     finally:
-        for part, module in parts.items():
-            setattr(draft, part, module)
+        for addon, module in addons.items():
+            setattr(draft, addon, module)
 
 
-def is_of_part(name: str) -> bool:
-    """Whether a weight belongs to a part rather than to the draft's own checkpoint."""
-    return name.partition(".")[0] in PARTS
+def save_addons(draft: Any, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    """Write a draft's add-ons into the folder of its checkpoint, and remove the files of those it does not have.
 
-
-@torch.no_grad()
-def signature_of(draft: Any) -> list[float]:
-    """A few of the draft's last hidden states for fixed tokens and two masks: what tells it from other drafts."""
-    was_training = draft.training
-    mask = draft.mask_token_id
-    ids = torch.tensor([[1, 2, 3, 4, mask, mask]], device=draft.get_input_embeddings().weight.device)
-    hidden = draft.eval().base_model(input_ids=ids, use_cache=False).last_hidden_state
-    draft.train(was_training)
-    return [float(f"{value:.4g}") for value in hidden[0, -2:, :32].float().flatten().tolist()]
-
-
-def save_parts(draft: Any, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
-    """Write the parts a draft has into the folder of its checkpoint, and remove those it does not have.
-
-    Args:
-        weights (`dict[str, torch.Tensor]`, *optional*):
-            Names and tensors of the whole draft, parts included, where they are not in the draft itself.
+    `weights` is the state dict given to `save_pretrained`, which holds the head where training has sharded it.
     """
-    fit_parts(draft)
-    for part in PARTS:
-        files = [folder / part / name for name in (SETTINGS_FILE, WEIGHTS_FILE)]
-        if getattr(draft, part) is None:
-            for file in files:
-                file.unlink(missing_ok=True)
-            continue
-        files[0].parent.mkdir(exist_ok=True)
-        settings, tensors = CONTENTS[part](draft)
-        given = {name.partition(".")[2]: t for name, t in (weights or {}).items() if name.startswith(f"{part}.")}
-        if part == CORRECTION_HEAD and given:
-            tensors = given
-        files[0].write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-        save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, files[1], {"format": "pt"})
-        files[1].chmod(files[0].stat().st_mode)
+    fit_addons(draft)
+    head, vocabulary = draft.correction_head, draft.trimmed_vocabulary
+    contents: dict[str, tuple[dict[str, Any], Mapping[str, torch.Tensor]]] = {}
+    if head is not None:
+        given = {n.partition(".")[2]: tensor for n, tensor in weights.items() if n.startswith(f"{CORRECTION_HEAD}.")}
+        settings = {name: getattr(head, name) for name in HEAD_SETTINGS} | {"base_signature": signature_of(draft)}
+        contents[CORRECTION_HEAD] = settings, given or head.state_dict()
+    if vocabulary is not None:
+        settings = {"vocab_size": vocabulary.vocab_size, "num_kept": len(vocabulary.token_ids)}
+        contents[TRIMMED_VOCABULARY] = settings, {"token_ids": vocabulary.token_ids}
+    for addon in ADDONS:
+        settings_file, weights_file = folder / addon / SETTINGS_FILE, folder / addon / WEIGHTS_FILE
+        if addon in contents:
+            settings, tensors = contents[addon]
+            settings_file.parent.mkdir(exist_ok=True)
+            settings_file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+            save_file({n: t.detach().contiguous().cpu() for n, t in tensors.items()}, weights_file, {"format": "pt"})
+        else:
+            settings_file.unlink(missing_ok=True)
+            weights_file.unlink(missing_ok=True)
 
 
-def fit_parts(draft: Any) -> None:
-    """Give the parts the draft's number of rows, where that has changed; a trimmed vocabulary stays trimmed."""
+def fit_addons(draft: Any) -> None:
+    """Resize the add-ons to the draft's vocabulary, as `resize_token_embeddings` may have changed it."""
     num_rows = draft.config.get_text_config().vocab_size
     head, vocabulary = draft.correction_head, draft.trimmed_vocabulary
     if head is not None and head.vocab_size != num_rows:
@@ -94,66 +86,38 @@ def fit_parts(draft: Any) -> None:
         draft.trimmed_vocabulary = TrimmedVocabulary(draft, vocabulary.token_ids[vocabulary.token_ids < num_rows])
 
 
-def contents_of_head(draft: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    head = draft.correction_head
-    settings = {name: getattr(head, name) for name in HEAD_SETTINGS}
-    return {**settings, "base_signature": signature_of(draft)}, head.state_dict()
+def addon_settings(name: str, addon: str, **arguments: Any) -> str | None:
+    """The settings file of an add-on beside a checkpoint, a folder or a Hub id; `None` where there is none."""
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
+    return cached_file(name, f"{addon}/{SETTINGS_FILE}", **arguments, **quiet)
 
 
-def contents_of_vocabulary(draft: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    vocabulary = draft.trimmed_vocabulary
-    settings = {"vocab_size": vocabulary.vocab_size, "num_kept": len(vocabulary.token_ids)}
-    return settings, {"token_ids": vocabulary.token_ids}
-
-
-CONTENTS = {CORRECTION_HEAD: contents_of_head, TRIMMED_VOCABULARY: contents_of_vocabulary}
-
-
-# What reading a damaged part ends in.
-BROKEN = (KeyError, IndexError, TypeError, AttributeError, RuntimeError, json.JSONDecodeError, SafetensorError)
-
-
-def settings_of_part(name: str, part: str, **arguments: Any) -> str | None:
-    """The file of settings of a part that lies beside a checkpoint, a folder or a Hub id; `None` where none does."""
-    return cached_file(
-        name, f"{part}/{SETTINGS_FILE}", **arguments,
-        _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )  # fmt: skip
-
-
-def load_parts(draft: Any, name: str, wanted: tuple[str, ...] = PARTS, **kwargs: Any) -> None:
-    """Give a draft the parts that lie beside its checkpoint, where there are any.
-
-    Args:
-        name (`str`):
-            Folder or Hub id of the checkpoint.
-        kwargs:
-            Of `from_pretrained`; those of the Hub count.
+def load_addons(draft: Any, name: str, wanted: tuple[str, ...] = ADDONS, **kwargs: Any) -> None:
+    """Load the wanted add-ons beside the checkpoint `name`, a folder or a Hub id; `kwargs` are `from_pretrained`'s.
 
     Raises:
-        ValueError: A part belongs to a draft of another shape or vocabulary, or to other weights.
+        ValueError: An add-on is damaged, or belongs to a draft of another shape, vocabulary or other weights.
     """
     arguments = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-    for part in wanted:
-        found = settings_of_part(name, part, **arguments)
-        if found is None:
-            setattr(draft, part, None)
+    for addon in wanted:
+        settings_file = addon_settings(name, addon, **arguments)
+        if settings_file is None:
+            setattr(draft, addon, None)
             continue
-        weights = cached_file(name, f"{part}/{WEIGHTS_FILE}", **arguments)
+        weights_file = cached_file(name, f"{addon}/{WEIGHTS_FILE}", **arguments)
+        load = load_head if addon == CORRECTION_HEAD else load_vocabulary
         try:
-            settings = json.loads(Path(found).read_text(encoding="utf-8"))
-            tensors = load_file(weights)
-            LOADERS[part](draft, settings, tensors)
-        except BROKEN as error:
+            load(draft, json.loads(Path(settings_file).read_text(encoding="utf-8")), load_file(weights_file))
+        except DAMAGED as error:
             raise ValueError(
-                f"Expected `{part}/{SETTINGS_FILE}` and `{part}/{WEIGHTS_FILE}` as `save_pretrained` writes them, "
+                f"Expected `{addon}/{SETTINGS_FILE}` and `{addon}/{WEIGHTS_FILE}` as `save_pretrained` writes them, "
                 f"got others ({type(error).__name__}: {error}). Save them again, or load the draft without its "
-                f"{part.replace('_', ' ')} (`{part}=False`)."
+                f"{addon.replace('_', ' ')} (`{addon}=False`)."
             ) from error
 
 
 def load_head(draft: Any, settings: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """Attach a saved correction head after comparing its shape and the draft's hidden states with those it had."""
     config = draft.config.get_text_config()
     for size in ("vocab_size", "hidden_size"):
         if settings[size] != getattr(config, size):
@@ -165,12 +129,11 @@ def load_head(draft: Any, settings: dict[str, Any], tensors: dict[str, torch.Ten
     head = CorrectionHead(**{name: settings[name] for name in HEAD_SETTINGS})
     head.load_state_dict(tensors)
     devices = [parameter.device for parameter in draft.parameters()]
-    real = next((device for device in devices if device.type != "meta"), torch.device("cpu"))
-    draft.correction_head = head.to(real, draft.dtype).eval()
-    expected = torch.tensor(settings["base_signature"])
+    device = next((device for device in devices if device.type != "meta"), torch.device("cpu"))
+    draft.correction_head = head.to(device, draft.dtype).eval()
     if any(device.type == "meta" for device in devices):  # Offloaded, or without weights: nothing to compare with.
         return
-    got = torch.tensor(signature_of(draft))
+    expected, got = torch.tensor(settings["base_signature"]), torch.tensor(signature_of(draft))
     if torch.nn.functional.cosine_similarity(expected, got, dim=0) < LEAST_COSINE:
         draft.correction_head = None
         raise ValueError(
@@ -180,7 +143,19 @@ def load_head(draft: Any, settings: dict[str, Any], tensors: dict[str, torch.Ten
         )
 
 
+@torch.no_grad()
+def signature_of(draft: Any) -> list[float]:
+    """A few last hidden states for fixed tokens and two masks, which tell the draft's weights from others."""
+    was_training = draft.training
+    mask = draft.mask_token_id
+    ids = torch.tensor([[1, 2, 3, 4, mask, mask]], device=draft.get_input_embeddings().weight.device)
+    hidden = draft.eval().base_model(input_ids=ids, use_cache=False).last_hidden_state
+    draft.train(was_training)
+    return [float(f"{value:.4g}") for value in hidden[0, -2:, :32].float().flatten().tolist()]
+
+
 def load_vocabulary(draft: Any, settings: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """Attach a saved trimmed vocabulary; its rows are copied from the draft's LM head."""
     vocab_size = draft.config.get_text_config().vocab_size
     if settings["vocab_size"] != vocab_size:
         raise ValueError(
@@ -188,11 +163,3 @@ def load_vocabulary(draft: Any, settings: dict[str, Any], tensors: dict[str, tor
             "to another draft: trim this one's, or pass `trimmed_vocabulary=False`."
         )
     draft.trimmed_vocabulary = TrimmedVocabulary(draft, tensors["token_ids"])
-
-
-LOADERS = {CORRECTION_HEAD: load_head, TRIMMED_VOCABULARY: load_vocabulary}
-
-
-def needs_hidden_states(draft: PreTrainedModel) -> bool:
-    """Whether proposals are made from a draft's last hidden states and not from its logits alone."""
-    return any(getattr(draft, part, None) is not None for part in PARTS)

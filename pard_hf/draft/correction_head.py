@@ -1,10 +1,11 @@
-"""A small sequential head on the parallel draft: what stands at a place may depend on the token chosen before it.
+"""A small sequential head on the parallel draft: logits at a position may depend on the token chosen before it.
 
-The K predictions of one parallel forward are marginals, none of which knows what the others chose. This head adds to
-the logits at depth k >= 1 a correction `W (E[x] * sigmoid(G h))`, with x the token chosen before (on a tree: the
-parent), h the draft's last hidden state at that place and a rank of 64 to 256: K products so small that they cost
-little beside the draft's one forward. Related: Domino (https://huggingface.co/papers/2605.29707), DSpark
-(https://huggingface.co/papers/2607.05147). Knows tensors; knows nothing of decoding and of files.
+The K predictions of one parallel forward are marginals, independent of each other. This head adds to the logits at
+depth k >= 1 a correction `W (E[x] * sigmoid(G h))`, with x the token chosen before (on a tree: the parent), h the
+draft's last hidden state at that position and a rank of 64 to 256: K small products beside the draft's one forward.
+Related: Domino (https://huggingface.co/papers/2605.29707), DSpark (https://huggingface.co/papers/2607.05147).
+
+Shapes: B batch size, K positions, V vocabulary size, C `num_candidates`, F tokens that one position may follow.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ DEFAULT_RANK, DEFAULT_NUM_CANDIDATES = 128, 64
 
 
 class CorrectionHead(nn.Module):
-    """The correction, as weights; one that was not trained yet corrects nothing.
+    """The weights of the correction, which is zero until they are trained.
 
     Args:
         vocab_size (`int`) and hidden_size (`int`):
@@ -26,7 +27,7 @@ class CorrectionHead(nn.Module):
         rank (`int`, *optional*, defaults to 128):
             Width of the head.
         num_candidates (`int`, *optional*, defaults to 64):
-            How many of a place's most likely tokens are corrected while drafting; training corrects all of them.
+            How many of a position's most likely tokens are corrected while drafting; training corrects all of them.
     """
 
     def __init__(
@@ -48,22 +49,12 @@ class CorrectionHead(nn.Module):
         nn.init.zeros_(self.output.weight)
 
     def forward(self, hidden: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
-        """What is added to the logits of whole rows, as training does it.
-
-        Args:
-            hidden (`torch.FloatTensor` of shape `(num_rows, hidden_size)`):
-                The draft's last hidden states.
-            previous (`torch.LongTensor` of shape `(num_rows,)`):
-                The token before the one that each row predicts.
-
-        Returns:
-            `torch.FloatTensor` of shape `(num_rows, vocab_size)`.
-        """
+        """Return what training adds to the logits, `[rows, V]`, for hidden states and the tokens before, `[rows]`."""
         return self.output(self.previous(previous) * self.gate(hidden).sigmoid())
 
     @torch.no_grad()
     def resized(self, vocab_size: int) -> CorrectionHead:
-        """The same head for more rows or fewer; new ones are neither corrected nor correct anything."""
+        """Copy the head to another vocabulary size; new tokens are not corrected and correct nothing."""
         head = CorrectionHead(vocab_size, self.hidden_size, self.rank, self.num_candidates)
         head.to(self.gate.weight.device, self.gate.weight.dtype)
         head.gate.load_state_dict(self.gate.state_dict())
@@ -73,35 +64,28 @@ class CorrectionHead(nn.Module):
         return head
 
 
-class CorrectedPlaces:
-    """The places of one round, with what is needed to correct each once the token before it is known.
+class CorrectedPositions:
+    """The positions of one round, ready to be corrected one by one as the tokens before them are chosen.
 
     Args:
-        head ([`CorrectionHead`]):
-            The head.
         hidden (`torch.FloatTensor` of shape `(batch_size, K, hidden_size)`):
             The draft's last hidden states.
         scores (`torch.FloatTensor` of shape `(batch_size, K, vocab_size)`):
-            Its logits.
+            Its logits, with as many columns as the target has.
     """
 
     def __init__(self, head: CorrectionHead, hidden: torch.Tensor, scores: torch.Tensor):
-        # A draft may be spread over devices; the head lies on one.
-        weight = head.gate.weight
+        weight = head.gate.weight  # A draft may be spread over devices; the head lies on one.
         self.head, self.scores = head, scores.to(weight.device, torch.float32)
         self.gates = head.gate(hidden.to(weight)).sigmoid()
         self.best, self.candidates = self.scores.topk(min(head.num_candidates, scores.shape[-1]), dim=-1)
-        # A target may have more rows than the draft; nobody proposes them, and no row of the head is theirs.
+        # Tokens that only a larger target has are never proposed, and the head has no rows for them.
         self.columns = self.candidates.clamp(max=head.vocab_size - 1)
-        # What all other tokens weigh together, uncorrected.
+        # The uncorrected mass of all other tokens.
         self.rest = self.scores.scatter(-1, self.candidates, -torch.inf).logsumexp(dim=-1)
 
-    @property
-    def num_depths(self) -> int:
-        return self.scores.shape[1]
-
     def correction(self, depth: int, previous: torch.Tensor) -> torch.Tensor:
-        """Corrections `[B, F, C]` of a depth's candidates after each of the tokens `[B, F]`."""
+        """Return the corrections `[B, F, C]` of a depth's candidates after each of the tokens `[B, F]`."""
         previous = previous.clamp(max=self.head.vocab_size - 1)
         inputs = self.head.previous(previous) * self.gates[:, depth : depth + 1]
         correction = (inputs @ self.head.output.weight[self.columns[:, depth]].mT).float()
@@ -110,7 +94,7 @@ class CorrectedPlaces:
         return correction.masked_fill(self.candidates[:, depth : depth + 1] >= self.head.vocab_size, 0.0)
 
     def logprobs(self, depth: int, previous: torch.Tensor | None) -> torch.Tensor:
-        """Log-probabilities `[B, F, C]` of a depth's candidates; those of depth 0 depend on nothing."""
+        """Return log-probabilities `[B, F, C]` of a depth's candidates; at depth 0 `previous` is `None` and F is 1."""
         scores = self.best[:, depth : depth + 1]
         if previous is not None:
             scores = scores + self.correction(depth, previous)
@@ -118,18 +102,13 @@ class CorrectedPlaces:
         return scores - torch.logaddexp(scores.logsumexp(dim=-1), rest).unsqueeze(-1)
 
     def chain(self, choose: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Choose place by place, each knowing the one before it.
+        """Choose position by position; return tokens `[B, K]` and the logits `[B, K, V]` they were chosen from.
 
-        Args:
-            choose (`Callable`):
-                From the logits of a place, `[B, vocab_size]`, to tokens `[B]`.
-
-        Returns:
-            Tokens `[B, K]` and the logits `[B, K, vocab_size]` they were chosen from.
+        `choose` goes from the logits of a position, `[B, V]`, to tokens `[B]`.
         """
-        tokens, rows = [choose(self.scores[:, 0])], [self.scores[:, 0]]
-        for depth in range(1, self.num_depths):
+        tokens, scores = [choose(self.scores[:, 0])], [self.scores[:, 0]]
+        for depth in range(1, self.scores.shape[1]):
             correction = self.correction(depth, tokens[-1].unsqueeze(1)).squeeze(1)
-            rows.append(self.scores[:, depth].scatter_add(-1, self.candidates[:, depth], correction))
-            tokens.append(choose(rows[-1]))
-        return torch.stack(tokens, dim=1), torch.stack(rows, dim=1)
+            scores.append(self.scores[:, depth].scatter_add(-1, self.candidates[:, depth], correction))
+            tokens.append(choose(scores[-1]))
+        return torch.stack(tokens, dim=1), torch.stack(scores, dim=1)

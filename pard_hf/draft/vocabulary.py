@@ -1,10 +1,8 @@
-"""From last hidden states to logits, apart from a model's forward.
+"""The LM head apart from a model's forward, and drafting over a part of the vocabulary.
 
-Drafting over a part of the vocabulary: a smaller head product, and the output stays what it was.
-
-VocabTrim, https://huggingface.co/papers/2506.22694: tokens that a target hardly ever says need no logit of the
-draft's. A token that is never proposed costs a round its rest; no token is ever lost, for the target verifies over
-all of its own. Knows a head's rows; knows nothing of decoding and of files.
+VocabTrim, https://huggingface.co/papers/2506.22694: tokens that a target hardly ever emits need no logit of the
+draft's. A token that is never proposed may cost the rest of a round and is not lost, since the target verifies over
+its whole vocabulary.
 """
 
 from __future__ import annotations
@@ -23,10 +21,9 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 
 
 def head_of(model: PreTrainedModel, head: Head | None = None) -> Head:
-    """From last hidden states to logits, as the model's own forward does it: its head, then what some families add.
+    """Return the function from last hidden states to logits: the LM head (or `head`), then the family's transform.
 
-    Gemma caps logits, Cohere multiplies and Granite divides them; `check_head` finds the family that does otherwise.
-    With `head`, that one is taken instead of the model's.
+    Gemma caps logits, Cohere multiplies and Granite divides them; `check_head` finds families that do otherwise.
     """
     config, head = model.config.get_text_config(), head or model.get_output_embeddings()
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
@@ -41,7 +38,7 @@ def head_of(model: PreTrainedModel, head: Head | None = None) -> Head:
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
-    """Raise a `ValueError` where a model's logits are something else than its head's output as `head_of` knows it."""
+    """Raise a `ValueError` where the logits of a model's forward are not those of `head_of`."""
     was_training = model.training
     ids = torch.tensor([[1, 2]], device=input_device(model))
     expected = model.eval()(input_ids=ids, use_cache=False).logits.float()
@@ -56,13 +53,9 @@ def check_head(model: PreTrainedModel) -> None:
 
 
 class TrimmedVocabulary(nn.Module):
-    """The rows of a draft's head that are kept.
+    """The kept rows of a draft's LM head: a copy, which does not follow the draft through training.
 
-    Args:
-        model ([`PreTrainedModel`]):
-            The draft, whose rows are copied; they do not follow it through training.
-        token_ids (`torch.LongTensor` of shape `(num_kept,)`):
-            Ids that may be proposed, ascending.
+    `token_ids` (`[num_kept]`, ascending) are the ids that may be proposed.
     """
 
     token_ids: torch.Tensor
@@ -81,7 +74,7 @@ class TrimmedVocabulary(nn.Module):
                 self.head.bias = nn.Parameter(bias[token_ids].clone(), requires_grad=False)
 
     def logits(self, model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-        """From last hidden states `(..., hidden_size)` to logits `(..., vocab_size)`, -inf where nothing was kept."""
+        """Map last hidden states `[..., hidden_size]` to logits `[..., vocab_size]`, -inf at tokens not kept."""
         kept = head_of(model, self.head)(hidden.to(self.head.weight.device))
         whole = kept.new_full((*kept.shape[:-1], self.vocab_size), -torch.inf)
         return whole.index_copy(-1, self.token_ids, kept)
@@ -90,19 +83,9 @@ class TrimmedVocabulary(nn.Module):
 def kept_token_ids(
     kept: Iterable[int] | str | Path, vocab_size: int, mask_token_id: int, keep: int | None = None
 ) -> torch.Tensor:
-    """Ids to keep, ascending.
+    """Return the ids to keep, ascending and without the mask token, which is never proposed.
 
-    Args:
-        kept (`Iterable[int]` or `str`):
-            The ids, or a file of counts as `pard data` writes it: a JSON object with `token_counts`, from ids to how
-            often the target said them.
-        vocab_size (`int`) and mask_token_id (`int`):
-            Of the draft; its mask token is never proposed.
-        keep (`int`, *optional*):
-            How many, the most frequent first; all of them by default.
-
-    Raises:
-        ValueError: There are none, one lies outside the vocabulary, or the file holds no counts.
+    `kept` and `keep` are as [`PardDraftModel.trim_vocabulary`] takes them; raises a `ValueError` as that does.
     """
     if isinstance(kept, str | Path):
         counts = read_counts(Path(kept))
@@ -121,7 +104,7 @@ def kept_token_ids(
 
 
 def read_counts(file: Path) -> dict[int, int]:
-    """Counts of tokens from a JSON file."""
+    """Read how often a target emitted each token id, from the JSON file that `pard data` writes."""
     try:
         counts = json.loads(file.read_text(encoding="utf-8"))["token_counts"]
         return {int(token): int(count) for token, count in counts.items()}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ import torch
 from ..generation.mixin import with_pard
 from ..generation.stats import DecodingStats
 from ..host import end_token_ids, input_device, pad_token_id, sharing_weights, without_head
+from ..tokens import encode_prompt
 from .metrics import repeated_share
-from .prompts import make_batches
+from .prompts import choose_rows, load_prompts, make_batches
 
 
 @dataclass
@@ -83,3 +85,41 @@ class AcceptanceEvaluator:
     def repeated_4gram_share(self, name: str) -> float:
         """Share of repeated 4-grams in the answers of a set, to read beside its acceptance."""
         return repeated_share(self.texts[name])
+
+
+def prepare_evaluator(settings: Any, tokenizer: Any, longest: int) -> Callable[[Any], AcceptanceEvaluator]:
+    """Read and encode the prompts of `pard train` before weights are loaded; returns the evaluator of a target.
+
+    Args:
+        settings ([`TrainingSettings`]):
+            Prompt sets, their limits, and K.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Of both models.
+        longest (`int`):
+            Positions that both models have.
+
+    Raises:
+        ValueError: Two sets have one name, a prompt is empty, or prompt and answer exceed `longest`.
+    """
+    prompts = dict[str, list[list[int]]]()
+    for source in settings.eval_prompts:
+        name, rows = load_prompts(source)
+        if name in prompts:
+            raise ValueError(f"Expected prompt sets of different names, got {name!r} twice. Rename a file.")
+        texts = [rows[index]["prompt"] for index in choose_rows(rows, settings.eval_limit, settings.seed)]
+        if not texts or not all(text.strip() for text in texts):
+            raise ValueError(f"Expected prompts with words to evaluate on in {source!r}, got an empty one.")
+        prompts[name] = [encode_prompt(tokenizer, text) for text in texts]
+    most = max(len(ids) for rows in prompts.values() for ids in rows)
+    if most + settings.eval_max_new_tokens > longest:
+        raise ValueError(
+            f"Expected evaluation prompts and answers within the {longest} positions of both models, got a prompt of "
+            f"{most} tokens and `--eval-max-new-tokens {settings.eval_max_new_tokens}`. Shorten either."
+        )
+    return partial(
+        AcceptanceEvaluator,
+        prompts=prompts,
+        num_assistant_tokens=settings.num_assistant_tokens or settings.num_draft_tokens,
+        max_new_tokens=settings.eval_max_new_tokens,
+        batch_size=settings.eval_batch_size,
+    )

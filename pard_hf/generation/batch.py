@@ -68,7 +68,7 @@ class Role:
     ) -> torch.Tensor:
         """Run `input_ids` or `inputs_embeds` at `positions` `[B, q]`; returns the last `num_logits` rows of logits.
 
-        With `on_path` the last columns are nodes of a tree; see [`SlotCache.place`].
+        With `on_path` the last columns are nodes of a tree; see [`SlotCache.prepare`].
         """
         arguments = self.arguments(positions, num_visible, on_path, inputs)
         if self.takes_num_logits:
@@ -82,7 +82,9 @@ class Role:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Of a draft: logits of the last `num_places` rows, and their hidden states where a head asks for them."""
         model: Any = self.model
-        found = model.places(num_places, **self.arguments(positions, num_visible, None, {"input_ids": input_ids}))
+        found = model.position_logits(
+            num_places, **self.arguments(positions, num_visible, None, {"input_ids": input_ids})
+        )
         self.cache.slots.flat_rows = None
         return found
 
@@ -91,7 +93,7 @@ class Role:
     ) -> dict[str, Any]:
         """What a forward over the cache takes."""
         positions = positions.to(self.device)
-        mask = self.cache.place(positions, num_visible, on_path)
+        mask = self.cache.prepare(positions, num_visible, on_path)
         if self.is_eager_attention:
             mask = as_additive(mask, self.model.dtype)
         return {

@@ -97,7 +97,7 @@ class SlotLayer(CacheLayerMixin):
         """Write `[batch_size, num_heads, query_length, head_dim]` where the cache said; return all visible slots."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.slots.flat_rows is not None, "`place` comes before a forward"
+        assert self.slots.flat_rows is not None, "`prepare` comes before a forward"
         rows = self.slots.flat_rows.to(self.device)
         self.keys = self.written(self.keys, rows, key_states)
         self.values = self.written(self.values, rows, value_states)
@@ -195,7 +195,7 @@ class SlotCache(Cache):
                 layer.keys.zero_()
                 layer.values.zero_()
 
-    def place(
+    def prepare(
         self, positions: torch.Tensor, num_visible: int, on_path: torch.Tensor | None = None
     ) -> torch.Tensor | dict[str, torch.Tensor]:
         """Say where the next forward writes, and return the attention mask it needs.
@@ -261,7 +261,7 @@ class SlotCache(Cache):
             kept = theirs.keys.shape[-2]
             if kept == 0:
                 continue
-            self.place(positions[:, positions.shape[1] - kept :], self.num_slots)
+            self.prepare(positions[:, positions.shape[1] - kept :], self.num_slots)
             ours.update(theirs.keys, theirs.values)
 
     def append_to(self, cache: DynamicCache, positions: torch.Tensor) -> None:
@@ -278,7 +278,7 @@ class SlotCache(Cache):
 def branching(
     positions: torch.Tensor, on_path: torch.Tensor, slot: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Slots of text and nodes, the position in each slot, and who sees whom but for windows; see `SlotCache.place`.
+    """Slots of text and nodes, the position in each slot, and who sees whom but for windows; see `SlotCache.prepare`.
 
     Returns:
         Slots `[B, q]`, positions `[B, 1, 1, num_visible]` and a mask `[B, 1, q, num_visible]`.

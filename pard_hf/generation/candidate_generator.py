@@ -98,7 +98,7 @@ class PardCandidateGenerator(CandidateGenerator):
             0 for the prompt's left padding.
         sampling ([`StockSampling`], *optional*):
             Of a sampled call; told how far the text has grown.
-        eos_token_id (`torch.LongTensor`, *optional*):
+        eos_token_id (`list[int]`, *optional*):
             End tokens of the call: nothing is proposed behind one.
     """
 
@@ -112,7 +112,7 @@ class PardCandidateGenerator(CandidateGenerator):
         vocab_size: int,
         attention_mask: torch.Tensor | None = None,
         sampling: StockSampling | None = None,
-        eos_token_id: torch.Tensor | None = None,
+        eos_token_id: list[int] | None = None,
     ):
         self.draft = draft
         self.num_assistant_tokens = num_assistant_tokens

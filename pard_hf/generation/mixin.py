@@ -21,7 +21,7 @@ from ..draft.model import PardDraftModel
 from ..host import (
     CACHE_NAME,
     cache_in,
-    end_token_tensor,
+    end_token_ids,
     input_device,
     is_callers,
     is_refused_by_stock_loop,
@@ -43,9 +43,9 @@ from .validation import (
     check_pair,
     check_prompt,
     full_attention_mask,
-    why_no_blocks,
-    why_no_draft,
-    why_not_slots,
+    unsupported_by_any_loop,
+    unsupported_by_own_loop,
+    unsupported_by_stock_loop,
 )
 
 
@@ -191,8 +191,8 @@ class PardGenerationMixin(GenerationMixin):
             "streamer": streamer,
         }
         length = mask.shape[1] + max_length - input_ids.shape[1]
-        no_draft = why_no_draft(self, length, generation_config, model_kwargs)
-        no_slots = why_not_slots(
+        no_draft = unsupported_by_any_loop(self, length, generation_config, model_kwargs)
+        no_slots = unsupported_by_own_loop(
             self, draft, mask, length, generation_config, synced_gpus, model_kwargs, settings.keywords
         )
         if no_draft is None and no_slots is None:
@@ -204,7 +204,7 @@ class PardGenerationMixin(GenerationMixin):
                 return self._collect(decoder, generation_config, model_kwargs)
         prepared["synced_gpus"] = synced_gpus
         if no_draft is None:
-            no_draft = why_no_blocks(self)
+            no_draft = unsupported_by_stock_loop(self)
         stock_is_exact = (
             no_draft is None
             and len(input_ids) == 1
@@ -333,7 +333,7 @@ class PardGenerationMixin(GenerationMixin):
             self.config.get_text_config().vocab_size,
             kwargs["model_kwargs"].get("attention_mask"),
             bound.sampling,
-            end_token_tensor(config),
+            end_token_ids(config),
         )
         bound.generators.append(generator)
         return generator

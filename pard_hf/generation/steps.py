@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..draft.correction_head import CorrectedPlaces
+from ..draft.correction_head import CorrectedPositions
 from ..draft.model import best
 from .batch import Role, Rows
 from .sampling import count_emitted, verify_greedy, verify_sample_and_match
@@ -66,7 +66,7 @@ def proposals_from(
     if hidden is None or draft.correction_head is None:
         tree = tree_of_marginals(scores, tree_size)
     else:
-        places = CorrectedPlaces(draft.correction_head, hidden, scores)
+        places = CorrectedPositions(draft.correction_head, hidden, scores)
         tree = best_prefixes(places.candidates, places.logprobs, tree_size)
     tree = Tree(*(values.to(device) for values in tree))
     return Proposals(tree.tokens, num_drafts, tree=tree, on_path=ancestors(tree, num_drafts))

@@ -10,10 +10,9 @@ What a call must satisfy before anything is touched, and in words what to do whe
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -26,6 +25,7 @@ from ..host import (
     cache_argument,
     cache_in,
     check_num_assistant_tokens,
+    compare_tokenizers,
     forward_parameters,
     input_device,
     is_callers,
@@ -56,7 +56,7 @@ over_slots: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 over_blocks: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
-def why_other_logits(model: PreTrainedModel) -> str | None:
+def unsupported_by_slot_cache(model: PreTrainedModel) -> str | None:
     """Say that a model's logits over our cache are not those of a plain forward; `None` when they are."""
     if is_tested() and not takes_code_from_elsewhere(model):
         return None
@@ -65,7 +65,7 @@ def why_other_logits(model: PreTrainedModel) -> str | None:
     return f"Over our cache `{type(model).__name__}` has other logits than over its own"
 
 
-def why_no_blocks(model: PreTrainedModel) -> str | None:
+def unsupported_by_stock_loop(model: PreTrainedModel) -> str | None:
     """Say that a model cannot read several tokens behind a cache as it reads them one by one; `None` when it can.
 
     Only models that count positions by their cache are looked at.
@@ -128,7 +128,9 @@ def logits_over_blocks(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tenso
 
 
 # Vocabularies of one family are padded to multiples of 64 to 1024 rows; a larger difference is another tokenizer.
-MOST_PADDING_ROWS = 1024
+MAX_PADDING_ROWS = 1024
+# Of each target the drafts that were found to share its tokenizer.
+compared: WeakKeyDictionary[PreTrainedModel, WeakSet[PreTrainedModel]] = WeakKeyDictionary()
 # Model arguments our loop makes itself; where the caller passes any other (images, token types …) another loop takes
 # over. What transformers adds on its own is no concern: it adds more in every version.
 KNOWN_KEYWORDS = {
@@ -169,7 +171,8 @@ def check_pair(
 ) -> None:
     """Raise a `ValueError` unless draft and target share a tokenizer and have room for K proposals.
 
-    Text cannot become wrong either way; this is about drafting at all. Rows that only pad a vocabulary may differ.
+    The output is exact either way; other tokenizers would only make every proposal wrong. They are compared when a
+    pair is first met. Rows that only pad a vocabulary may differ.
     """
     if drops_caches(draft):
         raise ValueError(
@@ -177,81 +180,62 @@ def check_pair(
             "`draft.eval()` or `draft.gradient_checkpointing_disable()` first."
         )
     check_num_assistant_tokens(num_assistant_tokens, target.config, draft.config)
+    if draft in compared.setdefault(target, WeakSet()):
+        return
+    if tokenizer is None or draft_tokenizer is None:
+        tokenizer, draft_tokenizer = (saved_tokenizer(model) for model in (target, draft))
     if tokenizer is not None and draft_tokenizer is not None:
-        compare_vocabularies(regular_vocabulary(tokenizer), regular_vocabulary(draft_tokenizer))
-        return
-    saved = [saved_tokenizer(model.config.name_or_path) for model in (target, draft)]
-    if saved[0] is not None and saved[1] is not None:
-        compare_saved(saved[0], saved[1])
-        return
-    sizes = [model.config.get_text_config().vocab_size for model in (target, draft)]
-    if abs(sizes[0] - sizes[1]) > MOST_PADDING_ROWS or (min(sizes) < MOST_PADDING_ROWS and sizes[0] != sizes[1]):
-        raise ValueError(
-            f"Expected draft and target to share a tokenizer, got vocabularies of {sizes[1]} and {sizes[0]} rows. Use "
-            "the draft of the target's family; if only padding rows differ, pass `tokenizer=` and "
-            "`assistant_tokenizer=` to show it."
+        check_tokenizers(draft_tokenizer, tokenizer)
+    else:
+        check_vocabulary_sizes(draft, target)
+    compared[target].add(draft)
+
+
+def check_tokenizers(draft: Any, target: Any) -> None:
+    """Raise a `ValueError` where two tokenizers give one id two meanings, or neither vocabulary holds the other."""
+    difference = compare_tokenizers(draft, target, with_added_tokens=False)
+    problem = difference.conflict
+    if problem is None and difference.num_draft_only and difference.num_target_only:
+        problem = (
+            f"{difference.num_draft_only} ids are the draft's alone and {difference.num_target_only} the target's"
         )
+    if problem is not None:
+        raise ValueError(
+            f"Expected draft and target to share a tokenizer, but {problem}. Use the draft of the target's family."
+        )
+
+
+def check_vocabulary_sizes(draft: PreTrainedModel, target: PreTrainedModel) -> None:
+    """Raise a `ValueError` where two models whose tokenizers are not at hand differ by more than padding rows."""
+    ours, theirs = (model.config.get_text_config().vocab_size for model in (draft, target))
+    if abs(ours - theirs) > MAX_PADDING_ROWS or (min(ours, theirs) < MAX_PADDING_ROWS and ours != theirs):
+        raise ValueError(
+            f"Expected draft and target to share a tokenizer, got vocabularies of {ours} and {theirs} rows. Use the "
+            "draft of the target's family; if only padding rows differ, pass `tokenizer=` and `assistant_tokenizer=` "
+            "to show it."
+        )
+
+
+def saved_tokenizer(model: PreTrainedModel) -> Any:
+    """Load the tokenizer beside a model's weights, from their folder or the Hub's cache; `None` without one."""
+    name = model.config.name_or_path
+    if not name:
+        return None
+    folder = Path(name)
+    if not (folder / "tokenizer.json").is_file():
+        try:
+            cached = try_to_load_from_cache(name, "tokenizer.json")
+        except HFValidationError:  # A folder without a tokenizer, not a Hub id.
+            return None
+        if not isinstance(cached, str):
+            return None
+        folder = Path(cached).parent
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def drops_caches(model: PreTrainedModel) -> bool:
     """Say whether a model computes without a cache, as layers under gradient checkpointing do while training."""
     return model.training and getattr(model, "is_gradient_checkpointing", False)
-
-
-def compare_vocabularies(target: dict[str, int], draft: dict[str, int]) -> None:
-    """Raise a `ValueError` at the first id that two vocabularies read differently."""
-    by_id = {index: token for token, index in target.items()}
-    for token, index in sorted(draft.items(), key=lambda item: item[1]):
-        if by_id.get(index, token) != token:
-            raise ValueError(
-                f"Expected draft and target to share a tokenizer, but id {index} is {token!r} for the draft and "
-                f"{by_id[index]!r} for the target. Use the draft of the target's family."
-            )
-    shared, smaller = len(target.keys() & draft.keys()), min(len(target), len(draft))
-    if shared < smaller:
-        raise ValueError(
-            f"Expected draft and target to share a tokenizer, but only {shared} of {smaller} tokens are in both. Use "
-            "the draft of the target's family."
-        )
-
-
-def regular_vocabulary(tokenizer: Any) -> dict[str, int]:
-    """Tokens that text is made of; families rename reserved and special ones from release to release."""
-    special = set(tokenizer.added_tokens_decoder)
-    return {token: index for token, index in tokenizer.get_vocab().items() if index not in special}
-
-
-class SavedTokenizer(NamedTuple):
-    """A tokenizer file, with what tells a changed one from the one seen before."""
-
-    file: Path
-    modified: int
-    size: int
-
-
-def saved_tokenizer(name_or_path: str | None) -> SavedTokenizer | None:
-    """The tokenizer beside a model's weights, in their folder or in the Hub's cache; `None` where there is none."""
-    if not name_or_path:
-        return None
-    file = Path(name_or_path) / "tokenizer.json"
-    if not file.is_file():
-        try:
-            cached = try_to_load_from_cache(name_or_path, "tokenizer.json")
-        except HFValidationError:  # A folder without a tokenizer, not a Hub id.
-            return None
-        if not isinstance(cached, str):
-            return None
-        file = Path(cached)
-    status = file.stat()
-    return SavedTokenizer(file, status.st_mtime_ns, status.st_size)
-
-
-@lru_cache(maxsize=8)
-def compare_saved(target: SavedTokenizer, draft: SavedTokenizer) -> None:
-    """Compare two tokenizer files, once for each pair that agrees: `generate()` asks at every call."""
-    compare_vocabularies(
-        *(regular_vocabulary(AutoTokenizer.from_pretrained(saved.file.parent)) for saved in (target, draft))
-    )
 
 
 def full_attention_mask(
@@ -307,7 +291,7 @@ def check_prompt(
             )
 
 
-def why_no_draft(
+def unsupported_by_any_loop(
     target: PreTrainedModel, length: int, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
 ) -> str | None:
     """Say why no loop with a draft gives the text of plain decoding; `None` when one does."""
@@ -343,7 +327,7 @@ def smallest_window(model: PreTrainedModel) -> int | None:
     return min((layer.sliding_window for layer in layers if type(layer) is DynamicSlidingWindowLayer), default=None)
 
 
-def why_not_slots(
+def unsupported_by_own_loop(
     target: PreTrainedModel,
     draft: PardDraftModel,
     mask: torch.Tensor,
@@ -389,7 +373,7 @@ def why_not_slots(
     if window is not None and length > window and has_padding_inside(mask):
         # A row that ended before others did leaves some for the next turn. transformers' windows are of columns.
         return f"Padding inside a row counts in the sliding window of {window}"
-    return why_other_logits(target)
+    return unsupported_by_slot_cache(target)
 
 
 def has_padding_inside(mask: torch.Tensor) -> bool:

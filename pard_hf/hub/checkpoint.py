@@ -16,8 +16,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ..draft.addons import PART_FILES
-from ..draft.model import OTHER_MASK_KEYS
+from ..draft.addons import ADDON_FILES
 from .errors import hub_errors
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -33,7 +32,7 @@ TOKENIZER_FILES = (
     "additional_chat_templates/*",
 )
 TARGET_FILES = ("config.json", *TOKENIZER_FILES)
-DRAFT_FILES = (*TARGET_FILES, *PART_FILES, "generation_config.json", "*.safetensors", INDEX_FILE)
+DRAFT_FILES = (*TARGET_FILES, *ADDON_FILES, "generation_config.json", "*.safetensors", INDEX_FILE)
 
 
 def local_folder(name: str | Path, patterns: tuple[str, ...], **kwargs: Any) -> Path:
@@ -189,32 +188,3 @@ def vocabulary_tensors(folder: Path) -> list[str]:
         modules.append(model.get_output_embeddings())
     names = {id(module): name for name, module in model.named_modules()}
     return [f"{names[id(module)]}.weight" for module in modules if module is not None]
-
-
-def mend_checkpoint(folder: Path) -> None:
-    """Leave a folder that was just written as engines read it: one mask key, every word for the rope, open files."""
-    mend_config(folder)
-    share_weights(folder)
-
-
-def mend_config(folder: Path) -> None:
-    """Leave one mask key in config.json and no other method's K; say the rope as transformers 4 reads it, too."""
-    config = without_keys(read_json(folder, "config.json"), (*OTHER_MASK_KEYS, "n_predict"))
-    config |= legacy_rope(config)
-    content = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    (folder / "config.json").write_text(content, encoding="utf-8")
-
-
-def share_weights(folder: Path) -> None:
-    """Let whoever may read the config read the weights: safetensors writes files for their owner only."""
-    for path in folder.glob("*.safetensors"):
-        path.chmod((folder / "config.json").stat().st_mode)
-
-
-def without_keys(value: Any, keys: tuple[str, ...]) -> Any:
-    """A JSON value without the given keys, at any depth."""
-    if isinstance(value, dict):
-        return {key: without_keys(part, keys) for key, part in value.items() if key not in keys}
-    if isinstance(value, list):
-        return [without_keys(part, keys) for part in value]
-    return value

@@ -28,9 +28,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..draft.addons import CORRECTION_HEAD, SETTINGS_FILE
+from ..draft.known_drafts import KNOWN_DRAFTS, KnownDraft
 from ..loading import bundled_pair
 from .checkpoint import local_folder, read_json, tensor_shapes, weight_files
-from .known_drafts import KNOWN_DRAFTS, KnownDraft, find_known_draft
 
 REPOSITORY = "[AMD-AGI/PARD, README](https://github.com/AMD-AGI/PARD)"
 PAPER = "[paper](https://huggingface.co/papers/2504.18583) v4, through notes of third parties"
@@ -204,7 +204,7 @@ def card_source(name: str, results: Sequence[str | Path] = (), **said: Any) -> C
     """
     fields = {key: said.pop(key) for key in ("target", "tags") if said.get(key)}
     metadata = {key: value for key, value in said.items() if value}
-    known = find_known_draft(name)
+    known = next((draft for draft in KNOWN_DRAFTS if draft.name == name), None)
     if known is not None:
         return known_source(known, results, metadata, fields)
     is_bundled = name in BUNDLED

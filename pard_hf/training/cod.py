@@ -1,11 +1,9 @@
-"""Conditional drop-token: which (anchor, depth) rows are trained, and who may attend to whom.
+"""Conditional drop-token (COD): which (anchor, depth) training rows are kept, and which of them they attend to.
 
-Pure functions of tensors; knows no model and no text. A row `(a, d)` reads the real tokens up to anchor `a` and then
-`d` mask tokens of its own chain; it sits at position `a + d` and predicts token `a + d + 1`. Depth 0 is ordinary
-next-token prediction. A mask row can only be computed with its whole chain `(a, 1) … (a, d)`, so dropping is
-conditional: an anchor kept at depth `d` was kept at depth `d - 1`. Only kept rows are ever built.
-
-Method: https://huggingface.co/papers/2504.18583, COnditional Drop-token (COD).
+A training row `(a, d)` reads the real tokens up to anchor `a` and `d` mask tokens of its own chain, has position
+`a + d` and predicts token `a + d + 1`; depth 0 is next-token prediction. Row `(a, d)` needs its whole chain
+`(a, 1) … (a, d)`, so dropping is conditional: an anchor kept at depth `d` was kept at depth `d - 1`. Only kept rows
+are ever built. Method: PARD, https://huggingface.co/papers/2504.18583.
 """
 
 from __future__ import annotations
@@ -20,31 +18,30 @@ def keep_rows(
     min_retention_rate: float,
     generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose the rows of one sequence.
+    """Choose the training rows of one text.
 
     Args:
         is_label (`torch.BoolTensor` of shape `(length,)`):
-            Whether token `i` is to be learned; entry 0 is ignored, for nothing precedes it.
+            Whether token `i` is learned; entry 0 is ignored, since no token precedes it.
         num_draft_tokens (`int`):
-            K_train: depths 0 … K_train - 1 are built.
+            K_train: depths 0 … K_train - 1.
         retention_rate (`float`) and min_retention_rate (`float`):
-            Depth `d` keeps `max(r ** d, r_min)` of the rows that have something to predict there.
+            Depth `d` keeps `max(r ** d, r_min)` of the rows that have a label there.
 
     Returns:
-        Anchors and depths, `torch.LongTensor` of shape `(num_rows,)` each: first every real token in order (depth 0;
-        also those without a label, which others read), then depth by depth the kept mask rows.
+        Anchors and depths, `torch.LongTensor` of shape `(num_rows,)` each: every real token in order (depth 0, with or
+        without a label, since others attend to it), then the kept mask rows depth by depth.
     """
     length = len(is_label)
     anchors, depths = [torch.arange(length)], [torch.zeros(length, dtype=torch.long)]
-    # A chain starts where the first proposal would be learned, and goes on while every token it predicts is.
+    # A chain starts where the first proposal is learned, and ends at the first token that is not.
     chain = torch.arange(length - 1)[is_label[1:]]
     chain = chain[torch.randperm(len(chain), generator=generator)]
     for depth in range(1, num_draft_tokens):
         chain = chain[chain + depth + 1 < length]
         chain = chain[is_label[chain + depth + 1]]
-        whole = int(is_label[depth + 1 :].sum())
-        share = max(retention_rate**depth, min_retention_rate)
-        chain = chain[: round(whole * share)]
+        num_all = int(is_label[depth + 1 :].sum())
+        chain = chain[: round(num_all * max(retention_rate**depth, min_retention_rate))]
         anchors.append(chain.sort().values)
         depths.append(torch.full((len(chain),), depth))
     return torch.cat(anchors), torch.cat(depths)
@@ -53,17 +50,11 @@ def keep_rows(
 def build_rows(
     input_ids: torch.Tensor, is_label: torch.Tensor, anchors: torch.Tensor, depths: torch.Tensor, mask_token_id: int
 ) -> dict[str, torch.Tensor]:
-    """Write out what each row reads, where it sits and what it predicts.
-
-    Args:
-        input_ids (`torch.LongTensor` of shape `(length,)`) and is_label (`torch.BoolTensor` of shape `(length,)`):
-            The sequence and which of its tokens are to be learned.
-        anchors, depths (`torch.LongTensor` of shape `(num_rows,)`):
-            As `keep_rows` returns them.
+    """Build the inputs and labels of the training rows `(anchors, depths)` of one text.
 
     Returns:
-        `input_ids`, `position_ids` and `labels`, each of shape `(num_rows,)`; a label stands at the row that predicts
-        it (no shift to come), -100 where there is none.
+        `input_ids`, `position_ids` and `labels`, each `(num_rows,)`; a label belongs to the row that predicts it (no
+        shift to come) and is -100 where there is none.
     """
     positions = anchors + depths
     following = positions + 1
@@ -78,24 +69,20 @@ def build_rows(
 
 
 def attention_mask(
-    anchors: torch.Tensor,
-    depths: torch.Tensor,
-    starts: torch.Tensor | None = None,
-    rows: slice = slice(None),
+    anchors: torch.Tensor, depths: torch.Tensor, starts: torch.Tensor | None = None, rows: slice = slice(None)
 ) -> torch.Tensor:
-    """Who attends to whom: real tokens of the own text up to the own anchor, and the own chain up to the own depth.
+    """Compute which training rows attend to which; `True` = the row attends to the column.
 
     Args:
         anchors, depths (`torch.LongTensor` of shape `(..., num_rows)`):
-            A padding row has anchor -1; it attends to padding only, and nothing else attends to it.
+            A padding row has anchor -1: it attends to padding only, and only padding attends to it.
         starts (`torch.LongTensor` of shape `(..., num_rows)`, *optional*):
-            Anchor of the first token of each row's text, where several texts are packed into one sequence; 0
-            everywhere by default.
+            Anchor of the first token of each row's text, where several are packed in a sequence; 0 by default.
         rows (`slice`, *optional*):
-            Some of the rows, where the whole mask is too large to be there at once.
+            Compute these rows of the mask only: the whole one may be too large.
 
     Returns:
-        `torch.BoolTensor` of shape `(..., num_rows, num_rows)`, True = the row attends to the column.
+        `torch.BoolTensor` of shape `(..., num_rows, num_rows)`.
     """
     starts = torch.zeros_like(anchors) if starts is None else starts
     row_anchor, row_depth, row_start = (t[..., rows].unsqueeze(-1) for t in (anchors, depths, starts))
@@ -109,9 +96,9 @@ def attends(
     anchor: torch.Tensor,
     depth: torch.Tensor,
 ) -> torch.Tensor:
-    """The rule itself, for any shapes that broadcast: may a row see the row `(anchor, depth)`?
+    """Whether a row attends to `(anchor, depth)`: real tokens of its text up to its anchor, its chain up to its depth.
 
-    Anchors count through a packed sequence, so one text's real tokens lie between its start and the row's anchor.
+    Anchors count through a packed sequence, so the real tokens of a row's text lie between its start and its anchor.
     """
     reads_text = (depth == 0) & (anchor <= row_anchor) & (anchor >= row_start)
     reads_chain = (anchor == row_anchor) & (depth <= row_depth)

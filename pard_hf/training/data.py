@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from ..io import numbered_lines, parse_line, why_no_text
+from ..tokens import encode_prompt, next_prompt, turn_end_ids
 
 logger = logging.getLogger(__name__)
 
@@ -39,28 +40,6 @@ def has_marks(tokenizer: PreTrainedTokenizerBase) -> bool:
     return ANSWER_MARK.search(str(tokenizer.chat_template)) is not None
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
-    """Token ids of a conversation up to the point where an answer begins.
-
-    By the tokenizer's chat template, or, without one, the contents in order behind the tokenizer's own start token,
-    with an end token after each answer.
-    """
-    if tokenizer.chat_template is None:
-        ids = tokenizer("")["input_ids"]
-        for message in messages:
-            ids = ids + tokenizer(message["content"], add_special_tokens=False)["input_ids"]
-            if message["role"] == "assistant" and tokenizer.eos_token_id is not None:
-                ids = [*ids, tokenizer.eos_token_id]
-        return ids
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-
-
-def ending_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids that may end a turn: the end token, and special tokens, for some templates write another one."""
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return special if tokenizer.eos_token_id is None else special | {tokenizer.eos_token_id}
-
-
 def written_answer(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
     """Ids of the last of some messages, an answer, as the template writes it after the prompt, with what ends it."""
     content = tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"]
@@ -71,46 +50,10 @@ def written_answer(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> li
     whole = tokenizer.apply_chat_template(messages, return_dict=False)
     if whole[: len(before)] != before:
         return content + end
-    answer, ends = whole[len(before) :], ending_ids(tokenizer)
+    answer, ends = whole[len(before) :], turn_end_ids(tokenizer)
     last = max((place for place, token in enumerate(answer) if token in ends), default=None)
     # What comes after the end of a turn, a line break say, belongs to the next.
     return answer + end if last is None else answer[: last + 1]
-
-
-def next_prompt(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, past: list[int], answer: list[int]
-) -> list[int]:
-    """Token ids of a conversation up to where its next answer begins, the ids of the last answer kept as they are.
-
-    Args:
-        messages (`list[dict[str, str]]`):
-            The conversation, the last answer and what was asked after it included.
-        past (`list[int]`):
-            Everything before the last answer, the ids of earlier answers as they are.
-        answer (`list[int]`):
-            The last answer, with its end token where it has one; empty where there was none yet.
-
-    Returns:
-        Ids that begin with `past + answer`; or, where the template rewrites earlier turns, ids that do not.
-    """
-    prompt = encode_prompt(tokenizer, messages)
-    if not answer:
-        return prompt
-    last = max(turn for turn, message in enumerate(messages) if message["role"] == "assistant")
-    before = encode_prompt(tokenizer, messages[:last])
-    rest, ends = prompt[len(before) :], ending_ids(tokenizer)
-    if prompt[: len(before)] != before:
-        return prompt
-    if rest[: len(answer)] == answer:
-        return past + rest
-    # Text that is encoded again may cut words elsewhere: the same text stands before the token that ends the turn.
-    stop = next((place for place, token in enumerate(rest) if token in ends), 0)
-    is_ended = answer[-1] in ends
-    spoken = answer[:-1] if is_ended else answer
-    written, said = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (rest[:stop], spoken))
-    if written != said:
-        return prompt  # Trimmed, or its thinking dropped: what the target is asked with is what the template says.
-    return past + answer + rest[stop + is_ended :]
 
 
 def encode_marked(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> dict[str, list[int]]:
@@ -341,7 +284,7 @@ def tokenize_rows(
             logger.warning("%s skipped: %s", place, problem)
             continue
         if len(example["input_ids"]) >= 2 and any(example["loss_mask"][1:]):
-            examples.append({**example, "place": place})
+            examples.append({**example, "source": place})
         elif skip_bad_rows:
             logger.warning("%s skipped: %d tokens, none to learn", place, num_tokens)
         else:

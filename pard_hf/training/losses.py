@@ -1,8 +1,7 @@
-"""What a kept row costs: cross-entropy, distillation, and how much the row counts.
+"""Losses of training rows: cross-entropy, distillation and confidence weights.
 
-Pure functions of tensors; knows no model, no trainer and no text. Symbols follow `cod.py`: a row (a, d) predicts token
-a + d + 1 from real tokens up to a. `p` is the target's distribution given every gold token before the predicted one,
-`q` the draft's.
+Symbols follow `cod.py`: row (a, d) predicts token a + d + 1 from the real tokens up to a. `p` is the target's
+distribution given every gold token before the predicted one, `q` the draft's.
 """
 
 from __future__ import annotations
@@ -14,30 +13,31 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
-# Head outputs that may exist at once, rows x vocabulary: 2**25 float32 values are 128 MiB.
+# Logits that exist at once, rows x vocabulary: 2**25 float32 values are 128 MiB.
 CHUNK_SIZE = 2**25
 
+# An LM head: hidden states `[n, hidden_size]` to logits `[n, vocab_size]`.
 Head = Callable[[torch.Tensor], torch.Tensor]
-# From hidden states of some rows, and which rows they are, to what is added to their logits.
+# A correction head: hidden states of some labelled rows, and which rows they are, to what is added to their logits.
 Correction = Callable[[torch.Tensor, slice], torch.Tensor]
 
 
 class Losses(NamedTuple):
-    """Sums over rows, each row times its weight; divide by the number of rows for a mean."""
+    """Weighted sums over rows; divide by the number of rows for a mean."""
 
     cross_entropy: torch.Tensor
     divergence: torch.Tensor
 
 
 def confidence_weights(gold_logprobs: torch.Tensor, anchors: torch.Tensor, depths: torch.Tensor) -> torch.Tensor:
-    """The chance that a block gets as far as a row: every gold token between its anchor and its prediction is said.
+    """Compute the probability that a block gets as far as each row: that its d gold tokens after the anchor are drawn.
 
     Confidence-adaptive token weights of PARD-2, https://huggingface.co/papers/2605.08632: the product of the target's
-    probabilities of the d gold tokens after the anchor.
+    probabilities of these tokens.
 
     Args:
         gold_logprobs (`torch.FloatTensor` of shape `(..., length)`):
-            Entry `i` is log p of the i-th token; what stands where no text is before the token is ignored.
+            Entry `i` is log p of the i-th token; the entry of a text's first token is ignored.
         anchors, depths (`torch.LongTensor` of shape `(..., num_rows)`):
             As `keep_rows` returns them; padding rows have anchor -1.
 
@@ -51,13 +51,10 @@ def confidence_weights(gold_logprobs: torch.Tensor, anchors: torch.Tensor, depth
 
 
 def divergence(logits: torch.Tensor, target_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """Forward Kullback-Leibler divergence KL(p || q) of each row, `(num_rows,)`, times the squared temperature.
+    """Compute the Kullback-Leibler divergence KL(p || q) of each row, `[num_rows]`, times the squared temperature.
 
-    The factor keeps gradients of one size at any temperature, https://huggingface.co/papers/1503.02531.
-
-    Args:
-        logits, target_logits (`torch.FloatTensor` of shape `(num_rows, vocab_size)`):
-            The draft's and the target's; vocabularies that differ by padding rows are compared where both have ids.
+    The factor keeps gradients of one size at any temperature, https://huggingface.co/papers/1503.02531. Vocabularies
+    that differ by padding are compared where both have ids.
     """
     width = min(logits.shape[-1], target_logits.shape[-1])
     q = (logits[..., :width].float() / temperature).log_softmax(dim=-1)
@@ -66,35 +63,27 @@ def divergence(logits: torch.Tensor, target_logits: torch.Tensor, temperature: f
 
 
 def chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
-    """Slices of rows whose head outputs hold at most `CHUNK_SIZE` values each."""
+    """Yield slices of rows whose logits have at most `CHUNK_SIZE` values each."""
     size = max(CHUNK_SIZE // vocab_size, 1)
     return (slice(start, start + size) for start in range(0, num_rows, size))
 
 
 @torch.no_grad()
 def gold_logprobs(head: Head, hidden: torch.Tensor, following: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Log-probability of the token that follows each place, a chunk at a time.
-
-    Args:
-        head (`Callable`):
-            From hidden states `(n, hidden_size)` to logits `(n, vocab_size)`.
-        hidden (`torch.FloatTensor` of shape `(num_places, hidden_size)`) and
-        following (`torch.LongTensor` of shape `(num_places,)`):
-            Last hidden states, and the ids that follow them.
-    """
+    """Compute log p of the ids `following` `[n]` the positions of `hidden` `[n, hidden_size]`, a chunk at a time."""
     values = hidden.new_zeros(len(hidden), dtype=torch.float32)
     for rows in chunks(len(hidden), vocab_size):
         logits = head(hidden[rows]).float()
-        said = following[rows].unsqueeze(-1).to(logits.device)
-        values[rows] = (logits.gather(-1, said).squeeze(-1) - logits.logsumexp(dim=-1)).to(values.device)
+        gold = following[rows].unsqueeze(-1).to(logits.device)
+        values[rows] = (logits.gather(-1, gold).squeeze(-1) - logits.logsumexp(dim=-1)).to(values.device)
     return values
 
 
-def own_casts(device_type: str) -> AbstractContextManager[Any]:
-    """Let each chunk cast the weights for itself under autocast.
+def without_cast_cache(device_type: str) -> AbstractContextManager[Any]:
+    """Make each chunk cast the weights for itself under autocast.
 
-    Autocast keeps one cast of a weight for all its uses, and the gradients of all uses are then added in its 16 bit:
-    what the 256th chunk adds is mostly rounded off. Gradients of casts of one's own are added in the weight's float32.
+    A cached cast sums the gradients of all chunks in its 16 bit, where those of late chunks are rounded off; gradients
+    of separate casts are summed in the weight's float32.
     """
     if not torch.is_autocast_enabled(device_type):
         return nullcontext()
@@ -109,51 +98,48 @@ def row_losses(
     weights: torch.Tensor | None = None,
     target_head: Head | None = None,
     target_hidden: torch.Tensor | None = None,
-    target_places: torch.Tensor | None = None,
+    target_index: torch.Tensor | None = None,
     temperature: float = 1.0,
     correction: Correction | None = None,
 ) -> Losses:
-    """Losses of all rows, a chunk at a time.
-
-    Logits of all rows x vocabulary never exist at once, neither the draft's nor the target's; the backward pass
-    computes those of each chunk again.
+    """Sum the losses of all rows, a chunk at a time; the backward pass computes the logits of each chunk again.
 
     Args:
         head (`Callable`):
-            From hidden states `(n, hidden_size)` to logits `(n, vocab_size)`.
+            The draft's LM head.
         hidden (`torch.FloatTensor` of shape `(num_rows, hidden_size)`) and
         labels (`torch.LongTensor` of shape `(num_rows,)`):
             Rows that have a label.
         vocab_size (`int`):
-            Columns of the larger head's output, which decide how many rows a chunk has.
+            Columns of the larger LM head, which decide how many rows a chunk has.
         weights (`torch.FloatTensor` of shape `(num_rows,)`, *optional*):
-            What each row counts; 1 by default.
-        target_head, target_hidden (`torch.FloatTensor` of shape `(num_places, target_hidden_size)`) and
-        target_places (`torch.LongTensor` of shape `(num_rows,)`), all *optional*:
-            The target's head and last hidden states, and which of them speaks of each row: depths of one text share
-            them. Without them the divergence is 0.
+            Weight of each row; 1 by default.
+        target_head, target_hidden (`torch.FloatTensor` of shape `(num_positions, target_hidden_size)`) and
+        target_index (`torch.LongTensor` of shape `(num_rows,)`), all *optional*:
+            The target's LM head and last hidden states, and which of them predicts each row's token: depths of one
+            text share them. Without them the divergence is 0.
         correction (`Callable`, *optional*):
-            Added to the draft's logits, chunk by chunk.
+            The correction head, added to the draft's logits.
     """
     if weights is None:
         weights = torch.ones(len(labels), device=hidden.device)
 
-    def losses_of(rows: slice, part: torch.Tensor) -> Losses:
-        with own_casts(part.device.type):
-            logits = head(part).float()
+    def losses_of(rows: slice, chunk: torch.Tensor) -> Losses:
+        with without_cast_cache(chunk.device.type):
+            logits = head(chunk).float()
             if correction is not None:
-                logits = logits + correction(part, rows).float()
+                logits = logits + correction(chunk, rows).float()
         cross_entropy = torch.nn.functional.cross_entropy(logits, labels[rows], reduction="none")
         kl = torch.zeros_like(cross_entropy)
-        if target_head is not None and target_hidden is not None and target_places is not None:
+        if target_head is not None and target_hidden is not None and target_index is not None:
             with torch.no_grad():
-                target_logits = target_head(target_hidden[target_places[rows]])
+                target_logits = target_head(target_hidden[target_index[rows]])
             kl = divergence(logits, target_logits.to(logits.device), temperature)
         return Losses((weights[rows] * cross_entropy).sum(), (weights[rows] * kl).sum())
 
-    # The sum of nothing keeps the graph: a batch without a label still has a gradient, zero.
+    # The empty sum keeps the graph: a batch without labels has a gradient of zero.
     sums = Losses(hidden[:0].sum().float(), hidden[:0].sum().float())
     for rows in chunks(len(labels), vocab_size):
-        part = checkpoint(losses_of, rows, hidden[rows], use_reentrant=False)
-        sums = Losses(*(total + new for total, new in zip(sums, part, strict=True)))
+        new = checkpoint(losses_of, rows, hidden[rows], use_reentrant=False)
+        sums = Losses(*(total + value for total, value in zip(sums, new, strict=True)))
     return sums

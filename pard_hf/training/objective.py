@@ -1,9 +1,4 @@
-"""The mask of kept rows in the form that a model's attention takes.
-
-The loss of a batch of kept rows: one forward of the draft, one of the target where it is asked.
-
-Knows models and batches; the formulas are those of `losses.py`, and the steps the trainer's.
-"""
+"""The loss of a batch of training rows: one forward of the draft, and one of the target where it teaches."""
 
 from __future__ import annotations
 
@@ -18,16 +13,19 @@ from ..generation.cache import attention_windows
 from ..host import input_device
 from .cod import attends, attention_mask
 from .losses import Correction, confidence_weights, gold_logprobs, row_losses
+from .settings import objective_weights
 
 ATTENTIONS = ("sdpa", "eager", "flex_attention")
-ROWS_AT_A_TIME = 1024
+OBJECTIVES = ("ce", "kd", "cat")
+# Rows of an additive mask that are computed at once.
+MASK_CHUNK_SIZE = 1024
 
 
 def row_mask(model: PreTrainedModel, anchors: torch.Tensor, depths: torch.Tensor, starts: torch.Tensor) -> Any:
-    """Who sees whom, for `model` to take as its `attention_mask`.
+    """Make the mask of training rows that `model` takes as its `attention_mask`.
 
-    One additive mask in the model's dtype, made once and shared by all layers: a boolean one would be converted, and
-    kept for the backward pass, in every layer. FlexAttention takes blocks instead, and no mask is ever written out.
+    An additive mask in the model's dtype is shared by all layers; each would convert a boolean one, and keep it for
+    the backward pass. FlexAttention takes a `BlockMask`, so that no mask is ever written out.
 
     Args:
         anchors, depths, starts (`torch.LongTensor` of shape `(batch_size, num_rows)`):
@@ -41,34 +39,20 @@ def row_mask(model: PreTrainedModel, anchors: torch.Tensor, depths: torch.Tensor
     return additive_mask(anchors, depths, starts, model.dtype)
 
 
-def text_mask(model: PreTrainedModel, anchors: torch.Tensor, starts: torch.Tensor) -> torch.Tensor | None:
-    """The mask of real tokens for a teacher; `None` where every example is one text, which causal attention serves.
-
-    Padding stands on the right, where causal attention keeps it out of sight.
-
-    Args:
-        anchors, starts (`torch.LongTensor` of shape `(batch_size, longest)`):
-            Of the real tokens.
-    """
-    if not bool(starts.any()):
-        return None
-    return additive_mask(anchors, torch.zeros_like(anchors), starts, model.dtype)
-
-
 def additive_mask(
     anchors: torch.Tensor, depths: torch.Tensor, starts: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """0 where a row sees, the lowest number where it does not; written some rows at a time, for it is large."""
+    """Make a mask of 0 where a row attends and the lowest value elsewhere, some rows at a time: it is large."""
     batch_size, num_rows = anchors.shape
     mask = torch.full((batch_size, 1, num_rows, num_rows), torch.finfo(dtype).min, dtype=dtype, device=anchors.device)
-    for first in range(0, num_rows, ROWS_AT_A_TIME):
-        rows = slice(first, first + ROWS_AT_A_TIME)
+    for first in range(0, num_rows, MASK_CHUNK_SIZE):
+        rows = slice(first, first + MASK_CHUNK_SIZE)
         mask[:, 0, rows].masked_fill_(attention_mask(anchors, depths, starts, rows), 0)
     return mask
 
 
 def block_mask(anchors: torch.Tensor, depths: torch.Tensor, starts: torch.Tensor) -> Any:
-    """The same rule for FlexAttention, which leaves out blocks that nobody sees."""
+    """Make the same mask for FlexAttention, which skips blocks without an attended column."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def rule(batch: Any, head: Any, row: Any, column: Any) -> Any:
@@ -82,11 +66,11 @@ def block_mask(anchors: torch.Tensor, depths: torch.Tensor, starts: torch.Tensor
 def check_attention(
     model: PreTrainedModel, is_packed: bool = False, is_teacher: bool = False, device: torch.device | None = None
 ) -> None:
-    """Raise a `ValueError` where a model's attention cannot be given a mask of rows, or would see past it.
+    """Raise a `ValueError` if a model's attention does not follow a mask of training rows.
 
     Args:
         device (`torch.device`, *optional*):
-            Where it will be trained; where it is by default.
+            Device of the training; the model's by default.
     """
     device = device or model.device
     name, attention = type(model).__name__, model.config._attn_implementation
@@ -102,28 +86,25 @@ def check_attention(
         raise ValueError("Expected a device whose FlexAttention has a backward pass, got a CPU. Take `sdpa`.")
     if any(window is not None for window in attention_windows(model.config)):
         raise ValueError(
-            f"Expected full attention, got sliding-window layers in `{name}`: what a row may see would depend on the "
-            + ("window. Train without packing." if is_teacher else "window. Train a base model without one.")
+            f"Expected full attention, got sliding-window layers in `{name}`: what a row attends to would depend on "
+            "the window. " + ("Train without packing." if is_teacher else "Train a base model without one.")
         )
-
-
-OBJECTIVES = ("ce", "kd", "cat")
 
 
 @dataclass
 class Objective:
-    """What is minimised over kept rows.
+    """The loss that is minimized over kept training rows.
 
     Args:
         name (`str`, *optional*, defaults to `"ce"`):
             `"ce"`: cross-entropy (PARD); `"kd"`: with the target's distribution as a teacher; `"cat"`: as `"kd"`, each
-            row weighted by the chance that a block gets that far (PARD-2, target-independent).
+            row weighted by the probability that a block gets that far (PARD-2, target-independent).
         cross_entropy_weight (`float`, *optional*) and divergence_weight (`float`, *optional*):
             The mix; by default 1 and 0 for `"ce"`, else PARD-2's 0.1 and 1.
         temperature (`float`, *optional*, defaults to 1):
             Of both distributions in the divergence.
         target ([`PreTrainedModel`], *optional*):
-            The teacher, of the draft's tokenizer; run beside the draft, never trained.
+            The teacher, with the draft's tokenizer; never trained.
 
     Raises:
         ValueError: The name is unknown, a target is missing, a weight is negative or the temperature not positive.
@@ -142,25 +123,19 @@ class Objective:
             raise ValueError(f"Expected a target for the objective {self.name!r}, got none. Name the target model.")
         if self.temperature <= 0:
             raise ValueError(f"Expected a temperature above 0, got {self.temperature}.")
-        defaults = (1.0, 0.0) if self.name == "ce" else (0.1, 1.0)
-        given = (self.cross_entropy_weight, self.divergence_weight)
-        self.weights = tuple(d if g is None else float(g) for d, g in zip(defaults, given, strict=True))
-        if min(self.weights) < 0 or max(self.weights) == 0:
-            raise ValueError(f"Expected weights of at least 0, one of them positive, got {self.weights}.")
-        if self.name == "ce" and self.weights[1]:
-            raise ValueError("Expected no divergence weight for the objective 'ce', which has no teacher. Take 'kd'.")
+        self.weights = objective_weights(self.name, self.cross_entropy_weight, self.divergence_weight)
 
     def __call__(
         self, draft: PreTrainedModel, batch: dict[str, Any], num_items: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """The loss of a collated batch: a weighted sum over labels, divided by their number.
+        """Compute the loss of a collated batch: a weighted sum over labels, divided by their number.
 
-        The number, not the weights' sum: so batches that are accumulated, or spread over devices, add up to what one
-        large batch gives.
+        Dividing by the number, not by the sum of the weights, makes batches that are accumulated or spread over
+        devices add up to the loss of one large batch.
 
         Args:
             num_items (`int` or `torch.Tensor`, *optional*):
-                Labels of the whole step, where a step is several batches; those of this batch by default.
+                Labels of the whole step, where a step has several batches; by default those of this batch.
         """
         is_label = batch["labels"] != -100
         hidden = draft.base_model(
@@ -177,58 +152,65 @@ class Objective:
         )  # fmt: skip
         total = self.weights[0] * losses.cross_entropy + self.weights[1] * losses.divergence
         head = getattr(draft, "correction_head", None)
-        if head is not None and not is_label.any():  # Even then its gradient is zero, not missing.
+        if head is not None and not is_label.any():  # Its gradient must be zero then, not missing.
             total = total + 0.0 * sum(parameter.sum() for parameter in head.parameters())
         return total / (is_label.sum().clamp(min=1) if num_items is None else num_items)
 
     @torch.no_grad()
     def teacher(self, batch: dict[str, Any], is_label: torch.Tensor) -> dict[str, Any]:
-        """What the target says of each labelled row, and for `"cat"` how much the row counts."""
+        """Run the target; return its arguments of `row_losses` and, for `"cat"`, the weights of labelled rows."""
         assert self.target is not None
         hidden, ids = self.target_hidden(batch)
         batch_size, longest = ids.shape
-        places = (batch["anchors"] + batch["depths"]).clamp(min=0, max=longest - 1)
-        places = places + torch.arange(batch_size, device=places.device).unsqueeze(1) * longest
-        device, head = hidden.device, head_of(self.target)
-        found = {
+        first = torch.arange(batch_size, device=is_label.device).unsqueeze(1) * longest
+        index = (predicting_column(batch, longest) + first)[is_label]
+        head = head_of(self.target)
+        arguments = {
             "target_head": head,
             "target_hidden": hidden.flatten(0, 1),
-            "target_places": places[is_label].to(device),
+            "target_index": index.to(hidden.device),
         }
         if self.name == "kd":
-            return found
+            return arguments
         vocab_size = self.target.config.get_text_config().vocab_size
-        said = gold_logprobs(head, hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), vocab_size)
-        logprobs = torch.nn.functional.pad(said.view(batch_size, longest - 1), (1, 0)).to(is_label.device)
-        return {**found, "weights": confidence_weights(logprobs, batch["anchors"], batch["depths"])[is_label]}
+        gold = gold_logprobs(head, hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), vocab_size)
+        logprobs = torch.nn.functional.pad(gold.view(batch_size, longest - 1), (1, 0)).to(is_label.device)
+        return {**arguments, "weights": confidence_weights(logprobs, batch["anchors"], batch["depths"])[is_label]}
 
     def target_hidden(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The target's last hidden states over the real tokens of a batch, `[B, longest, H]`, and the tokens' ids."""
+        """Run the target on the real tokens of a batch: last hidden states `[B, longest, H]`, and the tokens' ids."""
         assert self.target is not None
         is_text = (batch["depths"] == 0) & (batch["anchors"] >= 0)
-        longest = int(is_text.sum(-1).max())  # Real tokens stand first, in order.
+        longest = int(is_text.sum(-1).max())  # Real tokens come first, in order.
         is_text, anchors, starts, positions, ids = (
             values[:, :longest].to(input_device(self.target))
             for values in (is_text, batch["anchors"], batch["starts"], batch["position_ids"], batch["input_ids"])
         )
-        # Where texts are fewer, mask rows stand in these columns: padding, out of everyone's sight.
+        # Mask rows in these columns, of shorter examples, become padding on the right, which causal attention ignores.
         ids, anchors = ids.masked_fill(~is_text, 0), anchors.masked_fill(~is_text, -1)
+        is_packed = bool(starts.any())
         hidden = self.target.base_model(
             input_ids=ids,
-            attention_mask=text_mask(self.target, anchors, starts),
+            attention_mask=additive_mask(anchors, torch.zeros_like(anchors), starts, self.target.dtype)
+            if is_packed
+            else None,
             position_ids=positions,
             use_cache=False,
         ).last_hidden_state
         return hidden, ids
 
 
+def predicting_column(batch: dict[str, Any], num_columns: int) -> torch.Tensor:
+    """Return the column of the real token before the one each row predicts: real tokens come first, in order."""
+    return (batch["anchors"] + batch["depths"]).clamp(min=0, max=num_columns - 1)
+
+
 def correction_of(draft: Any, batch: dict[str, Any], is_label: torch.Tensor) -> Correction | None:
-    """What the draft's correction head adds to labelled rows, given the gold token before the one each predicts."""
+    """Bind the draft's correction head to labelled rows and the gold token before each predicted one."""
     head = getattr(draft, "correction_head", None)
     if head is None:
         return None
-    places = (batch["anchors"] + batch["depths"]).clamp(min=0, max=is_label.shape[1] - 1)
-    previous = batch["input_ids"].gather(1, places)[is_label]  # Real tokens stand first, in order.
+    previous = batch["input_ids"].gather(1, predicting_column(batch, is_label.shape[1]))[is_label]
     # At depth 0 the draft has read the token before.
     is_corrected = (batch["depths"] > 0)[is_label].unsqueeze(1)
     return lambda hidden, rows: head(hidden, previous[rows]) * is_corrected[rows]

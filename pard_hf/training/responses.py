@@ -37,6 +37,7 @@ from ..generation.stats import DecodingStats
 from ..host import input_device, num_positions
 from ..io import conditions_of, sha256_of, shown_model, whole_file
 from ..loading import bundled_pair
+from ..tokens import encode_prompt, next_prompt
 from .data import (
     Conversation,
     Message,
@@ -44,8 +45,6 @@ from .data import (
     conversation_of,
     digest_of,
     distinct,
-    encode_prompt,
-    next_prompt,
     place_of,
     read_rows,
 )

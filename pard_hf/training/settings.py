@@ -1,0 +1,223 @@
+"""Declare the settings of `pard train` once: each field makes a flag, a training argument and a provenance entry.
+
+Only the standard library is imported, so that building the command line loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+RATES = ("retention_rate", "min_retention_rate")
+# Settings that are at least 1 where they are given.
+COUNTS = (
+    "num_draft_tokens", "correction_head_rank", "max_length", "eval_steps", "eval_limit", "eval_batch_size",
+    "eval_max_new_tokens", "batch_size", "gradient_accumulation_steps", "save_steps",
+)  # fmt: skip
+
+
+def setting(default: Any, help: str, **metadata: Any) -> Any:
+    """Declare a setting; the keys of `metadata` are listed in [`TrainingSettings`]."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass(kw_only=True)
+class MethodSettings:
+    """Settings of the method, for [`TrainingSettings`] and [`PardTrainingArguments`]; defaults are the paper's."""
+
+    # `HfArgumentParser` hands this metadata to `argparse`, so it holds arguments of `add_argument` only.
+    num_draft_tokens: int = setting(8, "K_train, the depths that are trained; at inference K may be larger")
+    retention_rate: float = setting(0.7, "r of COD: depth d keeps max(r^d, r_min) of its rows; 1 drops nothing")
+    min_retention_rate: float = setting(0.2, "r_min of COD, the smallest share that a depth keeps")
+    objective: Literal["ce", "kd", "cat"] = setting(
+        "ce", "cross-entropy (ce), with the target's distribution (kd), the same weighted by confidence (cat)"
+    )
+    cross_entropy_weight: float | None = setting(None, "weight of the cross-entropy; by default 1 for ce, else 0.1")
+    divergence_weight: float | None = setting(None, "weight of the divergence; by default 0 for ce, else 1")
+    distillation_temperature: float = setting(1.0, "temperature of both distributions in kd and cat")
+    correction_head: Literal["frozen", "joint"] | None = setting(
+        None, "train a correction head alone (frozen) or with the draft (joint)", nargs="?", const="frozen"
+    )
+    correction_head_rank: int = setting(128, "rank of the correction head")
+    correction_head_learning_rate: float = setting(3e-3, "learning rate of the correction head, which starts at zero")
+
+    def label(self, name: str) -> str:
+        """Name a setting in a message."""
+        return f"`{name}`"
+
+    def check_method(self) -> None:
+        """Raise a `ValueError` for a setting of the method outside its choices or its range."""
+        check_choices(self, MethodSettings)
+        check_ranges({name: getattr(self, name) for name in METHOD}, self.label)
+        if self.distillation_temperature <= 0:
+            raise ValueError(
+                f"Expected {self.label('distillation_temperature')} above 0, got {self.distillation_temperature}."
+            )
+        objective_weights(self.objective, self.cross_entropy_weight, self.divergence_weight)
+
+
+def choices_of(kind: Any) -> tuple[Any, ...]:
+    """Return the values of a `Literal` type, optional or not; none for another type."""
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    return next((get_args(one) for one in get_args(kind) if get_origin(one) is Literal), ())
+
+
+def check_choices(settings: MethodSettings, declared_in: type) -> None:
+    """Raise a `ValueError` for a value that is not among those of its `Literal` type."""
+    for name, kind in get_type_hints(declared_in).items():
+        choices, value = choices_of(kind), getattr(settings, name)
+        if choices and value is not None and value not in choices:
+            raise ValueError(f"Expected {settings.label(name)} to be one of {', '.join(choices)}, got {value!r}.")
+
+
+def check_ranges(values: dict[str, Any], label: Callable[[str], str] = "`{}`".format) -> None:
+    """Raise a `ValueError` for a count below 1 or a rate outside [0, 1] among named values."""
+    for name, value in values.items():
+        if name in COUNTS and value is not None and value < 1:
+            raise ValueError(f"Expected {label(name)} of at least 1, got {value}.")
+        if name in RATES and not 0 <= value <= 1:
+            raise ValueError(f"Expected {label(name)} in [0, 1], got {value}.")
+
+
+def objective_weights(
+    objective: str, cross_entropy_weight: float | None, divergence_weight: float | None
+) -> tuple[float, float]:
+    """Fill in the default weights of cross-entropy and divergence: 1 and 0 for ce, else PARD-2's 0.1 and 1.
+
+    Raises:
+        ValueError: A weight is negative, both are 0, or ce has a divergence.
+    """
+    defaults = (1.0, 0.0) if objective == "ce" else (0.1, 1.0)
+    given = (cross_entropy_weight, divergence_weight)
+    cross_entropy, divergence = (d if g is None else float(g) for d, g in zip(defaults, given, strict=True))
+    if min(cross_entropy, divergence) < 0 or max(cross_entropy, divergence) == 0:
+        raise ValueError(f"Expected weights of at least 0, one of them positive, got {(cross_entropy, divergence)}.")
+    if objective == "ce" and divergence:
+        raise ValueError("Expected no divergence weight for the objective 'ce', which has no teacher. Take 'kd'.")
+    return cross_entropy, divergence
+
+
+def name_and_value(word: str) -> tuple[str, Any]:
+    """Split `NAME=VALUE`; the value is read as JSON where it is JSON, else taken as text."""
+    name, equals, value = word.partition("=")
+    if not equals:
+        raise ValueError(f"Expected `--training-arguments NAME=VALUE`, got {word!r}. Write `name=value`.")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+of_rows, of_evaluation, of_run = (partial(setting, group=group) for group in ("rows", "evaluation", "run"))
+
+
+@dataclass
+class TrainingSettings(MethodSettings):
+    """What one run adapts, on what, into which folder.
+
+    A field with `help` is a flag of `pard train`: `max_length` is `--max-length`, a `bool` is a switch, a `list` or
+    `dict` takes several values. A field that [`TrainingArguments`] has as well sets it there. Other metadata:
+
+    - `group`: heading in the help; "method" for the fields of [`MethodSettings`];
+    - `argument`: name that the field has in `TrainingArguments`, where it is another;
+    - `record`: whether the provenance holds it, and `identity`, whether a resumed run must not change it;
+    - `none`: the word for `None` on the command line; `const`: the value of a flag that is given without one;
+    - `parse`: function from a word of the command line to a value.
+    """
+
+    base: str = field(metadata={"help": "folder or Hub id of a small causal LM of the target's family"})
+    data: list[Path] = field(metadata={"help": "training rows, .jsonl or .jsonl.gz"})
+    output: Path = field(metadata={"help": "folder for checkpoints and the finished draft"})
+
+    max_length: int = of_rows(512, "tokens of the longest row", identity=True)
+    overlong: Literal["truncate", "drop"] = of_rows("truncate", "cut longer rows, or drop them", identity=True)
+    pack: bool = of_rows(False, "fill sequences with rows that do not see each other", identity=True)
+    chat_template: Path | None = of_rows(None, "file with a chat template, instead of the base model's own")
+    skip_bad_rows: bool = of_rows(False, "leave broken rows out instead of stopping")
+
+    mask_token_id: int | None = setting(
+        None, "id the tokenizer never produces (default: auto)", group="method", none="auto", identity=True
+    )
+
+    target: str | None = of_evaluation(None, "folder or Hub id: teacher of kd and cat, verifier of evaluations")
+    eval_prompts: list[str] = field(
+        default_factory=list,
+        metadata={"help": "files or hub:org/name of held-out prompts; needs --target", "group": "evaluation"},
+    )
+    eval_steps: int | None = of_evaluation(
+        None, "steps between evaluations; the best draft is saved (default: --save-steps)"
+    )
+    eval_limit: int = of_evaluation(32, "prompts of each set")
+    eval_batch_size: int = of_evaluation(8, "prompts at a time")
+    eval_max_new_tokens: int = of_evaluation(128, "tokens of each answer")
+    num_assistant_tokens: int | None = of_evaluation(None, "K of evaluations (default: --num-draft-tokens)")
+    early_stopping_patience: int | None = of_evaluation(
+        None, "evaluations in a row without a larger acceptance length that end the run"
+    )
+
+    epochs: float = of_run(1.0, "passes over the rows", argument="num_train_epochs", record=True)
+    max_steps: int = of_run(-1, "optimizer steps, instead of epochs", record=True)
+    batch_size: int = of_run(8, "sequences a step and device", argument="per_device_train_batch_size", record=True)
+    gradient_accumulation_steps: int = of_run(1, "batches a step", record=True)
+    learning_rate: float = of_run(3e-5, "peak learning rate; the paper's for Qwen2.5", record=True)
+    save_steps: int = of_run(200, "steps between checkpoints, the best draft's apart")
+    dtype: str = of_run("float32", "dtype of the draft's weights")
+    target_dtype: str | None = of_run(None, "dtype of the target (default: its checkpoint's; float32 on a CPU)")
+    bf16: bool = of_run(False, "compute in bfloat16; weights keep their dtype")
+    gradient_checkpointing: bool = of_run(False, "recompute activations: less memory, one more forward")
+    attention: Literal["sdpa", "eager", "flex_attention"] = of_run("sdpa", "attention implementation of the draft")
+    device: Literal["auto", "cpu"] = of_run("auto", "cpu keeps off the GPU")
+    report_to: str = of_run("none", "wandb, tensorboard, …")
+    seed: int = of_run(42, "seed of the run", identity=True)
+    restart: bool = of_run(False, "move checkpoints in --output aside and begin anew")
+    training_arguments: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "NAME=VALUE of any other training argument: warmup_steps=100 lr_scheduler_type=cosine",
+            "group": "run",
+            "parse": name_and_value,
+        },
+    )
+    command: str | None = None  # The command line, for the provenance.
+
+    def label(self, name: str) -> str:
+        return f"`--{name.replace('_', '-')}`"
+
+    def __post_init__(self) -> None:
+        self.check_method()
+        check_choices(self, TrainingSettings)
+        check_ranges(vars(self), self.label)
+        if self.num_draft_tokens >= self.max_length:
+            raise ValueError(
+                f"Expected `--num-draft-tokens` below `--max-length`, got {self.num_draft_tokens} and "
+                f"{self.max_length}: the deepest mask rows would never be built. 8 is the paper's K_train."
+            )
+        if self.dtype == "auto":
+            raise ValueError("Expected the dtype of the draft's weights by name, got 'auto'. 'float32' trains best.")
+        if Path(self.output).resolve() == Path(self.base).resolve():
+            raise ValueError(
+                f"Expected an `--output` beside the base model, got `{self.output}` for both: the finished draft "
+                "would be written over the base. Name another folder."
+            )
+        if self.objective != "ce" and self.target is None:
+            raise ValueError(f"Expected a target for the objective {self.objective!r}, got none. Name it: `--target`.")
+        if self.eval_prompts and self.target is None:
+            raise ValueError("Expected a target that evaluations decode with, got none. Name it with `--target`.")
+        if not self.eval_prompts and (self.early_stopping_patience is not None or self.eval_steps is not None):
+            raise ValueError("Expected something to evaluate, got none. Give `--target` and `--eval-prompts`.")
+
+
+METHOD = tuple(one.name for one in fields(MethodSettings))
+# What a resumed run must not change: it decides what is learned.
+IDENTITY = (
+    *(name for name in METHOD if not name.endswith("learning_rate")),
+    *(one.name for one in fields(TrainingSettings) if "identity" in one.metadata),
+)
+RECORDED = (*METHOD, *(one.name for one in fields(TrainingSettings) if {"record", "identity"} & one.metadata.keys()))
+# Names of the settings in `TrainingArguments`.
+ARGUMENTS = {one.name: one.metadata.get("argument", one.name) for one in fields(TrainingSettings)}
