@@ -15,8 +15,9 @@ from benchmarks.script import finish, parser_of, run_metadata
 from pard_hf import load_pair
 from pard_hf.evaluation.acceptance import AcceptanceEvaluator
 from pard_hf.evaluation.metrics import repeated_share
-from pard_hf.evaluation.prompts import choose_rows, encode_answer, encode_prompt, make_batches, read_prompts
+from pard_hf.evaluation.prompts import choose_rows, encode_answer, make_batches, read_prompts
 from pard_hf.host import end_token_ids, num_positions, pad_token_id
+from pard_hf.tokens import encode_prompt
 
 
 def acceptance(pair: Any, rows: list[dict[str, Any]], args: Any) -> dict[str, Any]:
@@ -48,9 +49,7 @@ def acceptance(pair: Any, rows: list[dict[str, Any]], args: Any) -> dict[str, An
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument(
-        "--prompts", type=Path, nargs="+", required=True, help="jsonl files with `prompt` and an answer"
-    )
+    parser.add_argument("--prompts", type=Path, nargs="+", required=True, help="jsonl files, with answers")
     parser.add_argument("--target", help="default: the bundled target")
     parser.add_argument("--draft", help="default: the bundled draft")
     parser.add_argument("--num-assistant-tokens", type=int, default=8)

@@ -2,8 +2,10 @@
 
     python benchmarks/scaling.py --shapes llama-3.1-8b llama-3.2-1b --dtype bfloat16 --output scaled.json
 
-measures it as `pard bench` does. That a Llama can grow without computing anything else is an idea of
-https://huggingface.co/papers/1511.05641. The small model's residual stream is the first coordinates of the big one's, and the others stay exactly zero: new
+measures the enlarged pair as `pard bench` does. That a Llama can grow without computing anything else is an idea of
+https://huggingface.co/papers/1511.05641.
+
+The small model's residual stream is the first coordinates of the big one's, and the others stay exactly zero: new
 weights that meet only zeros are random. A new head or MLP unit is silenced where that takes fewest zeros, on the way
 in (its value or `up_proj` row reads nothing), so that its output projection is random too and the bytes read are real.
 """

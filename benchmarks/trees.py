@@ -15,8 +15,9 @@ from benchmarks.script import finish, parser_of, run_metadata
 from pard_hf import load_pair
 from pard_hf.evaluation.acceptance import AcceptanceEvaluator
 from pard_hf.evaluation.metrics import repeated_share
-from pard_hf.evaluation.prompts import choose_rows, encode_answer, encode_prompt, load_prompts
+from pard_hf.evaluation.prompts import choose_rows, encode_answer, load_prompts
 from pard_hf.host import num_positions
+from pard_hf.tokens import encode_prompt
 
 
 def main() -> None:

@@ -1,7 +1,6 @@
-"""The figures of the documentation, drawn anew to the same bytes: `python docs/figures.py`.
+"""Draw the figures of the documentation: `python docs/figures.py`.
 
-What is measured comes from `benchmarks/results`, what is a rule from the package's own functions, what is a formula is
-labelled as one. Same bytes need the matplotlib of `constraints.txt`.
+Measured metrics come from `benchmarks/results`, rules from the package's own functions; a formula is labelled as one.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import matplotlib
 import torch
 from matplotlib.figure import Figure
 
+from benchmarks.plots import draw_speedups
 from pard_hf.training.cod import attention_mask, keep_rows
 
 FOLDER = Path(__file__).parent / "figures"

@@ -345,14 +345,7 @@ def bench(
     """
     from transformers.utils import logging
 
-    from .evaluation.benchmark import (
-        Benchmark,
-        BenchmarkSettings,
-        differences,
-        is_exact,
-        run_benchmark,
-        run_metadata,
-    )
+    from .evaluation.benchmark import Benchmark, BenchmarkSettings, differences, is_exact, run_benchmark, run_metadata
     from .evaluation.prompts import load_prompts
     from .evaluation.report import difference_sentence, make_console, progress_bar, show_cell
     from .evaluation.routes import ROUTES

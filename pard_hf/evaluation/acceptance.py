@@ -12,8 +12,9 @@ import torch
 from ..generation.mixin import with_pard
 from ..generation.stats import DecodingStats
 from ..host import end_token_ids, input_device, pad_token_id, sharing_weights, without_head
+from ..tokens import encode_prompt
 from .metrics import repeated_share
-from .prompts import choose_rows, encode_prompt, load_prompts, make_batches
+from .prompts import choose_rows, load_prompts, make_batches
 
 
 @dataclass

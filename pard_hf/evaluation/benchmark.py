@@ -27,8 +27,9 @@ from ..generation.stats import DecodingStats, measure_rounds
 from ..host import cache_of, check_num_assistant_tokens, end_token_ids, input_device, num_positions
 from ..io import conditions_of, shown_command, shown_model, write_whole
 from ..loading import Pair
+from ..tokens import encode_prompt
 from .metrics import RouteRecord, for_json, known, repeated_share
-from .prompts import PromptBatch, choose_rows, encode_answer, encode_prompt, lengthen, make_batches, regroup
+from .prompts import PromptBatch, choose_rows, encode_answer, lengthen, make_batches, regroup
 from .routes import DEFAULT_TREE_SIZE, ROUTES, RoundStreamer, Route, RouteRunner
 
 # What must be the same in a run and in the one it resumes; prompt sets, batch sizes and K may differ.

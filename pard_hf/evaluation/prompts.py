@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..io import numbered_lines, parse_line, text_problem
-from ..tokens import pad_left
+from ..tokens import pad_left, until_end
 
 DEMO_PROMPTS = (
     'def is_palindrome(text: str) -> bool:\n    """Return True if text reads the same backwards."""\n',
@@ -138,14 +138,6 @@ def choose_rows(rows: Sequence[Any], limit: int | None, seed: int) -> list[int]:
     return sorted(indices[:limit])
 
 
-def encode_prompt(tokenizer: Any, prompt: str, raw: bool = False) -> list[int]:
-    """Token ids of a prompt, in the tokenizer's chat template where it has one and `raw` does not forbid it."""
-    if raw or tokenizer.chat_template is None:
-        return tokenizer(prompt)["input_ids"]
-    messages = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-
-
 def encode_answer(tokenizer: Any, row: dict[str, Any], num_tokens: int) -> list[int] | None:
     """At most `num_tokens` token ids of a row's reference answer; `None` where the row has none."""
     text = next((row[field] for field in ANSWER_FIELDS if isinstance(row.get(field), str)), None)
@@ -188,12 +180,7 @@ class PromptBatch:
     def new_texts(self, sequences: torch.Tensor, end_token_ids: Sequence[int]) -> dict[int, list[int]]:
         """New tokens of each batch row of `sequences` `[B, T + new]`, up to and with the first end token."""
         rows = sequences[:, self.num_columns :].tolist()
-        return {index: cut(row, end_token_ids) for index, row in zip(self.indices, rows, strict=True)}
-
-
-def cut(text: list[int], end_token_ids: Sequence[int]) -> list[int]:
-    """The text up to and with its first end token."""
-    return next((text[: index + 1] for index, token in enumerate(text) if token in end_token_ids), text)
+        return {index: until_end(row, end_token_ids) for index, row in zip(self.indices, rows, strict=True)}
 
 
 def make_batches(
