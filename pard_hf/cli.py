@@ -1,7 +1,6 @@
 """Parse the command line of `pard`, call the library, print.
 
 Heavy imports stand inside the commands, so that `pard --help` loads neither torch nor transformers.
-A flag that takes several values is repeated, or given a comma-separated list.
 """
 
 from __future__ import annotations
@@ -27,7 +26,11 @@ if TYPE_CHECKING:
     from .hub.engines import Finding
     from .loading import Pair
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, help="Parallel draft models for transformers.")
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    help="Parallel draft models for transformers. A flag with a LIST is given once, with commas, or several times.",
+)
 
 EXIT_DIFFERENT = 3  # A float32 text differs from plain generate's.
 GREEN, UNDERLINE, RESET = "\033[32m", "\033[4m", "\033[0m"
@@ -41,13 +44,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         code = command(with_head_mode(words), prog_name="pard", obj=words, standalone_mode=False) or 0
     except typer.TyperException as error:
-        print(f"{name}: {error.format_message().rstrip('.')}. See `pard --help`.", file=sys.stderr)
+        _warn(f"{name}: {error.format_message().rstrip('.')}. See `pard --help`.")
         return error.exit_code
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        _warn(f"{name}: {error}")
         return 2
     if code == 130:
-        print(f"{name}: interrupted", file=sys.stderr)
+        _warn(f"{name}: interrupted")
     return code
 
 
@@ -57,6 +60,10 @@ def with_head_mode(words: list[str]) -> list[str]:
         f"{word}=frozen" if word == "--correction-head" and following not in ("frozen", "joint") else word
         for word, following in zip(words, [*words[1:], ""], strict=False)
     ]
+
+
+def _warn(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 def _words(text: str) -> list[str]:
@@ -72,9 +79,9 @@ def _integers(text: str) -> list[int]:
     return [int(word) for word in text.split(",")]
 
 
-def _several(help: str, split: Callable[[str], list[Any]], metavar: str) -> Any:
+def _several(help: str, split: Callable[[str], list[Any]] = _words) -> Any:
     """Declare a flag that takes several values."""
-    return typer.Option(help=help, parser=split, callback=_joined, metavar=f"{metavar},…")
+    return typer.Option(help=help, parser=split, callback=_joined, metavar="LIST")
 
 
 def _flag(help: str, *names: str, **settings: Any) -> Any:
@@ -104,7 +111,7 @@ PROMPT_SETS = "a .jsonl or .jsonl.gz file, or a Hub data set as hub:org/name[:sp
 def generate(
     prompt: Annotated[Text, typer.Argument(help="the prompt; '-' or nothing reads standard input")] = None,
     file: Annotated[
-        list[Path] | None, _several("a text file with a prompt, or .jsonl rows with a `prompt` each", _paths, "FILE")
+        list[Path] | None, _several("a text file with a prompt, or .jsonl rows with a `prompt` each", _paths)
     ] = None,
     target: Target = None,
     draft: Draft = None,
@@ -166,11 +173,10 @@ def generate(
         elif not is_single:
             print(f"[{index + 1}/{len(prompts)}] {prompt.rstrip()}\n\n{text.rstrip()}\n")
     if not (is_single and as_json):
-        print(
+        _warn(
             f"{num_new_tokens} tokens · {num_new_tokens / seconds:.2f} tokens/s (prefill included) · "
             f"τ {stats.acceptance_length:.2f} · α {stats.acceptance_rate:.2f} · "
-            f"{stats.num_rounds} rounds of K = {num_drafts}",
-            file=sys.stderr,
+            f"{stats.num_rounds} rounds of K = {num_drafts}"
         )
 
 
@@ -294,10 +300,9 @@ def demo(
         print("The bundled pair is a stand-in to see the mechanism, not a useful assistant.")
     if not total.gaps[PARD] or not is_exact(pair.target.dtype):
         return 0
-    print(
+    _warn(
         f"pard demo: Expected the texts of plain `generate` in {dtype}, got {total.agreement(PARD)} identical. "
-        "Please report the pair of models and the versions.",
-        file=sys.stderr,
+        "Please report the pair of models and the versions."
     )
     return EXIT_DIFFERENT
 
@@ -323,18 +328,16 @@ def bench(
     dtype: Dtype = "auto",
     device: Device = None,
     max_new_tokens: MaxNewTokens = 128,
-    prompts: Annotated[Texts, _several(f"`demo`, {PROMPT_SETS} (default: demo)", _words, "PROMPT SET")] = None,
+    prompts: Annotated[Texts, _several(f"`demo`, {PROMPT_SETS} (default: demo)")] = None,
     limit: Annotated[int, _flag("prompts a set")] = 16,
     seed: Annotated[int, _flag("which prompts of a set")] = 0,
     length: Annotated[int | None, _flag("put other text before prompts up to so many tokens", "--context")] = None,
-    routes: Annotated[
-        Texts, _several("compared with plain generate (default: all that apply)", _words, "ROUTE")
-    ] = None,
+    routes: Annotated[Texts, _several("compared with plain generate (default: all that apply)")] = None,
     num_assistant_tokens: Annotated[
-        Integers, _several("K, draft tokens a round (default: the draft's)", _integers, "N")
+        Integers, _several("K, draft tokens a round (default: the draft's)", _integers)
     ] = None,
     assistant_tree_size: Annotated[int, _flag("N, nodes of a tree where a route drafts one")] = 64,
-    batch_sizes: Annotated[Integers, _several("texts at a time (default: 1)", _integers, "N")] = None,
+    batch_sizes: Annotated[Integers, _several("texts at a time (default: 1)", _integers)] = None,
     repeats: Annotated[int, _flag("timed runs of each route")] = 3,
     output: Annotated[Path | None, _flag("write the JSON here: a .json file, or a folder")] = None,
     resume: Annotated[bool, _flag("go on with an interrupted run's --output", "--resume")] = False,
@@ -379,14 +382,14 @@ def bench(
         result = run_benchmark(benchmark, sets, metadata, output, resume, partial(show_cell, console))
     different = differences(result["cells"]) if is_exact(pair.target.dtype) else []
     for route, difference in different[:1]:
-        print(f"pard bench: {difference_sentence(route, difference)}", file=sys.stderr)
+        _warn(f"pard bench: {difference_sentence(route, difference)}")
     print(json.dumps(result, ensure_ascii=False))
     return EXIT_DIFFERENT if different else 0
 
 
 @app.command()
 def data(
-    prompts: Annotated[list[str], _several(f"{PROMPT_SETS} (split: train)", _words, "PROMPT SET")],
+    prompts: Annotated[list[str], _several(f"{PROMPT_SETS} (split: train)")],
     output: Annotated[Path, _flag(".jsonl file that the rows are appended to")],
     target: Target = None,
     draft: Annotated[Text, _flag("folder or Hub id of a draft that makes it faster")] = None,
@@ -435,24 +438,23 @@ def data(
         restart=restart,
     )
     if counts.left_out or counts.shortened:
-        print(
+        _warn(
             f"{counts.left_out} rows had no room for an answer, {counts.shortened} for every turn: lower "
-            "`--max-new-tokens` to have them.",
-            file=sys.stderr,
+            "`--max-new-tokens` to have them."
         )
     print(json.dumps({"output": output.name, **counts.to_dict(), **progress.ratios()}))
 
 
 def _read_all(prompts: list[str], skip_bad_rows: bool, sources: list[dict[str, Any]]) -> Iterator[Any]:
     """Read the rows of files and Hub data sets in order; appends the name and digest of each to `sources`."""
-    from .evaluation.prompts import HUB_PREFIX
+    from .evaluation.prompts import HUB_PREFIX, read_hub_conversations
     from .io import sha256_of
     from .training.data import PROMPTS, check_rows, read_rows
 
     for source in prompts:
         skipped: list[int] = []
         if source.startswith(HUB_PREFIX):
-            name, found = _read_hub(source)
+            name, found = read_hub_conversations(source)
             digest = hashlib.sha256(json.dumps(found, default=str).encode()).hexdigest()
             rows = check_rows(enumerate(found, start=1), f"row {{}} of `{source}`", PROMPTS, skip_bad_rows, skipped)
         else:
@@ -460,28 +462,6 @@ def _read_all(prompts: list[str], skip_bad_rows: bool, sources: list[dict[str, A
             rows = read_rows(source, skip_bad_rows, PROMPTS, skipped)
         sources.append({"name": name, "sha256": digest, "skipped": skipped})
         yield from rows
-
-
-def _read_hub(source: str) -> tuple[str, list[dict[str, Any]]]:
-    """Read a Hub data set: text of a field is a prompt, a list of texts is turns, anything else has to be messages."""
-    from .evaluation.prompts import read_hub_rows
-
-    fields = ("messages", "turns", "prompt")
-    name, field, rows = read_hub_rows(source, "train")
-    if rows and not field:
-        field = next((name for name in fields if name in rows[0]), "")
-    if rows and field not in rows[0]:
-        raise ValueError(
-            f"Expected one of the fields {', '.join(fields)} in {source!r}, got {sorted(rows[0])}. Name one of "
-            "these as `hub:org/name:split:field`."
-        )
-
-    def kind_of(value: Any) -> str:
-        is_turns = isinstance(value, list) and all(isinstance(turn, str) for turn in value)
-        return "prompt" if isinstance(value, str) else "turns" if is_turns else "messages"
-
-    ids = [{"id": row["id"]} if isinstance(row.get("id"), str | int) else {} for row in rows]
-    return name, [{kind_of(row[field]): row[field], **id} for row, id in zip(rows, ids, strict=True)]
 
 
 class Progress:
@@ -498,11 +478,7 @@ class Progress:
             return
         self.last = now
         acceptance = f" · τ {self.acceptance_length:.2f}" if stats.num_rounds else ""
-        print(
-            f"{counts.new_rows}/{counts.new_rows + counts.waiting} rows · {self.speed:.1f} tokens/s{acceptance}",
-            file=sys.stderr,
-            flush=True,
-        )
+        _warn(f"{counts.new_rows}/{counts.new_rows + counts.waiting} rows · {self.speed:.1f} tokens/s{acceptance}")
 
     def ratios(self) -> dict[str, float]:
         """Return tokens a second and, with a draft, the acceptance length."""
@@ -531,14 +507,12 @@ def _training_flag(setting: dataclasses.Field[Any], kind: Any) -> inspect.Parame
         option.parser = lambda word: None if word == none else int(word)
     if get_origin(kind) in (list, dict):
         split = (lambda word: [parse(word)]) if parse else _paths if kind == list[Path] else _words
-        kind, option = list[Any], _several(help, split, "VALUE")
-    is_required = setting.default is dataclasses.MISSING and setting.default_factory is dataclasses.MISSING
+        kind, option = list[Any], _several(help, split)
     default = None if setting.default is dataclasses.MISSING else setting.default
+    if default is None and setting.default is setting.default_factory:  # Neither is given.
+        default = inspect.Parameter.empty
     return inspect.Parameter(
-        setting.name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=inspect.Parameter.empty if is_required else default,
-        annotation=Annotated[kind, option],
+        setting.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
     )
 
 
@@ -613,16 +587,14 @@ def card(
         typer.Argument(help="folder or Hub id, `bundled-draft` or `bundled-target`; known drafts are not downloaded"),
     ] = None,
     render_all: Annotated[bool, _flag("render every card of this repository into a folder", "--all")] = False,
-    results: Annotated[
-        Texts, _several("results of `pard bench`; of a folder, those of the checkpoint", _words, "JSON")
-    ] = None,
+    results: Annotated[Texts, _several("results of `pard bench`; of a folder, those of the checkpoint")] = None,
     output: Annotated[Path | None, _flag("file, or folder with --all (default: standard output)")] = None,
     target: Annotated[Text, _flag("a target it serves (default: the one it was trained for)")] = None,
     license: Annotated[Text, _flag("as the Hub names it, such as apache-2.0")] = None,
     base_model: Annotated[Text, _flag("Hub id of the model it was made from (default: the files')")] = None,
-    datasets: Annotated[Texts, _several("Hub ids of its training data (default: the files')", _words, "ID")] = None,
-    language: Annotated[Texts, _several("of its training text, such as en", _words, "CODE")] = None,
-    tags: Annotated[Texts, _several("beside those that every card has", _words, "TAG")] = None,
+    datasets: Annotated[Texts, _several("Hub ids of its training data (default: the files')")] = None,
+    language: Annotated[Texts, _several("of its training text, such as en")] = None,
+    tags: Annotated[Texts, _several("beside those that every card has")] = None,
 ) -> None:
     """Render the model card of a draft from its config, provenance and results.
 

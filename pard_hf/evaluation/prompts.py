@@ -103,6 +103,31 @@ def read_hub_prompts(source: str) -> tuple[str, list[dict[str, Any]]]:
     return name, [{**row, "prompt": row[field]} for row in rows]
 
 
+def read_hub_conversations(source: str) -> tuple[str, list[dict[str, Any]]]:
+    """Read a Hub data set that `pard data` answers, see [`read_hub_rows`]; the split defaults to `train`.
+
+    Returns:
+        The name of the set, and rows with the value of one field: `prompt` if it is a text, `turns` if it is a list
+        of texts, else `messages`. The field defaults to the first of these three that the set has; `id` is kept.
+    """
+    fields = ("messages", "turns", "prompt")
+    name, field, rows = read_hub_rows(source, "train")
+    if rows and not field:
+        field = next((name for name in fields if name in rows[0]), "")
+    if rows and field not in rows[0]:
+        raise ValueError(
+            f"Expected one of the fields {', '.join(fields)} in {source!r}, got {sorted(rows[0])}. Name one of "
+            "these as `hub:org/name:split:field`."
+        )
+    conversations = []
+    for row in rows:
+        value = row[field]
+        is_turns = isinstance(value, list) and all(isinstance(turn, str) for turn in value)
+        kind = "prompt" if isinstance(value, str) else "turns" if is_turns else "messages"
+        conversations.append({kind: value, **({"id": row["id"]} if isinstance(row.get("id"), str | int) else {})})
+    return name, conversations
+
+
 def read_hub_rows(source: str, default_split: str) -> tuple[str, str, list[dict[str, Any]]]:
     """Read the rows of `hub:org/name[/config][:split[:field]]`.
 
