@@ -149,9 +149,8 @@ def generate(
         **({"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}),
     }
     if is_single and not as_json:
-        arguments["streamer"] = TintedStreamer(
-            pair.tokenizer, color == "always" or (color == "auto" and sys.stdout.isatty())
-        )
+        is_tinted = color == "always" or (color == "auto" and sys.stdout.isatty())
+        arguments["streamer"] = TintedStreamer(pair.tokenizer, is_tinted)
     encoded = [encode_prompt(pair.tokenizer, prompt, raw) for prompt in prompts]
     config, answers = pair.target.generation_config, dict[int, list[int]]()
     stats, start = DecodingStats(), time.perf_counter()
@@ -203,16 +202,11 @@ def _read_prompts(prompt: str | None, files: list[Path]) -> tuple[list[str], boo
     def is_rows(file: Path) -> bool:
         return file.name.endswith((".jsonl", ".jsonl.gz"))
 
-    if not files:
-        prompts = [sys.stdin.read() if prompt in (None, "-") else str(prompt)]
-    elif prompt is not None:
+    if files and prompt is not None:
         raise ValueError("Expected a prompt or `--file`, got both. Drop one of them.")
-    else:
-        prompts = [
-            text
-            for file in files
-            for text in ([row["prompt"] for row in read_prompts(file)] if is_rows(file) else [read_text(file)])
-        ]
+    prompts = [] if files else [sys.stdin.read() if prompt in (None, "-") else str(prompt)]
+    for file in files:
+        prompts += [row["prompt"] for row in read_prompts(file)] if is_rows(file) else [read_text(file)]
     if not prompts:
         raise ValueError("Expected at least one prompt in the files, got none. Add a row with a `prompt`.")
     for text in prompts:
@@ -508,9 +502,9 @@ def _training_flag(setting: dataclasses.Field[Any], kind: Any) -> inspect.Parame
     if get_origin(kind) in (list, dict):
         split = (lambda word: [parse(word)]) if parse else _paths if kind == list[Path] else _words
         kind, option = list[Any], _several(help, split)
-    default = None if setting.default is dataclasses.MISSING else setting.default
-    if default is None and setting.default is setting.default_factory:  # Neither is given.
-        default = inspect.Parameter.empty
+    default = setting.default
+    if default is dataclasses.MISSING:  # Required, or an empty list.
+        default = inspect.Parameter.empty if setting.default_factory is dataclasses.MISSING else None
     return inspect.Parameter(
         setting.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
     )
