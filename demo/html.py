@@ -8,7 +8,7 @@ from typing import Any
 
 from pard_hf.evaluation.metrics import repeated_share
 from pard_hf.generation.stats import DecodingStats
-from pard_hf.io import IncrementalDetokenizer
+from pard_hf.tokens import IncrementalDetokenizer
 
 from .chat import ChatTurn
 from .inside import Node, Proposal

@@ -221,7 +221,7 @@ class TintedStreamer:
     """Print tokens as they arrive, accepted draft tokens tinted."""
 
     def __init__(self, tokenizer: Any, is_tinted: bool):
-        from .io import IncrementalDetokenizer
+        from .tokens import IncrementalDetokenizer
 
         self.text = IncrementalDetokenizer(tokenizer)
         self.tint = GREEN if is_tinted else ""

@@ -1,4 +1,4 @@
-"""Files: atomic writes, checksums, JSON Lines and run metadata; and text of tokens as they arrive."""
+"""Files: atomic writes, checksums, JSON Lines; and run metadata."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import platform
 import subprocess
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
@@ -97,37 +97,6 @@ def text_problem(value: Any) -> str | None:
             return f"it has half of a character, the surrogate {ascii(value[error.start])}"
     inner = value.items() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
     return next((found for item in inner if (found := text_problem(item)) is not None), None)
-
-
-class IncrementalDetokenizer:
-    """Decodes tokens as they arrive; the pieces of text, joined, are the text of all.
-
-    Tokens are decoded together, and a character whose bytes lie in several tokens is held back until all are there.
-    """
-
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self.shown = ""
-
-    def add(self, ids: Sequence[int]) -> str:
-        """Return the text that more tokens complete."""
-        self.ids += ids
-        text = self.decoded()
-        if text.endswith("\ufffd"):
-            return ""
-        new, self.shown = text[len(self.shown) :], text
-        if text.endswith("\n"):  # Decode no more than a line again; the break keeps the space of the next token.
-            self.ids = self.ids[-1:]
-            self.shown = self.decoded()
-        return new
-
-    def rest(self) -> str:
-        """Return what is held back of a text that ends inside a character."""
-        return self.decoded()[len(self.shown) :]
-
-    def decoded(self) -> str:
-        return self.tokenizer.decode(self.ids, skip_special_tokens=True)
 
 
 def conditions_of(target: Any) -> dict[str, Any]:

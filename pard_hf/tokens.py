@@ -1,8 +1,9 @@
-"""Token ids between text and a model: chat templates, left padding, end tokens."""
+"""Token ids between text and a model: chat templates, left padding, end tokens, text as tokens arrive."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -87,3 +88,34 @@ def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int | None) -> dict[st
 def until_end(ids: list[int], end_token_ids: Collection[int]) -> list[int]:
     """Cut ids behind their first end token."""
     return next((ids[: index + 1] for index, token in enumerate(ids) if token in end_token_ids), ids)
+
+
+class IncrementalDetokenizer:
+    """Decodes tokens as they arrive; the pieces of text, joined, are the text of all.
+
+    Tokens are decoded together, and a character whose bytes lie in several tokens is held back until all are there.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.shown = ""
+
+    def add(self, ids: Sequence[int]) -> str:
+        """Return the text that more tokens complete."""
+        self.ids += ids
+        text = self.decoded()
+        if text.endswith("\ufffd"):
+            return ""
+        new, self.shown = text[len(self.shown) :], text
+        if text.endswith("\n"):  # Decode no more than a line again; the break keeps the space of the next token.
+            self.ids = self.ids[-1:]
+            self.shown = self.decoded()
+        return new
+
+    def rest(self) -> str:
+        """Return what is held back of a text that ends inside a character."""
+        return self.decoded()[len(self.shown) :]
+
+    def decoded(self) -> str:
+        return self.tokenizer.decode(self.ids, skip_special_tokens=True)

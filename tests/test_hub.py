@@ -17,6 +17,7 @@ from huggingface_hub.utils import filter_repo_objects
 from pard_hf import PardDraftModel
 from pard_hf.draft import model as draft_model
 from pard_hf.draft.addons import ADDON_FILES
+from pard_hf.draft.model import UNNAMED_DRAFT
 
 PROGRAM = Path(__file__).parent / "programs" / "hub.py"
 OTHER_MASK_KEYS = {"mask_token_id", "ptd_token_id", "dspark_noise_token_id", "dflash_config"}
@@ -158,6 +159,9 @@ def test_a_card_is_written_once_and_provenance_comes_along(folders, hub):
 
     assert b"base_model: org/small" in hub.files("org/trained")["README.md"]
     assert json.loads(hub.files("org/trained")["provenance.json"])["step"] == 30
+    (folders / "trained" / "README.md").write_text(f"---\ntags: [pard]\n---\n{UNNAMED_DRAFT}, rank 8")
+    trained.push_to_hub("org/carded", tags=["code"])
+    assert hub.files("org/carded")["README.md"] == b"---\ntags:\n- pard\n- code\n---\norg/carded, rank 8"
     (hub.root / "org" / "trained" / "README.md").write_text("Edited by its owner")
     trained.push_to_hub("org/trained")
     assert hub.files("org/trained")["README.md"] == b"Edited by its owner"

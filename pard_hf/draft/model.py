@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, wraps
 from pathlib import Path
@@ -62,7 +63,22 @@ DEFAULT_NUM_ASSISTANT_TOKENS = 12
 OTHER_MASK_KEYS = ("mask_token_id", "ptd_token_id", "dspark_noise_token_id", "dflash_config")
 # Arguments of `push_to_hub` that `save_pretrained(push_to_hub=True)` takes.
 PUSH_ARGUMENTS = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "revision", "tags")
+# The name in the card of a draft that has not been pushed.
+UNNAMED_DRAFT = "FOLDER-OR-HUB-ID"
 TAGS = ("pard", "speculative-decoding", "parallel-drafting", "draft-model")
+CARD = """
+# {repo_id}
+
+A parallel draft model ([PARD](https://huggingface.co/papers/2504.18583)) that proposes {num_assistant_tokens} tokens
+in one forward{addons}.
+
+```python
+from pard_hf import PardDraftModel, with_pard
+
+draft = PardDraftModel.from_pretrained("{repo_id}", dtype="auto")
+output = with_pard(target).generate(**inputs, assistant_model=draft)
+```
+"""
 
 
 class PardDraftModel(PreTrainedModel):
@@ -282,10 +298,8 @@ class PardDraftModel(PreTrainedModel):
         """
         logits = logits.index_fill(-1, torch.tensor(self.mask_token_id, device=logits.device), -torch.inf)
         width = logits.shape[-1]
-        if vocab_size is None or vocab_size == width:
+        if vocab_size in (None, width):
             return logits
-        if vocab_size < width:
-            return logits[..., :vocab_size]
         return torch.nn.functional.pad(logits, (0, vocab_size - width), value=-torch.inf)
 
     def chain(
@@ -446,26 +460,23 @@ class PardDraftModel(PreTrainedModel):
             return None
 
     def write_card(self, folder: Path, repo_id: str, tags: Iterable[str]) -> None:
-        """Write a card, and the provenance that training left beside the checkpoint the draft was loaded from."""
-        source = Path(self.config.name_or_path) / "provenance.json"
-        provenance = json.loads(source.read_text(encoding="utf-8")) if source.is_file() else {}
-        if provenance:
-            (folder / source.name).write_text(json.dumps(provenance, indent=1, ensure_ascii=False) + "\n", "utf-8")
-        base = provenance.get("base")
-        data = ModelCardData(
-            library_name="transformers",
-            pipeline_tag="text-generation",
-            base_model=base if base and "/" in base else None,
-            tags=[*TAGS, *tags],
-        )
-        addons = "".join(f" It has a {a.replace('_', ' ')} in the folder `{a}`." for a in ADDONS if getattr(self, a))
-        ModelCard(
-            f"---\n{data.to_yaml()}\n---\n\n# {repo_id.split('/')[-1]}\n\nA parallel draft model "
-            f"([PARD](https://huggingface.co/papers/2504.18583)) that proposes {self.num_assistant_tokens} tokens in "
-            f"one forward.{addons}\n\n```python\nfrom pard_hf import PardDraftModel, with_pard\n\n"
-            f'draft = PardDraftModel.from_pretrained("{repo_id}", dtype="auto")\n'
-            "output = with_pard(target).generate(**inputs, assistant_model=draft)\n```\n"
-        ).save(folder / "README.md")
+        """Write the card and the provenance that `pard train` left beside the checkpoint, else a short card."""
+        source, base = Path(self.config.name_or_path), None
+        if (source / "provenance.json").is_file():
+            shutil.copyfile(source / "provenance.json", folder / "provenance.json")
+            base = json.loads((folder / "provenance.json").read_text(encoding="utf-8")).get("base")
+        if (folder / "provenance.json").is_file() and (source / "README.md").is_file():
+            card = ModelCard((source / "README.md").read_text(encoding="utf-8").replace(UNNAMED_DRAFT, repo_id))
+        else:
+            base = base if base and "/" in base else None  # Not a folder.
+            data = ModelCardData(
+                library_name="transformers", pipeline_tag="text-generation", base_model=base, tags=list(TAGS)
+            )
+            addons = "".join(f", with a {addon.replace('_', ' ')}" for addon in ADDONS if getattr(self, addon))
+            text = CARD.format(repo_id=repo_id, num_assistant_tokens=self.num_assistant_tokens, addons=addons)
+            card = ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+        card.data["tags"] = [*(card.data.get("tags") or ()), *tags]
+        card.save(folder / "README.md")
 
 
 def best(scores: torch.Tensor) -> torch.Tensor:

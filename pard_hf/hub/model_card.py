@@ -19,6 +19,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..draft.addons import CORRECTION_HEAD, SETTINGS_FILE
 from ..draft.known_drafts import KNOWN_DRAFTS, KnownDraft
+from ..draft.model import UNNAMED_DRAFT
 from ..loading import bundled_pair
 from .checkpoint import local_folder, read_json, tensor_shapes, text_config
 
@@ -156,7 +157,7 @@ def is_about(result: dict[str, Any], name: str) -> bool:
 
 def draft_card(provenance: dict[str, Any]) -> str:
     """Render the card of a training checkpoint from its provenance.json, before it has a name."""
-    return str(model_card(CardSource(name="FOLDER-OR-HUB-ID", provenance=provenance)))
+    return str(model_card(CardSource(name=UNNAMED_DRAFT, provenance=provenance)))
 
 
 def model_card(source: CardSource) -> ModelCard:
