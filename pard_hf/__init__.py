@@ -10,7 +10,7 @@ from typing import Any
 
 from .draft.model import PardDraftModel
 from .generation.candidate_generator import PardCandidateGenerator
-from .generation.config import PardGenerateOutput
+from .generation.config import PardGenerateOutput, PardGenerationConfig
 from .generation.mixin import PardGenerationMixin, with_pard, without_pard
 from .generation.stats import DecodingStats
 from .loading import bundled_pair, load_pair
@@ -28,6 +28,7 @@ __all__ = [
     "PardCandidateGenerator",
     "PardDraftModel",
     "PardGenerateOutput",
+    "PardGenerationConfig",
     "PardGenerationMixin",
     "PardTrainer",
     "PardTrainingArguments",

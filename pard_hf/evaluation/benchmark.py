@@ -23,7 +23,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from ..generation.stats import DecodingStats, measure_rounds
+from ..generation.stats import DecodingStats
 from ..host import cache_of, check_num_assistant_tokens, end_token_ids, input_device, num_positions
 from ..io import conditions_of, shown_command, shown_model, write_whole
 from ..loading import Pair
@@ -37,6 +37,7 @@ RESUMED = (
     *("target", "draft", "scale", "commit", "versions", "device", "dtype", "decoding"),
     *("routes", "repeats", "max_new_tokens", "limit", "seed", "context", "assistant_tree_size"),
 )
+ROUND_STEPS = ("prefill", "draft", "verify", "loop", "num_rounds")
 # A copied tensor is larger than any cache of the device; the median of the copies counts.
 NUM_COPIED = {"cpu": 2**28, "cuda": 2**30}
 NUM_COPIES = 9
@@ -432,13 +433,11 @@ class Measurement:
         seconds, stats = Counter[str](), DecodingStats()
         for batch in self.batches:
             self.advance(record.route.name)
-            with measure_rounds() as clock:
-                output = self.runner.generate(
-                    record.route, batch.inputs, self.max_new_tokens, return_dict_in_generate=True
-                )
-            seconds.update({name: getattr(clock, name) for name in ("prefill", "draft", "verify", "loop")})
-            seconds["num_rounds"] += clock.num_rounds
+            options = {"return_dict_in_generate": True, "measure_rounds": True}
+            output = self.runner.generate(record.route, batch.inputs, self.max_new_tokens, **options)
             stats += output.stats
+            if output.round_times is not None:
+                seconds.update({name: getattr(output.round_times, name) for name in ROUND_STEPS})
         record.round_seconds.append(seconds)
         record.stats = stats  # Where K adapts, the last run has adapted most.
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from transformers import CompileConfig
 
-from ..generation.compilation import why_not_compiled, workspace_of
+from ..generation.compilation import compile_cache_of, not_compilable_reason
 from ..generation.mixin import without_pard
 from ..generation.schedule import COUNTS
 from ..generation.stats import DecodingStats
@@ -104,14 +104,12 @@ class RouteRunner:
             sizes = [model.config.get_text_config().vocab_size for model in (self.target, self.draft)]
             if sizes[0] != sizes[1]:
                 return f"the stock assisted loop wants equal vocabularies, not {sizes[0]} and {sizes[1]} rows"
-        if route.is_compiled:
-            reason = why_not_compiled(self.target, self.draft if route.loop == "own" else self.target)
-            if reason is not None:
-                return reason
         if route.uses_head and not route.is_adaptive and self.draft.correction_head is None:
             return "the draft has no correction head"
         if route.is_adaptive and self.num_assistant_tokens not in COUNTS[1:]:
             return f"the adaptive schedule chooses up to a K of {COUNTS[1:]}, not {self.num_assistant_tokens}"
+        if route.is_compiled:
+            return not_compilable_reason(self.target, self.draft if route.loop == "own" else self.target)
         return None
 
     def arguments(self, route: Route) -> dict[str, Any]:
@@ -152,7 +150,7 @@ class RouteRunner:
 
     def compile_failure(self, route: Route) -> str | None:
         """Return why our rounds ran eagerly though `route` compiles them."""
-        return workspace_of(self.target, self.draft if route.uses_head else self.headless).failure
+        return compile_cache_of(self.target, self.draft if route.uses_head else self.headless).failure
 
 
 def compile_anywhere() -> CompileConfig:
