@@ -11,35 +11,17 @@ from .routes import ROUTES
 
 GAP = "gap: how far the plain model prefers its best token where texts first differ, the largest"
 SPEED_HEADINGS = (
-    "tokens/s",
-    "after first",
-    "TTFT ms",
-    "speedup ÷ AR",
-    "÷ AR+",
-    "τ",
-    "α",
-    "identical",
-    "compile s",
-    "peak MiB",
+    *("tokens/s", "after first", "TTFT ms", "speedup ÷ AR", "÷ AR+"),
+    *("τ", "α", "identical", "compile s", "peak MiB"),
 )
 ROUND_HEADINGS = (
-    "draft ms",
-    "verify ms",
-    "loop ms",
-    "verify ÷ step",
-    "ideal",
-    "of ideal",
-    "of ideal, decode",
-    "of bandwidth",
+    *("draft ms", "verify ms", "loop ms", "verify ÷ step"),
+    *("ideal", "of ideal", "of ideal, decode", "of bandwidth"),
 )
 
 
 def make_console() -> Any:
-    """A rich console on standard error.
-
-    Raises:
-        ValueError: rich is not installed.
-    """
+    """A rich console on standard error; a `ValueError` where rich is not installed."""
     try:
         from rich.console import Console
     except ModuleNotFoundError:
