@@ -18,7 +18,6 @@ from benchmarks.scaling import enlarge_pair
 from benchmarks.script import finish, parser_of, run_metadata
 from pard_hf import load_pair
 from pard_hf.evaluation.prompts import DEMO_PROMPTS
-from pard_hf.generation.stats import measure_rounds
 
 
 class TimedAttention:
@@ -41,25 +40,27 @@ def measure(pair: Any, text: torch.Tensor, length: int, new_tokens: int) -> dict
     attention = TimedAttention(2 * pair.draft.num_assistant_tokens)
     torch.nn.functional.scaled_dot_product_attention = attention
     try:
-        with measure_rounds() as clock:
-            pair.target.generate(
-                text[:, :length],
-                attention_mask=torch.ones_like(text[:, :length]),
-                assistant_model=pair.draft,
-                max_new_tokens=new_tokens,
-                eos_token_id=None,
-                do_sample=False,
-                disable_compile=True,
-            )
+        output = pair.target.generate(
+            text[:, :length],
+            attention_mask=torch.ones_like(text[:, :length]),
+            assistant_model=pair.draft,
+            max_new_tokens=new_tokens,
+            eos_token_id=None,
+            do_sample=False,
+            disable_compile=True,
+            return_dict_in_generate=True,
+            measure_rounds=True,
+        )
     finally:
         torch.nn.functional.scaled_dot_product_attention = attention.attend
-    seconds = clock.draft + clock.verify + clock.loop
+    times = output.round_times
+    seconds = times.draft + times.verify + times.loop
     return {
-        "num_rounds": clock.num_rounds,
-        "round": seconds / clock.num_rounds,
-        "attention": attention.seconds / clock.num_rounds,
-        "loop": clock.loop / clock.num_rounds,
-        "prefill": clock.prefill,
+        "num_rounds": times.num_rounds,
+        "round": seconds / times.num_rounds,
+        "attention": attention.seconds / times.num_rounds,
+        "loop": times.loop / times.num_rounds,
+        "prefill": times.prefill,
     }
 
 

@@ -133,13 +133,13 @@ class Soak:
 
     def sample(self, number: int) -> None:
         """Keep what the process holds between two compiled calls."""
-        kept = compilation.workspace_of(self.target, self.draft)
+        kept = compilation.compile_cache_of(self.target, self.draft)
         with kept.lock:
             slots = [cache.num_slots * key[1] for key, cache in kept.caches.items()]
             sample = {
                 "call": number,
                 "resident_bytes": resident_bytes(),
-                "steps_kept": len(kept.parts),
+                "steps_kept": len(kept.steps),
                 "caches_kept": len(slots),
                 "slots_kept": sum(slots),
                 "steps_compiled": counters["stats"]["unique_graphs"],
@@ -164,7 +164,7 @@ class Soak:
             "shapes": len(self.shapes),
             "seconds": round(time.perf_counter() - start, 1),
             "calls_that_compiled": self.num_compiled_calls,
-            "all_steps_compile": compilation.workspace_of(self.target, self.draft).failure is None,
+            "all_steps_compile": compilation.compile_cache_of(self.target, self.draft).failure is None,
             "compared": self.num_compared,
             "different": self.num_different,
             "growth": growth(self.samples),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .draft.model import PardDraftModel
     from .generation.candidate_generator import PardCandidateGenerator
-    from .generation.config import PardGenerateOutput
+    from .generation.config import PardGenerateOutput, PardGenerationConfig
     from .generation.mixin import PardGenerationMixin, with_pard, without_pard
     from .generation.stats import DecodingStats
     from .loading import bundled_pair, load_pair
@@ -27,6 +27,7 @@ MODULES = {
     "PardCandidateGenerator": "generation.candidate_generator",
     "PardDraftModel": "draft.model",
     "PardGenerateOutput": "generation.config",
+    "PardGenerationConfig": "generation.config",
     "PardGenerationMixin": "generation.mixin",
     "PardTrainer": "training.trainer",
     "PardTrainingArguments": "training.trainer",
@@ -42,6 +43,7 @@ __all__ = [
     "PardCandidateGenerator",
     "PardDraftModel",
     "PardGenerateOutput",
+    "PardGenerationConfig",
     "PardGenerationMixin",
     "PardTrainer",
     "PardTrainingArguments",

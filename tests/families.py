@@ -22,6 +22,7 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LogitsProcessorList,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
@@ -32,10 +33,14 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    StoppingCriteriaList,
 )
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
-from pard_hf import PardDraftModel
+from pard_hf import PardDraftModel, PardGenerationConfig
 from pard_hf.draft.correction_head import CorrectionHead
+from pard_hf.generation.decoder import PardDecoder
+from pard_hf.generation.schedule import Schedule
 
 VOCAB_SIZE, MASK_TOKEN_ID = 100, 99
 COMMON = {
@@ -164,6 +169,26 @@ def make_prompts(batch_size: int, longest: int = 18) -> dict[str, torch.Tensor]:
     for row in range(1, batch_size):
         mask[row, : (longest - 1) * row // max(batch_size - 1, 1)] = 0
     return {"input_ids": ids.masked_fill(mask == 0, 0).to(DEVICE), "attention_mask": mask.to(DEVICE)}
+
+
+def make_decoder(target, draft, prompts, new_tokens, kind=PardDecoder, eos_token_id=None, **options) -> PardDecoder:
+    """A decoder as `generate()` makes it; `options` are those of the decoder, and else of the generation config."""
+    compiled, schedule = options.pop("compiled", None), options.pop("schedule", None)
+    config = PardGenerationConfig(pad_token_id=0, **options)
+    schedule = schedule or Schedule(config.num_assistant_tokens, config.assistant_tree_size or 0)
+    criteria = StoppingCriteriaList([MaxLengthCriteria(prompts["input_ids"].shape[1] + new_tokens)])
+    if eos_token_id is not None:
+        criteria.append(EosTokenCriteria(eos_token_id))
+    return kind(
+        target,
+        draft,
+        **prompts,
+        compiled=compiled,
+        schedule=schedule,
+        generation_config=config,
+        logits_processor=LogitsProcessorList(),
+        stopping_criteria=criteria,
+    )
 
 
 def texts_of(sequences: torch.Tensor, attention_mask: torch.Tensor) -> list[list[int]]:

@@ -6,7 +6,6 @@ from families import make_draft, make_model, make_prompts, make_self_draft
 
 from pard_hf import with_pard
 from pard_hf.generation import batch as batch_module
-from pard_hf.generation.stats import measure_rounds
 
 
 def ends_for(target, prompts, columns):
@@ -146,12 +145,13 @@ def test_clock_counts_every_round():
     target, prompts = make_model("llama"), make_prompts(2)
     draft = make_draft(make_model("llama", seed=5))
 
-    with measure_rounds() as clock:
-        for _ in range(2):
-            output = with_pard(target).generate(
-                **prompts, assistant_model=draft, max_new_tokens=10, do_sample=False, return_dict_in_generate=True
-            )
+    arguments = {"max_new_tokens": 10, "do_sample": False, "return_dict_in_generate": True}
 
-    assert 2 <= clock.num_rounds < 2 * output.stats.num_rounds
+    output = with_pard(target).generate(**prompts, **arguments, assistant_model=draft, measure_rounds=True)
+    unmeasured = with_pard(target).generate(**prompts, **arguments, assistant_model=draft)
+
+    clock = output.round_times
+    assert unmeasured.round_times is None
+    assert 1 <= clock.num_rounds < output.stats.num_rounds
     assert min(clock.prefill, clock.draft, clock.verify, clock.loop) > 0
     assert clock.loop < clock.draft + clock.verify

@@ -1,4 +1,4 @@
-"""The slot cache against the host's dynamic cache, row by row."""
+"""The slot cache against the dynamic cache of transformers, row by row."""
 
 from device import torch
 from families import make_model
@@ -40,8 +40,8 @@ def test_rejected_entries_leave_no_trace():
             lengths = lengths + right
 
 
-def test_buffers_stay_where_they_are():
-    """Fixed addresses are what CUDA graphs want."""
+def test_buffers_keep_their_addresses():
+    """CUDA graphs need fixed addresses."""
     model = make_model("llama")
     cache = SlotCache(model.config, 32)
     ids = torch.randint(3, 99, (2, 6))
@@ -87,7 +87,7 @@ def test_entries_come_from_and_go_to_a_dynamic_cache():
     assert expected.shape[1] == 5
 
 
-def test_windows_are_the_hosts():
+def test_windows_are_those_of_transformers():
     assert attention_windows(make_model("llama").config) == [None, None]
     assert attention_windows(make_model("mistral").config) == [9, 9]
     assert attention_windows(make_model("gemma2").config) == [9, None]

@@ -1,7 +1,8 @@
 """The stock loop's contract."""
 
+import pytest
 from device import torch
-from families import make_model, make_prompts, make_self_draft
+from families import make_draft, make_model, make_prompts, make_self_draft
 
 from pard_hf import PardCandidateGenerator
 
@@ -50,3 +51,15 @@ def test_ids_beyond_the_targets_vocabulary_are_not_proposed():
     candidates, _ = make_generator(vocab_size=50).get_candidates(make_prompts(1)["input_ids"].clamp(max=49))
 
     assert (candidates < 50).all()
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3"])
+@pytest.mark.parametrize("count", [1, 2, 5, 8])
+def test_sliding_draft_for_an_untouched_target(family, count):
+    """The stock loop takes back one entry more than was proposed; a layer that forgot it would be one short."""
+    target, prompts = make_model("llama"), make_prompts(1)
+    expected = target.generate(**prompts, max_new_tokens=20, do_sample=False)
+
+    draft = make_draft(make_model(family, seed=7), count)
+
+    assert torch.equal(target.generate(**prompts, max_new_tokens=20, do_sample=False, assistant_model=draft), expected)

@@ -13,13 +13,12 @@ import weakref
 
 import pytest
 from device import IS_FAKE, torch
-from families import add_head, make_draft, make_model, make_prompts, make_self_draft
+from families import add_head, make_decoder, make_draft, make_model, make_prompts, make_self_draft
 from torch._dynamo.utils import counters
-from transformers import CompileConfig, LogitsProcessorList
+from transformers import CompileConfig
 
 from pard_hf import with_pard
-from pard_hf.generation.compilation import CompiledSteps, workspace_of
-from pard_hf.generation.decoder import DecodingRequest, PardDecoder
+from pard_hf.generation.compilation import CompiledSteps, compile_cache_of
 from pard_hf.generation.schedule import Choice
 
 pytestmark = pytest.mark.skipif(IS_FAKE, reason="there is nothing to compile for")
@@ -78,7 +77,7 @@ def test_compiled_trees_and_heads_are_eager(family, batch_size, tree_size):
     num_graphs = graphs()
     again = pard(target, drafts[1], prompts, assistant_tree_size=tree_size)
 
-    assert workspace_of(target, drafts[1]).failure is None
+    assert compile_cache_of(target, drafts[1]).failure is None
     assert torch.equal(eager.sequences, expected)
     assert torch.equal(compiled.sequences, expected)
     assert torch.equal(again.sequences, expected)
@@ -95,7 +94,7 @@ def test_inductor_is_eager():
     compiled = {"compile_config": None, "cache_implementation": "static", "assistant_tree_size": 8}
     output = pard(target, draft, prompts, **compiled)
 
-    assert workspace_of(target, draft).failure is None
+    assert compile_cache_of(target, draft).failure is None
     assert torch.equal(output.sequences, expected)
     assert output.compile_seconds > 0
 
@@ -137,7 +136,7 @@ def test_long_text_crosses_cache_sizes():
     for compiled in ({}, {"disable_compile": True}):
         got = pard(target, draft, prompts, max_new_tokens=60, **compiled)
         assert torch.equal(got.sequences, expected)
-    sizes = {dict(key[1][:5])["target cache"] for key in workspace_of(target, draft).parts}
+    sizes = {dict(key[1][:5])["target cache"] for key in compile_cache_of(target, draft).steps}
     assert sizes == {256, 512}
 
 
@@ -156,17 +155,9 @@ def test_rounds_ahead_of_the_host_say_the_same():
     """What a CUDA device does: a round begins before the host knows how the last one ended."""
     target, draft, prompts = make_llama(), make_draft(make_llama(seed=5)), make_prompts(3)
     expected = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
-    request = DecodingRequest(
-        input_ids=prompts["input_ids"],
-        attention_mask=prompts["attention_mask"],
-        num_assistant_tokens=5,
-        max_length=18 + NEW_TOKENS,
-        pad_token_id=0,
-        logits_processor=LogitsProcessorList(),
-    )
-    steps = CompiledSteps(workspace_of(target, draft), TRACED["compile_config"], target)
-    decoder = PardDecoder(target, draft, request, steps)
-    assert decoder.may_run_ahead()
+    compiled = CompiledSteps(compile_cache_of(target, draft), TRACED["compile_config"], target)
+    decoder = make_decoder(target, draft, prompts, NEW_TOKENS, num_assistant_tokens=5, compiled=compiled)
+    assert decoder.can_overlap()
     decoder.num_ahead = 1
 
     with torch.no_grad():
@@ -182,17 +173,9 @@ def test_rows_leave_also_ahead_of_the_host(do_sample, monkeypatch):
     monkeypatch.setattr("pard_hf.generation.decoder.WORTH_COMPILING", 1)
     target, draft, prompts = make_llama(), make_self_draft(make_llama()), make_prompts(2)
     free = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
-    request = DecodingRequest(
-        **{name: prompts[name] for name in ("input_ids", "attention_mask")},
-        num_assistant_tokens=2,
-        max_length=18 + NEW_TOKENS,
-        pad_token_id=0,
-        eos_token_id=free[:1, 24],
-        do_sample=do_sample,
-    )
-    decoder = PardDecoder(
-        target, draft, request, CompiledSteps(workspace_of(target, draft), TRACED["compile_config"], target)
-    )
+    compiled = CompiledSteps(compile_cache_of(target, draft), TRACED["compile_config"], target)
+    options = {"num_assistant_tokens": 2, "do_sample": do_sample, "compiled": compiled}
+    decoder = make_decoder(target, draft, prompts, NEW_TOKENS, eos_token_id=free[:1, 24], **options)
     decoder.num_ahead, sizes = 1, []
     keep, draw = decoder.batch.keep, decoder.noise.draw
     monkeypatch.setattr(decoder.batch, "keep", lambda kept: (sizes.append(len(kept)), keep(kept)))
@@ -222,9 +205,9 @@ def test_smaller_batch_is_used_where_it_is_made():
     assert (expected[1, -1] != 0).all()
 
     assert torch.equal(pard(target, draft, prompts, **ends).sequences, expected)
-    assert not {dict(key[1][:5])["batch size"] for key in workspace_of(target, draft).parts} - {2}
+    assert not {dict(key[1][:5])["batch size"] for key in compile_cache_of(target, draft).steps} - {2}
     pard(target, draft, make_prompts(1), **ends)
-    made, (smaller,) = graphs(), [rows for key, rows in workspace_of(target, draft).buffers.items() if key[0] == 1]
+    made, (smaller,) = graphs(), [rows for key, rows in compile_cache_of(target, draft).rows.items() if key[0] == 1]
     smaller.lengths.zero_()
     assert torch.equal(pard(target, draft, prompts, **ends).sequences, expected)
     assert graphs() == made
@@ -236,13 +219,13 @@ def test_shapes_used_long_ago_make_room(monkeypatch):
     monkeypatch.setattr("pard_hf.generation.compilation.MOST_STEPS", 6)
     target, draft = (make_llama(seed) for seed in (0, 5))
     draft = make_draft(draft)
-    kept, dropped, made = workspace_of(target, draft), [], []
+    kept, dropped, made = compile_cache_of(target, draft), [], []
 
-    def as_it_stands(graph, inputs):
+    def eager(graph, inputs):
         made.append(weakref.ref(graph))
         return graph.forward
 
-    config = CompileConfig(backend=as_it_stands, mode="default")
+    config = CompileConfig(backend=eager, mode="default")
     prompts = {size: make_prompts(size) for size in (1, 2, 3)}
     expected = {size: target.generate(**given, max_new_tokens=9, do_sample=False) for size, given in prompts.items()}
 
@@ -250,19 +233,19 @@ def test_shapes_used_long_ago_make_room(monkeypatch):
         output = pard(target, draft, prompts[size], max_new_tokens=9, compile_config=config)
         assert torch.equal(output.sequences, expected[size])
         assert (output.compile_seconds > 0) == is_new
-        assert len(kept.parts) == (3 if size == 1 and is_new else 6)
-        assert {key[1] for key in kept.caches} == {key[0] for key in kept.buffers} == sizes_of(kept)
+        assert len(kept.steps) == (3 if size == 1 and is_new else 6)
+        assert {key[1] for key in kept.caches} == {key[0] for key in kept.rows} == sizes_of(kept)
         dropped += [weakref.ref(cache.layers[0].keys) for key, cache in kept.caches.items() if key[1] == 3]
 
     gc.collect()
     assert len(dropped) == 4
     assert all(states() is None for states in dropped)
     assert len(made) == 12
-    assert sum(graph() is not None for graph in made) == len(kept.parts)
+    assert sum(graph() is not None for graph in made) == len(kept.steps)
 
 
-def sizes_of(workspace):
-    return {dict(key[1])["batch size"] for key in workspace.parts}
+def sizes_of(kept):
+    return {dict(key[1])["batch size"] for key in kept.steps}
 
 
 def test_second_thread_does_not_share_buffers():
@@ -301,8 +284,8 @@ def test_copies_and_checkpoints_carry_no_buffers(tmp_path):
     copied = copy.deepcopy(target)
     target.save_pretrained(tmp_path)
 
-    assert workspace_of(target, draft).parts
-    assert not workspace_of(copied, draft).parts
+    assert compile_cache_of(target, draft).steps
+    assert not compile_cache_of(copied, draft).steps
     assert type(target).from_pretrained(tmp_path).state_dict().keys() == target.state_dict().keys()
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
 
@@ -363,7 +346,7 @@ def test_caches_of_the_two_grow_apart():
     got = pard(target, draft, new, past_key_values=past, max_new_tokens=290)
 
     assert torch.equal(got.sequences, expected)
-    assert {dict(key[1][:5])["draft cache"] for key in workspace_of(target, draft).parts} == {256, 512}
+    assert {dict(key[1][:5])["draft cache"] for key in compile_cache_of(target, draft).steps} == {256, 512}
 
 
 def test_buffers_serve_any_mode_and_dtype():
@@ -377,7 +360,7 @@ def test_buffers_serve_any_mode_and_dtype():
     assert torch.equal(pard(target, draft, prompts, max_new_tokens=10).sequences, expected)
 
 
-def test_graph_that_breaks_runs_as_it_stands(caplog):
+def test_graph_that_breaks_runs_eagerly(caplog):
     """Dynamic rotary frequencies look at a tensor's value, which no whole graph can."""
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     target = make_llama(rope_parameters=rope)
@@ -397,15 +380,10 @@ def test_one_synchronisation_a_round(tree_size):
     """Rounds wait for the host through one event at most; anything implicit is an error."""
     target = make_llama().cuda()
     draft = add_head(make_self_draft(target), 0.3)
-    request = DecodingRequest(
-        **{name: tensor.cuda() for name, tensor in make_prompts(2).items()},
-        num_assistant_tokens=5,
-        tree_size=tree_size,
-        max_length=90,
-        pad_token_id=0,
-    )
-    steps = CompiledSteps(workspace_of(target, draft), CompileConfig(), target)
-    decoder = PardDecoder(target, draft, request, steps)
+    prompts = {name: tensor.cuda() for name, tensor in make_prompts(2).items()}
+    compiled = CompiledSteps(compile_cache_of(target, draft), CompileConfig(), target)
+    options = {"num_assistant_tokens": 5, "assistant_tree_size": tree_size, "compiled": compiled}
+    decoder = make_decoder(target, draft, prompts, 72, **options)
     choice = Choice(5, tree_size)
     with torch.no_grad():
         for _ in range(3):

@@ -9,11 +9,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 from fake_device import FakeCuda, HostTransferError, MixedDevicesError, watch
-from families import add_head, make_draft, make_model, make_prompts, make_self_draft
+from families import add_head, make_decoder, make_draft, make_model, make_prompts, make_self_draft
 
 from pard_hf import DataCollatorForPard, with_pard, without_pard
 from pard_hf.generation.batch import to_host
-from pard_hf.generation.decoder import DecodingRequest, PardDecoder
+from pard_hf.generation.decoder import PardDecoder
 from pard_hf.training.collator import pack_rows
 from pard_hf.training.objective import Objective
 from pard_hf.training.trainer import TrainingClock
@@ -156,10 +156,8 @@ def test_stock_loop_stays_on_the_device(arguments):
 def decode(kind):
     """A greedy call by a decoder of a kind."""
     target = make_model("llama").cuda()
-    request = DecodingRequest(
-        **on_cuda(make_prompts(2)), num_assistant_tokens=4, max_length=18 + 12, pad_token_id=0, eos_token_id=None
-    )
-    decoder = kind(target, make_self_draft(target), request)
+    prompts = on_cuda(make_prompts(2))
+    decoder = make_decoder(target, make_self_draft(target), prompts, 12, kind, num_assistant_tokens=4)
     with torch.no_grad():
         decoder.run()
     return decoder.sequences()
@@ -171,9 +169,9 @@ class Peeking(PardDecoder):
     def look(self, scores):
         raise NotImplementedError
 
-    def accept(self, proposals, scores):
+    def verify(self, proposals, scores, choice):
         self.look(scores)
-        return super().accept(proposals, scores)
+        return super().verify(proposals, scores, choice)
 
 
 LOOKS = {

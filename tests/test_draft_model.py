@@ -4,7 +4,7 @@ import json
 
 import pytest
 from device import torch
-from families import FAMILIES, make_model
+from families import FAMILIES, make_draft, make_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -192,6 +192,19 @@ def test_proposals_do_not_depend_on_padding_or_cache(tiny_draft):
     assert cache.get_seq_length() == 2  # real tokens only
     torch.testing.assert_close(padded, expected)
     torch.testing.assert_close(tiny_draft.draft(ids, past_key_values=cache), expected)
+
+
+@pytest.mark.parametrize("count", [0, -2, 128])
+def test_draft_checks_its_count(count):
+    with pytest.raises(ValueError, match="num_assistant_tokens"):
+        make_draft(make_model("llama")).draft(torch.tensor([[5, 6]]), num_assistant_tokens=count)
+
+
+def test_no_draft_from_nothing():
+    with pytest.raises(ValueError, match="at least one token"):
+        make_draft(make_model("llama")).draft(torch.zeros(1, 0).long())
+    with pytest.raises(ValueError, match="transformers model"):
+        PardDraftModel.from_causal_lm(torch.nn.Linear(2, 2), 1)
 
 
 def test_plain_generate_of_a_draft_is_the_base_models(tiny_draft):

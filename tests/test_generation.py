@@ -617,6 +617,15 @@ def test_different_tokenizers_are_named(bundled_like_tokenizer, tmp_path):
         target.generate(**prompts, assistant_model=draft)
 
 
+def test_tokenizers_are_compared_when_a_pair_is_first_met(bundled_like_tokenizer, monkeypatch):
+    target, draft = with_pard(make_model("llama")), make_draft(make_model("llama", seed=2))
+    tokenizers = {"tokenizer": bundled_like_tokenizer, "assistant_tokenizer": bundled_like_tokenizer}
+    target.generate(**make_prompts(1), max_new_tokens=3, assistant_model=draft, **tokenizers)
+    monkeypatch.setattr(type(bundled_like_tokenizer), "get_vocab", None)
+
+    target.generate(**make_prompts(1), max_new_tokens=3, assistant_model=draft, **tokenizers)
+
+
 @pytest.mark.parametrize("num_assistant_tokens", [4, 12])
 def test_nothing_is_left_for_the_garbage_collector(num_assistant_tokens):
     """Caches of a call that is over are gone at once: a server would hold those of dozens of calls."""

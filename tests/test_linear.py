@@ -28,7 +28,7 @@ def test_only_large_float32_models_take_part(monkeypatch):
     ids = torch.randint(3, 99, (1, 5))
 
     for fewest, dtype in ((10**9, torch.float32), (1, torch.float64), (1, torch.float32)):
-        monkeypatch.setattr(linear, "FEWEST_PARAMETERS", fewest)
+        monkeypatch.setattr(linear, "MIN_PARAMETERS", fewest)
         with torch.no_grad(), streamed_linear(model.to(dtype)):
             model(ids)
         assert bool(calls) == (fewest == 1 and dtype == torch.float32)
@@ -37,7 +37,7 @@ def test_only_large_float32_models_take_part(monkeypatch):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_text_is_that_of_plain_generate(family, batch_size, monkeypatch):
-    monkeypatch.setattr(linear, "FEWEST_PARAMETERS", 1)
+    monkeypatch.setattr(linear, "MIN_PARAMETERS", 1)
     target, draft, prompts = make_model(family), make_draft(make_model("llama", seed=5)), make_prompts(batch_size)
     expected = target.generate(**prompts, max_new_tokens=30, do_sample=False)
 

@@ -149,3 +149,23 @@ def test_draft_processors_shape_proposals_only():
     got = target.generate(**prompts, do_sample=True, top_k=5, max_new_tokens=12, assistant_model=draft)
 
     assert got.shape == (1, 30)
+
+
+def test_generator_is_left_where_plain_generate_leaves_it():
+    """A second sampled call after the first goes on with the same noise."""
+    target, prompts = make_model("llama"), make_prompts(1)
+    draft = make_self_draft(target)
+    runs = []
+    for arguments in ({}, {"assistant_model": draft}):
+        target = with_pard(target) if arguments else without_pard(target)
+        torch.manual_seed(0)
+        runs.append(
+            [
+                target.generate(
+                    **prompts, do_sample=True, eos_token_id=list(range(3, 9)), max_new_tokens=20, **arguments
+                )
+                for _ in range(3)
+            ]
+        )
+
+    assert all(torch.equal(plain, ours) for plain, ours in zip(*runs, strict=True))

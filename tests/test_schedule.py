@@ -2,17 +2,16 @@
 
 import pytest
 from device import torch
-from families import add_head, make_draft, make_model, make_prompts, make_self_draft
+from families import add_head, make_decoder, make_draft, make_model, make_prompts, make_self_draft
 
 from pard_hf import with_pard
-from pard_hf.generation.decoder import DecodingRequest, PardDecoder
-from pard_hf.generation.schedule import COUNTS, AdaptiveSchedule, Choice, ConstantSchedule, RoundCosts, check_schedule
+from pard_hf.generation.schedule import COUNTS, Choice, RoundCosts, Schedule, check_schedule
 
 
 def simulate(cost, share, most=16, rounds=400, batch_size=1):
     """Run a schedule on a machine where a round of K takes `cost(K)` and each position is accepted with `share`."""
     generator = torch.Generator().manual_seed(0)
-    schedule, seconds, tokens, chosen = AdaptiveSchedule(most, RoundCosts()), 0.0, 0, []
+    schedule, seconds, tokens, chosen = Schedule(most, costs=RoundCosts()), 0.0, 0, []
     for _ in range(rounds):
         choice = schedule.choose(batch_size)
         count, accepted = choice.num_drafts, 0
@@ -56,8 +55,8 @@ def test_costs_are_those_of_the_batch_size():
     for _ in range(50):
         costs.add_accepted(Choice(8), 3)
 
-    assert AdaptiveSchedule(8, costs).choose(1) == Choice(4)  # All that is ever accepted, at the least cost.
-    assert AdaptiveSchedule(8, costs).choose(16) == Choice(0)
+    assert Schedule(8, costs=costs).choose(1) == Choice(4)  # All that is ever accepted, at the least cost.
+    assert Schedule(8, costs=costs).choose(16) == Choice(0)
 
 
 def test_unmeasured_counts_lie_on_a_line():
@@ -79,7 +78,7 @@ def test_busy_moment_is_forgotten():
             costs.add_seconds(1, Choice(count), seconds)
     for _ in range(50):
         costs.add_accepted(Choice(8), 7)
-    schedule, chosen = AdaptiveSchedule(8, costs), []
+    schedule, chosen = Schedule(8, costs=costs), []
 
     for _ in range(1000):
         choice = schedule.choose(1)
@@ -103,7 +102,7 @@ def test_acceptance_is_that_of_the_rounds():
 def simulate_trees(cost, tokens, most=64, rounds=600):
     """As `simulate`, where a tree of N nodes accepts `tokens(N)` on average."""
     generator = torch.Generator().manual_seed(0)
-    schedule, seconds, said, chosen = AdaptiveSchedule(8, RoundCosts(), most), 0.0, 0, []
+    schedule, seconds, said, chosen = Schedule(8, most, RoundCosts()), 0.0, 0, []
     for _ in range(rounds):
         choice = schedule.choose(1)
         mean = tokens(choice.tree_size) if choice.num_drafts else 0.0
@@ -148,10 +147,10 @@ def test_trees_that_were_not_tried_lie_between_those_that_were():
     assert lengths[-1] == pytest.approx(7.0, abs=0.1)
 
 
-def test_looks_compile_nothing():
-    """What promises most may have to be compiled; what is only looked at again is not."""
+def test_exploring_compiles_nothing():
+    """What promises most may have to be compiled; what is only explored is not."""
     costs = RoundCosts()
-    schedule, chosen = AdaptiveSchedule(16, costs, 64), []
+    schedule, chosen = Schedule(16, 64, costs), []
     for _ in range(600):
         choice = schedule.choose(1, lambda choice: choice in chosen)
         chosen.append(choice)
@@ -163,7 +162,7 @@ def test_looks_compile_nothing():
 
 
 def test_constant_stays():
-    assert {ConstantSchedule(5).choose(size) for size in (1, 4)} == {Choice(5)}
+    assert {Schedule(5).choose(size) for size in (1, 4)} == {Choice(5)}
 
 
 @pytest.mark.parametrize(("name", "count", "message"), [("often", 8, "one of"), ("adaptive", 5, "adaptive schedule")])
@@ -209,21 +208,14 @@ def test_plain_rounds_do_not_spoil_the_draft():
     target, prompts = make_model("llama"), make_prompts(1)
     draft = make_self_draft(target)
 
-    class Alternating(ConstantSchedule):
+    class Alternating(Schedule):
         count = 0
 
         def choose(self, batch_size, is_ready):
             self.count += 1
             return Choice(0 if self.count % 3 else 1)
 
-    request = DecodingRequest(
-        input_ids=prompts["input_ids"],
-        attention_mask=prompts["attention_mask"],
-        num_assistant_tokens=1,
-        max_length=18 + 60,
-        pad_token_id=0,
-    )
-    decoder = PardDecoder(target, draft, request, schedule=Alternating(1))
+    decoder = make_decoder(target, draft, prompts, 60, num_assistant_tokens=1, schedule=Alternating(1))
     with torch.no_grad():
         decoder.run()
 

@@ -1,4 +1,7 @@
-"""What README's table says our loop serves, our loop serves: with rounds, and with the text of plain `generate`."""
+"""What README's table says our loop serves, our loop serves: with rounds, and with the text of plain `generate`.
+
+Then calls at the edge of those, each of which once failed.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import make_draft, make_model, make_prompts, make_self_draft
-from transformers import StoppingCriteria, StoppingCriteriaList
+from families import make_draft, make_model, make_prompts, make_scripted_draft, make_self_draft, texts_of
+from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList
 
 from pard_hf import with_pard, without_pard
 
@@ -117,3 +120,94 @@ def test_both_names_of_a_cache_are_one_too_many():
 
     with pytest.raises(ValueError, match="Expected one cache"):
         target.generate(**make_prompts(1), cache=past, past_key_values=past, **arguments)
+
+
+def both(target, draft, prompts, **kwargs):
+    kwargs = {"max_new_tokens": 20, "do_sample": False, **kwargs}
+    expected = without_pard(target).generate(**prompts, **kwargs)
+    return expected, with_pard(target).generate(**prompts, **kwargs, assistant_model=draft)
+
+
+def test_several_criteria_of_one_kind():
+    target, prompts = make_model("llama"), make_prompts(1)
+    free = target.generate(**prompts, max_new_tokens=20, do_sample=False)
+    draft = make_scripted_draft(texts_of(free, prompts["attention_mask"]), 5)
+    ends = [EosTokenCriteria(int(free[0, 18 + column])) for column in (5, 12)]
+    lengths = [MaxLengthCriteria(30), MaxLengthCriteria(22)]
+
+    for criteria in (ends, lengths):
+        expected, got = both(target, draft, prompts, stopping_criteria=StoppingCriteriaList(criteria))
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("length", [10, 18])
+def test_criterion_shorter_than_the_prompt_lets_one_token_pass(length):
+    target, prompts = make_model("llama"), make_prompts(3)
+    criteria = StoppingCriteriaList([MaxLengthCriteria(length)])
+
+    expected, got = both(target, make_self_draft(target), prompts, stopping_criteria=criteria)
+
+    assert torch.equal(got, expected)
+    assert got.shape[1] == 19
+
+
+def test_cache_after_an_end_token_holds_the_padding_plain_generate_reads():
+    """A second turn whose mask covers the padding of finished rows sees the same entries."""
+    target, prompts = make_model("llama"), make_prompts(3)
+    draft = make_self_draft(target)
+    free = target.generate(**prompts, max_new_tokens=12, do_sample=False)
+    first = {"eos_token_id": int(free[0, 21]), "return_dict_in_generate": True, "max_new_tokens": 12}
+    expected, got = both(target, draft, prompts, **first)
+    turn = torch.randint(3, 90, (3, 4))
+    mask = torch.cat([prompts["attention_mask"], torch.ones(3, got.sequences.shape[1] - 18 + 4).long()], dim=1)
+    second = {"input_ids": torch.cat([got.sequences, turn], dim=1), "attention_mask": mask}
+
+    plain = without_pard(target).generate(
+        **second, past_key_values=expected.past_key_values, max_new_tokens=9, do_sample=False
+    )
+    ours = with_pard(target).generate(
+        **second, past_key_values=got.past_key_values, max_new_tokens=9, do_sample=False, assistant_model=draft
+    )
+
+    assert torch.equal(ours, plain)
+
+
+def test_mask_longer_than_the_prompt_is_refused():
+    target, prompts = make_model("llama"), make_prompts(1)
+
+    with pytest.raises(ValueError, match="over the 18 columns"):
+        with_pard(target).generate(
+            prompts["input_ids"],
+            attention_mask=torch.ones(1, 25).long(),
+            assistant_model=make_draft(make_model("llama")),
+        )
+
+
+def test_int32_prompt():
+    target, prompts = make_model("llama"), make_prompts(3)
+    prompts["input_ids"] = prompts["input_ids"].int()
+
+    expected, got = both(target, make_self_draft(target), prompts)
+
+    assert torch.equal(got, expected)
+
+
+def test_padding_takes_no_positions():
+    target = make_model("llama", max_position_embeddings=32)
+    ids = torch.cat([torch.zeros(1, 28).long(), torch.tensor([[5, 6, 7]])], dim=1)
+    prompts = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+    expected, got = both(target, make_self_draft(target), prompts, max_new_tokens=8)
+
+    assert torch.equal(got, expected)
+
+
+def test_positional_assistant_and_none_for_the_count():
+    target, prompts = with_pard(make_model("llama")), make_prompts(1)
+    draft = make_draft(make_model("llama", seed=2), 4)
+    output = target.generate(
+        prompts["input_ids"], None, None, None, None, None, draft, max_new_tokens=9, return_dict_in_generate=True,
+        num_assistant_tokens=None,
+    )  # fmt: skip
+
+    assert len(output.stats.histogram) == 5

@@ -6,13 +6,14 @@ Each case was once wrong or crashed.
 from __future__ import annotations
 
 import copy
+import pickle
 import sys
 import warnings
 
 import pytest
 import transformers
 from device import DEVICE, IS_FAKE, torch
-from families import make_draft, make_model, make_prompts, make_scripted_draft, make_self_draft
+from families import COMMON, make_draft, make_model, make_prompts, make_scripted_draft, make_self_draft
 from test_generation import make_hybrid
 from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -52,6 +53,31 @@ def make_bart():
     return free_of_ends(transformers.BartForCausalLM(config).eval().to(DEVICE))
 
 
+def make_chunked(layer_types):
+    torch.manual_seed(0)
+    config = transformers.Llama4TextConfig(
+        **{**COMMON, "intermediate_size": 32, "intermediate_size_mlp": 32},
+        attention_chunk_size=8,
+        layer_types=layer_types,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+    )
+    return free_of_ends(transformers.Llama4ForCausalLM(config).eval().to(DEVICE))
+
+
+def make_longrope():
+    torch.manual_seed(0)
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 32,
+    }
+    config = transformers.LlamaConfig(**COMMON, rope_parameters=rope)
+    return free_of_ends(transformers.LlamaForCausalLM(config).eval().to(DEVICE))
+
+
 def free_of_ends(target):
     target.generation_config.eos_token_id = target.generation_config.forced_eos_token_id = None
     target.generation_config.pad_token_id = 0
@@ -86,7 +112,7 @@ class CountsByItself(transformers.LlamaForCausalLM):
 
 
 @pytest.mark.parametrize("is_known", [False, True])
-def test_code_from_elsewhere_is_looked_at(is_known):
+def test_custom_code_is_tried_out(is_known):
     torch.manual_seed(0)
     config = make_model("llama").config
     target = free_of_ends((transformers.LlamaForCausalLM if is_known else CountsByItself)(config).eval().to(DEVICE))
@@ -100,7 +126,7 @@ def test_code_from_elsewhere_is_looked_at(is_known):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_code_from_elsewhere_is_not_judged_by_the_rounding_of_autocast(seed):
+def test_custom_code_is_not_judged_by_the_rounding_of_autocast(seed):
     target = make_model("llama", seed=seed, num_hidden_layers=6)
     target.__class__ = type("FromElsewhere", (type(target),), {"__module__": "checkpoint_code"})
     arguments = {**make_prompts(1), "max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
@@ -112,7 +138,7 @@ def test_code_from_elsewhere_is_not_judged_by_the_rounding_of_autocast(seed):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "qwen3_moe"])
-def test_code_from_elsewhere_that_does_as_transformers_does_runs_in_our_loop(family):
+def test_custom_code_that_does_as_transformers_does_runs_in_our_loop(family):
     target = make_model(family)
     base = type(target)
     target.__class__ = type("FromElsewhere", (base,), {"__module__": "checkpoint_code"})
@@ -140,6 +166,23 @@ def test_text_is_that_of_plain_generate(name, batch_size, arguments):
 
         assert len(set(expected.sequences[0, 18:].tolist())) > 1
         assert torch.equal(got.sequences, expected.sequences)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: make_chunked(["chunked_attention"] * 2),
+        lambda: make_chunked(["chunked_attention", "full_attention"]),
+        make_longrope,
+    ],
+    ids=["chunked", "chunked and full", "longrope"],
+)
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_attention_that_slots_cannot_express(make, batch_size):
+    expected, got = generate_both(make(), make_draft(make_model("llama", seed=3)), make_prompts(batch_size))
+
+    assert torch.equal(got.sequences, expected.sequences)
+    assert got.stats.loop != "own"
 
 
 def test_falcon_runs_in_our_loop():
@@ -254,7 +297,7 @@ def test_class_made_of_one_of_transformers_attends_as_that_does(family):
         assistant_model=make_draft(make_model("llama", seed=5)),
     )  # fmt: skip
 
-    assert host.looks_attention_up(target)
+    assert host.uses_attention_interface(target)
     assert got.stats.loop == "own"
     assert torch.equal(got.sequences, expected)
 
@@ -307,7 +350,7 @@ def test_stock_loop_takes_an_offloaded_draft():
 @pytest.mark.parametrize("settings", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
 @pytest.mark.parametrize("order", [(False, True), (True, False), (True, True)], ids=str)
 def test_autocast_may_change_between_calls(order, settings):
-    """Buffers of a call without autocast are no place for the entries of one with it, and the other way round."""
+    """Buffers of a call without autocast cannot hold the entries of one with it, and the other way round."""
     from transformers import CompileConfig
 
     if settings:
@@ -410,7 +453,7 @@ class Broken(LogitsProcessor):
         return scores
 
 
-def test_random_state_after_an_interrupt_in_the_stock_loop_is_that_of_the_tokens_said():
+def test_random_state_after_an_interrupt_in_the_stock_loop_is_that_of_the_emitted_tokens():
     class Streamer:
         num_tokens = -18
 
@@ -436,7 +479,7 @@ def test_random_state_after_an_interrupt_in_the_stock_loop_is_that_of_the_tokens
 
 
 @pytest.mark.parametrize("stops_by", ["streamer", "processor"])
-def test_random_state_after_an_interrupt_is_that_of_the_tokens_said(stops_by):
+def test_random_state_after_an_interrupt_is_that_of_the_emitted_tokens(stops_by):
     class Streamer:
         num_said = 0
 
@@ -462,14 +505,14 @@ def test_random_state_after_an_interrupt_is_that_of_the_tokens_said(stops_by):
     assert torch.equal(*states)
 
 
-def test_newer_host_than_tested_is_said_once(caplog, monkeypatch):
+def test_newer_transformers_than_tested_is_warned_of_once(caplog, monkeypatch):
     monkeypatch.setattr(transformers, "__version__", "5.99.0")
-    host.warn_where_untested.cache_clear()
+    host.warn_once.cache_clear()
     for _ in range(2):
         with_pard(make_model("llama")).generate(
             **make_prompts(1), max_new_tokens=3, assistant_model=make_draft(make_model("llama", seed=5))
         )
-    host.warn_where_untested.cache_clear()
+    host.warn_once.cache_clear()
 
     assert sum("tested on transformers up to" in message for message in caplog.messages) == 1
 
@@ -480,7 +523,7 @@ def test_arguments_that_transformers_adds_are_no_concern(monkeypatch):
     original = type(target)._prepare_cache_for_generation
 
     def prepare(self, generation_config, model_kwargs, *args, **kwargs):
-        model_kwargs["added_by_the_host"] = torch.zeros(1)
+        model_kwargs["added_by_transformers"] = torch.zeros(1)
         return original(self, generation_config, model_kwargs, *args, **kwargs)
 
     monkeypatch.setattr(type(target), "_prepare_cache_for_generation", prepare)
@@ -503,3 +546,12 @@ def test_copies_made_during_a_call_are_as_they_were():
     assert all(config == target.config for config in copies)
     assert "pard" not in str(copies[0]._attn_implementation)
     assert sys.modules[type(target).__module__].__name__.endswith("modeling_llama")
+
+
+@pytest.mark.parametrize("wrap", [with_pard, lambda model: make_draft(model)])
+def test_models_can_be_pickled_and_copied(wrap):
+    model = wrap(make_model("llama"))
+
+    for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert type(again) is type(model)
+        assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))

@@ -44,7 +44,7 @@ def all_prefixes(logprobs, num_depths, vocab_size):
     found = {}
     for depth in range(1, num_depths + 1):
         for path in itertools.product(range(vocab_size), repeat=depth):
-            found[path] = sum(logprobs(place, path[:place])[path[place]] for place in range(depth))
+            found[path] = sum(logprobs(step, path[:step])[path[step]] for step in range(depth))
     return found
 
 
@@ -67,7 +67,7 @@ def test_tree_is_the_brute_force_best(num_nodes, num_depths, vocab_size):
 
     logs = scores.log_softmax(-1).tolist()
     for row in range(3):
-        found = all_prefixes(lambda place, path, row=row: logs[row][place], num_depths, vocab_size)
+        found = all_prefixes(lambda depth, path, row=row: logs[row][depth], num_depths, vocab_size)
         check_best(tree, row, found, num_nodes)
 
 

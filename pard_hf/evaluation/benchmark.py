@@ -23,20 +23,16 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from ..generation.stats import DecodingStats, measure_rounds
+from ..generation.stats import DecodingStats
 from ..host import cache_of, check_num_assistant_tokens, end_token_ids, input_device, num_positions
 from ..io import conditions_of, shown_command, shown_model, write_whole
 from ..loading import Pair
 from ..tokens import encode_prompt
-from .metrics import RouteRecord, for_json, known, repeated_share
+from .metrics import RouteRecord, Texts, for_json, known, repeated_share
 from .prompts import PromptBatch, choose_rows, encode_answer, lengthen, make_batches, regroup
 from .routes import DEFAULT_TREE_SIZE, ROUTES, RoundStreamer, Route, RouteRunner
 
-# What must be the same in a run and in the one it resumes; prompt sets, batch sizes and K may differ.
-RESUMED = (
-    *("target", "draft", "scale", "commit", "versions", "device", "dtype", "decoding"),
-    *("routes", "repeats", "max_new_tokens", "limit", "seed", "context", "assistant_tree_size"),
-)
+ROUND_STEPS = ("prefill", "draft", "verify", "loop", "num_rounds")
 # A copied tensor is larger than any cache of the device; the median of the copies counts.
 NUM_COPIED = {"cpu": 2**28, "cuda": 2**30}
 NUM_COPIES = 9
@@ -102,17 +98,10 @@ def run_benchmark(
     resume: bool = False,
     show: Callable[[dict[str, Any]], None] = lambda cell: None,
 ) -> dict[str, Any]:
-    """Run a benchmark and return its result, which is written to `output`.
+    """Run a benchmark, `show` each cell, and return the result (`metadata` and cells), which is written to `output`.
 
-    Until the last cell is measured, the result so far lies beside `output` and is rewritten after every cell.
-
-    Args:
-        metadata (`dict[str, Any]`):
-            Of [`run_metadata`]; what the result says beside its cells.
-        resume (`bool`, *optional*, defaults to `False`):
-            Whether to go on with what an interrupted run left there.
-        show (`Callable[[dict[str, Any]], None]`, *optional*):
-            Called with each measured cell.
+    Until the last cell is measured, the result so far lies beside `output` and is rewritten after every cell; `resume`
+    goes on with what an interrupted run left there.
 
     Raises:
         ValueError: An interrupted run is there and `resume` is not set, or it had other settings or other prompts.
@@ -143,7 +132,7 @@ def resumed_cells(partial: Path, metadata: dict[str, Any], resume: bool) -> list
             f"Expected no unfinished run, got `{partial}`. Pass `--resume` to go on with it, or remove the file."
         )
     found = json.loads(partial.read_text(encoding="utf-8"))
-    for name in RESUMED:
+    for name in sorted({*found, *metadata} - {"command", "date", "cells"}):
         if found.get(name) != metadata.get(name):
             raise ValueError(
                 f"Expected `{partial}` to be of a run with {name} {metadata.get(name)!r}, got {found.get(name)!r}. "
@@ -200,10 +189,7 @@ class Benchmark:
         finished: Sequence[dict[str, Any]] = (),
         keep: Callable[[dict[str, Any]], None] = lambda cell: None,
     ) -> list[dict[str, Any]]:
-        """Measure every cell that is not `finished`, and call `keep` with each.
-
-        Returns:
-            The finished and the measured cells, as results hold them.
+        """Measure every cell that is not `finished`, call `keep` with each, and return all of them.
 
         Raises:
             ValueError: No prompt of a set fits, or a finished cell is of other prompts.
@@ -432,23 +418,21 @@ class Measurement:
         seconds, stats = Counter[str](), DecodingStats()
         for batch in self.batches:
             self.advance(record.route.name)
-            with measure_rounds() as clock:
-                output = self.runner.generate(
-                    record.route, batch.inputs, self.max_new_tokens, return_dict_in_generate=True
-                )
-            seconds.update({name: getattr(clock, name) for name in ("prefill", "draft", "verify", "loop")})
-            seconds["num_rounds"] += clock.num_rounds
+            options = {"return_dict_in_generate": True, "measure_rounds": True}
+            output = self.runner.generate(record.route, batch.inputs, self.max_new_tokens, **options)
             stats += output.stats
+            if output.round_times is not None:
+                seconds.update({name: getattr(output.round_times, name) for name in ROUND_STEPS})
         record.round_seconds.append(seconds)
         record.stats = stats  # Where K adapts, the last run has adapted most.
 
-    def compare(self, record: RouteRecord, texts: dict[int, list[int]]) -> None:
+    def compare(self, record: RouteRecord, texts: Texts) -> None:
         """Record the texts that are not those of plain `generate`."""
         for index, text in texts.items():
             if text != self.records["ar"].texts[index]:
                 record.differing.setdefault(index, text)
 
-    def logit_gaps(self, expected: dict[int, list[int]], differing: dict[int, list[int]]) -> dict[int, float | None]:
+    def logit_gaps(self, expected: Texts, differing: Texts) -> dict[int, float | None]:
         """The [`logit_gap`] of every text that differs, by prompt."""
         return {
             index: logit_gap(self.runner.plain, self.prompts[index], expected[index], text)
@@ -465,11 +449,10 @@ class Measurement:
         again.batches = regroup(self.prompts, self.batches, self.runner.pad_token_id)
         if again.warm_up(ROUTES["ar"]) is not None:
             return None
-        size = len(again.batches[0].indices)
-        alone, batched = self.records["ar"].texts, again.records["ar"].texts
+        size, texts = len(again.batches[0].indices), again.records["ar"].texts
+        alone, batched = self.records["ar"].texts, texts
         if size == 1:  # The gap is that of the batch, as it is taken from a forward of one row.
             alone, batched = batched, alone
-        texts = again.records["ar"].texts
         gaps = self.logit_gaps(alone, {i: batched[i] for i in texts if batched[i] != alone[i]})
         return {"batch_size": size, "identical_share": 1 - len(gaps) / len(texts), "logit_gaps": known(gaps)}
 
@@ -507,10 +490,9 @@ def logit_gap(target: Any, prompt: list[int], expected: list[int], got: list[int
 
 
 class MemoryGauge:
-    """Reads the highest memory use since [`start`]; `kind` says of what.
+    """Reads peak memory since [`start`]: of the device, or of the whole process on a CPU.
 
-    On a CPU that is the whole process, models included, and since its own start where the system cannot reset an
-    earlier peak (Linux can).
+    Only Linux can reset the peak of a process; `kind` tells since when it is.
     """
 
     def __init__(self, device: torch.device):

@@ -16,6 +16,9 @@ from typing import Any
 from ..generation.stats import DecodingStats
 from .routes import Route
 
+# New tokens by the index of the prompt.
+Texts = dict[int, list[int]]
+
 
 @dataclass
 class RouteRecord:
@@ -31,8 +34,8 @@ class RouteRecord:
     route: Route
     records: dict[str, RouteRecord] = field(repr=False)
     num_batches: int = 1
-    texts: dict[int, list[int]] = field(default_factory=dict)
-    differing: dict[int, list[int]] = field(default_factory=dict)
+    texts: Texts = field(default_factory=dict)
+    differing: Texts = field(default_factory=dict)
     stats: DecodingStats | None = None
     warm_up_seconds: float = 0.0
     compile_seconds: float | None = None
@@ -191,17 +194,7 @@ def for_json(values: Any) -> Any:
 
 
 def repeated_share(texts: Iterable[Sequence[int]], size: int = 4) -> float:
-    """Share of n-grams that occur earlier in the same text, over all texts: a text that loops is easy to draft.
-
-    Args:
-        texts (`Iterable[Sequence[int]]`):
-            Token ids of each text.
-        size (`int`, *optional*, defaults to 4):
-            Tokens of an n-gram.
-    """
-    repeated = total = 0
-    for text in texts:
-        grams = [tuple(text[i : i + size]) for i in range(len(text) - size + 1)]
-        repeated += len(grams) - len(set(grams))
-        total += len(grams)
-    return repeated / total if total else 0.0
+    """Share of n-grams of `size` tokens that occur earlier in the same text: a text that loops is easy to draft."""
+    grams = [[tuple(text[i : i + size]) for i in range(len(text) - size + 1)] for text in texts]
+    total = sum(map(len, grams))
+    return 1 - sum(len(set(found)) for found in grams) / total if total else 0.0

@@ -74,32 +74,32 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[dict[str, A
         if len(prompts) == limit:
             break
         row, problem = parse_line(line)
-        problem = problem or why_no_prompt(row)
+        problem = problem or prompt_problem(row, "prompt")
         if problem is not None:
             raise ValueError(
-                f"Expected a JSON object with a `prompt` in line {number} of `{path}`, but {problem}. Mend the line."
+                f"Expected a JSON object with a `prompt` in line {number} of `{path}`, but {problem}. Fix the line."
             )
         prompts.append(row)
     return prompts
 
 
-def why_no_prompt(row: Any) -> str | None:
-    """Say what keeps a parsed line from being a prompt; `None` when nothing does."""
+def prompt_problem(row: Any, field: str) -> str | None:
+    """Return why a parsed JSONL row has no text in `field`; `None` when it has."""
     if not isinstance(row, dict):
         return f"it is a JSON {type(row).__name__}"
-    return None if isinstance(row.get("prompt"), str) else f"its `prompt` is no text; it has {sorted(row)}"
+    return None if isinstance(row.get(field), str) else f"its `{field}` is no text; it has {sorted(row)}"
 
 
 def read_hub_prompts(source: str) -> tuple[str, list[dict[str, Any]]]:
     """Read `hub:org/name[/config][:split[:field]]`; split and field default to `test` and `prompt`."""
     name, field, rows = read_hub_rows(source, "test")
     field = field or "prompt"
-    if rows and not isinstance(rows[0].get(field), str):
-        raise ValueError(f"Expected a text field {field!r} in {source!r}, got {sorted(rows[0])}. Name one of these.")
     for number, row in enumerate(rows, start=1):
-        problem = text_problem(row) or why_no_prompt({**row, "prompt": row.get(field)})
+        problem = text_problem(row) or prompt_problem(row, field)
         if problem is not None:
-            raise ValueError(f"Expected a text field {field!r} in row {number} of {source!r}, but {problem}.")
+            raise ValueError(
+                f"Expected a text field {field!r} in row {number} of {source!r}, but {problem}. Name another field."
+            )
     return name, [{**row, "prompt": row[field]} for row in rows]
 
 
@@ -129,11 +129,7 @@ def read_hub_conversations(source: str) -> tuple[str, list[dict[str, Any]]]:
 
 
 def read_hub_rows(source: str, default_split: str) -> tuple[str, str, list[dict[str, Any]]]:
-    """Read the rows of `hub:org/name[/config][:split[:field]]`.
-
-    Returns:
-        The name of the set and its split, the field where one is named (or nothing), and the rows as they are.
-    """
+    """Read `hub:org/name[/config][:split[:field]]`: its name with the split, the field or `""`, the rows."""
     try:
         from datasets import load_dataset
         from datasets.exceptions import DatasetNotFoundError
@@ -173,15 +169,9 @@ def encode_answer(tokenizer: Any, row: dict[str, Any], num_tokens: int) -> list[
 
 
 def lengthen(ids: list[int], others: Sequence[list[int]], context: int, start: int | None) -> list[int]:
-    """Put other text before a prompt of fewer than `context` tokens, so that it has as many.
+    """Put other texts, in order and again from the first, before a prompt of fewer than `context` tokens.
 
-    Args:
-        ids (`list[int]`):
-            Token ids of the prompt.
-        others (`Sequence[list[int]]`):
-            Texts to put there, in order, and again from the first where they do not suffice.
-        start (`int`, *optional*):
-            The id that every text begins with; it stays in front.
+    The result has that many; a `start` token in front of the prompt stays in front.
     """
     missing = max(context - len(ids), 0)
     if missing and not any(others):

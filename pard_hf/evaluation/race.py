@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..generation.compilation import why_not_compiled
+from ..generation.compilation import not_compilable_reason
 from ..generation.stats import DecodingStats
 from ..host import end_token_ids, pad_token_id
 from ..loading import Pair
@@ -93,7 +93,7 @@ def prompt_inputs(pair: Pair, ids: list[int]) -> dict[str, torch.Tensor]:
 
 def compile_plain(pair: Pair, ids: list[int], max_new_tokens: int) -> str | None:
     """Compile plain `generate` for prompts no longer than `ids`; returns why that cannot be, if so."""
-    if (reason := why_not_compiled(pair.target, pair.target)) is not None:
+    if (reason := not_compilable_reason(pair.target, pair.target)) is not None:
         return reason
     inputs = prompt_inputs(pair, ids)
     try:

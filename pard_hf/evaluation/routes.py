@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from transformers import CompileConfig
 
-from ..generation.compilation import why_not_compiled, workspace_of
+from ..generation.compilation import compile_cache_of, not_compilable_reason
 from ..generation.mixin import without_pard
 from ..generation.schedule import COUNTS
 from ..generation.stats import DecodingStats
@@ -23,18 +23,10 @@ DEFAULT_TREE_SIZE = 64
 
 @dataclass(frozen=True)
 class Route:
-    """One way to generate.
+    """One way to generate: its name in JSON and flags, its title in tables.
 
-    Args:
-        name (`str`) and title (`str`):
-            In JSON and flags, and in tables.
-        loop (`str`, *optional*, defaults to `"own"`):
-            `"none"` (plain decoding), `"stock"` (the assisted loop of transformers, one text at a time) or `"own"`, as
-            in [`DecodingStats`].
-        is_pard (`bool`, *optional*, defaults to `True`):
-            Whether a parallel draft proposes: in float32 such a route must emit the tokens of plain `generate`.
-        is_compiled, uses_head, uses_tree and is_adaptive (`bool`, *optional*, defaults to `False`):
-            Whether forwards are compiled, the correction head takes part, a tree is drafted, K and tree size adapt.
+    `loop` is `"none"` (plain decoding), `"stock"` (the assisted loop of transformers, one text at a time) or `"own"`.
+    `is_pard`: a parallel draft proposes, and in float32 the tokens must be those of plain `generate`.
     """
 
     name: str
@@ -51,6 +43,8 @@ class Route:
         return self.is_compiled and self.loop != "own"
 
 
+TREE_AND_HEAD: dict[str, Any] = {"uses_tree": True, "uses_head": True}
+ADAPTIVE = {**TREE_AND_HEAD, "is_adaptive": True}
 ROUTES = {
     route.name: route
     for route in (
@@ -64,17 +58,10 @@ ROUTES = {
         Route("tier2_compiled", "PARD tier 2, compiled", is_compiled=True),
         Route("head", "PARD + head", uses_head=True),
         Route("tree", "PARD tree", uses_tree=True),
-        Route("tree_head", "PARD tree + head", uses_head=True, uses_tree=True),
-        Route("tree_head_compiled", "PARD tree + head, compiled", is_compiled=True, uses_head=True, uses_tree=True),
-        Route("adaptive", "PARD tier 2, adaptive K", uses_head=True, uses_tree=True, is_adaptive=True),
-        Route(
-            "adaptive_compiled",
-            "PARD tier 2, adaptive K, compiled",
-            is_compiled=True,
-            uses_head=True,
-            uses_tree=True,
-            is_adaptive=True,
-        ),
+        Route("tree_head", "PARD tree + head", **TREE_AND_HEAD),
+        Route("tree_head_compiled", "PARD tree + head, compiled", **TREE_AND_HEAD, is_compiled=True),
+        Route("adaptive", "PARD tier 2, adaptive K", **ADAPTIVE),
+        Route("adaptive_compiled", "PARD tier 2, adaptive K, compiled", **ADAPTIVE, is_compiled=True),
     )
 }
 
@@ -104,14 +91,12 @@ class RouteRunner:
             sizes = [model.config.get_text_config().vocab_size for model in (self.target, self.draft)]
             if sizes[0] != sizes[1]:
                 return f"the stock assisted loop wants equal vocabularies, not {sizes[0]} and {sizes[1]} rows"
-        if route.is_compiled:
-            reason = why_not_compiled(self.target, self.draft if route.loop == "own" else self.target)
-            if reason is not None:
-                return reason
         if route.uses_head and not route.is_adaptive and self.draft.correction_head is None:
             return "the draft has no correction head"
         if route.is_adaptive and self.num_assistant_tokens not in COUNTS[1:]:
             return f"the adaptive schedule chooses up to a K of {COUNTS[1:]}, not {self.num_assistant_tokens}"
+        if route.is_compiled:
+            return not_compilable_reason(self.target, self.draft if route.loop == "own" else self.target)
         return None
 
     def arguments(self, route: Route) -> dict[str, Any]:
@@ -152,7 +137,7 @@ class RouteRunner:
 
     def compile_failure(self, route: Route) -> str | None:
         """Return why our rounds ran eagerly though `route` compiles them."""
-        return workspace_of(self.target, self.draft if route.uses_head else self.headless).failure
+        return compile_cache_of(self.target, self.draft if route.uses_head else self.headless).failure
 
 
 def compile_anywhere() -> CompileConfig:
@@ -163,14 +148,7 @@ def compile_anywhere() -> CompileConfig:
 
 
 class RoundStreamer:
-    """Counts the rounds of the stock assisted loop, which streams one block of tokens a round.
-
-    Args:
-        num_assistant_tokens (`int`):
-            K.
-        max_new_tokens (`int`):
-            Of the call.
-    """
+    """Counts the rounds of the stock assisted loop, which streams one block of tokens a round."""
 
     def __init__(self, num_assistant_tokens: int, max_new_tokens: int):
         self.num_assistant_tokens, self.budget = num_assistant_tokens, max_new_tokens

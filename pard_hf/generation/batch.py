@@ -1,36 +1,39 @@
-"""The one way from the device to the host while a call is decoded.
+"""The texts of a call with both models' caches: grow, drop finished rows, restore them.
 
-Every look at a value makes the host wait for the device, so rounds make one, here; a test fails at any other.
-
-One of the two models with the cache it decodes over.
-
-The texts of a batch, in buffers of fixed shape.
-
-Knows tokens and lengths; knows nothing of models, caches or verification.
-
-The rows of a call with both models' caches: growing, losing rows that have finished, coming together again.
-
-Knows sizes and rows; knows nothing of proposals and verification.
+Texts lie in buffers of fixed shape, which compiled steps read and write again and again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from ..host import cache_argument, forward_parameters, input_device, num_positions
 from .cache import SlotCache
+from .compilation import CompiledSteps
 from .schedule import Choice
 
-if TYPE_CHECKING:
-    from .compilation import EagerSteps
+# Cache sizes are this one doubled again and again: attention never reads more than twice the text, and a long run
+# crosses few of them.
+SMALLEST_CACHE = 256
+# Longer prompts are read in chunks: the mask of a chunk grows with its length times the text.
+PREFILL_CHUNK = 4096
+
+
+def cache_size(num_tokens: int) -> int:
+    """The smallest cache that holds `num_tokens`."""
+    return max(SMALLEST_CACHE, 1 << (num_tokens - 1).bit_length())
 
 
 def to_host(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Begin to copy a tensor to the host; what is returned waits until it is there, and hands it over."""
+    """Begin to copy a tensor to the host; the returned function waits for the copy and returns it.
+
+    A look at a value waits for the device, so this is the only way to the host while a call is decoded, once a round.
+    """
     if tensor.device.type != "cuda":
         copy = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
         return lambda: copy
@@ -46,14 +49,12 @@ def to_host(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
     return arrived
 
 
-class Role:
-    """One of the two models with its cache: token ids and positions in, logits out."""
+class CachedModel:
+    """A model with its KV cache, which may lack up to `num_unread` of each row's last tokens."""
 
-    def __init__(self, model: PreTrainedModel, cache: SlotCache):
-        self.model = model
-        self.cache = cache
-        self.device = input_device(model)
-        self.cache_name = cache_argument(model)
+    def __init__(self, model: PreTrainedModel, cache: SlotCache, num_unread: int = 0):
+        self.model, self.cache, self.num_unread = model, cache, num_unread
+        self.device, self.cache_name = input_device(model), cache_argument(model)
         self.takes_num_logits = "logits_to_keep" in forward_parameters(model)
         self.last_position = num_positions(model.config) - 1
         self.is_eager_attention = model.config._attn_implementation == "eager"
@@ -66,36 +67,36 @@ class Role:
         on_path: torch.Tensor | None = None,
         **inputs: torch.Tensor,
     ) -> torch.Tensor:
-        """Run `input_ids` or `inputs_embeds` at `positions` `[B, q]`; returns the last `num_logits` rows of logits.
+        """Run `input_ids` or `inputs_embeds` at `positions` `[B, q]`; return logits of the last `num_logits`.
 
         With `on_path` the last columns are nodes of a tree; see [`SlotCache.prepare`].
         """
-        arguments = self.arguments(positions, num_visible, on_path, inputs)
+        arguments = self.prepare(positions, num_visible, on_path, inputs)
         if self.takes_num_logits:
             arguments["logits_to_keep"] = num_logits
         logits = self.model(**arguments).logits
         self.cache.slots.flat_rows = None  # Compiled code would keep it as a result.
         return logits[:, -num_logits:]
 
-    def places(
-        self, positions: torch.Tensor, num_visible: int, num_places: int, input_ids: torch.Tensor
+    def draft(
+        self, positions: torch.Tensor, num_visible: int, num_drafts: int, input_ids: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Of a draft: logits of the last `num_places` rows, and their hidden states where a head asks for them."""
+        """Run a draft; return logits of the last `num_drafts` positions, and hidden states for a correction head."""
         model: Any = self.model
-        found = model.position_logits(
-            num_places, **self.arguments(positions, num_visible, None, {"input_ids": input_ids})
+        outputs = model.position_logits(
+            num_drafts, **self.prepare(positions, num_visible, None, {"input_ids": input_ids})
         )
         self.cache.slots.flat_rows = None
-        return found
+        return outputs
 
-    def arguments(
+    def prepare(
         self, positions: torch.Tensor, num_visible: int, on_path: torch.Tensor | None, inputs: dict[str, torch.Tensor]
     ) -> dict[str, Any]:
-        """What a forward over the cache takes."""
+        """Set the slots to write and return the arguments of a forward over the cache."""
         positions = positions.to(self.device)
-        mask = self.cache.prepare(positions, num_visible, on_path)
+        mask: Any = self.cache.prepare(positions, num_visible, None if on_path is None else on_path.to(self.device))
         if self.is_eager_attention:
-            mask = as_additive(mask, self.model.dtype)
+            mask = additive(mask, self.model.dtype)
         return {
             **{name: tensor.to(self.device) for name, tensor in inputs.items()},
             "attention_mask": mask,
@@ -106,58 +107,41 @@ class Role:
         }
 
 
-def as_additive(mask: Any, dtype: torch.dtype) -> Any:
-    """Turn a boolean mask, or a dict of them, into the additive form eager attention takes."""
+def additive(mask: Any, dtype: torch.dtype) -> Any:
+    """Turn a boolean mask, or a dict of them, into the additive form of eager attention."""
     if isinstance(mask, dict):
-        return {name: as_additive(part, dtype) for name, part in mask.items()}
+        return {name: additive(one, dtype) for name, one in mask.items()}
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
+@dataclass(eq=False)
 class Rows:
-    """Texts without padding, each of its own length.
+    """Texts without padding, each of its own length; changed in place during a round.
 
-    `tokens[row, i]` is the i-th known token, `lengths[row]` their number, and the logical position of that token in
-    the target is `offset[row] + i` (the offset counts what came before as embeddings or as an earlier cache). Every
-    change during a round is in place: compiled rounds read and write the same buffers again and again.
-
-    Args:
-        tokens (`torch.LongTensor` of shape `(batch_size, width)`):
-            With room for what is to come.
-        lengths (`torch.LongTensor` of shape `(batch_size,)`), offset, num_prompt_tokens and
-        budget (`torch.LongTensor` of shape `(batch_size,)`):
-            Known tokens, tokens before them, those of the prompt, and how many a row may emit.
-        is_finished (`torch.BoolTensor` of shape `(batch_size,)`).
+    `tokens[row, i]`, i < `lengths[row]`, is a known token, of which the first `num_prompt_tokens` are the prompt's;
+    the rest is room for more, `budget` new tokens at most. Its position in the draft is i and in the target
+    `offset + i`: the offset counts what came before as embeddings or in an earlier cache. Shapes `[B, width]`, `[B]`.
     """
 
-    NAMES = ("tokens", "lengths", "offset", "num_prompt_tokens", "budget", "is_finished")
-
-    def __init__(self, **tensors: torch.Tensor):
-        self.tokens, self.lengths, self.offset, self.num_prompt_tokens, self.budget, self.is_finished = (
-            tensors[name] for name in self.NAMES
-        )
+    tokens: torch.Tensor
+    lengths: torch.Tensor
+    offset: torch.Tensor
+    num_prompt_tokens: torch.Tensor
+    budget: torch.Tensor
+    is_finished: torch.Tensor
 
     @classmethod
     def from_prompt(cls, ids: torch.Tensor, mask: torch.Tensor, budget: int) -> Rows:
         """Take the padding out of `ids` `[B, columns]`; `mask` may begin with columns that came before."""
-        text = mask[:, mask.shape[1] - ids.shape[1] :]
+        before, text = mask.tensor_split([mask.shape[1] - ids.shape[1]], dim=1)
         lengths = text.sum(-1)
         # One column more than any text has takes the padding.
         tokens = ids.new_zeros(len(ids), ids.shape[1] + 1)
-        index = torch.where(text == 0, ids.shape[1], text.cumsum(-1) - 1)
-        tokens.scatter_(1, index, ids)
-        return cls(
-            tokens=tokens,
-            lengths=lengths,
-            offset=mask[:, : mask.shape[1] - ids.shape[1]].sum(-1),
-            num_prompt_tokens=lengths.clone(),
-            budget=torch.full_like(lengths, budget),
-            is_finished=torch.zeros_like(lengths, dtype=torch.bool),
-        )
+        tokens.scatter_(1, torch.where(text == 0, ids.shape[1], text.cumsum(-1) - 1), ids)
+        is_finished = torch.zeros_like(lengths, dtype=torch.bool)
+        return cls(tokens, lengths, before.sum(-1), lengths.clone(), torch.full_like(lengths, budget), is_finished)
 
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def last(self, width: int, num_more: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def last(self, width: int, num_more: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """The last `width` tokens of each row, and their indices with those of `num_more` tokens to come.
 
         An index is negative where a row is shorter than `width`.
@@ -169,9 +153,13 @@ class Rows:
         """Logical positions in the target of token indices; negative stays negative."""
         return torch.where(index < 0, -1, index + self.offset.unsqueeze(1))
 
+    def num_new(self) -> torch.Tensor:
+        """Tokens each row has emitted, `[B]`."""
+        return self.lengths - self.num_prompt_tokens
+
     def remaining(self) -> torch.Tensor:
         """Tokens each row may still emit, `[B]`; 0 for a finished row."""
-        return torch.where(self.is_finished, 0, self.budget - (self.lengths - self.num_prompt_tokens))
+        return torch.where(self.is_finished, 0, self.budget - self.num_new())
 
     def append(self, tokens: torch.Tensor, num_emitted: torch.Tensor | int) -> None:
         """Write a round's tokens behind each row; what is not emitted is overwritten by the next round."""
@@ -181,47 +169,25 @@ class Rows:
 
     def grow(self, width: int) -> Rows:
         """The same rows with room for `width` tokens."""
-        tensors = self.tensors()
-        tensors["tokens"] = torch.nn.functional.pad(self.tokens, (0, width - self.tokens.shape[1]))
-        return Rows(**tensors)
+        return replace(self, tokens=torch.nn.functional.pad(self.tokens, (0, width - self.tokens.shape[1])))
 
     def select(self, kept: list[int]) -> Rows:
         """A copy of some rows."""
         index = torch.tensor(kept, device=self.lengths.device)
-        return Rows(**{name: tensor.index_select(0, index) for name, tensor in self.tensors().items()})
+        return Rows(*(tensor.index_select(0, index) for tensor in vars(self).values()))
 
     def update(self, kept: list[int], rows: Rows) -> Rows:
         """These rows with those `kept` replaced by what became of them."""
-        merged = self.grow(rows.tokens.shape[1])
         index = torch.tensor(kept, device=self.lengths.device)
-        return Rows(**{name: t.index_copy(0, index, getattr(rows, name)) for name, t in merged.tensors().items()})
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {name: getattr(self, name) for name in self.NAMES}
-
-
-# Cache sizes are these doubled again and again: attention never reads more than twice the text, and a long run crosses
-# few of them.
-SMALLEST_CACHE = 256
-# Longer prompts are read in parts: the mask of a part grows with its length times the text.
-PREFILL_CHUNK = 4096
-
-
-def cache_size(num_tokens: int) -> int:
-    """The smallest cache that holds `num_tokens`."""
-    return max(SMALLEST_CACHE, 1 << (num_tokens - 1).bit_length())
+        pairs = zip(vars(self.grow(rows.tokens.shape[1])).values(), vars(rows).values(), strict=True)
+        return Rows(*(tensor.index_copy(0, index, new) for tensor, new in pairs))
 
 
 class Batch:
-    """Rows and what the two models remember of them.
+    """The rows still decoded, both models' caches, and what the host knows of the rows.
 
-    Args:
-        rows ([`Rows`]):
-            As the call gives them.
-        sizes (`tuple[int, int]`):
-            Tokens the draft's and the target's cache must hold at first.
-        keeps_cache (`bool`):
-            Whether the target's entries of rows that leave are wanted in the end.
+    Buffers are those of `compiled` steps where there are any. With `keeps_cache` the target's entries of dropped rows
+    are kept for the end.
     """
 
     def __init__(
@@ -229,88 +195,125 @@ class Batch:
         target: PreTrainedModel,
         draft: PreTrainedModel,
         rows: Rows,
-        steps: EagerSteps,
-        sizes: tuple[int, int],
+        budget: int,
+        largest: Choice,
+        compiled: CompiledSteps | None,
         keeps_cache: bool,
     ):
-        self.steps, self.keeps_cache = steps, keeps_cache
-        draft_size, target_size = map(cache_size, sizes)
-        self.rows = steps.rows(rows.grow(draft_size + 1))
-        self.draft = Role(draft, steps.cache("draft", draft, len(rows), draft_size))
-        self.target = Role(target, steps.cache("target", target, len(rows), target_size))
-        # Which row of the call each row of the batch is.
-        self.row_ids = list(range(len(rows)))
-        # The batches that finished rows have left.
-        self.left: list[tuple[Rows, SlotCache | None, list[int], list[int]]] = []
+        self.budget, self.compiled, self.keeps_cache = budget, compiled, keeps_cache
+        # Host copies, refreshed by the one synchronization a round; an entry for each row still in the batch.
+        self.lengths: list[int] = rows.lengths.tolist()
+        self.prompt_lengths = list(self.lengths)
+        self.offset = int(rows.offset.max())
+        self.unfinished = [True] * len(self.lengths)
+        # Which row of the call each one is.
+        self.row_ids = list(range(len(self.lengths)))
+        # What the batch was before each drop: rows, the target's cache, which rows stayed, and `row_ids`.
+        self.dropped: list[tuple[Rows, SlotCache | None, list[int], list[int]]] = []
+        draft_size, target_size = self.sizes_for(max(self.lengths), largest)
+        self.rows = self.buffers(rows, draft_size)
+        self.draft = CachedModel(draft, self.new_cache("draft", draft, draft_size), max(self.lengths))
+        self.target = CachedModel(target, self.new_cache("target", target, target_size), max(self.lengths))
 
     def __len__(self) -> int:
         return len(self.row_ids)
 
-    def shape(self, choice: Choice) -> tuple[tuple[str, int], ...]:
-        """The numbers that compiled parts are made for."""
+    @property
+    def has_unfinished(self) -> bool:
+        return any(self.unfinished)
+
+    @property
+    def cost_key(self) -> tuple[int, int]:
+        """What the time of a round depends on besides K: batch size and cache size."""
+        return len(self.row_ids), self.target.cache.num_slots
+
+    def remaining(self, row: int) -> int:
+        """Tokens a row may still emit, as far as the host knows."""
+        return self.budget - (self.lengths[row] - self.prompt_lengths[row])
+
+    def most_remaining(self) -> int:
+        """Tokens that the unfinished row with most left may still emit."""
+        return max(self.remaining(row) for row, goes_on in enumerate(self.unfinished) if goes_on)
+
+    def shape(self, choice: Choice, batch_size: int | None = None) -> tuple[tuple[str, int], ...]:
+        """The numbers that compiled steps are made for."""
         return (
-            ("batch size", len(self)),
+            ("batch size", batch_size or len(self)),
             ("K", choice.num_drafts),
             ("tree size", choice.tree_size),
             ("draft cache", self.draft.cache.num_slots),
             ("target cache", self.target.cache.num_slots),
         )
 
-    def make_room(self, sizes: tuple[int, int]) -> None:
-        """Move to larger caches where the draft's and the target's would not hold so many tokens."""
-        draft_size, target_size = map(cache_size, sizes)
-        draft_size = max(draft_size, self.draft.cache.num_slots)
-        target_size = max(target_size, self.target.cache.num_slots)
-        if (draft_size, target_size) != (self.draft.cache.num_slots, self.target.cache.num_slots):
-            self.move(list(range(len(self))), draft_size, target_size)
+    def sizes_for(self, longest: int, choice: Choice) -> tuple[int, int]:
+        """Slots that a round needs in the draft's and the target's cache."""
+        num_tokens = longest + max(choice.num_drafts, choice.tree_size) + 1
+        return cache_size(num_tokens), cache_size(num_tokens + self.offset)
+
+    def new_cache(self, name: str, model: PreTrainedModel, num_slots: int) -> SlotCache:
+        if self.compiled is None:
+            return SlotCache.of(model, num_slots)
+        return self.compiled.cache(name, model, len(self), num_slots)
+
+    def buffers(self, rows: Rows, draft_size: int) -> Rows:
+        rows = rows.grow(draft_size + 1)
+        return rows if self.compiled is None else self.compiled.rows(rows)
+
+    def make_room(self, longest: int, choice: Choice) -> None:
+        """Move to larger caches where those of today would not hold a round."""
+        current = self.draft.cache.num_slots, self.target.cache.num_slots
+        sizes = tuple(map(max, self.sizes_for(longest, choice), current))
+        if sizes != current:
+            self.move(list(range(len(self))), *sizes)
 
     def keep(self, kept: list[int]) -> None:
         """Go on without the other rows."""
-        self.left.append((self.rows, self.target.cache if self.keeps_cache else None, kept, self.row_ids))
+        self.dropped.append((self.rows, self.target.cache if self.keeps_cache else None, kept, self.row_ids))
+        self.row_ids, self.lengths, self.prompt_lengths = (
+            [values[row] for row in kept] for values in (self.row_ids, self.lengths, self.prompt_lengths)
+        )
+        self.unfinished = [self.unfinished[row] for row in kept]
         self.move(kept, self.draft.cache.num_slots, self.target.cache.num_slots)
-        self.row_ids = [self.row_ids[row] for row in kept]
+        self.draft.num_unread = min(self.draft.num_unread, max(self.lengths))
 
     def move(self, kept: list[int], draft_size: int, target_size: int) -> None:
         """Copy some rows into buffers of the given sizes."""
-        self.rows = self.steps.rows(self.rows.select(kept).grow(draft_size + 1))
-        for role, name, size in ((self.draft, "draft", draft_size), (self.target, "target", target_size)):
-            if len(kept) == len(self) and size == role.cache.num_slots:
-                continue  # A compiled cache of this size is this very cache.
-            cache = self.steps.cache(name, role.model, len(kept), size)
-            cache.copy_rows(role.cache, list(range(len(kept))), kept)
-            role.cache = cache
+        is_smaller = len(kept) < len(self.rows.lengths)
+        self.rows = self.buffers(self.rows.select(kept), draft_size)
+        for name, model, size in (("draft", self.draft, draft_size), ("target", self.target, target_size)):
+            if is_smaller or size != model.cache.num_slots:  # Else a compiled cache would be this very one.
+                cache = self.new_cache(name, model.model, size)
+                cache.copy_rows(model.cache, list(range(len(kept))), kept)
+                model.cache = cache
 
-    def reunite(self) -> None:
-        """Put the rows that left back to the others; the target's cache only where it is kept."""
-        while self.left:
-            rows, cache, kept, self.row_ids = self.left.pop()
+    def restore_finished_rows(self) -> None:
+        """Merge dropped rows back in their original order; the target's cache only where it is kept."""
+        while self.dropped:
+            rows, cache, kept, self.row_ids = self.dropped.pop()
             self.rows = rows.update(kept, self.rows)
             if cache is not None:
                 whole = self.copy_of(cache, self.target.cache.num_slots)
                 whole.copy_rows(self.target.cache, kept, list(range(len(kept))))
                 self.target.cache = whole
         if self.keeps_cache:  # Rows that ended early go on as padding, maybe further than any text.
-            prompts, lengths = self.rows.num_prompt_tokens, self.rows.lengths
-            last = int(to_host((self.rows.offset + prompts).max() + (lengths - prompts).max())())
+            ends = (self.rows.offset + self.rows.num_prompt_tokens).max() + self.rows.num_new().max()
+            last = int(to_host(ends)())
             if last > self.target.cache.num_slots:
                 self.target.cache = self.copy_of(self.target.cache, cache_size(last))
 
     def copy_of(self, cache: SlotCache, num_slots: int) -> SlotCache:
         """A larger cache of the target with the same entries."""
-        copy, everyone = SlotCache.of(self.target.model, num_slots), list(range(len(self)))
-        copy.copy_rows(cache, everyone, everyone)
+        copy, every_row = SlotCache.of(self.target.model, num_slots), list(range(len(self)))
+        copy.copy_rows(cache, every_row, every_row)
         return copy
 
-    def read(self, role: Role, width: int, longest: int) -> None:
-        """Let a model read each row's last `width` tokens, part by part, without a look at its logits.
-
-        Args:
-            longest (`int`):
-                Positions of the longest text in that model.
-        """
-        ids, index = self.rows.last(width, 0)
-        positions = self.rows.positions(index) if role is self.target else index
+    def read(self, model: CachedModel, longest: int) -> None:
+        """Prefill in chunks what a model has not read yet; `longest` are positions of the longest text in it."""
+        width = model.num_unread
+        ids, index = self.rows.last(width)
+        positions = self.rows.positions(index) if model is self.target else index
         for start in range(0, width, PREFILL_CHUNK):
             end = min(start + PREFILL_CHUNK, width)
-            num_visible = max(longest - width + end, 1)  # Nothing but padding still looks at one slot.
-            role.forward(positions[:, start:end], num_visible, 1, input_ids=ids[:, start:end])
+            num_visible = max(longest - width + end, 1)  # A chunk of padding alone still attends to one slot.
+            model.forward(positions[:, start:end], num_visible, 1, input_ids=ids[:, start:end])
+        model.num_unread = 1  # The last token is read again for its logits.

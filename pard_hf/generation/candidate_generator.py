@@ -1,4 +1,4 @@
-"""Proposals for the stock assisted loop, where our own loop does not apply."""
+"""Proposals for the assisted loop of transformers (the stock loop), where our own loop does not apply."""
 
 from __future__ import annotations
 
@@ -19,16 +19,7 @@ class StockSampling(LogitsProcessor):
 
     The loop asks for the scores at every position of a block, accepted or not, and draws noise for all of them. Here a
     position has its noise however often it is asked about, and the loop, told to be greedy, finds one token to take.
-
-    Args:
-        processors ([`LogitsProcessorList`]):
-            Those of the call; each must be a function of its two arguments.
-        noise ([`Noise`]):
-            In the order of positions.
-        num_prompt_tokens (`int`):
-            Columns before the first new token.
-        keeps_scores (`bool`):
-            Whether [`scores`] is asked for in the end.
+    So the call's processors must be stateless.
     """
 
     def __init__(self, processors: LogitsProcessorList, noise: Noise, num_prompt_tokens: int, keeps_scores: bool):
@@ -37,7 +28,7 @@ class StockSampling(LogitsProcessor):
         self.latest: dict[int, torch.Tensor] = {}
 
     def processors(self) -> LogitsProcessorList:
-        """Return what the stock loop is to be given for the call's own processors."""
+        """What the stock loop is given in place of the call's own processors."""
         return LogitsProcessorList([self])
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -50,16 +41,16 @@ class StockSampling(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(-1, token.unsqueeze(-1), 0.0)
 
     def advance(self, length: int) -> None:
-        """Take note that the text has grown to `length` columns."""
+        """Use up the noise of a text that has grown to `length` columns."""
         self.noise.use(length - self.length)
         self.length = length
 
     def streamer(self, streamer: Any) -> Any:
-        """Return what the stock loop is to put blocks into, for the caller's streamer."""
+        """Wrap the caller's streamer for the stock loop."""
         return SampledStream(self, streamer)
 
     def scores(self, length: int) -> tuple[torch.Tensor, ...]:
-        """Return the scores `[1, V]` of every new token; what was asked last about a position was its own text."""
+        """The scores `[1, V]` of every new token; what was asked last about a position was its own text."""
         return tuple(self.latest[position] for position in range(self.num_prompt_tokens, length))
 
 
@@ -68,22 +59,19 @@ class SampledStream:
 
     def __init__(self, sampling: StockSampling, streamer: Any):
         self.sampling, self.streamer = sampling, streamer
+        self.end = streamer.end
 
     def put(self, tokens: torch.Tensor) -> None:
-        """Take a block of tokens `[1, n]`."""
+        """Pass a block of tokens `[1, n]` on."""
         self.sampling.advance(self.sampling.length + tokens.numel())
         self.streamer.put(tokens)
 
-    def end(self) -> None:
-        """Take note that the text is whole."""
-        self.streamer.end()
-
 
 class PardCandidateGenerator(CandidateGenerator):
-    """Proposes K tokens from one draft forward under the host's `CandidateGenerator` contract (batch size 1).
+    """Proposes K tokens from one draft forward under the `CandidateGenerator` contract of transformers (batch size 1).
 
-    No candidate logits are returned: without them the host draws the target's tokens and keeps those that match, which
-    is lossless for any proposal.
+    No candidate logits are returned: without them the stock loop draws the target's tokens and keeps those that match,
+    which is lossless for any proposal.
 
     Args:
         draft ([`PardDraftModel`]):
@@ -114,13 +102,9 @@ class PardCandidateGenerator(CandidateGenerator):
         sampling: StockSampling | None = None,
         eos_token_id: list[int] | None = None,
     ):
-        self.draft = draft
-        self.num_assistant_tokens = num_assistant_tokens
-        self.max_length = max_length
-        self.vocab_size = vocab_size
-        self.attention_mask = attention_mask
-        self.sampling = sampling
-        self.eos_token_id = eos_token_id
+        self.draft, self.sampling = draft, sampling
+        self.num_assistant_tokens, self.max_length, self.vocab_size = num_assistant_tokens, max_length, vocab_size
+        self.attention_mask, self.eos_token_id = attention_mask, eos_token_id
         self.cache = croppable_cache(draft.config)
         self.stats = DecodingStats(loop="stock")
         self.num_drafted = 0
@@ -134,8 +118,7 @@ class PardCandidateGenerator(CandidateGenerator):
         if self.num_drafted < 1 or length == 0:
             self.num_drafted = 0
             return input_ids, None
-        ids = input_ids.to(input_device(self.draft))
-        mask = self.attention_mask
+        ids, mask = input_ids.to(input_device(self.draft)), self.attention_mask
         if mask is not None:
             mask = torch.nn.functional.pad(mask.to(ids.device), (0, length - mask.shape[1]), value=1)
         proposals = self.draft.draft(ids, mask, self.num_drafted, self.cache)[..., : self.vocab_size].argmax(dim=-1)

@@ -1,19 +1,8 @@
-"""What to generate, in the words of `generate()`.
+"""The decoding loop: draft, verify, accept, synchronize, over rows of different lengths.
 
-What a finished decoder hands back, in the shapes of plain `generate`.
-
-The two forwards of a round, and how much of the text each has to read.
-
-Knows which columns, slots and shapes a forward needs; knows nothing of lengths on the host and of verification.
-
-The draft-verify loop over rows of different lengths.
-
-A round is one draft forward and one target forward; both models keep a `SlotCache`, so rows accept different counts
-freely and nothing is rolled back. Knows models, caches and tokens; knows nothing of `generate()`, which the mixin
-translates into a `DecodingRequest`.
-
-Two ways to advance, one output: rows on their own, decided on the device with one host synchronisation a round; or in
-lockstep (`lockstep.py`), where processors, criteria and streamer see exactly the calls plain `generate` would make.
+A round is one draft forward and one target forward. Both models keep a `SlotCache`, so rows accept different counts
+and nothing is rolled back; what was rejected is overwritten by the next round. Rows are decided on the device and the
+host looks once a round. `lockstep.py` is the same loop for code that looks at the prefix token by token.
 """
 
 from __future__ import annotations
@@ -21,70 +10,394 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
 from ..draft.model import PardDraftModel
-from .batch import PREFILL_CHUNK, Batch, Role, Rows, to_host
-from .compilation import EagerSteps
+from ..host import is_callers, pad_token_id
+from .batch import PREFILL_CHUNK, Batch, Rows, to_host
+from .compilation import CompiledSteps
 from .kernels import grouped_attention
 from .sampling import Noise, process_positions, verify_ratio_test
-from .schedule import Choice, ConstantSchedule
-from .stats import DecodingStats, NoClock, clock_of_call
+from .schedule import Choice, Schedule
+from .stats import DecodingStats, RoundTimes
 from .steps import Proposals, accept_step, append_step, draft_step, score_step, target_step
 
+# New tokens that justify compiling for fewer rows: that takes longer than a short tail does.
+WORTH_COMPILING = 1024
 
-@dataclass
-class DecodingRequest:
-    """One call of `generate()`, as our loop reads it.
+
+class PardDecoder:
+    """Decode one call of `generate()`, whose arguments it takes as transformers prepared them.
 
     Args:
-        input_ids (`torch.LongTensor` of shape `(batch_size, num_columns)`):
-            Prompt, left-padded; no columns when `inputs_embeds` is given.
+        input_ids (`torch.LongTensor` of shape `(batch_size, num_columns)`) and inputs_embeds (`torch.FloatTensor`):
+            Prompt, left-padded; no columns of ids when there are embeddings.
         attention_mask (`torch.LongTensor` of shape `(batch_size, mask_length)`):
-            1 for text, 0 for padding. Longer than the prompt where the prompt goes on after an earlier cache, `past`.
-        num_assistant_tokens (`int`):
-            K, draft tokens a round, at most.
-        tree_size (`int`, *optional*, defaults to 0):
-            N, nodes of a round's tree, at most; 0 for a chain.
-        max_length (`int`):
-            Columns of the longest output, prompt included.
-        returns_cache (`bool`, *optional*, defaults to `False`):
-            Whether the target's cache is asked for afterwards.
+            1 for text, 0 for padding; longer than the prompt where the prompt goes on after an earlier cache, `past`.
+        compiled ([`CompiledSteps`], *optional*):
+            Runs the steps of all rounds but the first; without it all run eagerly.
     """
 
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    num_assistant_tokens: int
-    max_length: int
-    pad_token_id: int | None
-    eos_token_id: torch.Tensor | None = None
-    inputs_embeds: torch.Tensor | None = None
-    past: Cache | None = None
-    do_sample: bool = False
-    ratio_test: bool = False
-    logits_processor: LogitsProcessorList = field(default_factory=LogitsProcessorList)
-    stopping_criteria: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
-    streamer: Any = None
-    output_scores: bool = False
-    output_logits: bool = False
-    returns_cache: bool = False
-    tree_size: int = 0
+    loop = "own"
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        draft: PardDraftModel,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        compiled: CompiledSteps | None,
+        schedule: Schedule,
+        generation_config: Any,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        streamer: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past: Cache | None = None,
+    ):
+        config = generation_config
+        self.input_ids, self.streamer, self.inputs_embeds = input_ids, streamer, inputs_embeds
+        self.logits_processor, self.stopping_criteria = logits_processor, stopping_criteria
+        self.do_sample, self.pad_token_id = bool(config.do_sample), pad_token_id(config)
+        self.eos_token_id = end_tokens(stopping_criteria, input_ids.device)
+        self.compiled, self.schedule = compiled, schedule
+        self.vocab_size = target.config.get_text_config().vocab_size
+
+        # As plain `generate`, which asks its criteria after the first token only.
+        budget = max(max_length(stopping_criteria) - input_ids.shape[1], 1)
+        # Logical positions of the mask's columns; negative for padding.
+        self.positions = (attention_mask.cumsum(-1) - 1).masked_fill(attention_mask == 0, -1)
+        rows = Rows.from_prompt(input_ids.long(), attention_mask, budget)
+        returns_dict = config.return_dict_in_generate
+        self.returns_cache = bool(returns_dict or is_callers(past))
+        self.batch = Batch(target, draft, rows, budget, self.schedule.largest, compiled, self.returns_cache)
+        self.load_past(past)
+
+        # Whether this round reads the prompt, and whether its shapes are those of compiled steps.
+        self.is_first, self.is_fixed = True, False
+        self.noise = Noise(input_ids.device, is_ordered=len(input_ids) == 1)
+        self.histogram = [0] * (config.num_assistant_tokens + 1)
+        self.num_drafted = 0
+        self.scores = Recording(len(input_ids)) if returns_dict and config.output_scores else None
+        self.logits = Recording(len(input_ids)) if returns_dict and config.output_logits else None
+        self.times = RoundTimes(input_ids.device) if config.measure_rounds else None
+        # Outcomes of rounds that the host has not looked at yet.
+        self.pending: deque[tuple[Callable[[], torch.Tensor], Choice]] = deque()
+        self.num_ahead = int(self.can_overlap() and input_ids.device.type == "cuda")
+
+    def load_past(self, past: Cache | None) -> None:
+        """Take over the target's earlier cache."""
+        num_past = past.get_seq_length() if past is not None else 0
+        if num_past:
+            self.batch.target.cache.load(past, self.positions[:, :num_past])
+            num_cached = (self.positions[:, :num_past] >= 0).sum(-1) - self.batch.rows.offset
+            self.batch.target.num_unread = int((self.batch.rows.lengths - num_cached).max())
+
+    def can_overlap(self) -> bool:
+        """Whether the device may begin a round before the host has seen the outcome of the one before."""
+        return (
+            self.compiled is not None
+            and not self.schedule.is_adaptive
+            and self.streamer is None
+            and self.scores is None
+            and self.logits is None
+            and not (self.do_sample and len(self.input_ids) == 1)  # Noise is drawn in the order it is used.
+        )
+
+    @property
+    def stats(self) -> DecodingStats:
+        return DecodingStats(tuple(self.histogram), self.num_drafted, self.loop)
+
+    def run(self) -> None:
+        """Generate until every row has finished."""
+        if self.inputs_embeds is not None:
+            self.read_embeddings(self.inputs_embeds)
+        run_round = self.observed_round if self.schedule.is_adaptive else self.round
+        while self.batch.has_unfinished:
+            run_round(self.choose())
+            self.drop_finished_rows()
+        self.synchronize()  # Rounds that began when every row had ended.
+        self.batch.restore_finished_rows()
+
+    def round(self, choice: Choice) -> list[int]:
+        """Draft, verify, accept, synchronize; return what unfinished rows accepted, where it is known already."""
+        longest = self.longest()
+        self.batch.make_room(longest, choice)
+        if self.compiled is not None:
+            self.compiled.begin_round()
+        with grouped_attention():
+            proposals = self.propose(choice, longest)
+            self.mark("draft")
+            logits = self.score(proposals, choice, longest + self.batch.offset)
+        self.mark("verify")
+        if choice.tree_size:  # A small vocabulary may not have as many prefixes.
+            choice = choice._replace(tree_size=proposals.tokens.shape[1])
+        self.accept(proposals, logits, choice)
+        accepted = self.synchronize(0 if self.is_first else self.num_ahead)
+        self.mark("loop")
+        self.end_prefill()
+        return accepted
+
+    def read_embeddings(self, inputs_embeds: torch.Tensor) -> None:
+        """Prefill the target with embeddings, which the draft cannot read, and accept the first token."""
+        longest = inputs_embeds.shape[1]
+        logits = self.batch.target.forward(self.positions, longest, 1, inputs_embeds=inputs_embeds)
+        logits = logits.to(self.input_ids.device, torch.float32)
+        self.accept(self.no_proposals(), logits, Choice(0))
+        self.synchronize()
+        self.histogram[0] = 0  # Nothing was drafted: this was no round.
+        self.mark("loop")
+        self.end_prefill()
+
+    def end_prefill(self) -> None:
+        """Let later rounds run compiled: the first reads prompts of any length, eagerly."""
+        self.is_first, self.is_fixed = False, self.compiled is not None
+
+    def choose(self) -> Choice:
+        """Choose K and the tree of the next round."""
+        choice = self.schedule.choose(self.batch.cost_key, self.is_ready)
+        # The bonus token needs no proposal.
+        return choice if self.is_fixed else choice.at_most(self.batch.most_remaining() - 1)
+
+    def observed_round(self, choice: Choice) -> None:
+        """Run a round and let the schedule learn its time, where typical, and what it accepted."""
+        most_unread = self.schedule.largest.num_drafts + 1
+        # A draft with much to catch up on makes a slow round.
+        is_typical = not self.is_first and (choice.num_drafts == 0 or self.batch.draft.num_unread <= most_unread)
+        start, compile_seconds, cost_key = time.perf_counter(), self.compile_seconds, self.batch.cost_key
+        accepted = self.round(choice)
+        is_typical &= compile_seconds == self.compile_seconds
+        self.schedule.record(cost_key, choice, time.perf_counter() - start if is_typical else None, accepted)
+
+    def no_proposals(self) -> Proposals:
+        return Proposals(self.batch.rows.tokens.new_empty(len(self.batch), 0))
+
+    def propose(self, choice: Choice, longest: int) -> Proposals:
+        """Draft K tokens, or a tree of them, in one forward over masks.
+
+        Args:
+            longest (`int`):
+                Tokens of the longest text.
+        """
+        draft, num_drafts = self.batch.draft, choice.num_drafts
+        if num_drafts == 0:
+            return self.no_proposals()
+        most_unread = num_drafts + 1 if self.is_fixed else PREFILL_CHUNK
+        if draft.num_unread > most_unread or (self.is_fixed and not draft.cache.has_memory):
+            self.batch.read(draft, longest)
+        width, num_visible = draft.num_unread, longest + num_drafts - 1
+        if self.is_fixed:  # An entry written twice is the same twice, so one width serves every accepted count.
+            width, num_visible = num_drafts + 1, draft.cache.num_slots
+        return self.draft(choice, width, num_visible)
+
+    def draft(self, choice: Choice, width: int, num_visible: int) -> Proposals:
+        """Run the draft over each row's last `width` tokens and choose the best proposals."""
+        arguments = (self.batch.draft, self.batch.rows, width, choice.num_drafts, num_visible, self.vocab_size)
+        return self.run_step(draft_step, choice, *arguments, choice.tree_size)
+
+    def score(self, proposals: Proposals, choice: Choice, longest: int) -> torch.Tensor:
+        """Run the target over what its cache lacks and the proposals: logits `[B, num_proposals + 1, V]`, float32.
+
+        Args:
+            longest (`int`):
+                Positions of the longest text in the target.
+        """
+        target = self.batch.target
+        if target.num_unread > PREFILL_CHUNK:
+            self.batch.read(target, longest)
+        num_visible = target.cache.num_slots if self.is_fixed else longest + proposals.tokens.shape[1]
+        arguments = (target, self.batch.rows, proposals, target.num_unread, num_visible)
+        return self.run_step(target_step, choice, *arguments)
+
+    def accept(self, proposals: Proposals, logits: torch.Tensor, choice: Choice) -> None:
+        """Verify the proposals, append what was accepted and begin to copy the outcome to the host."""
+        scores = process_positions(self.logits_processor, logits)
+        outcome, nodes = self.verify(proposals, scores, choice)
+        arrived = to_host(outcome)
+        self.pending.append((arrived, choice))
+        if self.scores is not None or self.logits is not None:
+            self.record(on_path(scores, nodes), on_path(logits, nodes), arrived()[:, 0].tolist())
+
+    def verify(
+        self, proposals: Proposals, scores: torch.Tensor, choice: Choice
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Verify greedily or by sample-and-match; see [`accept_step`]."""
+        noise, ends = None, self.eos_token_id
+        if self.do_sample:
+            noise = self.noise.draw(len(scores), choice.num_drafts + 1, scores.shape[-1])
+        arguments = (self.batch.target, self.batch.rows, proposals, choice.num_drafts, scores, ends, noise)
+        key = (("end tokens", 0 if ends is None else len(ends)), ("samples", self.do_sample))
+        return self.run_step(accept_step, choice, *arguments, key=key)
+
+    def synchronize(self, num_ahead: int = 0) -> list[int]:
+        """Learn the outcome of all rounds but the last `num_ahead`: the one wait for the device in a round.
+
+        Returns:
+            How many proposals each unfinished row accepted, where an outcome was seen.
+        """
+        accepted: list[int] = []
+        while len(self.pending) > num_ahead:
+            arrived, choice = self.pending.popleft()
+            emitted, finished, *columns = arrived().T.tolist()
+            self.stream(emitted[0], columns)
+            self.account(emitted, emitted, choice)
+            self.batch.unfinished = [not done for done in finished]
+            accepted = [count - 1 for count, done in zip(emitted, finished, strict=True) if count and not done]
+        return accepted
+
+    def record(self, scores: torch.Tensor, logits: torch.Tensor, counts: list[int]) -> None:
+        """Keep what the call asks for of a round's `[b, K + 1, V]`: of each row the first `counts[row]` positions."""
+        for recording, values in ((self.scores, scores), (self.logits, logits)):
+            if recording is not None:
+                recording.add(values, self.batch.row_ids, counts)
+
+    def stream(self, num_emitted: int, columns: list[list[int]]) -> None:
+        """Pass on the first row's tokens, and let the noise of each pass with it."""
+        if self.streamer is None:
+            self.noise.use(num_emitted)
+            return
+        for number, column in enumerate(columns[:num_emitted], start=1):
+            self.noise.use(1)  # A streamer that raises leaves the generator where the text ends.
+            self.put(torch.tensor(column[:1]), is_accepted=number < num_emitted)
+
+    def put(self, tokens: torch.Tensor, is_accepted: bool) -> None:
+        """Hand a column to the streamer; one with `put_accepted` is told which tokens the draft proposed."""
+        put = getattr(self.streamer, "put_accepted", self.streamer.put) if is_accepted else self.streamer.put
+        put(tokens)
+
+    def account(self, grown: list[int], emitted: list[int], choice: Choice) -> None:
+        """Update the host's lengths and the statistics after a round."""
+        batch = self.batch
+        for row, count in enumerate(emitted):
+            if count:
+                self.histogram[count - 1] += 1
+                self.num_drafted += choice.tree_size or min(choice.num_drafts, batch.remaining(row) - 1)
+            batch.lengths[row] += grown[row]
+        batch.target.num_unread = 1
+        # The draft has not read accepted proposals either: their entries were computed from masks.
+        batch.draft.num_unread = max(grown) + (0 if choice.num_drafts else batch.draft.num_unread)
+
+    def drop_finished_rows(self) -> None:
+        """Shrink the batch when rows have finished."""
+        if self.smaller_batch_size() is None:
+            return
+        self.synchronize()  # Rounds under way are of the whole batch.
+        size = self.smaller_batch_size()
+        if size is not None:
+            unfinished = self.batch.unfinished
+            self.batch.keep(sorted(sorted(range(len(unfinished)), key=lambda row: not unfinished[row])[:size]))
+
+    def smaller_batch_size(self) -> int | None:
+        """The power of two that holds the unfinished rows; `None` where a smaller batch does not pay.
+
+        Where its steps would have to be compiled first, it pays only with many tokens to come.
+        """
+        num_unfinished = sum(self.batch.unfinished)
+        size = 1 << max(num_unfinished - 1, 0).bit_length()
+        if num_unfinished == 0 or size >= len(self.batch):
+            return None
+        is_ready = self.compiled is None or self.compiled.is_ready(
+            target_step, self.batch.shape(self.schedule.largest, size)
+        )
+        return size if is_ready or self.batch.most_remaining() >= WORTH_COMPILING else None
+
+    def longest(self) -> int:
+        """An upper bound of the tokens known of any row."""
+        return max(self.batch.lengths) + sum(choice.num_drafts + 1 for _, choice in self.pending)
+
+    def run_step(self, step: Callable[..., Any], choice: Choice, *arguments: Any, key: tuple[Any, ...] = ()) -> Any:
+        """Call a step, compiled or eagerly; `key` holds what fixes its shapes besides batch, caches and choice."""
+        if self.compiled is None or not self.is_fixed:
+            return step(*arguments)
+        return self.compiled.run(step, (*self.batch.shape(choice), *key), *arguments)
+
+    def is_ready(self, choice: Choice) -> bool:
+        """Whether a round of the present batch runs for a choice without being compiled first."""
+        return self.compiled is None or self.compiled.is_ready(target_step, self.batch.shape(choice))
+
+    @property
+    def compile_seconds(self) -> float:
+        return 0.0 if self.compiled is None else self.compiled.compile_seconds
+
+    def mark(self, step: str) -> None:
+        """Book the time since the last mark, where the call asks for it; the whole first round is `prefill`."""
+        if self.times is not None:
+            self.times.mark("prefill" if self.is_first else step)
+            self.times.num_rounds += step == "loop" and not self.is_first
+
+    def sequences(self) -> torch.Tensor:
+        """Prompt columns and new tokens, `[B, num_columns + num_new]`; finished rows filled with `pad_token_id`."""
+        rows, counts = self.batch.rows, self.batch.rows.num_new()
+        columns = torch.arange(int(counts.max()), device=counts.device)
+        index = rows.num_prompt_tokens.unsqueeze(1) + columns
+        # A long row that ended early has columns of padding beyond its buffer.
+        new = rows.tokens.gather(1, index.clamp(max=rows.tokens.shape[1] - 1))
+        if self.pad_token_id is not None:
+            new = torch.where(columns < counts.unsqueeze(1), new, self.pad_token_id)
+        return torch.cat([self.input_ids, new], dim=1)
+
+    def fewest_new_tokens(self) -> int:
+        """New tokens of the row that ended first, its last one included."""
+        return int(self.batch.rows.num_new().min())
+
+    def extend(self, cache: Any) -> None:
+        """Append to `cache` what plain `generate` would leave there: every column but the last new one."""
+        rows, target = self.batch.rows, self.batch.target
+        first, last = self.fewest_new_tokens() - 1, int(rows.num_new().max()) - 1
+        columns = torch.arange(last, device=rows.lengths.device)
+        new = (rows.offset + rows.num_prompt_tokens).unsqueeze(1) + columns
+        if first < last:  # Rows that ended early have not read their last token, nor the padding after it.
+            num_columns = self.input_ids.shape[1]
+            ids = self.sequences()[:, num_columns + first : num_columns + last]
+            target.forward(new[:, first:], int(new.max()) + 1, 1, input_ids=ids)
+        positions = torch.cat([self.positions, new], dim=1)
+        target.cache.append_to(cache, positions[:, cache.get_seq_length() :])
 
 
-def sequences_of(rows: Rows, request: DecodingRequest) -> torch.Tensor:
-    """Prompt columns and what followed, `[B, num_columns + num_new]`; finished rows filled with `pad_token_id`."""
-    counts = rows.lengths - rows.num_prompt_tokens
-    columns = torch.arange(int(counts.max()), device=counts.device)
-    index = rows.num_prompt_tokens.unsqueeze(1) + columns
-    # A long row that ended early has columns of padding beyond its buffer.
-    new = rows.tokens.gather(1, index.clamp(max=rows.tokens.shape[1] - 1))
-    if request.pad_token_id is not None:
-        new = torch.where(columns < counts.unsqueeze(1), new, request.pad_token_id)
-    return torch.cat([request.input_ids, new], dim=1)
+class RatioTestDecoder(PardDecoder):
+    """Speculative sampling: draw a chain from the draft's distributions and accept it by the ratio test."""
+
+    def draft(self, choice: Choice, width: int, num_visible: int) -> Proposals:
+        arguments = (self.batch.draft, self.batch.rows, width, choice.num_drafts, num_visible, self.vocab_size)
+        outputs = self.run_step(score_step, choice, *arguments)
+        model: Any = self.batch.draft.model
+        tokens, scores = (values.to(self.input_ids.device) for values in model.chain(*outputs, self.draw))
+        return Proposals(tokens, process_positions(self.logits_processor, scores.float()))
+
+    def draw(self, logits: torch.Tensor) -> torch.Tensor:
+        """Draw a token for each row of logits `(..., V)` from its distribution after the call's processors."""
+        positions = logits if logits.dim() == 3 else logits.unsqueeze(1)
+        probs = process_positions(self.logits_processor, positions.float()).softmax(dim=-1)
+        return torch.multinomial(probs.flatten(0, 1), 1).view(logits.shape[:-1])
+
+    def verify(
+        self, proposals: Proposals, scores: torch.Tensor, choice: Choice
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if proposals.scores is None:  # No room was left for proposals.
+            return super().verify(proposals, scores, choice)
+        verified = verify_ratio_test(proposals.tokens, proposals.scores, scores)
+        return append_step(self.batch.rows, *verified, self.eos_token_id), None
+
+
+class Recording:
+    """Scores or raw logits of every emitted token, for callers who ask for them."""
+
+    def __init__(self, batch_size: int):
+        self.rows: list[list[torch.Tensor]] = [[] for _ in range(batch_size)]
+
+    def add(self, values: torch.Tensor, row_ids: list[int], counts: list[int]) -> None:
+        """Keep the first `counts[i]` of values `[b, K + 1, V]`, which belong to the rows `row_ids` of the call."""
+        for row_id, row, count in zip(row_ids, values, counts, strict=True):
+            self.rows[row_id].append(row[:count].clone())  # The next round writes to a compiled step's results.
+
+    def columns(self) -> tuple[torch.Tensor, ...]:
+        """One `[B, V]` a new column, as plain `generate` returns them; zeros after a row's end."""
+        return pad_sequence([torch.cat(row) for row in self.rows], batch_first=True).unbind(1)
 
 
 def on_path(values: torch.Tensor, nodes: torch.Tensor | None) -> torch.Tensor:
@@ -95,401 +408,12 @@ def on_path(values: torch.Tensor, nodes: torch.Tensor | None) -> torch.Tensor:
     return values.gather(1, rows.expand(-1, -1, values.shape[2]))
 
 
-class Recording:
-    """The scores and raw logits of every round, for callers who ask for them."""
-
-    def __init__(self) -> None:
-        self.rounds: list[tuple[tuple[torch.Tensor, torch.Tensor], list[int]]] = []
-        self.counts: list[list[int]] = []
-
-    def add(self, scores: torch.Tensor, logits: torch.Tensor, row_ids: list[int]) -> None:
-        """Keep a round's `[b, num_drafts + 1, V]` scores and logits of the rows `row_ids`."""
-        self.rounds.append(((scores, logits), row_ids))
-
-    def settle(self, counts: list[int]) -> None:
-        """Say how many columns of each row counted, for the oldest round of which that was not known."""
-        if len(self.counts) < len(self.rounds):
-            self.counts.append(counts)
-
-    def columns(self, which: int, batch_size: int) -> tuple[torch.Tensor, ...]:
-        """Scores (0) or raw logits (1) as plain `generate` gives them: one `[B, V]` a new column.
-
-        Columns after a row's end are zeros.
-        """
-        filled = [0] * batch_size
-        for (_, row_ids), counts in zip(self.rounds, self.counts, strict=True):
-            for row, count in zip(row_ids, counts, strict=True):
-                filled[row] += count
-        first = self.rounds[0][0][which]
-        merged = first.new_zeros(batch_size, max(filled), first.shape[-1])
-        filled = [0] * batch_size
-        for (tensors, row_ids), counts in zip(self.rounds, self.counts, strict=True):
-            for source, (row, count) in enumerate(zip(row_ids, counts, strict=True)):
-                merged[row, filled[row] : filled[row] + count] = tensors[which][source, :count]
-                filled[row] += count
-        return tuple(merged.unbind(1))
+def max_length(criteria: StoppingCriteriaList) -> int:
+    """Columns of the longest output, prompt included."""
+    return min(criterion.max_length for criterion in criteria if isinstance(criterion, MaxLengthCriteria))
 
 
-def extend_past(
-    target: Role,
-    rows: Rows,
-    positions: torch.Tensor,
-    sequences: torch.Tensor,
-    num_columns: int,
-    fewest_said: int,
-    cache: Any,
-) -> None:
-    """Append to `cache` what plain `generate` would leave there: every column but the last new one.
-
-    Args:
-        positions (`torch.LongTensor` of shape `(batch_size, prompt_length)`):
-            Logical positions of the prompt's columns, and of those before it; negative for padding.
-        sequences (`torch.LongTensor`):
-            As [`sequences_of`] gives them, of which the first `num_columns` are the prompt's.
-        fewest_said (`int`):
-            New tokens of the row that ended first, its last one included.
-    """
-    counts = rows.lengths - rows.num_prompt_tokens
-    first, last = fewest_said - 1, int(counts.max()) - 1
-    columns = torch.arange(last, device=counts.device)
-    new = (rows.offset + rows.num_prompt_tokens).unsqueeze(1) + columns
-    if first < last:  # Rows that ended early have not read their last token, nor the padding after it.
-        ids = sequences[:, num_columns + first : num_columns + last]
-        target.forward(new[:, first:], int(new.max()) + 1, 1, input_ids=ids)
-    target.cache.append_to(cache, torch.cat([positions, new], dim=1)[:, cache.get_seq_length() :])
-
-
-class Forwards:
-    """Runs the draft and the target of one call.
-
-    Args:
-        batch ([`Batch`]):
-            Rows and caches of both models.
-        request ([`DecodingRequest`]):
-            The call.
-        positions (`torch.LongTensor` of shape `(batch_size, mask_length)`):
-            Logical positions of the prompt's columns; negative for padding.
-        vocab_size (`int`):
-            The target's.
-    """
-
-    def __init__(self, batch: Batch, request: DecodingRequest, positions: torch.Tensor, vocab_size: int):
-        self.batch, self.request, self.positions, self.vocab_size = batch, request, positions, vocab_size
-
-    def nothing(self) -> Proposals:
-        """No proposals: a round of plain decoding."""
-        return Proposals(self.batch.rows.tokens.new_empty(len(self.batch), 0), 0)
-
-    def propose(self, steps: EagerSteps, width: int, longest: int, choice: Choice) -> Proposals:
-        """Proposals of a round.
-
-        Args:
-            width (`int`):
-                How many of each row's last tokens the draft has yet to read.
-            longest (`int`):
-                Tokens of the longest text.
-        """
-        num_drafts, draft = choice.num_drafts, self.batch.draft
-        num_visible = longest + num_drafts - 1
-        is_first_read = steps.is_fixed and not draft.cache.has_memory
-        if is_first_read or width > (num_drafts + 1 if steps.is_fixed else PREFILL_CHUNK):
-            self.batch.read(draft, width, longest)
-            width = 1
-        if steps.is_fixed:
-            # Entries written twice are the same twice, so one width serves every count that was accepted.
-            num_visible, width = draft.cache.num_slots, num_drafts + 1
-        arguments = (draft, self.batch.rows, width, num_drafts, num_visible, self.vocab_size)
-        if self.request.ratio_test:
-            return self.draw(*steps.run(score_step, self.batch.shape(choice), *arguments))
-        return steps.run(draft_step, self.batch.shape(choice), *arguments, choice.tree_size)
-
-    def draw(self, scores: torch.Tensor, hidden: torch.Tensor | None) -> Proposals:
-        """Draw a chain from the draft's distributions, as the ratio test wants it."""
-        processors, model = self.request.logits_processor, self.batch.draft.model
-
-        def choose(logits: torch.Tensor) -> torch.Tensor:
-            places = logits if logits.dim() == 3 else logits.unsqueeze(1)
-            law = process_positions(processors, places.float()).softmax(dim=-1)
-            return torch.multinomial(law.flatten(0, 1), 1).view(logits.shape[:-1])
-
-        device = self.batch.rows.tokens.device
-        tokens, scores = (values.to(device) for values in model.chain(scores, hidden, choose))
-        return Proposals(tokens, tokens.shape[1], process_positions(processors, scores.float()))
-
-    def verify(
-        self, steps: EagerSteps, width: int, longest: int, proposals: Proposals, choice: Choice
-    ) -> torch.Tensor:
-        """One target forward over what its cache lacks and the proposals; logits `[B, num_proposals + 1, V]`, float32.
-
-        Args:
-            width (`int`):
-                How many of each row's last tokens the target has yet to read.
-            longest (`int`):
-                Positions of the longest text in the target.
-        """
-        target, rows = self.batch.target, self.batch.rows
-        num_visible = longest + proposals.tokens.shape[1]
-        if self.request.inputs_embeds is not None and width == 0:  # Nothing but embeddings is known yet.
-            logits = target.forward(self.positions, num_visible, 1, inputs_embeds=self.request.inputs_embeds)
-            return logits.to(rows.tokens.device, torch.float32)
-        if width > PREFILL_CHUNK:
-            self.batch.read(target, width, longest)
-            width = 1
-        if steps.is_fixed:
-            num_visible = target.cache.num_slots
-        arguments: tuple[Any, ...] = (target, rows, proposals, width, num_visible)
-        return steps.run(target_step, self.batch.shape(choice), *arguments)
-
-
-# New tokens that justify compiling for fewer rows: that takes longer than a short tail does.
-WORTH_COMPILING = 1024
-EAGER = EagerSteps()
-
-
-class PardDecoder:
-    """Generates for one request.
-
-    Args:
-        steps ([`EagerSteps`]):
-            Where the parts of a round run.
-        schedule ([`ConstantSchedule`]):
-            Chooses K and the tree before each round, at most the request's.
-    """
-
-    loop = "own"
-
-    def __init__(
-        self,
-        target: PreTrainedModel,
-        draft: PardDraftModel,
-        request: DecodingRequest,
-        steps: EagerSteps | None = None,
-        schedule: ConstantSchedule | None = None,
-    ):
-        self.request = request
-        self.steps = steps or EAGER
-        self.schedule = schedule or ConstantSchedule(request.num_assistant_tokens, request.tree_size)
-        ids, mask = request.input_ids.long(), request.attention_mask
-        # As plain `generate`, which asks its criteria after the first token only.
-        self.budget = max(request.max_length - ids.shape[1], 1)
-        self.positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, -1)
-        text = mask[:, mask.shape[1] - ids.shape[1] :].sum(-1)
-        # Host-side copies, refreshed by the one synchronisation a round; lists go by row of the present batch.
-        self.host_lengths: list[int] = text.tolist()
-        self.host_prompt = list(self.host_lengths)
-        self.host_offset = int((mask.sum(-1) - text).max())
-        self.active = [True] * len(ids)
-
-        longest = max(self.host_lengths)
-        rows = Rows.from_prompt(ids, mask, self.budget)
-        sizes = self.sizes_for(longest, self.schedule.largest)
-        self.batch = Batch(target, draft, rows, self.steps, sizes, request.returns_cache)
-        vocab_size = target.config.get_text_config().vocab_size
-        self.forwards = Forwards(self.batch, request, self.positions, vocab_size)
-        num_cached = self.load_past()
-        # How many of each row's last tokens a model has yet to read.
-        self.target_width = int((text - num_cached).max()) if request.inputs_embeds is None else 0
-        self.draft_width = longest
-        self.is_first = True
-        self.histogram = [0] * (request.num_assistant_tokens + 1)
-        self.num_drafted = 0
-        self.noise = Noise(ids.device, is_ordered=len(ids) == 1)
-        self.recording = Recording() if request.output_scores or request.output_logits else None
-        # Rounds whose outcome the host has not looked at yet.
-        self.pending: deque[tuple[Callable[[], torch.Tensor], Choice]] = deque()
-        self.num_ahead = int(self.may_run_ahead() and ids.device.type == "cuda")
-        self.clock = clock_of_call.get() or NoClock()
-
-    def load_past(self) -> torch.Tensor | int:
-        """Take over the target's earlier cache; returns how many of each row's tokens it already holds."""
-        past = self.request.past
-        num_past = past.get_seq_length() if past is not None else 0
-        if not num_past:
-            return 0
-        self.batch.target.cache.load(past, self.positions[:, :num_past])
-        return (self.positions[:, :num_past] >= 0).sum(-1) - self.batch.rows.offset
-
-    def may_run_ahead(self) -> bool:
-        """Whether the device can begin a round before the host knows how the last one ended."""
-        request = self.request
-        return (
-            self.steps.is_fixed
-            and not self.schedule.is_adaptive
-            and request.streamer is None
-            and not (request.output_scores or request.output_logits)
-            and not (request.do_sample and len(request.input_ids) == 1)  # Noise is drawn in the order it is used.
-        )
-
-    @property
-    def stats(self) -> DecodingStats:
-        return DecodingStats(tuple(self.histogram), self.num_drafted, self.loop)
-
-    def remaining(self, row: int) -> int:
-        """Tokens the row may still emit, as far as the host knows."""
-        return self.budget - (self.host_lengths[row] - self.host_prompt[row])
-
-    def run(self) -> None:
-        """Generate until every row has finished."""
-        self.clock.start(self.batch.rows.tokens.device)
-        while any(self.active):
-            self.compact()
-            if any(self.active):
-                choice = self.schedule.choose(self.work, self.is_ready)
-                self.batch.make_room(self.sizes_for(self.longest(), choice))
-                self.round(choice)
-        while self.pending:  # Every row had ended before these began.
-            self.settle(*self.pending.popleft())
-        self.batch.reunite()
-
-    def is_ready(self, choice: Choice) -> bool:
-        """Whether a round of the present batch is compiled for a choice, or need not be."""
-        return self.steps.is_ready(target_step, self.batch.shape(choice))
-
-    def sizes_for(self, longest: int, choice: Choice) -> tuple[int, int]:
-        """Slots that a round needs in the draft's and the target's cache."""
-        room = longest + max(choice.num_drafts, choice.num_proposals) + 1
-        return room, room + self.host_offset
-
-    def round(self, choice: Choice) -> None:
-        """Draft, verify, advance."""
-        most = max(self.remaining(row) for row in range(len(self.batch)) if self.active[row])
-        if not self.steps_now.is_fixed:
-            # The bonus token needs no proposal, so at most `most - 1` can be accepted.
-            choice = choice.at_most(most - 1 if self.target_width else 0)
-        num_drafts = choice.num_drafts
-        # A round whose draft has much to catch up on says nothing about the next.
-        most_to_read = self.schedule.largest.num_drafts + 1
-        is_typical = not self.is_first and (num_drafts == 0 or self.draft_width <= most_to_read)
-        start, compile_seconds, work = time.perf_counter(), self.steps.compile_seconds, self.work
-        self.steps.begin_round()
-        proposals = self.forwards.nothing()
-        with grouped_attention():
-            if num_drafts:
-                proposals = self.forwards.propose(self.steps_now, self.draft_width, self.longest(), choice)
-            self.clock.mark("draft")
-            longest = self.longest() + self.host_offset
-            logits = self.forwards.verify(self.steps_now, self.target_width, longest, proposals, choice)
-        self.clock.mark("verify")
-        accepted = self.advance(proposals, logits)
-        is_typical &= compile_seconds == self.steps.compile_seconds
-        self.schedule.record(work, choice, time.perf_counter() - start if is_typical else None, accepted)
-        self.clock.end_round(is_prefill=self.is_first)
-        self.is_first = False
-
-    @property
-    def steps_now(self) -> EagerSteps:
-        """Where this round's parts run: the first reads prompts of any length, as it stands."""
-        return EAGER if self.is_first else self.steps
-
-    def longest(self) -> int:
-        """An upper bound of the tokens known of any row."""
-        return max(self.host_lengths) + sum(choice.num_drafts + 1 for _, choice in self.pending)
-
-    def advance(self, proposals: Proposals, logits: torch.Tensor) -> list[int]:
-        """Verify, append and finish rows; returns what unfinished rows accepted, where it is known already."""
-        scores = process_positions(self.request.logits_processor, logits)
-        outcome, nodes = self.accept(proposals, scores)
-        self.pending.append((to_host(outcome), proposals.choice))
-        if self.recording is not None:  # Copies of what compiled parts return: the next round writes there.
-            kept = (scores.clone(), logits.clone()) if self.steps.is_fixed else (scores, logits)
-            self.recording.add(on_path(kept[0], nodes), on_path(kept[1], nodes), self.batch.row_ids)
-        accepted: list[int] = []
-        while len(self.pending) > (0 if self.is_first else self.num_ahead):
-            accepted = self.settle(*self.pending.popleft())
-        return accepted
-
-    def accept(self, proposals: Proposals, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Verify by the rule of the request and append; returns as [`accept_step`] does."""
-        ends = self.request.eos_token_id
-        if self.request.ratio_test and proposals.scores is not None:
-            verified = verify_ratio_test(proposals.tokens, proposals.scores, scores)
-            return append_step(self.batch.rows, *verified, ends), None
-        depths = proposals.num_depths + 1
-        noise = self.noise.draw(len(scores), depths, scores.shape[-1]) if self.request.do_sample else None
-        shape = self.batch.shape(proposals.choice)
-        key = (*shape, ("end tokens", 0 if ends is None else len(ends)), ("samples", noise is not None))
-        arguments = (self.batch.target, self.batch.rows, proposals, scores, ends, noise)
-        return self.steps_now.run(accept_step, key, *arguments)
-
-    def settle(self, arrived: Callable[[], torch.Tensor], choice: Choice) -> list[int]:
-        """Learn how a round ended: the round's only synchronisation."""
-        emitted, finished, *columns = arrived().T.tolist()
-        if self.request.streamer is None:
-            self.noise.use(emitted[0])
-        if self.recording is not None:
-            self.recording.settle(emitted)
-        if self.request.streamer is not None:
-            for column in range(emitted[0]):
-                self.noise.use(1)  # A streamer that raises leaves the generator where the text ends.
-                self.stream(torch.tensor(columns[column][:1]), is_accepted=column < emitted[0] - 1)
-        self.account(emitted, emitted, choice)
-        self.active = [not done for done in finished]
-        return [count - 1 for count, done in zip(emitted, finished, strict=True) if count and not done]
-
-    def stream(self, tokens: torch.Tensor, is_accepted: bool) -> None:
-        """Hand a column to the streamer; one with `put_accepted` is told which tokens the draft proposed."""
-        streamer = self.request.streamer
-        put = getattr(streamer, "put_accepted", streamer.put) if is_accepted else streamer.put
-        put(tokens)
-
-    def account(self, grown: list[int], emitted: list[int], choice: Choice) -> None:
-        """Update host-side lengths and statistics after a round."""
-        for row, count in enumerate(emitted):
-            if count and self.target_width:  # A prefill of embeddings without a draft is no round.
-                self.histogram[count - 1] += 1
-                self.num_drafted += choice.tree_size or min(choice.num_drafts, self.remaining(row) - 1)
-            self.host_lengths[row] += grown[row]
-        self.target_width = 1
-        # What the draft has not read: accepted proposals too, for their entries were computed from masks.
-        self.draft_width = max(grown) if choice.num_drafts else self.draft_width + max(grown)
-
-    def compact(self) -> None:
-        """Let finished rows leave, so that the last ones do not pay for everyone."""
-        if self.smaller_size() is None:
-            return
-        while self.pending:  # Rounds begun meanwhile are of the whole batch.
-            self.settle(*self.pending.popleft())
-        if (size := self.smaller_size()) is None:
-            return
-        kept = sorted(sorted(range(len(self.batch)), key=lambda row: not self.active[row])[:size])
-        self.batch.keep(kept)
-        self.host_lengths, self.host_prompt = ([r[row] for row in kept] for r in (self.host_lengths, self.host_prompt))
-        self.active = [self.active[row] for row in kept]
-        # Nobody has more to read than the longest of those who stay.
-        self.draft_width = min(self.draft_width, max(self.host_lengths))
-
-    def smaller_size(self) -> int | None:
-        """The power of two that holds the rows still going; `None` where a smaller batch does not pay.
-
-        Where its rounds would have to be compiled first, it pays only with much left to say.
-        """
-        if not any(self.active):
-            return None
-        size = 1 << (sum(self.active) - 1).bit_length()
-        most = max(self.remaining(row) for row in range(len(self.batch)) if self.active[row])
-        shape = (("batch size", size), *self.batch.shape(self.schedule.largest)[1:])
-        pays = most >= WORTH_COMPILING or self.steps.is_ready(target_step, shape)
-        return size if size < len(self.batch) and pays else None
-
-    @property
-    def work(self) -> tuple[int, int]:
-        """What the cost of a round depends on besides K: rows, and the tokens they may attend to."""
-        return len(self.batch), self.batch.target.cache.num_slots
-
-    def sequences(self) -> torch.Tensor:
-        """Prompt columns and what followed, `[B, num_columns + num_new]`."""
-        return sequences_of(self.batch.rows, self.request)
-
-    def outputs(self, which: int) -> tuple[torch.Tensor, ...]:
-        """Scores (0) or raw logits (1), one `[B, V]` a new column."""
-        assert self.recording is not None
-        return self.recording.columns(which, len(self.batch.rows))
-
-    def extend_past(self, cache: Any) -> None:
-        """Append to `cache` what plain `generate` would leave there."""
-        target, rows, num_columns = self.batch.target, self.batch.rows, self.request.input_ids.shape[1]
-        extend_past(target, rows, self.positions, self.sequences(), num_columns, self.fewest_said(), cache)
-
-    def fewest_said(self) -> int:
-        """New tokens of the row that ended first."""
-        return int((self.batch.rows.lengths - self.batch.rows.num_prompt_tokens).min())
+def end_tokens(criteria: StoppingCriteriaList, device: torch.device) -> torch.Tensor | None:
+    """The end tokens that criteria name, on a device; `None` without any."""
+    ends = [criterion.eos_token_id.to(device) for criterion in criteria if isinstance(criterion, EosTokenCriteria)]
+    return torch.cat(ends) if ends else None

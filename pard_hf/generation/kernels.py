@@ -1,19 +1,15 @@
-"""Attention of a few queries over a long cache, without a copy of the cache for every group of heads.
+"""Attention and products for the few queries of a round.
 
-With a mask, transformers repeats keys and values for each query head before it attends: at 8 k tokens and 4 query
-heads to a key-value head it writes four caches a layer and round. Queries of one group can as well stand side by side
-as rows of one head. Knows nothing of decoding.
+Grouped attention: with a mask, transformers repeats keys and values for each query head before it attends; at 8 k
+tokens and 4 query heads to a key-value head it writes four caches a layer and round. The queries of a group stand side
+by side as queries of one head instead. It is installed behind the name `sdpa`, which models keep: some compare it and
+attend by code of their own, and those never look the function up. Outside [`grouped_attention`] it is the function
+that was there before.
 
-It stands behind the name `sdpa`, and models keep that name: some compare it and attend by code of their own then, and
-those are left alone, for they never look the function up. Outside [`grouped_attention`] it is the function that was
-there before.
-
-Linear layers over a few rows on a CPU, without a copy of the weights.
-
-For 2 to 32 rows in float32, `torch.nn.functional.linear` packs the whole weight anew at every call and takes two to
-three times as long as for one row; the same product with the weight on the left streams it once. Measured on a
-(5632, 2048) weight, 2 threads, AVX2, milliseconds: 1 row 2.2; 4 rows 6.7 against 2.4; 9 rows 7.9 against 4.7.
-Knows nothing of decoding; models run it while [`streamed_linear`] lasts.
+Streamed linear layers: for 2 to 32 vectors in float32 on a CPU, `torch.nn.functional.linear` packs the whole weight
+anew at every call and takes two to three times as long as for one vector; the same product with the weight on the left
+streams it once. Measured on a (5632, 2048) weight, 2 threads, AVX2, milliseconds: 1 vector 2.2; 4 vectors 6.7 against
+2.4; 9 vectors 7.9 against 4.7.
 """
 
 from __future__ import annotations
@@ -28,10 +24,14 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-# Beyond this many rows a head the repeated mask costs more than the copy saves; a tree of 64 and its root are fewer.
-MOST_QUERIES = 72
+# Beyond this many queries the repeated mask costs more than the copy saves; a tree of 64 and its root are fewer.
+MAX_QUERIES = 72
+MAX_VECTORS = 32
+# Smaller weights stay in the processor's caches, and every call of torch would pay for being looked at.
+MIN_PARAMETERS = 50_000_000
+
 ungrouped_sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-# Whether this thread is inside `grouped_attention`.
+# `is_grouped` while this thread is inside `grouped_attention`.
 state = threading.local()
 
 
@@ -52,9 +52,8 @@ def grouped_sdpa(
     batch_size, num_heads, num_queries, head_dim = query.shape
     group = num_heads // key.shape[1]
     is_special = kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None
-    has_shared_mask = attention_mask is not None and attention_mask.shape[1] == 1
-    is_grouped = getattr(state, "is_grouped", False) and group > 1 and num_queries <= MOST_QUERIES
-    if not is_grouped or is_special or not has_shared_mask or attention_mask is None:
+    is_grouped = getattr(state, "is_grouped", False) and group > 1 and num_queries <= MAX_QUERIES
+    if not is_grouped or is_special or attention_mask is None or attention_mask.shape[1] != 1:
         return ungrouped_sdpa(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     output = torch.nn.functional.scaled_dot_product_attention(
         query.reshape(batch_size, key.shape[1], group * num_queries, head_dim),
@@ -73,7 +72,7 @@ AttentionInterface.register("sdpa", grouped_sdpa)
 
 @contextmanager
 def grouped_attention() -> Iterator[None]:
-    """Let what this thread runs inside attend by groups of heads."""
+    """Group the attention of models that this thread runs inside."""
     before = getattr(state, "is_grouped", False)
     state.is_grouped = True
     try:
@@ -82,13 +81,8 @@ def grouped_attention() -> Iterator[None]:
         state.is_grouped = before
 
 
-MOST_ROWS = 32
-# Smaller weights stay in the processor's caches, and every call of torch would pay for being looked at.
-FEWEST_PARAMETERS = 50_000_000
-
-
 class StreamedLinear(TorchFunctionMode):
-    """Computes `linear` over few rows with the weight on the left; everything else is as it was.
+    """Compute `linear` over few vectors with the weight on the left.
 
     Quantized weights are subclasses of a tensor with a product of their own, and keep it.
     """
@@ -97,27 +91,25 @@ class StreamedLinear(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch.nn.functional.linear and not kwargs:
-            rows, weight, *bias = args
-            num_rows = rows.numel() // rows.shape[-1]
-            is_plain = type(rows) is torch.Tensor and type(weight) in (torch.Tensor, torch.nn.Parameter)
-            if is_plain and 1 < num_rows <= MOST_ROWS and rows.dtype == weight.dtype == torch.float32:
-                product = torch.mm(weight, rows.reshape(num_rows, -1).t()).t()
+            vectors, weight, *bias = args
+            num_vectors = vectors.numel() // vectors.shape[-1]
+            is_plain = type(vectors) is torch.Tensor and type(weight) in (torch.Tensor, torch.nn.Parameter)
+            if is_plain and 1 < num_vectors <= MAX_VECTORS and vectors.dtype == weight.dtype == torch.float32:
+                product = torch.mm(weight, vectors.reshape(num_vectors, -1).t()).t()
                 if bias and bias[0] is not None:
                     product = product + bias[0]
-                return product.reshape(*rows.shape[:-1], -1)
+                return product.reshape(*vectors.shape[:-1], -1)
         return func(*args, **(kwargs or {}))
-
-
-def is_worth(model: PreTrainedModel) -> bool:
-    """Whether a model's weights are large, in float32 and on a CPU."""
-    return model.device.type == "cpu" and model.dtype == torch.float32 and model.num_parameters() >= FEWEST_PARAMETERS
 
 
 @contextmanager
 def streamed_linear(*models: PreTrainedModel) -> Iterator[None]:
-    """Let models whose weights are worth it multiply few rows this way, in this thread."""
-    if not any(map(is_worth, models)):
-        yield
-        return
-    with StreamedLinear():
+    """Stream the linear layers that this thread runs inside, where a model is large, in float32 and on a CPU."""
+    if any(
+        model.device.type == "cpu" and model.dtype == torch.float32 and model.num_parameters() >= MIN_PARAMETERS
+        for model in models
+    ):
+        with StreamedLinear():
+            yield
+    else:
         yield

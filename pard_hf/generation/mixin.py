@@ -1,6 +1,6 @@
-"""Where we meet transformers: `generate(assistant_model=draft)` on a target that knows about PARD.
+"""Where `generate(assistant_model=draft)` of transformers meets our loop.
 
-Translates one `generate()` call into a `DecodingRequest`, and back. Only here are the host's private methods touched.
+Only here are the private methods of transformers overridden.
 """
 
 from __future__ import annotations
@@ -8,14 +8,21 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 from transformers.cache_utils import DynamicLayer
-from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
+from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, GenerationMode, MaxLengthCriteria
 
 from ..draft.model import PardDraftModel
 from ..host import (
@@ -25,18 +32,17 @@ from ..host import (
     input_device,
     is_callers,
     is_refused_by_stock_loop,
-    pad_token_id,
     subclass_named_as,
     warn_once,
     warn_where_untested,
-    with_host_names,
+    with_cache_renamed,
 )
 from .candidate_generator import PardCandidateGenerator, StockSampling
-from .compilation import schedule_for, steps_for
-from .config import VERIFICATIONS, PardGenerateOutput, settings_for, settings_of_call, with_draft_defaults
-from .decoder import DecodingRequest, PardDecoder
-from .lockstep import KNOWN_CRITERIA, decoder_for
-from .sampling import Noise, is_stateless
+from .compilation import compiled_steps, schedule_for
+from .config import OPTIONS, PardGenerateOutput, check_options
+from .decoder import PardDecoder, RatioTestDecoder, max_length
+from .lockstep import LockstepDecoder
+from .sampling import Noise, is_prefix_free, is_stateless
 from .stats import DecodingStats
 from .validation import (
     check_mode,
@@ -48,12 +54,15 @@ from .validation import (
     unsupported_by_stock_loop,
 )
 
+# Criteria that a decoder decides on the device, row by row; any other is called as plain `generate` calls it.
+KNOWN_CRITERIA = {EosTokenCriteria, MaxLengthCriteria}
+
 
 class PardGenerationMixin(GenerationMixin):
-    """Makes `generate(assistant_model=draft)` run our loop: batches, sampling, every stopping rule.
+    """Make `generate(assistant_model=draft)` run our loop: batches, sampling, every stopping rule.
 
-    With another assistant, or none, `generate` is the host's. Put it first among the bases of a model class, or use
-    [`with_pard`] on a live model.
+    With another assistant, or none, `generate` is that of transformers. Put it first among the bases of a model class,
+    or use [`with_pard`] on a live model.
 
     >>> class MyModel(PardGenerationMixin, LlamaForCausalLM): ...
     """
@@ -74,137 +83,121 @@ class PardGenerationMixin(GenerationMixin):
         synced_gpus: bool | None = None,
         assistant_model: Any = None,
         *args: Any,
-        verification: str = VERIFICATIONS[0],
-        assistant_tree_size: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Generate as the host's `generate` does, faster when `assistant_model` is a [`PardDraftModel`].
+        """Generate as transformers does, faster when `assistant_model` is a [`PardDraftModel`].
 
         Args:
             assistant_model ([`PardDraftModel`], *optional*):
                 The draft; the output does not depend on it.
             num_assistant_tokens (`int`, *optional*):
                 K, proposals a round; defaults to the draft's `generation_config`.
-            verification (`str`, *optional*, defaults to `"sample_and_match"`):
-                How sampled tokens are verified: `"sample_and_match"` (the tokens of plain `generate` under the same
-                seed) or `"ratio_test"` (speculative sampling; the same distribution).
-            assistant_tree_size (`int`, *optional*):
-                N, nodes of the tree that the target verifies in a round; 0 for a chain of K proposals. Defaults to the
-                `assistant_tree_size` of the generation config, the target's own or the draft's, and else to 0.
+            kwargs:
+                Any argument of `generate`, and the options of [`PardGenerationConfig`].
 
         Returns:
-            As the host's `generate`; with `return_dict_in_generate=True` a [`PardGenerateOutput`], which has `.stats`.
+            As transformers; with `return_dict_in_generate=True` a [`PardGenerateOutput`], which has `.stats`.
 
         Raises:
             ValueError: The call or the pair of models cannot be served; nothing was changed.
         """
-        kwargs = with_host_names(kwargs)
-        settings = settings_for(
-            verification, assistant_tree_size, (generation_config, self.generation_config), assistant_model, kwargs
-        )
-        is_drafted = isinstance(assistant_model, PardDraftModel)
-        if is_drafted:
+        kwargs = with_cache_renamed(kwargs)
+        if isinstance(assistant_model, PardDraftModel):
             warn_where_untested()
             generation_config = with_draft_defaults(assistant_model, generation_config, kwargs)
+            if kwargs.get("custom_generate") is not None:
+                warn_unused("This way of generating takes no draft")
         elif hasattr(getattr(assistant_model, "config", None), "pard_token"):
             warnings.warn(
                 "This assistant is a PARD draft that was loaded as an ordinary model: it drafts token by token. Load "
                 "it with `PardDraftModel.from_pretrained` to draft all tokens in one forward.",
                 stacklevel=2,
             )
-        reset = settings_of_call.set(settings)
-        try:
-            output = super().generate(
-                inputs,
-                generation_config,
-                logits_processor,
-                stopping_criteria,
-                prefix_allowed_tokens_fn,
-                synced_gpus,
-                assistant_model,
-                *args,
-                **kwargs,
-            )
-        finally:
-            settings_of_call.reset(reset)
-        if is_drafted and not settings.was_seen:
-            warn_unused("This way of generating takes no draft")
-        return output
+        return super().generate(
+            inputs,
+            generation_config,
+            logits_processor,
+            stopping_criteria,
+            prefix_allowed_tokens_fn,
+            synced_gpus,
+            assistant_model,
+            *args,
+            **kwargs,
+        )
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        """Merge the options of the call as transformers does, ours among them.
+
+        What is returned is a copy made for the call. Like transformers, which notes the length of the mask there, it
+        carries what the decoding method is not told: which model arguments are the caller's, and not transformers'.
+        """
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        for name in OPTIONS:
+            value = options.get(name)
+            setattr(config, name, getattr(config, name, None) if value is None else value)
+        config._caller_arguments = frozenset(model_kwargs)
+        return config, model_kwargs
 
     def _validate_generation_mode(
         self, generation_mode: Any, generation_config: GenerationConfig, generation_mode_kwargs: dict[str, Any]
     ) -> None:
-        """Refuse what cannot be served before anything is touched; batches and padded vocabularies are welcome."""
-        draft = generation_mode_kwargs.get("assistant_model")
-        if not isinstance(draft, PardDraftModel):
-            return super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
-        check_mode(self, generation_config)
-        check_pair(
-            self,
-            draft,
-            generation_config.num_assistant_tokens,
-            generation_mode_kwargs.get("tokenizer"),
-            generation_mode_kwargs.get("assistant_tokenizer"),
-        )
+        """Refuse what cannot be served before anything is changed; batches and padded vocabularies are served."""
+        draft: Any = generation_mode_kwargs.get("assistant_model")
+        config = generation_config
+        is_drafted = isinstance(draft, PardDraftModel)
+        if is_drafted and config.assistant_tree_size is None:
+            config.assistant_tree_size = getattr(draft.generation_config, "assistant_tree_size", None)
+        if any(getattr(config, name) is not None for name in OPTIONS):
+            check_options(config)
+        if not is_drafted:
+            return super()._validate_generation_mode(generation_mode, config, generation_mode_kwargs)
+        check_mode(self, config)
+        tokenizers = (generation_mode_kwargs.get(name) for name in ("tokenizer", "assistant_tokenizer"))
+        check_pair(self, draft, config.num_assistant_tokens, *tokenizers)
+        if config.assistant_tree_size and config.verification == "ratio_test":
+            warn_once("The ratio test is made for one path: a chain is drafted instead of a tree.")
+            config.assistant_tree_size = 0
+        if generation_mode != GenerationMode.ASSISTED_GENERATION:
+            warn_unused("This way of generating takes no draft")
 
     def _assisted_decoding(
-        self,
-        input_ids: torch.Tensor,
-        inputs_tensor: torch.Tensor | None = None,
-        assistant_model: Any = None,
-        assistant_tokenizer: Any = None,
-        tokenizer: Any = None,
-        **kwargs: Any,
+        self, input_ids: torch.Tensor, inputs_tensor: Any = None, assistant_model: Any = None, **kwargs: Any
     ) -> Any:
         if isinstance(assistant_model, PardDraftModel):
             return self._pard_decoding(input_ids, assistant_model, **kwargs)
-        return super()._assisted_decoding(
-            input_ids,
-            inputs_tensor=inputs_tensor,
-            assistant_model=assistant_model,
-            assistant_tokenizer=assistant_tokenizer,
-            tokenizer=tokenizer,
-            **kwargs,
-        )
+        models = {"inputs_tensor": inputs_tensor, "assistant_model": assistant_model}
+        return super()._assisted_decoding(input_ids, **models, **kwargs)
 
     def _pard_decoding(
         self,
         input_ids: torch.Tensor,
         draft: PardDraftModel,
+        generation_config: GenerationConfig,
         logits_processor: Any,
         stopping_criteria: Any,
-        generation_config: GenerationConfig,
-        synced_gpus: bool = False,
         streamer: Any = None,
+        synced_gpus: bool = False,
+        tokenizer: Any = None,
+        assistant_tokenizer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        """Choose the route: our loop, that of transformers, or no draft at all where neither is exact."""
-        settings = settings_of_call.get()
-        settings.was_seen.append(True)
-        mask = full_attention_mask(input_ids, generation_config, model_kwargs)
-        max_length = min(c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria))
-        check_prompt(self, draft, input_ids, mask, max_length, model_kwargs)
-        prepared = {
-            "logits_processor": logits_processor,
-            "stopping_criteria": stopping_criteria,
-            "generation_config": generation_config,
-            "streamer": streamer,
-        }
-        length = mask.shape[1] + max_length - input_ids.shape[1]
-        no_draft = unsupported_by_any_loop(self, length, generation_config, model_kwargs)
+        """Choose the loop: ours, that of transformers, or plain decoding where neither is exact."""
+        config, prepared = generation_config, {"logits_processor": logits_processor, "streamer": streamer}
+        prepared |= {"stopping_criteria": stopping_criteria, "generation_config": config}
+        mask, longest = full_attention_mask(input_ids, config, model_kwargs), max_length(stopping_criteria)
+        check_prompt(self, draft, input_ids, mask, longest, model_kwargs)
+        length = mask.shape[1] + longest - input_ids.shape[1]
+        no_draft = unsupported_by_any_loop(self, length, config, model_kwargs)
         no_slots = unsupported_by_own_loop(
-            self, draft, mask, length, generation_config, synced_gpus, model_kwargs, settings.keywords
+            self, draft, mask, length, config, synced_gpus, model_kwargs, config._caller_arguments
         )
         if no_draft is None and no_slots is None:
-            request = self._request(input_ids, mask, max_length, **prepared, model_kwargs=model_kwargs)
-            with steps_for(self, draft, generation_config) as steps:
-                schedule = schedule_for(self, draft, generation_config, steps, request.tree_size)
-                decoder = decoder_for(request)(self, draft, request, steps, schedule)
-                decoder.run()
-                return self._collect(decoder, generation_config, model_kwargs)
+            return self._own_loop(input_ids, draft, mask, prepared, model_kwargs)
         prepared["synced_gpus"] = synced_gpus
-        if no_draft is None:
-            no_draft = unsupported_by_stock_loop(self)
+        no_draft = no_draft or unsupported_by_stock_loop(self)
         stock_is_exact = (
             no_draft is None
             and len(input_ids) == 1
@@ -215,69 +208,45 @@ class PardGenerationMixin(GenerationMixin):
             and is_stateless(logits_processor)
         )
         if stock_is_exact and no_slots is not None:
-            chain = "; a chain is drafted instead of a tree" if settings.tree_size else ""
-            if settings.verification == "ratio_test" and generation_config.do_sample:
-                chain += "; tokens are verified by sample-and-match"
-            warn_once(f"{no_slots}: drafting in the assisted loop of transformers{chain}.")
             return self._stock_loop(input_ids, draft, prepared, model_kwargs, no_slots)
         reason = no_draft or no_slots or "There is no loop for this call"
         warn_unused(reason)
         output = self._sample(input_ids, **prepared, **model_kwargs)
         return with_stats(output, DecodingStats(loop="none", fallback_reason=reason))
 
-    def _request(
+    def _own_loop(
         self,
         input_ids: torch.Tensor,
+        draft: PardDraftModel,
         mask: torch.Tensor,
-        max_length: int,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: GenerationConfig,
-        streamer: Any,
+        prepared: dict[str, Any],
         model_kwargs: dict[str, Any],
-    ) -> DecodingRequest:
-        """What `generate()` prepared, as our loop reads it."""
-        ends = [c.eos_token_id.to(input_ids.device) for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
-        returns_dict, past = generation_config.return_dict_in_generate, cache_in(model_kwargs)
-        return DecodingRequest(
-            input_ids=input_ids,
-            attention_mask=mask,
-            num_assistant_tokens=generation_config.num_assistant_tokens,
-            max_length=max_length,
-            pad_token_id=pad_token_id(generation_config),
-            eos_token_id=torch.cat(ends) if ends else None,
-            inputs_embeds=model_kwargs.get("inputs_embeds"),
-            past=past,
-            do_sample=generation_config.do_sample,
-            ratio_test=generation_config.do_sample and settings_of_call.get().verification == "ratio_test",
-            tree_size=settings_of_call.get().tree_size,
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
-            streamer=streamer,
-            output_scores=returns_dict and generation_config.output_scores,
-            output_logits=returns_dict and generation_config.output_logits,
-            returns_cache=returns_dict or is_callers(past),
-        )
-
-    def _collect(self, decoder: PardDecoder, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> Any:
-        """Hand a finished decoder's results over as plain `generate` would."""
-        if decoder.request.streamer is not None:
-            decoder.request.streamer.end()
-        cache = cache_in(model_kwargs)
-        if decoder.request.returns_cache:
-            # A static cache made for this call was never filled; what was asked back is what happened.
-            cache = cache if isinstance(cache, DynamicCache) else DynamicCache(config=self.config)
-            decoder.extend_past(cache)
-        if not generation_config.return_dict_in_generate:
-            return decoder.sequences()
-        return PardGenerateOutput(
-            sequences=decoder.sequences(),
-            scores=decoder.outputs(0) if decoder.request.output_scores else None,
-            logits=decoder.outputs(1) if decoder.request.output_logits else None,
-            stats=decoder.stats,
-            compile_seconds=decoder.steps.compile_seconds,
-            **{CACHE_NAME: cache},
-        )
+    ) -> Any:
+        """Decode with both models over our cache."""
+        config, past = prepared["generation_config"], cache_in(model_kwargs)
+        decoder_type = decoder_class(**prepared, batch_size=len(input_ids))
+        with compiled_steps(self, draft, config) as compiled:
+            inputs = {"inputs_embeds": model_kwargs.get("inputs_embeds"), "past": past}
+            schedule = schedule_for(self, draft, config, compiled)
+            decoder = decoder_type(self, draft, input_ids, mask, compiled, schedule, **inputs, **prepared)
+            decoder.run()
+            if prepared["streamer"] is not None:
+                prepared["streamer"].end()
+            if decoder.returns_cache:
+                # A static cache made for this call was never filled; what is returned is what was decoded.
+                past = past if isinstance(past, DynamicCache) else DynamicCache(config=self.config)
+                decoder.extend(past)
+            if not config.return_dict_in_generate:
+                return decoder.sequences()
+            return PardGenerateOutput(
+                sequences=decoder.sequences(),
+                scores=None if decoder.scores is None else decoder.scores.columns(),
+                logits=None if decoder.logits is None else decoder.logits.columns(),
+                stats=decoder.stats,
+                compile_seconds=decoder.compile_seconds,
+                round_times=decoder.times,
+                **{CACHE_NAME: past},
+            )
 
     def _stock_loop(
         self,
@@ -291,72 +260,94 @@ class PardGenerationMixin(GenerationMixin):
 
         Sampled tokens are drawn by us, with the noise plain `generate` would draw: that loop only compares.
         """
+        config = copy.copy(prepared["generation_config"])
+        changes = "; a chain is drafted instead of a tree" if config.assistant_tree_size else ""
+        if config.verification == "ratio_test" and config.do_sample:
+            changes += "; tokens are verified by sample-and-match"
+        warn_once(f"{reason}: drafting in the assisted loop of transformers{changes}.")
+        prepared = {**prepared, "generation_config": config}
         sampling = None
-        if prepared["generation_config"].do_sample:
+        if config.do_sample:
             noise = Noise(input_ids.device, is_ordered=True)
-            config = copy.copy(prepared["generation_config"])
-            sampling = StockSampling(
-                prepared["logits_processor"], noise, input_ids.shape[1], keeps_scores=bool(config.output_scores)
-            )
-            config.do_sample = False
-            prepared = {**prepared, "logits_processor": sampling.processors(), "generation_config": config}
+            keeps_scores = bool(config.output_scores)
+            sampling = StockSampling(prepared["logits_processor"], noise, input_ids.shape[1], keeps_scores)
+            config.do_sample, prepared["logits_processor"] = False, sampling.processors()
             if prepared["streamer"] is not None:
                 prepared["streamer"] = sampling.streamer(prepared["streamer"])
         past = cache_in(model_kwargs)
         if is_refused_by_stock_loop(past):
-            config = copy.copy(prepared["generation_config"])
-            config.cache_implementation = None
-            prepared = {**prepared, "generation_config": config}
-            past = DynamicCache(config=self.config)
-            model_kwargs = {**model_kwargs, CACHE_NAME: past}
+            config.cache_implementation, past = None, DynamicCache(config=self.config)
         if type(past) is DynamicCache and all(type(layer) is DynamicLayer for layer in past.layers):
             # Layers as they are written: half of an encoder-decoder leaves some unused, and those cannot be cropped.
-            model_kwargs = {**model_kwargs, CACHE_NAME: DynamicCache()}
-        bound = BoundDraft(draft, sampling, [])
-        output = super()._assisted_decoding(input_ids, **prepared, assistant_model=bound, **model_kwargs)
+            past = DynamicCache()
+        model_kwargs = {**model_kwargs, CACHE_NAME: past}
+        sizes = config.num_assistant_tokens, config.max_length, self.config.get_text_config().vocab_size
+        mask, ends = model_kwargs.get("attention_mask"), end_token_ids(config)
+        generator = PardCandidateGenerator(draft, *sizes, mask, sampling, ends)
+        # The loop hands its assistant to `_get_candidate_generator` and does nothing else with it.
+        output = super()._assisted_decoding(input_ids, **prepared, assistant_model=generator, **model_kwargs)
         if sampling is not None:
             sequences = output if isinstance(output, torch.Tensor) else output.sequences
             sampling.advance(sequences.shape[1])
             if not isinstance(output, torch.Tensor) and output.scores is not None:
                 output.scores = sampling.scores(sequences.shape[1])
-        return with_stats(output, replace(bound.generators[0].stats, fallback_reason=reason))
+        return with_stats(output, replace(generator.stats, fallback_reason=reason))
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
-        bound = kwargs.get("assistant_model")
-        if not isinstance(bound, BoundDraft):
-            return super()._get_candidate_generator(*args, **kwargs)
-        config = kwargs["generation_config"]
-        generator = PardCandidateGenerator(
-            bound.draft,
-            config.num_assistant_tokens,
-            config.max_length,
-            self.config.get_text_config().vocab_size,
-            kwargs["model_kwargs"].get("attention_mask"),
-            bound.sampling,
-            end_token_ids(config),
+        generator = kwargs.get("assistant_model")
+        if isinstance(generator, PardCandidateGenerator):
+            return generator
+        return super()._get_candidate_generator(*args, **kwargs)
+
+
+def with_draft_defaults(
+    draft: PardDraftModel, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+) -> GenerationConfig | None:
+    """Set the draft's K where the call has none: transformers' own default is 20. May change `kwargs`."""
+    if kwargs.get("num_assistant_tokens") is not None:
+        return generation_config
+    kwargs.pop("num_assistant_tokens", None)
+    if generation_config is None:
+        kwargs["num_assistant_tokens"] = draft.num_assistant_tokens
+    elif generation_config.num_assistant_tokens is None:
+        generation_config = copy.deepcopy(generation_config)
+        generation_config.num_assistant_tokens = draft.num_assistant_tokens
+    return generation_config
+
+
+def decoder_class(
+    generation_config: Any,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    streamer: Any,
+    batch_size: int,
+) -> type[PardDecoder]:
+    """Rows on their own where nothing looks at the prefix or waits for a whole column, else in lockstep."""
+    is_ragged = (
+        {type(criterion) for criterion in stopping_criteria} <= KNOWN_CRITERIA
+        and is_prefix_free(logits_processor)
+        and (streamer is None or batch_size == 1)
+    )
+    if not generation_config.do_sample or generation_config.verification != "ratio_test":
+        return PardDecoder if is_ragged else LockstepDecoder
+    if not is_ragged:
+        raise ValueError(
+            "Expected rows that may advance on their own with `verification='ratio_test'`, got a batch with a "
+            "streamer, or a processor or criterion that looks at the prefix (repetition penalty, stop string). "
+            "Use the default, `verification='sample_and_match'`."
         )
-        bound.generators.append(generator)
-        return generator
-
-
-@dataclass
-class BoundDraft:
-    """A draft on its way through the stock loop, and the generators made from it: the loop does not return them."""
-
-    draft: PardDraftModel
-    sampling: StockSampling | None
-    generators: list[PardCandidateGenerator]
+    return RatioTestDecoder
 
 
 def with_stats(output: Any, stats: DecodingStats) -> Any:
-    """Add statistics to what the host returned, where that is more than a tensor."""
+    """Add statistics to what transformers returned, where that is more than a tensor."""
     if not isinstance(output, GenerateDecoderOnlyOutput):
         return output
     return PardGenerateOutput(**output, stats=stats)
 
 
 def warn_unused(reason: str) -> None:
-    """Say that a call was given a draft and did without."""
+    """Warn that a call was given a draft and does without."""
     warnings.warn(
         f"{reason}; generating without the draft: the same output, only slower.", stacklevel=level_of_caller()
     )
@@ -374,8 +365,8 @@ def level_of_caller() -> int:
 def with_pard(target: PreTrainedModel) -> PreTrainedModel:
     """Give a live model our `generate(assistant_model=draft)`, in place.
 
-    Weights, config, hooks and the class name stay as they are; [`without_pard`] takes it back. A model that already
-    has it is returned unchanged.
+    Weights, config, hooks and the class name do not change; [`without_pard`] undoes it. A model that already has it is
+    returned unchanged.
 
     Args:
         target ([`PreTrainedModel`]):

@@ -1,28 +1,29 @@
 """How many tokens to propose in a round, and whether as a chain or as a tree.
 
-Knows counts and seconds; knows nothing of models and tensors. `adaptive` weighs what a round of so many proposals has
-cost on this machine at this batch size against how many of them have been accepted lately; K = 0 is plain decoding.
+The adaptive schedule weighs what a round of so many proposals has cost on this machine at this batch size against how
+many of them have been accepted lately; K = 0 is plain decoding.
 """
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections import deque
 from collections.abc import Callable, Hashable
-from math import log
+from math import inf, log
 from typing import NamedTuple
 
-COUNTS = (0, 2, 4, 8, 12, 16)
-TREE_SIZES = (0, 4, 8, 16, 32, 64)
-# Trees are for many rows; with few, depths below this one are a chain's.
-SHALLOWEST_TREE = 4
 SCHEDULES = ("constant", "adaptive")
-# A cost is believed after this many rounds, the first of which is thrown away: it pays for new shapes.
+# What the adaptive schedule chooses among, up to the K and N of a call; trees are of at least `MIN_TREE_DEPTH`.
+COUNTS, TREE_SIZES = (0, 2, 4, 8, 12, 16), (4, 8, 16, 32, 64)
+MIN_TREE_DEPTH = 4
+# Rounds of a choice before its cost is believed; the first is thrown away, for it pays for new shapes.
 NUM_TRIALS = 3
-# Rounds between two looks at another count that promises at least this share of the best rate. Every fourth look is
-# at whatever was not tried for longest: what it promised may date from a moment when the machine was busy.
-LOOK_EVERY, LOOK_SHARE = 48, 0.7
-# Weight of the past when one more round comes in, and of the belief that each position repeats the one before it.
-MEMORY, PRIOR = 0.98, 2.0
+# Every so many rounds another choice is explored that promises at least this share of the best rate; every fourth time
+# any other, since what it promises may date from a moment when the machine was busy.
+EXPLORE_EVERY, EXPLORE_MIN_RATE = 48, 0.7
+# Weight of past acceptance when one more round comes in, and rounds' worth of belief that a position is accepted as
+# often as the one before it, the first one as often as `FIRST_ACCEPTANCE`.
+MEMORY, PRIOR, FIRST_ACCEPTANCE = 0.98, 2.0, 0.7
 
 
 def check_schedule(name: str, num_assistant_tokens: int) -> None:
@@ -47,7 +48,7 @@ class Choice(NamedTuple):
 
     @property
     def num_proposals(self) -> int:
-        """Rows that the target verifies beside the last known token."""
+        """Queries of the target beside the last known token."""
         return self.tree_size or self.num_drafts
 
     def at_most(self, num_drafts: int) -> Choice:
@@ -55,158 +56,121 @@ class Choice(NamedTuple):
         return Choice(min(self.num_drafts, num_drafts), self.tree_size if num_drafts > 0 else 0)
 
 
-def always(choice: Choice) -> bool:
-    """Every choice runs without being compiled first."""
-    return True
+class Trials:
+    """Rounds of one choice under one kind of work: how many, the latest of all rounds, seconds of the last few."""
 
-
-class ConstantSchedule:
-    """The same choice every round.
-
-    Args:
-        num_assistant_tokens (`int`) and tree_size (`int`, *optional*, defaults to 0):
-            K and N.
-    """
-
-    is_adaptive = False
-
-    def __init__(self, num_assistant_tokens: int, tree_size: int = 0):
-        self.largest = Choice(num_assistant_tokens, tree_size)
-
-    def choose(self, work: Hashable, is_ready: Callable[[Choice], bool] = always) -> Choice:
-        """What the next round proposes.
-
-        Args:
-            work (`Hashable`):
-                Rounds of equal work cost about the same.
-            is_ready (`Callable`, *optional*):
-                Whether a choice runs without being compiled first.
-        """
-        return self.largest
-
-    def record(self, work: Hashable, choice: Choice, seconds: float | None, num_accepted: list[int]) -> None:
-        """Learn from a round: its wall time (`None` = not typical) and what unfinished rows accepted."""
+    def __init__(self) -> None:
+        self.count = self.latest = 0
+        self.seconds: deque[float] = deque(maxlen=9)
 
 
 class RoundCosts:
     """What is known of a pair from call to call: seconds of rounds, and acceptance by tree size and depth."""
 
     def __init__(self) -> None:
-        self.seconds: dict[tuple[Hashable, Choice], deque[float]] = {}
-        self.num_trials: dict[tuple[Hashable, Choice], int] = {}
-        self.last_tried: dict[tuple[Hashable, Choice], int] = {}
+        self.trials: dict[tuple[Hashable, Choice], Trials] = {}
         self.num_rounds = 0
-        # Of each tree size (0 = chain): rounds that got as far as a depth, and those that got past it.
-        self.tried: dict[int, list[float]] = {}
-        self.passed: dict[int, list[float]] = {}
+        # By tree size (0 = chain) and depth: rounds that got as far, and those that got past it.
+        self.reached: dict[int, list[list[float]]] = {}
 
     def add_seconds(self, work: Hashable, choice: Choice, seconds: float) -> None:
-        key = work, choice
-        self.num_trials[key] = self.num_trials.get(key, 0) + 1
         self.num_rounds += 1
-        self.last_tried[key] = self.num_rounds
-        if self.num_trials[key] > 1:
-            self.seconds.setdefault(key, deque(maxlen=9)).append(seconds)
+        trials = self.trials.setdefault((work, choice), Trials())
+        trials.count, trials.latest = trials.count + 1, self.num_rounds
+        if trials.count > 1:
+            trials.seconds.append(seconds)
 
-    def is_known(self, work: Hashable, choice: Choice) -> bool:
-        return self.num_trials.get((work, choice), 0) >= NUM_TRIALS
+    def trials_of(self, work: Hashable, choice: Choice) -> Trials:
+        return self.trials.get((work, choice), Trials())
 
     def cost(self, work: Hashable, choice: Choice) -> float | None:
         """Seconds of a round: the least of late, for what else runs on the machine only adds to it.
 
-        Between and beyond what was measured, on a line over the rows that are verified; `None` before there is one.
+        Choices that were not measured lie on a line over the number of proposals; `None` before anything was.
         """
-        # A copy: another thread may add to it.
-        known = {known: min(past) for (w, known), past in list(self.seconds.items()) if w == work}
-        if choice in known:
-            return known[choice]
-        by_rows: dict[int, float] = {}
-        for other, seconds in known.items():
-            by_rows[other.num_proposals] = min(seconds, by_rows.get(other.num_proposals, seconds))
-        num_rows = choice.num_proposals
-        if num_rows in by_rows:
-            return by_rows[num_rows]
-        if len(by_rows) < 2:
-            return None
-        first, second = sorted(sorted(by_rows, key=lambda rows: abs(rows - num_rows))[:2])
-        slope = max((by_rows[second] - by_rows[first]) / (second - first), 0.0)
-        return by_rows[first] + slope * (num_rows - first)
+        if self.trials_of(work, choice).seconds:
+            return min(self.trials_of(work, choice).seconds)
+        measured: dict[float, float] = {}
+        for (kind, other), trials in list(self.trials.items()):  # A copy: another thread may add to it.
+            if kind == work and trials.seconds:
+                measured[other.num_proposals] = min(measured.get(other.num_proposals, inf), *trials.seconds)
+        return on_line(measured, choice.num_proposals) if measured else None
 
     def add_accepted(self, choice: Choice, num_accepted: int) -> None:
-        tried = self.tried.setdefault(choice.tree_size, [0.0] * COUNTS[-1])
-        passed = self.passed.setdefault(choice.tree_size, [0.0] * COUNTS[-1])
-        for depth in range(min(choice.num_drafts, COUNTS[-1])):
-            tried[depth] *= MEMORY
-            passed[depth] *= MEMORY
-            if num_accepted >= depth:
-                tried[depth] += 1
-                passed[depth] += num_accepted > depth
-
-    def shares(self, tree_size: int) -> list[float]:
-        """Of a tree size, the share of rounds reaching each depth that get past it; a guess where none was tried."""
-        shares, share, nothing = [], 0.7, [0.0] * COUNTS[-1]
-        tried_and_passed = (counts.get(tree_size, nothing) for counts in (self.tried, self.passed))
-        for tried, passed in zip(*tried_and_passed, strict=True):
-            share = (passed + PRIOR * share) / (tried + PRIOR)
-            shares.append(share)
-        return shares
+        reached = self.reached.setdefault(choice.tree_size, [[0.0, 0.0] for _ in range(COUNTS[-1])])
+        for depth, counts in enumerate(reached[: choice.num_drafts]):
+            counts[0] = MEMORY * counts[0] + (num_accepted >= depth)
+            counts[1] = MEMORY * counts[1] + (num_accepted > depth)
 
     def tokens(self, choice: Choice) -> float:
-        """Expected tokens of a round, bonus token included; of other tree sizes, between the nearest that were tried.
+        """Expected tokens of a round, bonus token included.
 
-        What one more doubling of a tree adds falls slowly, so tree sizes count by their logarithm.
+        What a doubling of a tree adds falls slowly, so sizes that were not tried lie on a line over their logarithms.
         """
-        sizes = sorted(self.tried) or [0]
-        below = max((size for size in sizes if size <= choice.tree_size), default=sizes[0])
-        above = min((size for size in sizes if size >= choice.tree_size), default=sizes[-1])
-        weight = 0.0
-        if above > below:
-            weight = log((1 + choice.tree_size) / (1 + below)) / log((1 + above) / (1 + below))
-        total = reached = 1.0
-        for low, high in list(zip(self.shares(below), self.shares(above), strict=True))[: choice.num_drafts]:
-            reached *= low + weight * (high - low)
-            total += reached
-        return total
+        sizes = list(self.reached) or [choice.tree_size]
+        lengths = {log(1 + size): self.expected_length(size, choice.num_drafts) for size in sizes}
+        return on_line(lengths, log(1 + choice.tree_size))
+
+    def expected_length(self, tree_size: int, num_drafts: int) -> float:
+        share, probability, length = FIRST_ACCEPTANCE, 1.0, 1.0
+        for tried, passed in self.reached.get(tree_size, [[0.0, 0.0]] * num_drafts)[:num_drafts]:
+            share = (passed + PRIOR * share) / (tried + PRIOR)
+            probability *= share
+            length += probability
+        return length
 
 
-class AdaptiveSchedule(ConstantSchedule):
-    """The K and the tree that have promised most tokens a second, up to `num_assistant_tokens` and `tree_size`.
+def on_line(known: dict[float, float], x: float) -> float:
+    """The value at `x`: a known one, or that of the line through its neighbours, which does not fall."""
+    points = sorted(known)
+    if x in known or len(points) == 1:
+        return known.get(x, known[points[0]])
+    above = min(max(bisect(points, x), 1), len(points) - 1)
+    low, high = points[above - 1], points[above]
+    return known[low] + max(known[high] - known[low], 0.0) * (x - low) / (high - low)
+
+
+class Schedule:
+    """Chooses what each round proposes: K and N or, with the costs of a pair, what promises most tokens a second.
 
     Costs are wall times of this run, so what is chosen, and with it the noise that a sampled batch draws, can differ
-    from run to run; a greedy text, or a single sampled one, cannot.
+    from run to run; a greedy text, or a single sampled one, cannot. An adaptive schedule stays at or below K and N.
     """
 
-    is_adaptive = True
-
-    def __init__(self, num_assistant_tokens: int, costs: RoundCosts, tree_size: int = 0):
-        super().__init__(num_assistant_tokens, tree_size)
-        self.costs = costs
+    def __init__(self, num_assistant_tokens: int, tree_size: int = 0, costs: RoundCosts | None = None):
+        self.largest, self.costs = Choice(num_assistant_tokens, tree_size), costs
         chains = [Choice(count) for count in COUNTS if count <= num_assistant_tokens]
-        deep = [chain.num_drafts for chain in chains if chain.num_drafts >= SHALLOWEST_TREE]
-        sizes = [size for size in TREE_SIZES[1:] if size < tree_size] + ([tree_size] if tree_size else [])
-        self.choices = chains + [Choice(depth, size) for size in sizes for depth in deep or [num_assistant_tokens]]
+        depths = [chain.num_drafts for chain in chains if chain.num_drafts >= MIN_TREE_DEPTH]
+        sizes = [size for size in TREE_SIZES if size < tree_size] + ([tree_size] if tree_size else [])
+        self.choices = chains + [Choice(depth, size) for size in sizes for depth in depths or [num_assistant_tokens]]
 
-    def rate(self, work: Hashable, choice: Choice) -> float:
-        cost = self.costs.cost(work, choice)
-        return self.costs.tokens(choice) / cost if cost else 0.0
+    @property
+    def is_adaptive(self) -> bool:
+        return self.costs is not None
 
-    def choose(self, work: Hashable, is_ready: Callable[[Choice], bool] = always) -> Choice:
+    def choose(self, work: Hashable, is_ready: Callable[[Choice], bool] = lambda choice: True) -> Choice:
+        """Choose for a round whose cost depends on `work`; `is_ready` tells what runs without being compiled first."""
+        costs = self.costs
+        if costs is None:
+            return self.largest
         # The ends first: everything between them can then be told from a line.
         for choice in (self.largest, Choice(self.largest.num_drafts), Choice(0)):
-            if not self.costs.is_known(work, choice):
+            if costs.trials_of(work, choice).count < NUM_TRIALS:
                 return choice
-        rates = {choice: self.rate(work, choice) for choice in self.choices}
+        rates = {choice: costs.tokens(choice) / (costs.cost(work, choice) or inf) for choice in self.choices}
         best = max(rates, key=lambda choice: rates[choice])
-        num_looks, rest = divmod(self.costs.num_rounds, LOOK_EVERY)
-        if rest == LOOK_EVERY - 1:
-            least = LOOK_SHARE * rates[best] if num_looks % 4 else 0.0
-            # What promises most is worth compiling; what is only looked at again is not.
+        number, rest = divmod(costs.num_rounds, EXPLORE_EVERY)
+        if rest == EXPLORE_EVERY - 1:
+            least = EXPLORE_MIN_RATE * rates[best] if number % 4 else 0.0
+            # What promises most is worth compiling; what is only explored is not.
             others = [c for c in self.choices if c != best and rates[c] >= least and is_ready(c)]
-            if others:
-                return min(others, key=lambda choice: self.costs.last_tried.get((work, choice), 0))
+            return min(others, key=lambda choice: costs.trials_of(work, choice).latest, default=best)
         return best
 
     def record(self, work: Hashable, choice: Choice, seconds: float | None, num_accepted: list[int]) -> None:
+        """Learn from a round: its wall time (`None` = not typical) and what unfinished rows accepted."""
+        if self.costs is None:
+            return
         if seconds is not None:
             self.costs.add_seconds(work, choice, seconds)
         for count in num_accepted:

@@ -1,17 +1,12 @@
-"""What a decoding run did, as counts and the formulas over them.
+"""Counts of what a decoding run drafted and accepted, the ratios of the field, and the time of each step of a round.
 
-Knows nothing but integers: no tensor, no model, no clock. Ratios are derived, never stored, so that the statistics of
-two runs merge by addition. Symbols: K = `num_assistant_tokens`, n = accepted draft tokens of a round.
-
-Where the time of a generation goes, measured only where somebody asks.
+Ratios are derived, never stored, so that the statistics of two runs merge by addition. Symbols: K =
+`num_assistant_tokens`, n = accepted draft tokens of a round.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -21,7 +16,7 @@ import torch
 
 @dataclass(frozen=True)
 class DecodingStats:
-    """Counts over rounds; a round is one draft and one verify of one row, also when the verify is fused with prefill.
+    """Counts over rounds; a round is one draft and one verify of one batch row, the prefill's included.
 
     Args:
         histogram (`tuple[int, ...]`, *optional*, defaults to `()`):
@@ -31,8 +26,8 @@ class DecodingStats:
             Draft tokens that could still be accepted when they were proposed; near `max_length` fewer than K a round.
             All nodes of a tree count, though those of one path can be accepted at most.
         loop (`str`, *optional*):
-            What ran the rounds: `"own"`, `"lockstep"` (our loop, column by column), `"stock"` (the assisted loop of
-            transformers) or `"none"` (plain decoding, the draft was not used); `"mixed"` in a sum of several.
+            What ran the rounds: `"own"`, `"lockstep"` (our loop, token by token), `"stock"` (the assisted loop of
+            transformers) or `"none"` (plain decoding without the draft); `"mixed"` in a sum of several.
         fallback_reason (`str`, *optional*):
             Why a call left our loop; `None` where it did not.
     """
@@ -99,68 +94,25 @@ class DecodingStats:
         }
 
 
-class RoundClock:
-    """Seconds of each part: `prefill` is the whole first round, `draft`, `verify` and `loop` the sums over the others.
+class RoundTimes:
+    """Seconds of each step of a call's rounds: `prefill` is the whole first round, the others sums over the rest.
 
-    A device that works ahead is waited for at every mark, so a measured run is slower than an unmeasured one.
+    Every mark waits for the device.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device):
         self.prefill = self.draft = self.verify = self.loop = 0.0
         self.num_rounds = 0
-        self.since = 0.0
-        self.parts: list[tuple[str, float]] = []
-
-    def start(self, device: torch.device) -> None:
-        """Begin to measure what comes next."""
         self.device = device
         self.since = self.now()
-
-    def mark(self, part: str) -> None:
-        """Count the time since the last mark as `part` of this round."""
-        now = self.now()
-        self.parts.append((part, now - self.since))
-        self.since = now
 
     def now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def end_round(self, is_prefill: bool) -> None:
-        """Book a round and its rest; the parts of a first round all count as prefill."""
-        self.mark("loop")
-        for part, seconds in self.parts:
-            name = "prefill" if is_prefill else part
-            setattr(self, name, getattr(self, name) + seconds)
-        self.parts.clear()
-        self.num_rounds += not is_prefill
-
-
-class NoClock(RoundClock):
-    """Measures nothing and waits for nothing."""
-
-    def start(self, device: torch.device) -> None: ...
-
-    def mark(self, part: str) -> None: ...
-
-    def end_round(self, is_prefill: bool) -> None: ...
-
-
-clock_of_call: ContextVar[RoundClock | None] = ContextVar("clock_of_call", default=None)
-
-
-@contextmanager
-def measure_rounds() -> Iterator[RoundClock]:
-    """Measure the parts of every round generated inside; what several calls took adds up.
-
-    >>> with measure_rounds() as clock:
-    ...     target.generate(**inputs, assistant_model=draft)
-    >>> clock.draft, clock.verify, clock.loop
-    """
-    clock = RoundClock()
-    reset = clock_of_call.set(clock)
-    try:
-        yield clock
-    finally:
-        clock_of_call.reset(reset)
+    def mark(self, step: str) -> None:
+        """Add the time since the last mark to a step."""
+        now = self.now()
+        setattr(self, step, getattr(self, step) + now - self.since)
+        self.since = now

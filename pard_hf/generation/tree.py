@@ -1,9 +1,9 @@
 """The most probable prefixes under the draft, as a tree that one target forward verifies.
 
-A chain bets the whole round on one guess for each place; a tree spends the same rows on the continuations most likely
-to be said. Pure functions of tensors; knows no model and no cache. The root is the last known token; nodes are counted
-from 1, and a node's parent always comes before it. As in https://huggingface.co/papers/2604.12989 (DDTree), with
-conditional probabilities where a correction head gives them.
+A chain bets the whole round on one guess for each position; a tree spends the same target queries on the most probable
+continuations. The root is the last known token; nodes are counted from 1, and a node's parent always comes before it.
+As in https://huggingface.co/papers/2604.12989 (DDTree), with conditional probabilities where a correction head gives
+them. All functions are pure functions of tensors. Shapes: B rows, K depths, N nodes, V tokens, C candidates a depth.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 
 from .sampling import sample_with_noise
 
-# In place of the logarithm of 0: sums of it stay finite, and no deeper prefix is better than a shorter one.
-NEVER = -1e9
+# In place of log 0: sums of it stay finite, and no deeper prefix is better than a shorter one.
+LOG_ZERO = -1e9
 
 # Log-probabilities of a depth's candidates after each of some tokens: from the depth and parent tokens `[B, F]`
 # (`None` at depth 0) to `[B, F, C]`, or `[B, 1, C]` where the parent makes no difference.
@@ -24,62 +24,37 @@ Logprobs = Callable[[int, torch.Tensor | None], torch.Tensor]
 
 
 class Tree(NamedTuple):
-    """The proposals of a round.
-
-    Args:
-        tokens (`torch.LongTensor` of shape `(batch_size, N)`):
-            Of each node.
-        parents (`torch.LongTensor` of shape `(batch_size, N)`):
-            0 for the root, `i + 1` for the node in column `i`; always an earlier column.
-        depths (`torch.LongTensor` of shape `(batch_size, N)`):
-            Steps from the root, from 1.
-        logprobs (`torch.FloatTensor` of shape `(batch_size, N)`):
-            How probable the draft finds the path to each node; the best first.
-    """
+    """The proposals of a round, each field `[B, N]`; the most probable nodes first."""
 
     tokens: torch.Tensor
-    parents: torch.Tensor
-    depths: torch.Tensor
-    logprobs: torch.Tensor
+    parents: torch.Tensor  # 0 for the root, `i + 1` for the node in column `i`; always an earlier column.
+    depths: torch.Tensor  # Steps from the root, from 1.
+    logprobs: torch.Tensor  # Of the path to each node, under the draft.
 
 
 class Path(NamedTuple):
-    """What of a tree the target said as well.
+    """The path of a tree that the target accepts."""
 
-    Args:
-        nodes (`torch.LongTensor` of shape `(batch_size, K)`):
-            The accepted node of each depth from 1, void beyond `num_matched`.
-        num_matched (`torch.LongTensor` of shape `(batch_size,)`):
-            Depth of the last one.
-    """
-
-    nodes: torch.Tensor
-    num_matched: torch.Tensor
+    nodes: torch.Tensor  # `[B, K]`, the node of each depth from 1, void beyond `num_matched`.
+    num_matched: torch.Tensor  # `[B]`, the depth of the last accepted node.
 
 
 def best_prefixes(candidates: torch.Tensor, logprobs: Logprobs, num_nodes: int) -> Tree:
-    """The `num_nodes` most probable prefixes among those of candidate tokens; ties go to the shorter one.
+    """Find the `num_nodes` most probable prefixes of distinct candidate tokens `[B, K, C]`, or all where fewer exist.
 
     Exact: a prefix is never more probable than its own beginning, so the best of a depth grow from the best of the
-    depth before. Over marginals the best `num_nodes` tokens of each depth are candidates enough.
-
-    Args:
-        candidates (`torch.LongTensor` of shape `(batch_size, K, C)`):
-            Distinct tokens that each depth may hold.
-        logprobs (`Callable`):
-            Their log-probabilities; see `Logprobs`.
-        num_nodes (`int`):
-            N; fewer are returned where there are not so many prefixes.
+    depth before. Over marginals the best `num_nodes` tokens of each depth are candidates enough. Ties go to the
+    shorter prefix.
     """
     batch_size, num_depths, num_candidates = candidates.shape
     levels: list[tuple[torch.Tensor, ...]] = []
     scores = candidates.new_zeros(batch_size, 1, dtype=torch.float32)
     tokens, num_before = None, 0
     for depth in range(num_depths):
-        steps = logprobs(depth, tokens).float().nan_to_num(nan=NEVER, neginf=NEVER).clamp(max=0)
+        steps = logprobs(depth, tokens).float().nan_to_num(nan=LOG_ZERO, neginf=LOG_ZERO).clamp(max=0)
         totals = (scores.unsqueeze(2) + steps).flatten(1)
         scores, index = totals.topk(min(num_nodes, totals.shape[1]), dim=-1)
-        # Places in the pool of all levels; the root comes first.
+        # Counted through all levels; the root comes first.
         parents = torch.div(index, num_candidates, rounding_mode="floor") + num_before
         tokens = candidates[:, depth].gather(1, index % num_candidates)
         num_before = 1 + sum(level[0].shape[1] for level in levels)
@@ -87,35 +62,26 @@ def best_prefixes(candidates: torch.Tensor, logprobs: Logprobs, num_nodes: int) 
     pool, tokens, parents, depths = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
     # Stable: equally probable prefixes stay in the order of their lengths, so no node comes before its parent.
     pool, order = (values[:, :num_nodes] for values in pool.sort(dim=-1, descending=True, stable=True))
-    ranks = torch.zeros_like(tokens).scatter(
-        1, order, torch.arange(1, order.shape[1] + 1, device=order.device).expand_as(order)
-    )
-    ranks = torch.nn.functional.pad(ranks, (1, 0))
+    rank = torch.arange(1, order.shape[1] + 1, device=order.device).expand_as(order)
+    ranks = torch.nn.functional.pad(torch.zeros_like(tokens).scatter(1, order, rank), (1, 0))
     tokens, parents, depths = (values.gather(1, order) for values in (tokens, parents, depths))
     return Tree(tokens, ranks.gather(1, parents), depths, pool)
 
 
 def tree_of_marginals(scores: torch.Tensor, num_nodes: int) -> Tree:
-    """The most probable prefixes where places know nothing of each other.
-
-    Args:
-        scores (`torch.FloatTensor` of shape `(batch_size, K, vocab_size)`):
-            The draft's logits.
-        num_nodes (`int`):
-            N.
-    """
+    """Find the most probable prefixes under draft logits `[B, K, V]` whose positions are independent of each other."""
     best, candidates = scores.float().log_softmax(dim=-1).topk(min(num_nodes, scores.shape[-1]), dim=-1)
     return best_prefixes(candidates, lambda depth, parents: best[:, depth : depth + 1], num_nodes)
 
 
 def chain_as_tree(tokens: torch.Tensor) -> Tree:
-    """Proposals `[B, K]` one behind the other, as a tree of width one."""
-    places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    return Tree(tokens, places, places + 1, torch.zeros_like(tokens, dtype=torch.float32))
+    """Make a tree of width one of proposals `[B, K]`, one behind the other."""
+    parents = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    return Tree(tokens, parents, parents + 1, torch.zeros_like(tokens, dtype=torch.float32))
 
 
 def ancestors(tree: Tree, num_depths: int) -> torch.Tensor:
-    """Who lies on whose path: `[B, N + 1, N + 1]`, true where the column is the row itself or before it."""
+    """Mark ancestors: `[B, N + 1, N + 1]`, true where the column's node lies on the path to the row's, or is it."""
     parents = torch.nn.functional.pad(tree.parents, (1, 0))  # The root is its own.
     nodes = torch.arange(parents.shape[1], device=parents.device)
     reached = (nodes == nodes.unsqueeze(1)) | (nodes == parents.unsqueeze(2))
@@ -125,15 +91,10 @@ def ancestors(tree: Tree, num_depths: int) -> torch.Tensor:
 
 
 def choose_at_nodes(tree: Tree, scores: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
-    """The target's own token after the root and each node, `[B, N + 1]`; nodes of one depth share their noise.
+    """Choose the target's own token after the root and each node, `[B, N + 1]`, from its scores `[B, N + 1, V]`.
 
-    So whichever path the target takes, each place of the text has the noise plain `generate` would draw for it.
-
-    Args:
-        scores (`torch.FloatTensor` of shape `(batch_size, N + 1, vocab_size)`):
-            The target's processed logits.
-        noise (`torch.FloatTensor` of shape `(batch_size, K + 1, vocab_size)`, *optional*):
-            Unit exponential noise of each depth; without it the choice is greedy.
+    Nodes of one depth share its unit exponential noise `[B, K + 1, V]`, so whichever path is accepted, each position
+    has the noise that plain `generate` would draw for it. Without noise the choice is greedy.
     """
     if noise is None:
         return scores.argmax(dim=-1)
@@ -142,18 +103,9 @@ def choose_at_nodes(tree: Tree, scores: torch.Tensor, noise: torch.Tensor | None
 
 
 def walk(tree: Tree, on_path: torch.Tensor, choices: torch.Tensor, num_depths: int) -> tuple[torch.Tensor, Path]:
-    """Follow the target's own choices from the root as far as the tree goes along.
+    """Follow the target's own `choices` `[B, N + 1]` from the root as far as the tree has them.
 
-    Args:
-        on_path (`torch.BoolTensor` of shape `(batch_size, N + 1, N + 1)`):
-            As [`ancestors`] returns it.
-        choices (`torch.LongTensor` of shape `(batch_size, N + 1)`):
-            What the target says after the root and after each node.
-        num_depths (`int`):
-            K.
-
-    Returns:
-        Tokens `[B, K + 1]` as every `verify_*` returns them, and the path.
+    `on_path` is as [`ancestors`] returns it. Returns tokens `[B, K + 1]` as every `verify_*` does, and the path.
     """
     is_wrong = tree.tokens != choices.gather(1, tree.parents)
     # Siblings differ, so what is right all the way from the root is a single path.
@@ -161,13 +113,12 @@ def walk(tree: Tree, on_path: torch.Tensor, choices: torch.Tensor, num_depths: i
     depths = torch.arange(1, num_depths + 1, device=choices.device)
     at_depth = is_accepted.unsqueeze(1) & (tree.depths.unsqueeze(1) == depths.unsqueeze(1))
     nodes = at_depth.long().argmax(dim=-1) + 1
-    num_matched = is_accepted.sum(dim=-1)
     tokens = choices.gather(1, torch.nn.functional.pad(nodes, (1, 0)))
-    return tokens, Path(nodes, num_matched)
+    return tokens, Path(nodes, is_accepted.sum(dim=-1))
 
 
 def child_with(tree: Tree, nodes: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The child of each row's node `[B]` that holds the row's token `[B]`, and whether there is one."""
+    """Find the child of each row's node `[B]` that holds the row's token `[B]`, and whether there is one."""
     if tree.tokens.shape[1] == 0:
         return nodes, torch.zeros_like(nodes, dtype=torch.bool)
     is_child = (tree.parents == nodes.unsqueeze(1)) & (tree.tokens == tokens.unsqueeze(1))
