@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import platform
 import subprocess
 import zlib
@@ -29,7 +30,7 @@ DECODING_SETTINGS = ("repetition_penalty", "no_repeat_ngram_size", "min_length",
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a path to write to, which is then renamed to `path`: readers see the old file or the new one."""
-    written = path.with_name(f"{path.name}.partial")
+    written = path.with_name(f"{path.name}.{os.getpid()}.partial")  # Two processes may write one file.
     yield written
     written.replace(path)
 

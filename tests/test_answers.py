@@ -1,6 +1,7 @@
 """Prompts in, the target's own answers out: nothing twice, nothing lost, and a draft changes none of them."""
 
 import gzip
+import hashlib
 import json
 import os
 import signal
@@ -21,7 +22,7 @@ from pard_hf import bundled_pair
 from pard_hf.cli import main
 from pard_hf.tokens import encode_prompt, next_prompt
 from pard_hf.training.data import encode_row, read_rows, tokenize_rows
-from pard_hf.training.responses import AnswerFile, write_answers
+from pard_hf.training.responses import write_answers
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def alone(target, tokenizer, ids, **kwargs):
 
 
 def test_answers_end_at_any_end_token(target, tokenizer, out):
-    """Padding after a row's end is nobody's answer."""
+    """Padding behind an end token belongs to no answer."""
     target.generation_config.eos_token_id = list(range(3, 60))
 
     write_answers(target, tokenizer, prompts("ab", "cdef", "g"), out, max_new_tokens=9)
@@ -144,17 +145,49 @@ def test_settings_that_make_no_sense_are_refused(target, tokenizer, out, setting
     assert not out.exists()
 
 
-def test_torn_last_line_is_mended(target, tokenizer, out):
-    """A process killed in the middle of a write leaves half a row: the row is written again, the others stay."""
-    asked = prompts("ab", "cdef", "g")
-    write_answers(target, tokenizer, asked, out, max_new_tokens=5)
-    whole = out.read_bytes()
-    out.write_bytes(whole[:-20])
+def stop(*_):
+    raise KeyboardInterrupt
 
-    counts = write_answers(target, tokenizer, asked, out, max_new_tokens=5)
 
-    assert counts.new_rows == 1
-    assert out.read_bytes() == whole
+def shards_of(out):
+    return sorted(out.with_name(out.name + ".shards").glob("*.jsonl"))
+
+
+def test_the_file_appears_whole(target, tokenizer, tmp_path):
+    """Until the last batch is there the batches lie beside it, and the call that is repeated answers the others."""
+    out, kwargs = tmp_path / "a.jsonl", {"batch_size": 2, "num_samples": 2, "temperature": 1.0, "max_new_tokens": 9}
+    asked = prompts("ab", "c", "def")
+    write_answers(target, tokenizer, asked, tmp_path / "whole.jsonl", **kwargs)
+
+    for num_shards in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            write_answers(target, tokenizer, asked, out, report=stop, **kwargs)
+        assert not out.exists()
+        assert len(shards_of(out)) == num_shards
+        assert not manifest_of(out)["is_complete"]
+    torn = out.with_name("a.jsonl.shards") / "3.jsonl.1.partial"
+    torn.write_text('{"id": "torn')
+    counts = write_answers(target, tokenizer, asked, out, **kwargs)
+
+    assert (counts.new_rows, counts.rows) == (2, 6)
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert sorted(path.name for path in tmp_path.glob("a.jsonl*")) == [
+        "a.jsonl", "a.jsonl.counts.json", "a.jsonl.manifest.json"
+    ]  # fmt: skip
+    assert manifest_of(out)["output"]["sha256"] == hashlib.sha256(out.read_bytes()).hexdigest()
+    assert [run["new_rows"] for run in manifest_of(out)["runs"]] == [2, 2, 2]
+
+
+def test_restart_moves_an_unfinished_file_aside(target, tokenizer, out):
+    with pytest.raises(KeyboardInterrupt):
+        write_answers(target, tokenizer, prompts("ab", "c"), out, report=stop, batch_size=1, max_new_tokens=5)
+    with pytest.raises(ValueError, match="`max_new_tokens` was 5 and is 6.*--restart"):
+        write_answers(target, tokenizer, prompts("ab", "c"), out, max_new_tokens=6)
+
+    write_answers(target, tokenizer, prompts("ab"), out, max_new_tokens=6, restart=True)
+
+    assert len(shards_of(out.with_name("answers.1.jsonl"))) == 1
+    assert [row["prompt"] for row in rows_of(out)] == ["ab"]
 
 
 def test_other_settings_are_refused_and_restart_moves_aside(target, tokenizer, out):
@@ -267,7 +300,7 @@ def test_what_the_template_refuses_is_named(target, tokenizer, out):
     system = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     rows = [*prompts("a"), {"messages": system}]
 
-    with pytest.raises(ValueError, match="row 2, but it fails: no system"):
+    with pytest.raises(ValueError, match="row 2, but the target's chat template fails: no system"):
         write_answers(target, tokenizer, rows, out, max_new_tokens=3)
     counts = write_answers(target, tokenizer, rows, out, max_new_tokens=3, skip_bad_rows=True)
 
@@ -298,9 +331,22 @@ def test_an_edited_prompt_is_another(target, tokenizer, out):
     assert all(name.startswith("7:") for name in ids)
 
 
-def test_one_process_at_a_time_writes(target, tokenizer, out):
-    with AnswerFile(out, {"settings": {}}, [2]), pytest.raises(ValueError, match="another process"):
-        write_answers(target, tokenizer, prompts("ab"), out, max_new_tokens=3)
+def test_a_second_writer_loses_and_doubles_no_row(target, tokenizer, out):
+    """The same command twice: whichever ends first leaves a whole file, and so does the other."""
+    asked, kwargs = prompts("ab", "cdef", "g"), {"batch_size": 1, "max_new_tokens": 3}
+    seen = []
+
+    def second(counts, stats):
+        if counts.new_rows == 2:
+            seen.append(write_answers(target, tokenizer, asked, out, **kwargs))
+            seen.append({row["prompt"] for row in rows_of(out)})
+
+    counts = write_answers(target, tokenizer, asked, out, report=second, **kwargs)
+
+    assert (seen[0].new_rows, seen[0].rows, seen[1]) == (1, 3, {"ab", "cdef", "g"})
+    assert (counts.new_rows, counts.rows) == (3, 3)
+    assert sorted(row["prompt"] for row in rows_of(out)) == ["ab", "cdef", "g"]
+    assert not shards_of(out)
 
 
 @pytest.fixture
@@ -336,12 +382,13 @@ def test_a_killed_run_is_continued(command, tmp_path, out, capsys):
     ]
 
     process = subprocess.Popen(program, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"})
-    while process.poll() is None and not (out.exists() and out.read_bytes().count(b"\n") >= 2):
+    while process.poll() is None and len(shards_of(out)) < 2:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    num_killed = out.read_bytes().count(b"\n")
+    num_killed = len(shards_of(out))
     assert 2 <= num_killed < 16
+    assert not out.exists()
     assert main(command) == 0
     whole = out.with_name("whole.jsonl")
     assert main([*command, "--output", str(whole)]) == 0
@@ -354,7 +401,7 @@ def test_a_killed_run_is_continued(command, tmp_path, out, capsys):
     assert [run["new_rows"] for run in manifest_of(out)["runs"]][-1] == 16 - num_killed
 
 
-def test_the_manifest_says_how_and_never_where(command, tmp_path, out, capsys):
+def test_the_manifest_records_how_and_never_where(command, tmp_path, out, capsys):
     source = write_prompts(tmp_path / "prompts.jsonl", prompts("ab", "cd", "ab"))
 
     assert main([*command, "--prompts", source]) == 0

@@ -5,7 +5,7 @@ import torch
 from device import DEVICE, to_device
 from torch.nn.attention.flex_attention import create_mask
 
-from pard_hf.training import objective as row_attention
+from pard_hf.training import objective
 from pard_hf.training.cod import attention_mask, build_rows, keep_rows
 from pard_hf.training.collator import DataCollatorForPard, pack_rows
 
@@ -156,8 +156,8 @@ def test_packed_forward_is_the_inference_forward(tiny_draft):
 
 
 @pytest.mark.parametrize("lengths", [(5, 2, 9), (1 + 6, 13), (3, 3, 3, 3)])
-def test_packed_texts_do_not_see_each_other(lengths):
-    """Oracle from the definition: a row of one text sees what it sees when the text stands alone, and nothing else."""
+def test_packed_texts_do_not_attend_to_each_other(lengths):
+    """Oracle from the definition: a row attends to what it attends to when its text is alone, and to nothing else."""
     collator = DataCollatorForPard(MASK, num_draft_tokens=4)
     texts = [torch.randint(3, 90, (length,)).tolist() for length in lengths]
     packed = collator([pack_rows([{"input_ids": t, "loss_mask": [1] * len(t)} for t in texts], sum(lengths))[0]])
@@ -171,8 +171,8 @@ def test_packed_texts_do_not_see_each_other(lengths):
     assert packed["position_ids"][0].tolist() == [a + d - s for a, d, s in rows]
 
 
-def test_a_row_hears_only_what_it_may_see(tiny_draft):
-    """Information flow: changing a token changes exactly the rows that may see it."""
+def test_a_row_depends_only_on_what_it_attends_to(tiny_draft):
+    """Changing a token changes exactly the rows that attend to it."""
     ids = torch.randint(3, 90, (13,)).tolist()
     collator = DataCollatorForPard(tiny_draft.mask_token_id, num_draft_tokens=4)
     lengths = [6, 7]
@@ -204,9 +204,9 @@ def test_masks_for_kernels_are_the_rule(tiny_draft, length):
     expected = attention_mask(*rows)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(row_attention, "MASK_CHUNK_SIZE", 7)
-        additive = row_attention.row_mask(tiny_draft, *rows)
-    blocks = row_attention.block_mask(*rows)
+        patch.setattr(objective, "MASK_CHUNK_SIZE", 7)
+        additive = objective.row_mask(tiny_draft, *rows)
+    blocks = objective.block_mask(*rows)
 
     assert torch.equal(additive[:, 0] == 0, expected)
     assert (additive[:, 0][~expected] == torch.finfo(torch.float32).min).all()

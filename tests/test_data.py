@@ -1,4 +1,4 @@
-"""Rows in, token rows with loss masks out; broken input is named."""
+"""JSONL rows to token ids and loss masks; bad rows are named."""
 
 import gzip
 import json
@@ -84,10 +84,10 @@ def test_broken_encodings_are_named(tmp_path):
 
 
 def test_short_row_is_named_by_file_and_line(tokenizer, tmp_path):
-    path = tmp_path / "rows.jsonl"
+    path = tmp_path / "rows{}.jsonl"
     path.write_text('{"text": "abc"}\n\n{"text": ""}\n')
 
-    with pytest.raises(ValueError, match="line 3 of .*rows.jsonl"):
+    with pytest.raises(ValueError, match="line 3 of .*rows{}.jsonl"):
         tokenize_rows(tokenizer, read_rows(path), max_length=6)
 
 
@@ -106,9 +106,11 @@ def test_messages_without_a_template_are_refused(tokenizer, tmp_path):
 def test_short_row_is_named(tokenizer):
     rows = [{"text": "abc"}, {"text": ""}, {"prompt": "abcdef", "response": "g"}]
 
-    with pytest.raises(ValueError, match="1 tokens in row 2"):
+    with pytest.raises(ValueError, match="row 2, but it has 1 tokens.*--max-length 6"):
         tokenize_rows(tokenizer, rows, max_length=6)
     assert len(tokenize_rows(tokenizer, rows, max_length=6, skip_bad_rows=True)) == 1
+    with pytest.raises(ValueError, match="row 1, but it has .'prompt'"):
+        tokenize_rows(tokenizer, [{"prompt": "no response"}], max_length=6)
 
 
 @pytest.mark.parametrize("end", ["</s>{% endgeneration %}", "{% endgeneration %}</s>"])
@@ -180,7 +182,7 @@ def test_questions_stay_where_the_template_ends_them_too(tokenizer):
 
 
 @pytest.mark.parametrize("mark", ["{%- generation -%}", "{%generation%}"])
-def test_marks_may_be_written_as_the_host_allows(tokenizer, mark):
+def test_marks_may_be_written_as_transformers_allows(tokenizer, mark):
     set_template(tokenizer, "[a]" + mark + "{{ m['content'] }}</s>{% endgeneration %}")
 
     assert learned(tokenizer, encode_row(tokenizer, CHAT)) == "ab</s>cd</s>"
@@ -198,7 +200,7 @@ def test_templates_that_fail_name_the_row(tokenizer, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(CHAT) + "\n")
 
-    with pytest.raises(ValueError, match="rows.jsonl`, but it fails: no system turns"):
+    with pytest.raises(ValueError, match="rows.jsonl`, but the chat template fails: no system turns"):
         tokenize_rows(tokenizer, read_rows(path), 64)
     assert tokenize_rows(tokenizer, read_rows(path), 64, skip_bad_rows=True) == []
 

@@ -16,7 +16,7 @@ from pard_hf.training.responses import write_answers
 BREAKS = "a\x0b\x0c\x1c\x1d\x1eb\x85c\u2028d\u2029e"
 READERS = {
     "training rows": read_rows,
-    "rows of prompts": lambda path: read_rows(path, kind=PROMPTS),
+    "rows of prompts": lambda path: read_rows(path, fields=PROMPTS),
     "prompts": read_prompts,
     "a prompt set": lambda path: load_prompts(str(path))[1],
 }

@@ -22,16 +22,9 @@ PADDING = {"input_ids": 0, "position_ids": 0, "labels": -100, "anchors": -1, "de
 def pack_rows(examples: list[dict[str, Any]], length: int) -> list[dict[str, Any]]:
     """Pack texts into sequences of at most `length` tokens, longest first, each where it leaves the least room.
 
-    Best-fit decreasing, https://huggingface.co/papers/2404.10830: no text is cut, and little of a sequence is empty.
-
-    Args:
-        examples (`list[dict]`):
-            As `tokenize_rows` makes them: `input_ids` and `loss_mask` of equal length, `source` optional.
-        length (`int`):
-            Tokens of a sequence; a longer text stays alone.
-
-    Returns:
-        Sequences with `input_ids`, `loss_mask`, `text_lengths` (tokens of each text) and `source` (of all texts).
+    Best-fit decreasing, https://huggingface.co/papers/2404.10830: no text is cut (one longer than `length` stays
+    alone), and little of a sequence is empty. Takes examples as `tokenize_rows` makes them; the packed ones also have
+    `text_lengths`, the tokens of each text.
     """
     bins: list[list[dict[str, Any]]] = []
     rooms: list[tuple[int, int]] = []  # Tokens that each sequence still takes, and its index; sorted.

@@ -27,10 +27,6 @@ def row_mask(model: PreTrainedModel, anchors: torch.Tensor, depths: torch.Tensor
     An additive mask in the model's dtype is shared by all layers; each would convert a boolean one, and keep it for
     the backward pass. FlexAttention takes a `BlockMask`, so that no mask is ever written out.
 
-    Args:
-        anchors, depths, starts (`torch.LongTensor` of shape `(batch_size, num_rows)`):
-            As the collator makes them.
-
     Returns:
         `torch.FloatTensor` of shape `(batch_size, 1, num_rows, num_rows)`, or a `BlockMask`.
     """
@@ -66,12 +62,7 @@ def block_mask(anchors: torch.Tensor, depths: torch.Tensor, starts: torch.Tensor
 def check_attention(
     model: PreTrainedModel, is_packed: bool = False, is_teacher: bool = False, device: torch.device | None = None
 ) -> None:
-    """Raise a `ValueError` if a model's attention does not follow a mask of training rows.
-
-    Args:
-        device (`torch.device`, *optional*):
-            Device of the training; the model's by default.
-    """
+    """Raise a `ValueError` if a model's attention, on the `device` of the training, does not follow a mask of rows."""
     device = device or model.device
     name, attention = type(model).__name__, model.config._attn_implementation
     if is_teacher and not is_packed:
@@ -188,16 +179,11 @@ class Objective:
         )
         # Mask rows in these columns, of shorter examples, become padding on the right, which causal attention ignores.
         ids, anchors = ids.masked_fill(~is_text, 0), anchors.masked_fill(~is_text, -1)
-        is_packed = bool(starts.any())
-        hidden = self.target.base_model(
-            input_ids=ids,
-            attention_mask=additive_mask(anchors, torch.zeros_like(anchors), starts, self.target.dtype)
-            if is_packed
-            else None,
-            position_ids=positions,
-            use_cache=False,
-        ).last_hidden_state
-        return hidden, ids
+        mask = None
+        if starts.any():  # Packed: causal attention would cross texts.
+            mask = additive_mask(anchors, torch.zeros_like(anchors), starts, self.target.dtype)
+        output = self.target.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        return output.last_hidden_state, ids
 
 
 def predicting_column(batch: dict[str, Any], num_columns: int) -> torch.Tensor:
