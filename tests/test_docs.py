@@ -64,7 +64,7 @@ def test_fences_are_closed_and_named(document):
 def written_words(node):
     """A string as a reader sees it in the source: `…` where a value will stand."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return re.sub(r"%[sdr]", "…", node.value)
+        return re.sub(r"%[sdr]|\{\S*?\}", "…", node.value)
     if isinstance(node, ast.JoinedStr):
         return "".join(written_words(part) if isinstance(part, ast.Constant) else "…" for part in node.values)
     return ""

@@ -111,7 +111,7 @@ def test_cards_and_docs_agree_on_which_drafts_need_an_export(known):
     [said] = [line for line in lines if line.startswith(f"| `{known.name}` |")]
 
     assert has_export == (len(known.vocab_sizes) > 1)
-    assert said.endswith("| `pard export` |" if has_export else "| as it is |")
+    assert said.endswith("| `pard export` |" if has_export else "| unchanged |")
     assert all(f"{size:,}" in said for size in known.vocab_sizes)
 
 
