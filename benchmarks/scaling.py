@@ -25,7 +25,7 @@ from benchmarks.script import command, finish, parser_of
 from pard_hf.draft.correction_head import CorrectionHead
 from pard_hf.draft.model import PardDraftModel
 from pard_hf.evaluation.benchmark import Benchmark, BenchmarkSettings, run_benchmark, run_metadata
-from pard_hf.evaluation.prompts import load_prompts
+from pard_hf.evaluation.prompts import load_prompt_sets
 from pard_hf.evaluation.report import make_console, progress_bar, show_cell
 from pard_hf.evaluation.routes import ROUTES
 from pard_hf.generation.mixin import with_pard
@@ -356,7 +356,7 @@ def main() -> None:
     lists = {name: tuple(getattr(args, name)) for name in ("routes", "batch_sizes", "num_assistant_tokens")}
     single = ("repeats", "max_new_tokens", "limit", "seed", "context", "tree_size")
     settings = BenchmarkSettings(**lists, **{name: getattr(args, name) for name in single})
-    sets = dict(map(load_prompts, args.prompts))
+    sets = load_prompt_sets(args.prompts)
     pair = load_enlarged(args)
     metadata = run_metadata(pair, settings, sys.argv[1:], args.target, args.draft)
     metadata |= {"command": command(), "scale": args.shapes}

@@ -343,7 +343,7 @@ def bench(
     from transformers.utils import logging
 
     from .evaluation.benchmark import Benchmark, BenchmarkSettings, differences, is_exact, run_benchmark, run_metadata
-    from .evaluation.prompts import load_prompts
+    from .evaluation.prompts import load_prompt_sets
     from .evaluation.report import difference_sentence, make_console, progress_bar, show_cell
     from .evaluation.routes import ROUTES
 
@@ -351,12 +351,7 @@ def bench(
         raise ValueError("Expected `--output` with `--resume`, got none. Name a file.")
     if output is not None and output.suffix != ".json":
         output = output / "bench.json"
-    sets: dict[str, Any] = {}
-    for source in prompts or ["demo"]:
-        name, rows = load_prompts(source)
-        if name in sets:
-            raise ValueError(f"Expected prompt sets of different names, got `{name}` twice. Rename one of the files.")
-        sets[name] = rows
+    sets = load_prompt_sets(prompts or ["demo"])
     settings = BenchmarkSettings(
         routes=tuple(routes or ROUTES),
         batch_sizes=tuple(batch_sizes or [1]),

@@ -213,7 +213,7 @@ def test_bad_evaluations_end_before_weights_are_loaded(base, data, tmp_path, cap
 
     for problem, flags in {
         "within the 128 positions of both models": ("--eval-prompts", data, "--eval-max-new-tokens", "127"),
-        "'rows' twice": ("--eval-prompts", data, "--eval-prompts", same / "rows.jsonl"),
+        "`rows` twice": ("--eval-prompts", data, "--eval-prompts", same / "rows.jsonl"),
         "with words to evaluate on": ("--eval-prompts", empty),
         "`--eval-batch-size` of at least 1": ("--eval-prompts", data, "--eval-batch-size", "0"),
     }.items():

@@ -14,7 +14,7 @@ from ..generation.stats import DecodingStats
 from ..host import end_token_ids, input_device, pad_token_id, sharing_weights, without_head
 from ..tokens import encode_prompt
 from .metrics import repeated_share
-from .prompts import choose_rows, load_prompts, make_batches
+from .prompts import choose_rows, load_prompt_sets, make_batches
 
 
 @dataclass
@@ -102,13 +102,10 @@ def prepare_evaluator(settings: Any, tokenizer: Any, longest: int) -> Callable[[
         ValueError: Two sets have one name, a prompt is empty, or prompt and answer exceed `longest`.
     """
     prompts = dict[str, list[list[int]]]()
-    for source in settings.eval_prompts:
-        name, rows = load_prompts(source)
-        if name in prompts:
-            raise ValueError(f"Expected prompt sets of different names, got {name!r} twice. Rename a file.")
+    for name, rows in load_prompt_sets(settings.eval_prompts).items():
         texts = [rows[index]["prompt"] for index in choose_rows(rows, settings.eval_limit, settings.seed)]
         if not texts or not all(text.strip() for text in texts):
-            raise ValueError(f"Expected prompts with words to evaluate on in {source!r}, got an empty one.")
+            raise ValueError(f"Expected prompts with words to evaluate on in {name!r}, got an empty one.")
         prompts[name] = [encode_prompt(tokenizer, text) for text in texts]
     most = max(len(ids) for rows in prompts.values() for ids in rows)
     if most + settings.eval_max_new_tokens > longest:

@@ -33,6 +33,17 @@ ANSWER_FIELDS = ("reference", "solution", "response", "answer")
 REGROUPED_SIZE = 4
 
 
+def load_prompt_sets(sources: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Read prompt sets by name, see [`load_prompts`]; a `ValueError` if two have the same name."""
+    sets: dict[str, list[dict[str, Any]]] = {}
+    for source in sources:
+        name, rows = load_prompts(source)
+        if name in sets:
+            raise ValueError(f"Expected prompt sets of different names, got `{name}` twice. Rename one of the files.")
+        sets[name] = rows
+    return sets
+
+
 def load_prompts(source: str) -> tuple[str, list[dict[str, Any]]]:
     """Read a prompt set.
 
