@@ -166,7 +166,7 @@ class SlotCache(Cache):
         return all(layer.is_initialized for layer in self.layers)
 
     def clear(self) -> None:
-        """Forget every entry, in place."""
+        """Zero every entry, in place."""
         for layer in self.layers:
             if layer.is_initialized:
                 layer.keys.zero_()

@@ -125,7 +125,7 @@ class PardDecoder:
         self.batch.restore_finished_rows()
 
     def round(self, choice: Choice) -> list[int]:
-        """Draft, verify, accept, synchronize; return what unfinished rows accepted, where it is known already."""
+        """Draft, verify, accept, synchronize; return what unfinished rows accepted, where that is known."""
         longest = self.longest()
         self.batch.make_room(longest, choice)
         if self.compiled is not None:
@@ -155,7 +155,7 @@ class PardDecoder:
         self.end_prefill()
 
     def end_prefill(self) -> None:
-        """Let later rounds run compiled: the first reads prompts of any length, eagerly."""
+        """Let later rounds run compiled: only the first reads prompts of any length."""
         self.is_first, self.is_fixed = False, self.compiled is not None
 
     def choose(self) -> Choice:
@@ -178,12 +178,7 @@ class PardDecoder:
         return Proposals(self.batch.rows.tokens.new_empty(len(self.batch), 0))
 
     def propose(self, choice: Choice, longest: int) -> Proposals:
-        """Draft K tokens, or a tree of them, in one forward over masks.
-
-        Args:
-            longest (`int`):
-                Tokens of the longest text.
-        """
+        """Draft K tokens, or a tree of them, in one forward; `longest` counts the tokens of the longest text."""
         draft, num_drafts = self.batch.draft, choice.num_drafts
         if num_drafts == 0:
             return self.no_proposals()
@@ -201,11 +196,9 @@ class PardDecoder:
         return self.run_step(draft_step, choice, *arguments, choice.tree_size)
 
     def score(self, proposals: Proposals, choice: Choice, longest: int) -> torch.Tensor:
-        """Run the target over what its cache lacks and the proposals: logits `[B, num_proposals + 1, V]`, float32.
+        """Run the target over what its cache lacks and the proposals: float32 logits `[B, num_proposals + 1, V]`.
 
-        Args:
-            longest (`int`):
-                Positions of the longest text in the target.
+        `longest` counts the positions of the longest text in the target.
         """
         target = self.batch.target
         if target.num_unread > PREFILL_CHUNK:
@@ -237,8 +230,7 @@ class PardDecoder:
     def synchronize(self, num_ahead: int = 0) -> list[int]:
         """Learn the outcome of all rounds but the last `num_ahead`: the one wait for the device in a round.
 
-        Returns:
-            How many proposals each unfinished row accepted, where an outcome was seen.
+        Returns how many proposals each unfinished row accepted in the last one it learned of.
         """
         accepted: list[int] = []
         while len(self.pending) > num_ahead:
@@ -287,8 +279,7 @@ class PardDecoder:
         if self.smaller_batch_size() is None:
             return
         self.synchronize()  # Rounds under way are of the whole batch.
-        size = self.smaller_batch_size()
-        if size is not None:
+        if (size := self.smaller_batch_size()) is not None:
             unfinished = self.batch.unfinished
             self.batch.keep(sorted(sorted(range(len(unfinished)), key=lambda row: not unfinished[row])[:size]))
 
@@ -301,10 +292,8 @@ class PardDecoder:
         size = 1 << max(num_unfinished - 1, 0).bit_length()
         if num_unfinished == 0 or size >= len(self.batch):
             return None
-        is_ready = self.compiled is None or self.compiled.is_ready(
-            target_step, self.batch.shape(self.schedule.largest, size)
-        )
-        return size if is_ready or self.batch.most_remaining() >= WORTH_COMPILING else None
+        pays = self.is_ready(self.schedule.largest, size) or self.batch.most_remaining() >= WORTH_COMPILING
+        return size if pays else None
 
     def longest(self) -> int:
         """An upper bound of the tokens known of any row."""
@@ -316,9 +305,9 @@ class PardDecoder:
             return step(*arguments)
         return self.compiled.run(step, (*self.batch.shape(choice), *key), *arguments)
 
-    def is_ready(self, choice: Choice) -> bool:
-        """Whether a round of the present batch runs for a choice without being compiled first."""
-        return self.compiled is None or self.compiled.is_ready(target_step, self.batch.shape(choice))
+    def is_ready(self, choice: Choice, batch_size: int | None = None) -> bool:
+        """Whether a round runs for a choice without being compiled first, in this batch or a smaller one."""
+        return self.compiled is None or self.compiled.is_ready(target_step, self.batch.shape(choice, batch_size))
 
     @property
     def compile_seconds(self) -> float:
