@@ -549,7 +549,7 @@ def test_family_that_vllm_turns_into_mtp_layers(draft_folder, model_type, archit
 
 
 def test_n_predict_beside_no_k(draft_folder):
-    """Nobody knows what K will be: only one that every K is a multiple of is harmless."""
+    """Without a stated K, only a value that divides every K is harmless."""
     edit_config(draft_folder, "generation_config.json", remove=["num_assistant_tokens"])
     for value, is_blocking in ((1, False), (2, True)):
         edit_config(draft_folder, n_predict=value)

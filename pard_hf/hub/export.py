@@ -111,7 +111,7 @@ def fit_vocabulary(model: PardDraftModel, num_rows: int, tokenizer_folder: Path)
     largest = max(load_tokenizer(tokenizer_folder).get_vocab().values())
     if max(largest, model.mask_token_id) >= num_rows:
         raise ValueError(
-            f"Expected a draft whose rows from the target's {num_rows} on merely pad, but its mask token is "
+            f"Expected a draft whose rows from the target's {num_rows} on are padding, but its mask token is "
             f"{model.mask_token_id} and the tokenizer's largest id is {largest}. Train the draft with a mask token "
             f"below {num_rows}, on the target's tokenizer."
         )
