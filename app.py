@@ -16,7 +16,7 @@ import gradio as gr
 from demo.bench import FIRST_ROUTES, MOST_PROMPTS, prompt_sets
 from demo.html import conversation
 from demo.pairs import BUNDLED, KINDS, PairName, PairShelf
-from demo.settings import MOST_DRAFT_TOKENS, MOST_NEW_TOKENS, MOST_NODES
+from demo.settings import LARGEST_TREE, MOST_DRAFT_TOKENS, MOST_NEW_TOKENS
 from demo.visits import NO_ROUNDS, Visits
 from pard_hf.evaluation.routes import ROUTES
 
@@ -143,7 +143,7 @@ class Page:
         ends = f"Where a text ends at the latest: 1 to {MOST_NEW_TOKENS}."
         with gr.Row():
             k = slider(1, MOST_DRAFT_TOKENS, 8, "K", "Tokens the draft proposes a round.")
-            tree = slider(0, MOST_NODES, 0, "Tree", "Continuations checked a round; 0: one chain of K.")
+            tree = slider(0, LARGEST_TREE, 0, "Tree", "Continuations checked a round; 0: one chain of K.")
             length = gr.Number(128, label="Max new tokens", info=ends)
         with gr.Row():
             temperature = gr.Number(0, label="Temperature", info="0 always takes the likeliest token; to 2.")

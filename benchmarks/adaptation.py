@@ -32,8 +32,9 @@ from benchmarks.replay import autoregressive, next_token_accuracy, replay
 from pard_hf import PardDraftModel, PardTrainer, PardTrainingArguments, bundled_pair
 from pard_hf.draft.mask_token import choose_mask_token
 from pard_hf.evaluation.acceptance import AcceptanceEvaluator
-from pard_hf.evaluation.prompts import choose_rows, encode_prompt, load_prompts
+from pard_hf.evaluation.prompts import choose_rows, load_prompts
 from pard_hf.io import conditions_of, shown_command
+from pard_hf.tokens import encode_prompt
 from pard_hf.training.data import read_rows, tokenize_rows
 
 EXPERIMENTS: dict[str, dict[str, dict[str, Any]]] = {

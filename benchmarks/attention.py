@@ -9,20 +9,17 @@ apart. The last line of standard output is the result as one JSON object, which 
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import time
 from collections.abc import Callable
 from datetime import date
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from pard_hf.io import commit, device_name, shown_command
+from benchmarks.script import command, finish, parser_of
+from pard_hf.io import commit, device_name
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 64
 
@@ -74,34 +71,29 @@ def compare(length: int, num_queries: int, dtype: torch.dtype, device: str, repe
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2000, 8000, 32000])
     parser.add_argument("--num-assistant-tokens", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    dtype = getattr(torch, args.dtype)
+    dtype, num_queries = getattr(torch, args.dtype), args.num_assistant_tokens + 1
     result = {
-        "command": shown_command(sys.argv[1:], "python benchmarks/attention.py"),
+        "command": command(),
         "date": date.today().isoformat(),
         "commit": commit(),
         "versions": {"torch": torch.__version__},
         "device": device_name(torch.device(args.device)),
         "dtype": args.dtype,
-        "num_queries": args.num_assistant_tokens + 1,
+        "num_queries": num_queries,
         "num_heads": NUM_HEADS,
         "num_key_value_heads": NUM_KV_HEADS,
         "head_dim": HEAD_DIM,
         "repeats": args.repeats,
-        "lengths": [
-            compare(length, args.num_assistant_tokens + 1, dtype, args.device, args.repeats) for length in args.lengths
-        ],
+        "lengths": [compare(length, num_queries, dtype, args.device, args.repeats) for length in args.lengths],
     }
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    finish(result, args.output)
 
 
 if __name__ == "__main__":

@@ -9,19 +9,15 @@ what is left shows what else grows. The last line of standard output is the resu
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.scaling import enlarge_pair
+from benchmarks.script import finish, parser_of, run_metadata
 from pard_hf import load_pair
 from pard_hf.evaluation.prompts import DEMO_PROMPTS
-from pard_hf.io import conditions_of, shown_command
 
 
 class TimedAttention:
@@ -57,32 +53,30 @@ def measure(pair: Any, text: torch.Tensor, length: int, new_tokens: int) -> dict
         )
     finally:
         torch.nn.functional.scaled_dot_product_attention = attention.attend
-    clock = output.round_times
-    seconds = clock.draft + clock.verify + clock.loop
+    times = output.round_times
+    seconds = times.draft + times.verify + times.loop
     return {
-        "num_rounds": clock.num_rounds,
-        "round": seconds / clock.num_rounds,
-        "attention": attention.seconds / clock.num_rounds,
-        "loop": clock.loop / clock.num_rounds,
-        "prefill": clock.prefill,
+        "num_rounds": times.num_rounds,
+        "round": seconds / times.num_rounds,
+        "attention": attention.seconds / times.num_rounds,
+        "loop": times.loop / times.num_rounds,
+        "prefill": times.prefill,
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--lengths", type=int, nargs=2, default=[512, 8192], metavar=("SHORT", "LONG"))
     parser.add_argument("--shapes", nargs=2, default=["cpu-1.2b", "cpu-0.15b"], metavar=("TARGET", "DRAFT"))
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     pair = enlarge_pair(load_pair(dtype=args.dtype), *args.shapes)
     words = pair.tokenizer("".join(DEMO_PROMPTS), return_tensors="pt")["input_ids"]
     text = words.repeat(1, max(args.lengths) // words.shape[1] + 1)
     short, long = (measure(pair, text, length, args.new_tokens) for length in args.lengths)
     result = {
-        "command": shown_command(sys.argv[1:], "python benchmarks/long_context.py"),
-        **conditions_of(pair.target),
+        **run_metadata(pair.target),
         "shapes": args.shapes,
         "num_assistant_tokens": pair.draft.num_assistant_tokens,
         "lengths": args.lengths,
@@ -92,9 +86,7 @@ def main() -> None:
             (long["round"] - long["attention"]) / (short["round"] - short["attention"]), 3
         ),
     }
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    finish(result, args.output)
 
 
 if __name__ == "__main__":

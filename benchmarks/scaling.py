@@ -1,7 +1,9 @@
-"""A small pair at the shapes of a big one, computing the same function: its acceptance, at a real checkpoint's cost.
+"""Enlarge a pair to the shapes of a big one, so that it computes the same function at a real checkpoint's cost.
 
-Knows how a Llama can grow without saying anything else, an idea of https://huggingface.co/papers/1511.05641. Knows
-nothing of prompts, decoding or timing.
+    python benchmarks/scaling.py --shapes llama-3.1-8b llama-3.2-1b --dtype bfloat16 --output scaled.json
+
+measures the enlarged pair as `pard bench` does. That a Llama can grow without computing anything else is an idea of
+https://huggingface.co/papers/1511.05641.
 
 The small model's residual stream is the first coordinates of the big one's, and the others stay exactly zero: new
 weights that meet only zeros are random. A new head or MLP unit is silenced where that takes fewest zeros, on the way
@@ -12,16 +14,23 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from benchmarks.script import command, finish, parser_of
 from pard_hf.draft.correction_head import CorrectionHead
 from pard_hf.draft.model import PardDraftModel
+from pard_hf.evaluation.benchmark import Benchmark, BenchmarkSettings, run_benchmark, run_metadata
+from pard_hf.evaluation.prompts import load_prompt_sets
+from pard_hf.evaluation.report import make_console, progress_bar, show_cell
+from pard_hf.evaluation.routes import ROUTES
 from pard_hf.generation.mixin import with_pard
-from pard_hf.loading import Pair
+from pard_hf.host import num_positions
+from pard_hf.loading import Pair, check_device, default_device, load_pair, weight_dtype
 
 # Coordinates of the residual stream that hold a constant where the vocabulary grows: see `widen_vocabulary`.
 NUM_CONSTANTS = 2
@@ -313,3 +322,52 @@ def place_mlp(mlp: Any, source: Any) -> None:
     mlp.up_proj.weight[:num_units, :hidden_size] = source.up_proj.weight
     mlp.down_proj.weight[:, :num_units] = 0
     mlp.down_proj.weight[:hidden_size, :num_units] = source.down_proj.weight
+
+
+def load_enlarged(args: Any) -> Pair:
+    """The pair that the flags name, enlarged on its device."""
+    device = args.device or default_device()
+    check_device(device)
+    small = load_pair(args.target, args.draft, "float32", "cpu")
+    dtype = weight_dtype(small.target.name_or_path, args.dtype, device)
+    # Rotary embeddings have no last position; without `--context` the enlarged pair has plenty.
+    positions = None
+    if args.context is not None:
+        positions = max(args.context + args.max_new_tokens, num_positions(small.target.config))
+    return enlarge_pair(small, *args.shapes, dtype=dtype, device=device, max_position_embeddings=positions)
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--shapes", nargs=2, required=True, metavar=("TARGET", "DRAFT"), help=", ".join(SHAPES))
+    parser.add_argument("--target", help="default: the bundled target")
+    parser.add_argument("--draft", help="default: the bundled draft")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run's --output")
+    parser.add_argument("--prompts", nargs="+", default=["demo"])
+    parser.add_argument("--routes", nargs="+", default=list(ROUTES))
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1])
+    parser.add_argument("--num-assistant-tokens", nargs="+", type=int, default=[])
+    for name, default in (("repeats", 3), ("max-new-tokens", 128), ("limit", 16), ("seed", 0), ("context", None)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--assistant-tree-size", dest="tree_size", type=int, default=64)
+    args = parser.parse_args()
+    lists = {name: tuple(getattr(args, name)) for name in ("routes", "batch_sizes", "num_assistant_tokens")}
+    single = ("repeats", "max_new_tokens", "limit", "seed", "context", "tree_size")
+    settings = BenchmarkSettings(**lists, **{name: getattr(args, name) for name in single})
+    sets = load_prompt_sets(args.prompts)
+    pair = load_enlarged(args)
+    metadata = run_metadata(pair, settings, sys.argv[1:], args.target, args.draft)
+    metadata |= {"command": command(), "scale": args.shapes}
+    console = make_console()
+    with progress_bar(console) as advance:
+        benchmark = Benchmark(pair, settings, advance)
+        result = run_benchmark(
+            benchmark, sets, metadata, args.output, args.resume, lambda cell: show_cell(console, cell)
+        )
+    finish(result, None)
+
+
+if __name__ == "__main__":
+    main()

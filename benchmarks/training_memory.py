@@ -15,13 +15,12 @@ import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.script import finish, parser_of, run_metadata
 from pard_hf import PardDraftModel, bundled_pair
-from pard_hf.io import conditions_of, shown_command
 from pard_hf.training.cod import attends
 from pard_hf.training.collator import DataCollatorForPard
 from pard_hf.training.objective import Objective
@@ -71,11 +70,10 @@ def peak() -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
     parser.add_argument("--longest-other", type=int, default=2048, help="longest text of the two other routes")
     parser.add_argument("--one", nargs=2, metavar=("ROUTE", "LENGTH"), help=argparse.SUPPRESS)
-    parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(step(args.one[0], int(args.one[1]))))
@@ -90,8 +88,7 @@ def main() -> None:
                 print(steps[-1], file=sys.stderr, flush=True)
     draft = PardDraftModel.from_pretrained(bundled_pair().draft, dtype=torch.float32)
     result = {
-        "command": shown_command(sys.argv[1:], "python benchmarks/training_memory.py"),
-        **conditions_of(draft),
+        **run_metadata(draft),
         "draft": "bundled",
         "num_parameters": draft.num_parameters(),
         "num_draft_tokens": NUM_DRAFT_TOKENS,
@@ -101,10 +98,7 @@ def main() -> None:
         "measured": "ru_maxrss of the process after the step, above what it was before",
         "steps": steps,
     }
-    text = json.dumps(result, indent=1)
-    if args.output is not None:
-        args.output.write_text(text + "\n")
-    print(json.dumps({f"{s['route']}, {s['length']}": s["peak_bytes"] for s in steps}))
+    finish(result, args.output, {f"{s['route']}, {s['length']}": s["peak_bytes"] for s in steps})
 
 
 if __name__ == "__main__":

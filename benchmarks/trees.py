@@ -8,21 +8,20 @@ compared. Nothing is timed: `pard bench` does that.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-from pathlib import Path
 from typing import Any
 
+from benchmarks.script import finish, parser_of, run_metadata
 from pard_hf import load_pair
 from pard_hf.evaluation.acceptance import AcceptanceEvaluator
-from pard_hf.evaluation.prompts import choose_rows, encode_answer, encode_prompt, load_prompts, repeated_share
+from pard_hf.evaluation.metrics import repeated_share
+from pard_hf.evaluation.prompts import choose_rows, encode_answer, load_prompts
 from pard_hf.host import num_positions
-from pard_hf.io import conditions_of, shown_command
+from pard_hf.tokens import encode_prompt
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--prompts", nargs="+", required=True, help="held-out prompt sets")
     parser.add_argument("--target", help="default: the bundled target")
     parser.add_argument("--draft", help="default: the bundled draft")
@@ -31,7 +30,6 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="prompts of each set (default: all)")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     pair = load_pair(args.target, args.draft, "float32")
     if pair.draft.correction_head is None:
@@ -41,24 +39,24 @@ def main() -> None:
     for source in args.prompts:
         name, rows = load_prompts(source)
         rows = [rows[index] for index in choose_rows(rows, args.limit, seed=0)]
-        rows = [row for row in rows if len(encode_prompt(pair.tokenizer, row["prompt"])) <= longest]
-        sets[name] = [encode_prompt(pair.tokenizer, row["prompt"]) for row in rows]
-        answers = [encode_answer(pair.tokenizer, row, args.max_new_tokens) for row in rows]
+        encoded = [(encode_prompt(pair.tokenizer, row["prompt"]), row) for row in rows]
+        encoded = [(ids, row) for ids, row in encoded if len(ids) <= longest]
+        sets[name] = [ids for ids, _ in encoded]
+        answers = (encode_answer(pair.tokenizer, row, args.max_new_tokens) for _, row in encoded)
         references[name] = [answer for answer in answers if answer is not None]
     result = {
-        "command": shown_command(sys.argv[1:], "python benchmarks/trees.py"),
-        **conditions_of(pair.target),
+        **run_metadata(pair.target),
         "num_assistant_tokens": args.num_assistant_tokens,
         "max_new_tokens": args.max_new_tokens,
         "correction_head_parameters": sum(p.numel() for p in pair.draft.correction_head.parameters()),
         "draft_parameters": sum(p.numel() for n, p in pair.draft.named_parameters() if "correction_head" not in n),
         "sets": measure(args, pair, sets, references),
     }
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({name: found["acceptance_lengths"] for name, found in result["sets"].items()}))
+    lengths = {name: found["acceptance_lengths"] for name, found in result["sets"].items()}
+    finish(result, args.output, lengths)
 
 
-def measure(args: argparse.Namespace, pair: Any, sets: dict[str, Any], references: dict[str, Any]) -> dict[str, Any]:
+def measure(args: Any, pair: Any, sets: dict[str, Any], references: dict[str, Any]) -> dict[str, Any]:
     """Statistics of every way of drafting on every set."""
     found: dict[str, Any] = {name: {"num_prompts": len(prompts), "ways": {}} for name, prompts in sets.items()}
     texts: dict[str, Any] = {}

@@ -9,12 +9,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from pard_hf.cli import build_parser
-from pard_hf.commands.bench import conditions_for, settings_of
+from benchmarks.plots import write_plots
 from pard_hf.draft.known_drafts import known_draft_for
-from pard_hf.evaluation.benchmark import Benchmark
-from pard_hf.evaluation.metrics import BenchmarkResult, CellResult
-from pard_hf.evaluation.plots import write_plots
+from pard_hf.evaluation.benchmark import Benchmark, BenchmarkSettings, run_metadata
 from pard_hf.evaluation.prompts import NAMED_SETS, load_prompts
 from pard_hf.evaluation.report import SPEED_HEADINGS, difference_sentence, speed_row
 from pard_hf.evaluation.routes import ROUTES
@@ -57,22 +54,30 @@ class BenchJob(Job):
         for route in routes or ("no route",):
             if route not in ROUTES:
                 raise ValueError(f"Expected routes among {', '.join(ROUTES)}, got {route!r}. Choose some of these.")
+        chosen = BenchmarkSettings(
+            routes=tuple(routes),
+            num_assistant_tokens=(settings.num_assistant_tokens,),
+            repeats=whole("Repeats", repeats, 1, 5),
+            max_new_tokens=settings.max_new_tokens,
+            limit=whole("Prompts", limit, 1, MOST_PROMPTS),
+            **({"tree_size": settings.tree_size} if settings.tree_size else {}),
+        )
         words = [
-            *("bench", "--prompts", prompts, "--limit", str(whole("Prompts", limit, 1, MOST_PROMPTS))),
-            *("--repeats", str(whole("Repeats", repeats, 1, 5)), "--max-new-tokens", str(settings.max_new_tokens)),
+            *("bench", "--prompts", prompts, "--limit", str(chosen.limit)),
+            *("--repeats", str(chosen.repeats), "--max-new-tokens", str(chosen.max_new_tokens)),
             *("--num-assistant-tokens", str(settings.num_assistant_tokens)),
-            *(("--assistant-tree-size", str(settings.tree_size)) if settings.tree_size else ()),
-            *("--routes", *routes),
+            *(("--assistant-tree-size", str(chosen.tree_size)) if settings.tree_size else ()),
+            *("--routes", ",".join(routes)),
         ]
+        models: tuple[str, str] | tuple[()] = ()
         if name.kind != BUNDLED:
-            words += [f"--target={name.target}", f"--draft={name.draft or known_draft_for(pair.target).name}"]
-        args = build_parser().parse_args(words)
-        args.words = words
+            models = name.target, name.draft or known_draft_for(pair.target).name
+            words += [f"--{role}={model}" for role, model in zip(("target", "draft"), models, strict=True)]
         self.sets = dict([load_prompts(prompts)])
-        self.benchmark = Benchmark(pair, settings_of(args), self.advance)
-        self.conditions = conditions_for(args, pair)
+        self.benchmark = Benchmark(pair, chosen, self.advance)
+        self.conditions = run_metadata(pair, chosen, words, *models)
         self.share, self.doing = 0.0, "Beginning …"
-        self.cells: list[CellResult] = []
+        self.cells: list[dict[str, Any]] = []
 
     def advance(self, share: float, text: str) -> None:
         """Told before each run of a route; the job is stopped here."""
@@ -83,8 +88,8 @@ class BenchJob(Job):
         self.benchmark.run(self.sets, keep=self.cells.append)
 
     @property
-    def result(self) -> BenchmarkResult:
-        return BenchmarkResult(self.conditions, self.cells)
+    def result(self) -> dict[str, Any]:
+        return {**self.conditions, "cells": self.cells}
 
 
 def prompt_sets(shelf: PairShelf) -> list[str]:
@@ -118,7 +123,7 @@ def progress(job: BenchJob) -> str:
 def report(job: BenchJob) -> str:
     """Table and figures of what was measured, and the command that measures it again."""
     result = job.result
-    tables = "".join(cell_table(cell) for cell in result.cells)
+    tables = "".join(cell_table(cell) for cell in result["cells"])
     with tempfile.TemporaryDirectory() as folder:
         plots = [(file.stem, file.read_bytes()) for file in write_plots(result, Path(folder) / "bench.json")]
     figures = "".join(
@@ -126,14 +131,14 @@ def report(job: BenchJob) -> str:
         f'src="data:image/svg+xml;base64,{base64.b64encode(content).decode()}">'
         for name, content in plots
     )
-    command = escape(result.conditions["command"])
+    command = escape(result["command"])
     return f'{tables}<div class="pard-plots">{figures}</div><p>On the shell: <code>{command}</code></p>'
 
 
-def cell_table(cell: CellResult) -> str:
+def cell_table(cell: dict[str, Any]) -> str:
     """What each route reached on one set."""
-    rows = [("", [ROUTES[route.route].title, *speed_row(route)]) for route in cell.routes]
-    left = [f"{ROUTES[name].title}: not served: {reason}" for name, reason in cell.not_served.items()]
-    wrong = [difference_sentence(r.route, r.difference) for r in cell.routes if r.difference is not None]
-    title = f"{cell.prompts}: {cell.num_prompts} prompts, K = {cell.num_assistant_tokens}"
+    rows = [("", [ROUTES[route["route"]].title, *speed_row(route)]) for route in cell["routes"]]
+    left = [f"{ROUTES[name].title}: not served: {reason}" for name, reason in cell["not_served"].items()]
+    wrong = [difference_sentence(r["route"], r["difference"]) for r in cell["routes"] if "difference" in r]
+    title = f"{cell['prompts']}: {cell['num_prompts']} prompts, K = {cell['num_assistant_tokens']}"
     return table(title, ("route", *SPEED_HEADINGS), rows) + "".join(message(text, True) for text in [*left, *wrong])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from pard_hf.evaluation.prompts import repeated_share
+from pard_hf.evaluation.metrics import repeated_share
 from pard_hf.generation.stats import DecodingStats
 from pard_hf.tokens import IncrementalDetokenizer
 

@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from pard_hf.evaluation.prompts import encode_prompt
 from pard_hf.host import num_positions
 from pard_hf.io import text_problem
 from pard_hf.loading import Pair
+from pard_hf.tokens import encode_prompt
 
 MOST_DRAFT_TOKENS = 16
-MOST_NODES = 64
+LARGEST_TREE = 64
 MOST_NEW_TOKENS = 1024
 MOST_CHARACTERS = 20_000
 LEAST_TEMPERATURE = 0.01  # Logits over less are infinite; 0 itself is greedy.
@@ -63,7 +63,7 @@ class Settings:
             temperature=number("Temperature", temperature, 0, 2),
             top_p=number("Top-p", top_p, 0.01, 1),
             seed=whole("Seed", seed, 0, 2**32 - 1),
-            tree_size=whole("Tree", tree_size, 0, MOST_NODES),
+            tree_size=whole("Tree", tree_size, 0, LARGEST_TREE),
         )
 
     @property

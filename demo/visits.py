@@ -17,6 +17,7 @@ from typing import Any
 import gradio as gr
 import torch
 
+from pard_hf.evaluation.benchmark import result_text
 from pard_hf.loading import Pair
 
 from . import html
@@ -259,7 +260,7 @@ class Visits:
         folder = tempfile.mkdtemp()
         try:
             path = Path(folder) / "bench.json"
-            path.write_text(job.result.to_json(), encoding="utf-8")
+            path.write_text(result_text(job.result), encoding="utf-8")
             yield html.message("Measured."), report(job), gr.DownloadButton(value=path, interactive=True)
         finally:
             shutil.rmtree(folder)  # Gradio has its own copy by now.

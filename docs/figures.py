@@ -1,7 +1,6 @@
-"""The figures of the documentation, drawn anew to the same bytes: `python docs/figures.py`.
+"""Draw the figures of the documentation: `python docs/figures.py`.
 
-What is measured comes from `benchmarks/results`, what is a rule from the package's own functions, what is a formula is
-labelled as one. Same bytes need the matplotlib of `constraints.txt`.
+Measured metrics come from `benchmarks/results`, rules from the package's own functions; a formula is labelled as one.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import matplotlib
 import torch
 from matplotlib.figure import Figure
 
-from pard_hf.evaluation.routes import ROUTES
+from benchmarks.plots import draw_speedups
 from pard_hf.training.cod import attention_mask, keep_rows
 
 FOLDER = Path(__file__).parent / "figures"
@@ -177,17 +176,7 @@ def draw_speedup() -> Figure:
     caption = f"{shown} · {conditions(result)} · bundled_routes.json"
     figure, panels = new_figure(9.0, 3.4, caption, columns=len(cells), sharey=True)
     for panel, cell in zip(panels, cells, strict=True):
-        routes = [route for route in cell["routes"] if route["route"] in ROUTE_NAMES][::-1]
-        speedups = [route["speedup"] for route in routes]
-        ranges = [[abs(route["speedup_range"][end] - route["speedup"]) for route in routes] for end in (0, 1)]
-        panel.barh(
-            [ROUTE_NAMES[route["route"]] for route in routes],
-            speedups,
-            xerr=ranges,
-            color=[ACCENT if ROUTES[route["route"]].is_pard else GREY for route in routes],
-            error_kw={"ecolor": DARK, "capsize": 2, "elinewidth": 0.8},
-        )
-        panel.axvline(1, color=DARK, linewidth=0.8)
+        draw_speedups(panel, cell["routes"], ROUTE_NAMES)
         panel.set_title(f"{cell['prompts']}, {cell['num_prompts']} prompts")
         panel.set_xlabel("speedup over plain generate (ratio)")
     return figure

@@ -1,37 +1,615 @@
-"""`pard …`: which command runs, and how bad input ends."""
+"""Parse the command line of `pard`, call the library, print.
+
+Heavy imports stand inside the commands, so that `pard --help` loads neither torch nor transformers.
+"""
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
+import hashlib
+import inspect
+import itertools
+import json
 import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin, get_type_hints
 
-from .commands import bench, card, check, data, demo, export, generate, train
-from .commands.streamer import TintedStreamer
+import typer
 
-__all__ = ["TintedStreamer", "build_parser", "main"]
+from .training.settings import TrainingSettings
 
+if TYPE_CHECKING:
+    from .evaluation.race import RaceResult
+    from .hub.engines import Finding
+    from .loading import Pair
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="pard", description="Parallel draft models for transformers.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (generate, demo, bench, data, train, card, check, export):
-        command.add(commands)
-    return parser
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    help="Parallel draft models for transformers. A flag with a LIST is given once, with commas, or several times.",
+)
+
+EXIT_DIFFERENT = 3  # A float32 text differs from plain generate's.
+GREEN, UNDERLINE, RESET = "\033[32m", "\033[4m", "\033[0m"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; bad input ends with a sentence and exit code 2, never a stack trace."""
-    words = sys.argv[1:] if argv is None else argv
-    args = build_parser().parse_args(words)
-    args.words = words
+    """Run one command and return its exit code; bad input ends with one line on standard error and code 2."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = " ".join(["pard", *words[:1]])
+    command = typer.main.get_command(app)
     try:
-        return args.run(args)
+        code = command(with_head_mode(words), prog_name="pard", obj=words, standalone_mode=False) or 0
+    except typer.TyperException as error:
+        _warn(f"{name}: {error.format_message().rstrip('.')}. See `pard --help`.")
+        return error.exit_code
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"pard {args.command}: {error}", file=sys.stderr)
+        _warn(f"{name}: {error}")
         return 2
-    except KeyboardInterrupt:
-        print(f"pard {args.command}: interrupted", file=sys.stderr)
-        return 130
+    if code == 130:
+        _warn(f"{name}: interrupted")
+    return code
+
+
+def with_head_mode(words: list[str]) -> list[str]:
+    """Write `--correction-head` without a mode as `--correction-head=frozen`: typer has no optional values."""
+    return [
+        f"{word}=frozen" if word == "--correction-head" and following not in ("frozen", "joint") else word
+        for word, following in zip(words, [*words[1:], ""], strict=False)
+    ]
+
+
+def _warn(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _words(text: str) -> list[str]:
+    """Split a comma-separated list; a file whose name has a comma is one value."""
+    return [text] if Path(text).exists() else text.split(",")
+
+
+def _paths(text: str) -> list[Path]:
+    return [Path(word) for word in _words(text)]
+
+
+def _integers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
+def _several(help: str, split: Callable[[str], list[Any]] = _words) -> Any:
+    """Declare a flag that takes several values."""
+    return typer.Option(help=help, parser=split, callback=_joined, metavar="LIST")
+
+
+def _flag(help: str, *names: str, **settings: Any) -> Any:
+    return typer.Option(*names, help=help, **settings)
+
+
+def _joined(groups: Any) -> list[Any]:
+    return [value for group in groups or () for value in group]
+
+
+Text = str | None
+Texts = list[str] | None
+Integers = list[int] | None
+Target = Annotated[Text, _flag("folder or Hub id of the target model (default: the bundled target)")]
+Draft = Annotated[Text, _flag("folder or Hub id of the draft model (default: the bundled draft)")]
+Dtype = Annotated[str, _flag("of the weights; auto: the checkpoint's, float32 on a CPU")]
+Device = Annotated[Text, _flag("cpu, cuda, cuda:1 … (default: cuda where there is one)")]
+MaxNewTokens = Annotated[int, _flag("new tokens at most")]
+NumAssistantTokens = Annotated[int | None, _flag("K, draft tokens proposed a round (default: the draft's own)", min=1)]
+TreeSize = Annotated[int | None, _flag("N, nodes of a tree verified a round; 0 = chain (default: the draft's)")]
+Temperature = Annotated[float, _flag("0 is greedy", min=0)]
+SkipBadRows = Annotated[bool, _flag("leave broken rows out instead of stopping", "--skip-bad-rows")]
+PROMPT_SETS = "a .jsonl or .jsonl.gz file, or a Hub data set as hub:org/name[:split[:field]]"
+
+
+@app.command()
+def generate(
+    prompt: Annotated[Text, typer.Argument(help="the prompt; '-' or nothing reads standard input")] = None,
+    file: Annotated[
+        list[Path] | None, _several("a text file with a prompt, or .jsonl rows with a `prompt` each", _paths)
+    ] = None,
+    target: Target = None,
+    draft: Draft = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    max_new_tokens: MaxNewTokens = 128,
+    num_assistant_tokens: NumAssistantTokens = None,
+    assistant_tree_size: TreeSize = None,
+    batch_size: Annotated[int, _flag("texts at a time, for several prompts", min=1)] = 8,
+    temperature: Temperature = 0.0,
+    seed: Annotated[int | None, _flag("seed for sampling")] = None,
+    raw: Annotated[bool, _flag("do not put the prompt into the chat template", "--raw")] = False,
+    as_json: Annotated[bool, _flag("print one JSON object a prompt instead of text", "--json")] = False,
+    color: Annotated[Literal["auto", "always", "never"], _flag("tint accepted tokens")] = "auto",
+) -> None:
+    """Complete one prompt, streamed; or all prompts of files, in batches."""
+    import torch
+
+    from .evaluation.prompts import make_batches
+    from .generation.stats import DecodingStats
+    from .host import end_token_ids, pad_token_id
+    from .tokens import encode_prompt
+
+    prompts, is_single = _read_prompts(prompt, file or [])
+    pair = _load(target, draft, dtype, device)
+    num_drafts = pair.draft.num_assistant_tokens if num_assistant_tokens is None else num_assistant_tokens
+    if seed is not None:
+        torch.manual_seed(seed)
+    arguments: dict[str, Any] = {
+        "assistant_model": pair.draft,
+        "num_assistant_tokens": num_drafts,
+        "assistant_tree_size": assistant_tree_size,
+        "max_new_tokens": max_new_tokens,
+        "return_dict_in_generate": True,
+        **({"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}),
+    }
+    if is_single and not as_json:
+        is_tinted = color == "always" or (color == "auto" and sys.stdout.isatty())
+        arguments["streamer"] = TintedStreamer(pair.tokenizer, is_tinted)
+    encoded = [encode_prompt(pair.tokenizer, prompt, raw) for prompt in prompts]
+    config, answers = pair.target.generation_config, dict[int, list[int]]()
+    stats, start = DecodingStats(), time.perf_counter()
+    for batch in make_batches(encoded, batch_size, pad_token_id(config), pair.target.device):
+        output = pair.target.generate(**batch.inputs, **arguments)
+        answers |= batch.new_texts(output.sequences, end_token_ids(config))
+        stats += output.stats
+    seconds = time.perf_counter() - start
+    num_new_tokens = sum(map(len, answers.values()))
+    for index, prompt in enumerate(prompts):
+        text = pair.tokenizer.decode(answers[index], skip_special_tokens=True)
+        if as_json:
+            row: dict[str, Any] = {} if is_single else {"prompt": prompt}
+            row |= {"text": text, "num_new_tokens": len(answers[index])}
+            if is_single:
+                row |= {"seconds": round(seconds, 4), "tokens_per_second": round(num_new_tokens / seconds, 2)}
+                row |= {"num_assistant_tokens": num_drafts, **stats.to_dict()}
+            print(json.dumps(row, ensure_ascii=False))
+        elif not is_single:
+            print(f"[{index + 1}/{len(prompts)}] {prompt.rstrip()}\n\n{text.rstrip()}\n")
+    if not (is_single and as_json):
+        _warn(
+            f"{num_new_tokens} tokens · {num_new_tokens / seconds:.2f} tokens/s (prefill included) · "
+            f"τ {stats.acceptance_length:.2f} · α {stats.acceptance_rate:.2f} · "
+            f"{stats.num_rounds} rounds of K = {num_drafts}"
+        )
+
+
+def _load(
+    target: str | None, draft: str | None, dtype: str, device: str | None, *, may_lack_draft: bool = False
+) -> Pair:
+    """Load a pair; with `may_lack_draft`, a target that is named alone comes without one."""
+    from transformers.utils import logging
+
+    from .loading import Pair, load_pair, load_target
+
+    logging.disable_progress_bar()
+    if may_lack_draft and target is not None and draft is None:
+        model, tokenizer = load_target(target, dtype, device)
+        return Pair(model, None, tokenizer)
+    return load_pair(target, draft, dtype, device)
+
+
+def _read_prompts(prompt: str | None, files: list[Path]) -> tuple[list[str], bool]:
+    """Read the prompts, and whether it is a single one, which is streamed."""
+    from .evaluation.prompts import read_prompts
+    from .io import read_text, text_problem
+
+    def is_rows(file: Path) -> bool:
+        return file.name.endswith((".jsonl", ".jsonl.gz"))
+
+    if files and prompt is not None:
+        raise ValueError("Expected a prompt or `--file`, got both. Drop one of them.")
+    prompts = [] if files else [sys.stdin.read() if prompt in (None, "-") else str(prompt)]
+    for file in files:
+        prompts += [row["prompt"] for row in read_prompts(file)] if is_rows(file) else [read_text(file)]
+    if not prompts:
+        raise ValueError("Expected at least one prompt in the files, got none. Add a row with a `prompt`.")
+    for text in prompts:
+        if not text.strip():
+            raise ValueError("Expected a prompt, got only white space. Pass it as an argument, `--file` or stdin.")
+        if (problem := text_problem(text)) is not None:
+            raise ValueError(f"Expected a prompt in UTF-8, but {problem}. Fix the prompt.")
+    return prompts, not files or (len(files) == 1 and not is_rows(files[0]))
+
+
+class TintedStreamer:
+    """Print tokens as they arrive, accepted draft tokens tinted."""
+
+    def __init__(self, tokenizer: Any, is_tinted: bool):
+        from .tokens import IncrementalDetokenizer
+
+        self.text = IncrementalDetokenizer(tokenizer)
+        self.tint = GREEN if is_tinted else ""
+        self.is_prompt = True
+
+    def put(self, value: Any) -> None:
+        if not self.is_prompt:
+            self.show(value)
+        self.is_prompt = False
+
+    def put_accepted(self, value: Any) -> None:
+        self.show(value, self.tint)
+
+    def show(self, value: Any, tint: str = "") -> None:
+        new = self.text.add(value.tolist())
+        sys.stdout.write(f"{tint}{new}{RESET}" if tint and new else new)
+        sys.stdout.flush()
+
+    def end(self) -> None:
+        sys.stdout.write("\n")
+
+
+@app.command(epilog="Ends with 3 where a text differs from plain generate's in float32.")
+def demo(
+    target: Target = None,
+    draft: Draft = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    max_new_tokens: MaxNewTokens = 128,
+    num_assistant_tokens: NumAssistantTokens = None,
+    assistant_tree_size: TreeSize = None,
+    repeats: Annotated[int, _flag("timed runs a prompt and route", min=1)] = 3,
+    compiled: Annotated[
+        bool | None, _flag("race compiled plain generate too (default: on a GPU)", "--compiled/--no-compiled")
+    ] = None,
+) -> int:
+    """Race plain generate against PARD on real prompts."""
+    from .evaluation.benchmark import is_exact
+    from .evaluation.prompts import DEMO_PROMPTS
+    from .evaluation.race import PARD, PLAIN, compile_plain, race
+    from .evaluation.report import GAP
+    from .tokens import encode_prompt
+
+    pair = _load(target, draft, dtype, device)
+    num_drafts = pair.draft.num_assistant_tokens if num_assistant_tokens is None else num_assistant_tokens
+    on, dtype = pair.target.device, str(pair.target.dtype).removeprefix("torch.")
+    print(f"K = {num_drafts} · {dtype} · {on} · greedy · up to {max_new_tokens} new tokens\n")
+    encoded = [encode_prompt(pair.tokenizer, prompt) for prompt in DEMO_PROMPTS]
+    with_compiled = on.type != "cpu" if compiled is None else compiled
+    if with_compiled and (reason := compile_plain(pair, max(encoded, key=len), max_new_tokens)) is not None:
+        with_compiled = False
+        print(f"Compiled plain generate is left out: {reason}.\n")
+    ours = {"num_assistant_tokens": num_drafts, "assistant_tree_size": assistant_tree_size}
+    heading = f"\n{UNDERLINE}{{}}{RESET}" if sys.stdout.isatty() else "\n{}"
+    results = []
+    for number, (prompt, ids) in enumerate(zip(DEMO_PROMPTS, encoded, strict=True), start=1):
+        print(f"[{number}/{len(DEMO_PROMPTS)}] {prompt.rstrip()}")
+        result = race(pair, ids, max_new_tokens, repeats, with_compiled, **ours)
+        results.append(result)
+        for way in (PLAIN, PARD):
+            print(heading.format(way), result.texts[way].rstrip(), sep="\n")
+        identical = "NO" if result.gaps[PARD] else "yes"
+        print(f"\n  identical: {identical} · {result.num_new_tokens} tokens · {_speeds(result)}\n", flush=True)
+    total = sum(results[1:], results[0])
+    print(f"all prompts: identical {total.agreement(PARD)} · {_speeds(total)}")
+    if not is_exact(pair.target.dtype):
+        itself = [f"{way}: identical {total.agreement(way)}" for way in total.gaps if way not in (PLAIN, PARD)]
+        print(f"plain generate against itself: {' · '.join(itself)} ({GAP})")
+    if target is None:
+        print("The bundled pair is a stand-in to see the mechanism, not a useful assistant.")
+    if not total.gaps[PARD] or not is_exact(pair.target.dtype):
+        return 0
+    _warn(
+        f"pard demo: Expected the texts of plain `generate` in {dtype}, got {total.agreement(PARD)} identical. "
+        "Please report the pair of models and the versions."
+    )
+    return EXIT_DIFFERENT
+
+
+def _speeds(result: RaceResult) -> str:
+    """Format tokens per second, τ, and the speedup over eager and, if it ran, over compiled plain `generate`."""
+    from .evaluation.race import COMPILED, PARD, PLAIN
+
+    plain, pard = (result.num_new_tokens / result.seconds[way] for way in (PLAIN, PARD))
+    speedups = {way: seconds / result.seconds[PARD] for way, seconds in result.seconds.items()}
+    return (
+        f"plain {plain:.0f} tokens/s · PARD {pard:.0f} tokens/s · τ {result.stats.acceptance_length:.2f} · "
+        f"speedup {speedups[PLAIN]:.2f}"
+        + (f" ({speedups[COMPILED]:.2f} over compiled plain)" if COMPILED in speedups else "")
+    )
+
+
+@app.command(epilog="Ends with 3 where a text differs from plain generate's in float32.")
+def bench(
+    context: typer.Context,
+    target: Target = None,
+    draft: Draft = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    max_new_tokens: MaxNewTokens = 128,
+    prompts: Annotated[Texts, _several(f"`demo`, {PROMPT_SETS} (default: demo)")] = None,
+    limit: Annotated[int, _flag("prompts a set")] = 16,
+    seed: Annotated[int, _flag("which prompts of a set")] = 0,
+    length: Annotated[int | None, _flag("put other text before prompts up to so many tokens", "--context")] = None,
+    routes: Annotated[Texts, _several("compared with plain generate (default: all that apply)")] = None,
+    num_assistant_tokens: Annotated[
+        Integers, _several("K, draft tokens a round (default: the draft's)", _integers)
+    ] = None,
+    assistant_tree_size: Annotated[int, _flag("N, nodes of a tree where a route drafts one")] = 64,
+    batch_sizes: Annotated[Integers, _several("texts at a time (default: 1)", _integers)] = None,
+    repeats: Annotated[int, _flag("timed runs of each route")] = 3,
+    output: Annotated[Path | None, _flag("write the JSON here: a .json file, or a folder")] = None,
+    resume: Annotated[bool, _flag("go on with an interrupted run's --output", "--resume")] = False,
+) -> int:
+    """Measure plain generate, its rivals and PARD on the same prompts, interleaved.
+
+    Prints tables to standard error and the result to standard output, as one JSON object.
+    """
+    from transformers.utils import logging
+
+    from .evaluation.benchmark import Benchmark, BenchmarkSettings, differences, is_exact, run_benchmark, run_metadata
+    from .evaluation.prompts import load_prompt_sets
+    from .evaluation.report import difference_sentence, make_console, progress_bar, show_cell
+    from .evaluation.routes import ROUTES
+
+    if output is None and resume:
+        raise ValueError("Expected `--output` with `--resume`, got none. Name a file.")
+    if output is not None and output.suffix != ".json":
+        output = output / "bench.json"
+    sets = load_prompt_sets(prompts or ["demo"])
+    settings = BenchmarkSettings(
+        routes=tuple(routes or ROUTES),
+        batch_sizes=tuple(batch_sizes or [1]),
+        num_assistant_tokens=tuple(num_assistant_tokens or ()),
+        repeats=repeats,
+        max_new_tokens=max_new_tokens,
+        limit=limit,
+        seed=seed,
+        context=length,
+        tree_size=assistant_tree_size,
+    )
+    logging.set_verbosity_error()  # The stock loop warns of its own defaults in every call.
+    pair, console = _load(target, draft, dtype, device), make_console()
+    metadata = run_metadata(pair, settings, context.obj, target, draft)
+    with progress_bar(console) as advance:
+        benchmark = Benchmark(pair, settings, advance)
+        result = run_benchmark(benchmark, sets, metadata, output, resume, partial(show_cell, console))
+    different = differences(result["cells"]) if is_exact(pair.target.dtype) else []
+    for route, difference in different[:1]:
+        _warn(f"pard bench: {difference_sentence(route, difference)}")
+    print(json.dumps(result, ensure_ascii=False))
+    return EXIT_DIFFERENT if different else 0
+
+
+@app.command()
+def data(
+    prompts: Annotated[list[str], _several(f"{PROMPT_SETS} (split: train)")],
+    output: Annotated[Path, _flag(".jsonl file that the rows are appended to")],
+    target: Target = None,
+    draft: Annotated[Text, _flag("folder or Hub id of a draft that makes it faster")] = None,
+    temperature: Temperature = 0.0,
+    top_p: Annotated[float, _flag("probability mass sampled from")] = 1.0,
+    num_samples: Annotated[int, _flag("answers to a prompt")] = 1,
+    max_new_tokens: MaxNewTokens = 512,
+    batch_size: Annotated[int, _flag("prompts at a time")] = 16,
+    limit: Annotated[int | None, _flag("read this many prompts at most", min=1)] = None,
+    seed: Annotated[int, _flag("seed for sampling")] = 0,
+    num_assistant_tokens: NumAssistantTokens = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    skip_bad_rows: SkipBadRows = False,
+    restart: Annotated[bool, _flag("move an old --output aside and begin anew", "--restart")] = False,
+) -> None:
+    """Let the target write the answers a draft is trained on.
+
+    Rows {prompt}, {turns} or {messages} in, training rows out. The same command goes on where an interrupted one
+    stopped.
+    """
+    from .training.responses import write_answers
+
+    sources: list[dict[str, Any]] = []
+    rows = list(itertools.islice(_read_all(prompts, skip_bad_rows, sources), limit))
+    if not rows:
+        raise ValueError(f"Expected at least one prompt in {', '.join(prompts)}, got none. Name another file.")
+    pair = _load(target, draft, dtype, device, may_lack_draft=True)
+    progress = Progress()
+    counts = write_answers(
+        pair.target,
+        pair.tokenizer,
+        rows,
+        output,
+        draft=pair.draft,
+        sources=sources,
+        report=progress,
+        batch_size=batch_size,
+        num_assistant_tokens=num_assistant_tokens,
+        num_samples=num_samples,
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        skip_bad_rows=skip_bad_rows,
+        restart=restart,
+    )
+    if counts.left_out or counts.shortened:
+        _warn(
+            f"{counts.left_out} rows had no room for an answer, {counts.shortened} for every turn: lower "
+            "`--max-new-tokens` to have them."
+        )
+    print(json.dumps({"output": output.name, **counts.to_dict(), **progress.ratios()}))
+
+
+def _read_all(prompts: list[str], skip_bad_rows: bool, sources: list[dict[str, Any]]) -> Iterator[Any]:
+    """Read the rows of files and Hub data sets in order; appends the name and digest of each to `sources`."""
+    from .evaluation.prompts import HUB_PREFIX, read_hub_conversations
+    from .io import sha256_of
+    from .training.data import PROMPTS, check_rows, read_rows
+
+    for source in prompts:
+        skipped: list[int] = []
+        if source.startswith(HUB_PREFIX):
+            name, found = read_hub_conversations(source)
+            digest = hashlib.sha256(json.dumps(found, default=str).encode()).hexdigest()
+            rows = check_rows(enumerate(found, start=1), f"row {{}} of `{source}`", PROMPTS, skip_bad_rows, skipped)
+        else:
+            name, digest = Path(source).name, sha256_of(Path(source)).hexdigest()
+            rows = read_rows(source, skip_bad_rows, PROMPTS, skipped)
+        sources.append({"name": name, "sha256": digest, "skipped": skipped})
+        yield from rows
+
+
+class Progress:
+    """Print the progress of `pard data` to standard error, one line every five seconds."""
+
+    def __init__(self) -> None:
+        self.start = self.last = time.perf_counter()
+        self.speed, self.acceptance_length = 0.0, 0.0
+
+    def __call__(self, counts: Any, stats: Any) -> None:
+        now = time.perf_counter()
+        self.speed, self.acceptance_length = counts.new_tokens / (now - self.start), stats.acceptance_length
+        if now - self.last < 5.0 and counts.waiting:
+            return
+        self.last = now
+        acceptance = f" · τ {self.acceptance_length:.2f}" if stats.num_rounds else ""
+        _warn(f"{counts.new_rows}/{counts.new_rows + counts.waiting} rows · {self.speed:.1f} tokens/s{acceptance}")
+
+    def ratios(self) -> dict[str, float]:
+        """Return tokens a second and, with a draft, the acceptance length."""
+        ratios = {"tokens_per_second": round(self.speed, 2)}
+        return ratios | ({"acceptance_length": round(self.acceptance_length, 4)} if self.acceptance_length else {})
+
+
+def train(context: typer.Context, **settings: Any) -> None:
+    """Adapt a small causal LM into a parallel draft. Rows: {text}, {prompt, response} or {messages}."""
+    from .evaluation.acceptance import prepare_evaluator
+    from .hub.model_card import draft_card
+    from .io import shown_command
+    from .training.train import train_draft
+
+    given = {name: value for name, value in settings.items() if value is not None}
+    given["training_arguments"] = dict(given.get("training_arguments", ()))
+    chosen = TrainingSettings(**given, command=shown_command(context.obj))
+    print(json.dumps({"draft": str(train_draft(chosen, prepare_evaluator, draft_card))}))
+
+
+def _training_flag(setting: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
+    """Make the flag of a training setting, whose type is `kind`."""
+    help, none, parse = setting.metadata["help"], setting.metadata.get("none"), setting.metadata.get("parse")
+    option = _flag(help, f"--{setting.name.replace('_', '-')}")
+    if none:
+        option.parser = lambda word: None if word == none else int(word)
+    if get_origin(kind) in (list, dict):
+        split = (lambda word: [parse(word)]) if parse else _paths if kind == list[Path] else _words
+        kind, option = list[Any], _several(help, split)
+    default = setting.default
+    if default is dataclasses.MISSING:  # Required, or an empty list.
+        default = inspect.Parameter.empty if setting.default_factory is dataclasses.MISSING else None
+    return inspect.Parameter(
+        setting.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
+    )
+
+
+_kinds = get_type_hints(TrainingSettings)
+_flags = [_training_flag(one, _kinds[one.name]) for one in dataclasses.fields(TrainingSettings) if one.metadata]
+_flags.sort(key=lambda flag: flag.default is not inspect.Parameter.empty)  # The required ones first.
+train.__signature__ = inspect.Signature([inspect.signature(train).parameters["context"], *_flags])  # type: ignore[attr-defined]
+app.command()(train)
+
+
+@app.command()
+def check(
+    draft: Annotated[str, typer.Argument(help="folder or Hub id of the draft")],
+    target: Annotated[Text, _flag("folder or Hub id of the target; only config and tokenizer are read")] = None,
+    as_json: Annotated[bool, _flag("print the findings once more, as one JSON object", "--json")] = False,
+) -> int:
+    """Say whether vLLM and TensorRT-LLM would load a draft, and what is wrong if not.
+
+    Weights are not loaded. Exit code 0 where both would load it, 1 where one would not.
+    """
+    from .hub.engines import ENGINES, check_draft, would_load
+
+    findings = check_draft(draft, target)
+    code = _print_findings(findings)
+    if as_json:
+        engines = {engine: would_load(findings, engine) for engine in ENGINES}
+        print(json.dumps({"engines": engines, "findings": [dataclasses.asdict(finding) for finding in findings]}))
+    return code
+
+
+def _print_findings(findings: list[Finding]) -> int:
+    """Print one line an engine and one a finding; returns 1 if an engine would not load the draft."""
+    from .hub.engines import ENGINES, would_load
+
+    for engine, title in ENGINES.items():
+        print(f"{title}: would {'' if would_load(findings, engine) else 'not '}load it")
+    for finding in findings:
+        kind = "must be fixed" if finding.is_blocking else "note"
+        print(f"{kind} ({finding.engine.replace('both', 'both engines')}): {finding.message}")
+    return 0 if all(would_load(findings, engine) for engine in ENGINES) else 1
+
+
+@app.command()
+def export(
+    draft: Annotated[str, typer.Argument(help="folder or Hub id of the draft")],
+    output: Annotated[Path, _flag("folder to write, not there yet or empty")],
+    target: Annotated[Text, _flag("folder or Hub id of the target, read for its vocabulary size")] = None,
+    pad_vocab_to: Annotated[int | None, _flag("vocabulary size, where no target is at hand")] = None,
+) -> int:
+    """Write a draft as vLLM and TensorRT-LLM load it: one mask key, the target's vocabulary size.
+
+    Exit code 0 where both would load it, 1 where it is written and one of them would not.
+    """
+    from transformers.utils import logging
+
+    from .hub.checkpoint import read_json, vocab_size
+    from .hub.engines import check_draft
+    from .hub.export import export_draft
+
+    logging.disable_progress_bar()
+    folder = export_draft(draft, output, target, pad_vocab_to)
+    findings = check_draft(folder, target, name=str(output))
+    code = _print_findings(findings)
+    print(json.dumps({"draft": str(folder), "vocab_size": vocab_size(read_json(folder, "config.json"))}))
+    return code
+
+
+@app.command()
+def card(
+    checkpoint: Annotated[
+        Text,
+        typer.Argument(help="folder or Hub id, `bundled-draft` or `bundled-target`; known drafts are not downloaded"),
+    ] = None,
+    render_all: Annotated[bool, _flag("render every card of this repository into a folder", "--all")] = False,
+    results: Annotated[Texts, _several("results of `pard bench`; of a folder, those of the checkpoint")] = None,
+    output: Annotated[Path | None, _flag("file, or folder with --all (default: standard output)")] = None,
+    target: Annotated[Text, _flag("a target it serves (default: the one it was trained for)")] = None,
+    license: Annotated[Text, _flag("as the Hub names it, such as apache-2.0")] = None,
+    base_model: Annotated[Text, _flag("Hub id of the model it was made from (default: the files')")] = None,
+    datasets: Annotated[Texts, _several("Hub ids of its training data (default: the files')")] = None,
+    language: Annotated[Texts, _several("of its training text, such as en")] = None,
+    tags: Annotated[Texts, _several("beside those that every card has")] = None,
+) -> None:
+    """Render the model card of a draft from its config, provenance and results.
+
+    Reads config.json, provenance.json, result files and the table of published drafts; what none of them holds is
+    stated to be missing.
+    """
+    from .hub.model_card import all_names, card_source, model_card
+
+    if render_all == (checkpoint is not None):
+        raise ValueError("Expected a checkpoint or --all, got " + ("both." if render_all else "neither."))
+    stated: dict[str, Any] = {"target": target, "license": license, "base_model": base_model}
+    stated |= {"datasets": datasets, "language": language, "tags": tags}
+    flags = [f"--{name.replace('_', '-')}" for name, value in stated.items() if value]
+    if render_all and flags:
+        raise ValueError(f"Expected {', '.join(flags)} with one checkpoint only, got --all.")
+    if render_all and (output is None or output.is_file()):
+        raise ValueError("Expected with --all a folder for the cards: pass --output model_cards.")
+    written = []
+    for name in [checkpoint] if checkpoint is not None else all_names():
+        text = model_card(card_source(name, results or [], **stated))
+        if output is None:
+            print(text)
+            return
+        written.append(output / f"{name.split('/')[-1]}.md" if render_all else output)
+        text.save(written[-1])
+    print(json.dumps({"cards": [file.name for file in written]}))
 
 
 if __name__ == "__main__":

@@ -158,6 +158,8 @@ def shown_command(words: list[str], program: str = "pard") -> str:
 
 
 def shown_value(flag: str, value: str) -> str:
+    if "," in value and not Path(value).exists():
+        return ",".join(shown_value(flag, part) for part in value.split(","))
     prefix, value = ("hub:", value[4:]) if value.startswith("hub:") else ("", value)
     is_path = (flag in PATH_FLAGS and not prefix) or value.startswith(("/", ".", "~")) or Path(value).exists()
     return prefix + (Path(value).name if is_path else value)

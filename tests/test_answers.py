@@ -426,7 +426,7 @@ def test_files_are_read_in_order_and_broken_lines_named(command, tmp_path, out, 
     second = write_prompts(
         tmp_path / "second.jsonl", [{"turns": ["c", "d"]}, {"messages": [{"role": "tool", "content": "x"}]}]
     )
-    command += ["--prompts", first, second]
+    command += ["--prompts", first, "--prompts", second]
 
     assert main(command) == 2
     assert "in line 3 of" in capsys.readouterr().err
@@ -453,11 +453,10 @@ def test_target_alone_answers_as_with_a_draft(command, tmp_path, out):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--limit", "0"], "`--limit` of at least 1"),
+        (["--limit", "0"], "'--limit'"),
         (["--num-samples", "2"], "greedy"),
         (["--output", "answers.jsonl.gz"], "ends in `.jsonl`"),
         (["--prompts", "no-such-file.jsonl"], "no-such-file.jsonl"),
-        (["--prompts", os.devnull], "at least one prompt"),
     ],
 )
 def test_bad_words_end_with_a_sentence(command, tmp_path, capsys, words, message):
@@ -466,6 +465,12 @@ def test_bad_words_end_with_a_sentence(command, tmp_path, capsys, words, message
     assert main([*command, "--prompts", source, *words]) == 2
 
     assert message in capsys.readouterr().err
+
+
+def test_no_prompts_end_with_a_sentence(command, capsys):
+    assert main([*command, "--prompts", os.devnull]) == 2
+
+    assert "at least one prompt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 from families import character_tokenizer, make_model
 
 from pard_hf import bundled_pair, load_pair
-from pard_hf.evaluation.prompts import encode_prompt
+from pard_hf.tokens import encode_prompt
 
 pytest.importorskip("gradio")
 pytest.importorskip("playwright")

@@ -3,13 +3,16 @@
 import io
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
+from documents import ROOT
 from families import make_draft, make_forgetful, make_model
 from transformers import AutoTokenizer
 
-from pard_hf.cli import TintedStreamer, main
+from pard_hf.cli import TintedStreamer, main, with_head_mode
 
 
 @pytest.fixture
@@ -78,8 +81,8 @@ def test_seed_makes_sampling_repeatable(pair_folders, capsys):
     [
         (["   "], "Expected a prompt"),
         (["hello", "--file", "x"], "got both"),
-        (["hello", "--temperature", "-1"], "at least 0"),
-        (["hello", "--num-assistant-tokens", "0"], "at least 1"),
+        (["hello", "--temperature", "-1"], "greater than or equal to 0"),
+        (["hello", "--num-assistant-tokens", "0"], "greater than or equal to 1"),
         (["hello", "--max-new-tokens", "999"], "256 positions"),
         (["hello", "--dtype", "float33"], "float33"),
         (["hello", "--device", "abacus"], "abacus"),
@@ -109,7 +112,7 @@ def test_demo_says_whether_texts_are_identical(pair_folders, capsys):
     out = capsys.readouterr().out
     assert out.count("identical: yes") == 6
     assert "identical 6/6" in out
-    assert "compiled" not in out  # Nobody measured it on a CPU.
+    assert "compiled" not in out  # By default it runs on a GPU only.
 
 
 def demo_of(target, folders, capsys, *options):
@@ -175,3 +178,69 @@ def test_streamer_waits_for_whole_characters(bundled_like_tokenizer, capsys):
         streamer.put(torch.tensor(value))
 
     assert capsys.readouterr().out == "é\n"
+
+
+def test_several_values_are_repeated_or_separated_by_commas(pair_folders, tmp_path, capsys):
+    for name in ("a.txt", "b.txt", "c,d.txt"):
+        (tmp_path / name).write_text("hello")
+    files = ["--file", f"{tmp_path}/a.txt,{tmp_path}/b.txt", "--file", f"{tmp_path}/c,d.txt"]
+
+    assert main(["generate", *files, *pair_folders]) == 0
+
+    assert "[3/3] hello" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "message"),
+    [
+        ([], "pard", "Missing command"),
+        (["tell"], "pard tell", "No such command 'tell'"),
+        (["generate", "--max-new", "4"], "pard generate", "No such option: --max-new"),
+        (["bench", "--batch-sizes", "1", "4"], "pard bench", "unexpected extra argument"),
+        (["bench", "--batch-sizes", "1,four"], "pard bench", "'--batch-sizes'"),
+        (["train", "--base", "base"], "pard train", "Missing option '--data'"),
+        (["train", "--objective", "mse"], "pard train", "'--objective'"),
+    ],
+)
+def test_wrong_words_end_with_one_line(capsys, words, name, message):
+    assert main(words) == 2
+
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"{name}: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.err.endswith("--help`.\n")
+
+
+def test_interrupted_command_ends_with_130(monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pard_hf.hub.engines.check_draft", interrupted)
+
+    assert main(["check", "draft"]) == 130
+    assert capsys.readouterr().err == "pard check: interrupted\n"
+
+
+def test_correction_head_without_a_mode_is_frozen():
+    words = ["train", "--correction-head", "--base", "b"]
+    assert with_head_mode(words) == ["train", "--correction-head=frozen", "--base", "b"]
+    for mode in ("frozen", "joint"):
+        assert with_head_mode(["--correction-head", mode]) == ["--correction-head", mode]
+    assert with_head_mode(["--correction-head"]) == ["--correction-head=frozen"]
+
+
+def test_help_loads_no_models():
+    """Torch and transformers take seconds to import."""
+    program = """
+import sys
+from pard_hf.cli import main
+for words in ("--help", "generate --help", "bench --help", "train --help"):
+    assert main(words.split()) == 0
+assert not {"torch", "transformers", "datasets", "gradio"} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+
+    assert done.returncode == 0, done.stderr
+    assert "--num-assistant-tokens" in done.stdout

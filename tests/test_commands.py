@@ -58,8 +58,8 @@ def test_several_files_are_several_prompts(command, prompts_file, tmp_path, caps
     [
         ('{"prompt": "a"}\n{"promt": "b"}\n', [], "line 2"),
         ("\n", [], "at least one prompt"),
-        ('{"prompt": " "}\n', [], "nothing but white space"),
-        ('{"prompt": "a"}\n', ["--batch-size", "0"], "`--batch-size` of at least 1"),
+        ('{"prompt": " "}\n', [], "only white space"),
+        ('{"prompt": "a"}\n', ["--batch-size", "0"], "'--batch-size': "),
         ('{"prompt": "a"}\n', ["and another"], "got both"),
     ],
 )

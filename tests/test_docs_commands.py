@@ -15,11 +15,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import typer
 from documents import DOCUMENTS, ROOT, Block, blocks_of, command_lines, inline_code
 from test_docs import PYPROJECT
 
+from benchmarks.plots import main as draw_plots
 from pard_hf import bundled_pair
-from pard_hf.cli import build_parser, main
+from pard_hf.cli import app, main, with_head_mode
 from pard_hf.draft import model as draft_model
 from pard_hf.draft.known_drafts import KNOWN_DRAFTS
 from pard_hf.hub import checkpoint
@@ -77,22 +79,22 @@ class Workplace:
 
     def run_pard(self, *words):
         words, stdin, stdout = redirections(list(words))
-        args = build_parser().parse_args(words)
-        # The parser also takes the beginning of a flag, which a document should not teach.
-        assert {word for word in words if word.startswith("--")} <= flags_of_commands()[args.command]
+        given = parsed(words)
         for name in ("target", "draft", "checkpoint", "base"):
-            value = getattr(args, name, None)
+            value = given.get(name)
             stand_in = bundled_pair().draft if name == "base" else answered(value, self.folder)
-            words = [stand_in if word == value and name != "command" else word for word in words]
+            words = [words[0], *(stand_in if word == value else word for word in words[1:])]
         written = io.StringIO()
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(written):
             patch.setattr("sys.stdin", io.StringIO((self.folder / stdin).read_text() if stdin else ""))
-            assert main([*words, *SHORT[args.command].split()]) == 0, words
+            assert main([*words, *SHORT[words[0]].split()]) == 0, words
         assert written.getvalue().strip()
         if stdout:
             (self.folder / stdout).write_text(written.getvalue())
 
     def run_python(self, script, *words):
+        if script == "benchmarks/plots.py":
+            return draw_plots(words)
         app = pytest.importorskip("app")
         assert script == "app.py"
         assert {word for word in words if word.startswith("--")} <= flags_of_app(app)
@@ -126,8 +128,8 @@ class Workplace:
         launched = launch_command_parser().parse_args(words[1:])
         assert (launched.module, launched.training_script) == (True, "pard_hf.cli")
         words = launched.training_script_args
-        assert build_parser().parse_args(words).command == "train"
-        assert {word for word in words if word.startswith("--")} <= flags_of_commands()["train"]
+        assert words[0] == "train"
+        assert parsed(words)["base"]
 
     def run_hf(self, verb, *words):
         from huggingface_hub.cli.upload import upload as hf_upload
@@ -211,9 +213,18 @@ def flags_of_app(app):
 
 
 def flags_of_commands():
-    """The flags of each command, `pard COMMAND` first."""
-    [commands] = [action for action in build_parser()._actions if action.dest == "command"]
-    return {name: set(parser._option_string_actions) for name, parser in commands.choices.items()}
+    """The flags of each command."""
+    commands = typer.main.get_command(app).commands
+    return {
+        name: {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
+        for name, command in commands.items()
+    }
+
+
+def parsed(words):
+    """What the command of a line is given, once its flags are parsed."""
+    name, *words = with_head_mode(words)
+    return typer.main.get_command(app).commands[name].make_context(name, words).params
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: f"{path.parent.name}/{path.name}")

@@ -3,12 +3,13 @@
 import importlib.util
 import json
 import re
+from dataclasses import fields
 
 import pytest
 from documents import DOCUMENTS, RESULTS, ROOT, prose_of
 
-from pard_hf.cli import build_parser
 from pard_hf.hub.model_card import PUBLISHED
+from pard_hf.training.settings import TrainingSettings
 
 DOCS = ROOT / "docs"
 SETS = ("heldout_code_functions", "gsm8k_test")
@@ -160,8 +161,7 @@ def decimals_in(value):
 
 
 def defaults_of_training():
-    args = build_parser().parse_args(["train", "--base", "b", "--data", "d", "--output", "o"])
-    return {str(value) for value in vars(args).values() if isinstance(value, float)}
+    return {str(setting.default) for setting in fields(TrainingSettings) if isinstance(setting.default, float)}
 
 
 @pytest.mark.parametrize("document", sorted(DOCS.glob("*.md")), ids=lambda path: path.name)
@@ -226,24 +226,27 @@ def test_every_committed_result_is_identical_in_float32():
     assert "every committed result shows it" in " ".join(text_of("docs/limits.md").split())
 
 
-def pinned(package):
-    return re.search(rf"^{package}==(.*)$", text_of("constraints.txt"), flags=re.MULTILINE).group(1)
+def labels_and_coordinates(path):
+    svg = path.read_text(encoding="utf-8")
+    paths = " ".join(re.findall(r' d="([^"]*)"', svg))
+    return re.findall(r"<text[^>]*>([^<]*)<", svg), [float(number) for number in re.findall(r"-?\d+\.?\d*", paths)]
 
 
 def test_drawings_are_what_the_script_draws(tmp_path):
-    matplotlib = pytest.importorskip("matplotlib")
-    if matplotlib.__version__ != pinned("matplotlib"):
-        pytest.skip("other versions draw the same figures in other bytes")
+    """Labels and lines, not bytes, which differ between versions of matplotlib."""
+    pytest.importorskip("matplotlib")
     spec = importlib.util.spec_from_file_location("figures", DOCS / "figures.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
 
     script.draw_all(tmp_path)
 
-    committed, drawn = ({path.name: path.read_bytes() for path in d.iterdir()} for d in (DOCS / "figures", tmp_path))
-    assert committed.keys() == drawn.keys() == {f"{name}.svg" for name in script.FIGURES}
-    for name, content in drawn.items():
-        assert committed[name] == content, f"{name}: run `python docs/figures.py`"
+    for name in script.FIGURES:
+        (labels, lines), (drawn_labels, drawn_lines) = (
+            labels_and_coordinates(folder / f"{name}.svg") for folder in (DOCS / "figures", tmp_path)
+        )
+        assert labels == drawn_labels, f"{name}: run `python docs/figures.py`"
+        assert lines == pytest.approx(drawn_lines, abs=0.5), f"{name}: run `python docs/figures.py`"
 
 
 def test_drawings_hold_text_and_no_pictures():

@@ -709,7 +709,7 @@ def test_check_says_it_in_words(draft_folder, target_folder, capsys):
     assert main(["check", str(draft_folder), "--target", str(target_folder), "--json"]) == 1
     *words, last = capsys.readouterr().out.splitlines()
     assert words[:2] == ["vLLM >= 0.16: would not load it", "TensorRT-LLM: would load it"]
-    assert words[2].startswith("must be mended (vLLM): ")
+    assert words[2].startswith("must be fixed (vLLM): ")
     result = json.loads(last)
     assert result["engines"] == {"vLLM": False, "TensorRT-LLM": True}
     assert Finding(**result["findings"][0]).is_blocking

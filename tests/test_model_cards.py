@@ -211,7 +211,7 @@ def test_card_of_a_checkpoint_never_fails(provenance):
 
 
 def test_card_command_renders_a_folder(checkpoint, capsys):
-    assert main(["card", str(checkpoint), "--license", "mit", "--datasets", "org/a", "org/b", "--language", "en"]) == 0
+    assert main(["card", str(checkpoint), "--license", "mit", "--datasets", "org/a,org/b", "--language", "en"]) == 0
 
     card = ModelCard(capsys.readouterr().out)
     data = card.data.to_dict()

@@ -1,29 +1,30 @@
-"""What a person sees of a result: tables, figures, sentences."""
+"""Tables, plots and sentences made of a result."""
 
 import io
+import json
 
 import pytest
 from rich.console import Console
 
+from benchmarks.plots import main, write_plots
 from pard_hf.evaluation.benchmark import differences
-from pard_hf.evaluation.metrics import BenchmarkResult, CellResult, Difference, Regrouped, RouteResult, for_json
-from pard_hf.evaluation.plots import write_plots
+from pard_hf.evaluation.metrics import for_json
 from pard_hf.evaluation.report import difference_sentence, progress_bar, show_cell
 
 
 def make_route(name, speedup=1.0, **values):
-    return RouteResult(
-        route=name,
-        tokens_per_second=100.0 * speedup,
-        tokens_per_second_range=[90.0 * speedup, 110.0 * speedup],
-        time_to_first_token=0.05,
-        speedup=speedup,
-        speedup_range=[0.9 * speedup, 1.1 * speedup],
-        num_new_tokens=40,
-        identical_share=1.0,
-        seconds=[0.4 / speedup],
+    return {
+        "route": name,
+        "tokens_per_second": 100.0 * speedup,
+        "tokens_per_second_range": [90.0 * speedup, 110.0 * speedup],
+        "time_to_first_token": 0.05,
+        "speedup": speedup,
+        "speedup_range": [0.9 * speedup, 1.1 * speedup],
+        "num_new_tokens": 40,
+        "identical_share": 1.0,
+        "seconds": [0.4 / speedup],
         **values,
-    )
+    }
 
 
 def make_cell(prompts="code", batch_size=1, num_assistant_tokens=4):
@@ -46,45 +47,46 @@ def make_cell(prompts="code", batch_size=1, num_assistant_tokens=4):
         ideal_speedup=2.75,
         ideal_share=0.91,
     )
-    return CellResult(
-        prompts=prompts,
-        prompts_digest="0",
-        num_prompts=3,
-        num_left_out=2,
-        batch_size=batch_size,
-        num_assistant_tokens=num_assistant_tokens,
-        mean_prompt_tokens=20.0,
-        mean_new_tokens=13.0,
-        repeated_4gram_share=0.125,
-        repeated_4gram_share_of_references=0.25,
-        bytes_per_round=19_000_000,
-        copy_bandwidth=18.1e9,
-        peak_memory_kind="none",
-        routes=[make_route("ar", plain_step_seconds=0.002), make_route("ad", 0.8, position_acceptance=[0.9]), tier2],
-        not_served={"pld": "the stock assisted loop takes one text at a time, not 2"},
-    )
+    return {
+        "prompts": prompts,
+        "prompts_digest": "0",
+        "num_prompts": 3,
+        "num_left_out": 2,
+        "batch_size": batch_size,
+        "num_assistant_tokens": num_assistant_tokens,
+        "mean_prompt_tokens": 20.0,
+        "mean_new_tokens": 13.0,
+        "repeated_4gram_share": 0.125,
+        "repeated_4gram_share_of_references": 0.25,
+        "bytes_per_round": 19_000_000,
+        "copy_bandwidth": 18.1e9,
+        "peak_memory_kind": "none",
+        "routes": [
+            make_route("ar", plain_step_seconds=0.002),
+            make_route("ad", 0.8, position_acceptance=[0.9]),
+            tier2,
+        ],
+        "not_served": {"pld": "the stock assisted loop takes one text at a time, not 2"},
+    }
 
 
-def make_result(*cells):
-    return BenchmarkResult({"command": "pard bench", "device": "CPU", "dtype": "float32"}, list(cells))
+def shown(cell, width=160):
+    out = io.StringIO()
+    show_cell(Console(file=out, width=width), cell)
+    return out.getvalue()
 
 
 def test_tables_show_what_was_measured_and_what_was_not():
-    out = io.StringIO()
+    text = shown(make_cell())
 
-    show_cell(Console(file=out, width=160), make_cell())
-
-    lines = out.getvalue().splitlines()
-    row = next(line for line in lines if "PARD tier 2" in line)
+    speed, rounds = [line for line in text.splitlines() if "PARD tier 2" in line]
     assert (
-        row.split()
+        speed.split()
         == "PARD tier 2 250.0 [225.0–275.0] – 50.0 2.50 [2.25–2.75] 1.70 [1.60–1.80] 3.25 0.56 100% – –".split()
     )
-    round_row = [line for line in lines if "PARD tier 2" in line][1]
-    assert "1.00 (20%)" in round_row
-    assert "3.50 (70%)" in round_row
-    assert "2.75 × AR" in round_row
-    text = out.getvalue()
+    assert "1.00 (20%)" in rounds
+    assert "3.50 (70%)" in rounds
+    assert "2.75 × AR" in rounds
     assert "repeated 4-grams 12.5% (references 25.0%)" in text
     assert "2 too long, left out" in text
     assert "a step of AR 2.00 ms · 19 MB a round · copies at 18.1 GB/s" in text
@@ -92,16 +94,13 @@ def test_tables_show_what_was_measured_and_what_was_not():
 
 
 def test_16_bit_texts_stand_beside_plain_generate_against_itself():
-    out, cell = io.StringIO(), make_cell(batch_size=2)
-    cell.routes[0] = make_route("ar")
-    cell.routes.append(make_route("ar_plus", 1.5))
-    for route, share, gaps in ((cell.route("tier2"), 0.5, [0.125, 0.0625]), (cell.route("ar_plus"), 0.75, [0.25])):
-        route.identical_share, route.logit_gaps = share, gaps
-    cell.regrouped = Regrouped(1, 0.5, [0.03125, 0.0625])
+    cell = make_cell(batch_size=2)
+    cell["routes"][2] |= {"identical_share": 0.5, "logit_gaps": [0.125, 0.0625]}
+    cell["routes"].append(make_route("ar_plus", 1.5, identical_share=0.75, logit_gaps=[0.25]))
+    cell["regrouped"] = {"batch_size": 1, "identical_share": 0.5, "logit_gaps": [0.03125, 0.0625]}
 
-    show_cell(Console(file=out, width=240), cell)
+    text = shown(cell, width=240)
 
-    text = out.getvalue()
     assert "50% gap 0.12" in next(line for line in text.splitlines() if "PARD tier 2" in line)
     assert (
         "one row against a batch of 2: identical 50% gap 0.062 · eager against compiled: identical 75% gap 0.25"
@@ -110,11 +109,7 @@ def test_16_bit_texts_stand_beside_plain_generate_against_itself():
 
 
 def test_tables_are_not_read_as_markup():
-    out = io.StringIO()
-
-    show_cell(Console(file=out, width=160), make_cell(prompts="[red]code"))
-
-    assert "[red]code" in out.getvalue()
+    assert "[red]code" in shown(make_cell(prompts="[red]code"))
 
 
 def test_progress_bar_takes_shares():
@@ -139,29 +134,38 @@ def test_progress_bar_takes_shares():
         ),
     ],
 )
-def test_figures_are_drawn_for_what_was_swept(tmp_path, cells, names):
-    pytest.importorskip("matplotlib")
+def test_plots_are_drawn_for_what_was_swept(tmp_path, cells, names):
+    result = {"command": "pard bench", "device": "CPU", "cells": [make_cell(**cell) for cell in cells]}
 
-    files = write_plots(make_result(*(make_cell(**cell) for cell in cells)), tmp_path / "out.json")
+    files = write_plots(result, tmp_path / "out.json")
 
     assert sorted(file.name for file in files) == [f"out_{name}.svg" for name in names]
     assert all(file.read_text().startswith("<?xml") for file in files)
 
 
+def test_the_script_draws_beside_the_result(tmp_path):
+    (tmp_path / "out.json").write_text(json.dumps({"cells": [make_cell()]}))
+
+    main([str(tmp_path / "out.json")])
+
+    assert (tmp_path / "out_speedup.svg").exists()
+
+
 def test_first_difference_is_a_sentence():
     cell = make_cell()
-    cell.route("tier2").difference = Difference("code", 7, 3, " x", " y")
-    cell.route("ad").difference = Difference("code", 1, 0, "a", "b")  # Not ours to answer for.
+    where = {"prompts": "code", "prompt_index": 7, "position": 3, "expected": " x", "got": " y"}
+    cell["routes"][2]["difference"] = where
+    cell["routes"][1]["difference"] = where  # A rival route without a parallel draft.
 
     [(route, difference)] = differences([cell])
 
     assert difference_sentence(route, difference) == (
         "Expected the tokens of plain `generate` from PARD tier 2, got others: set code, prompt 7, new token 3: "
-        "' x' expected, ' y' said."
+        "' x' expected, ' y' emitted."
     )
 
 
-def test_json_leaves_out_what_nobody_measured():
+def test_json_leaves_out_what_was_not_measured():
     values = for_json({"a": None, "b": [1, {"c": None, "d": 0.123456789}], "e": {}})
 
     assert values == {"b": [1, {"d": 0.123457}], "e": {}}

@@ -213,7 +213,7 @@ def test_bad_evaluations_end_before_weights_are_loaded(base, data, tmp_path, cap
 
     for problem, flags in {
         "within the 128 positions of both models": ("--eval-prompts", data, "--eval-max-new-tokens", "127"),
-        "'rows' twice": ("--eval-prompts", data, same / "rows.jsonl"),
+        "`rows` twice": ("--eval-prompts", data, "--eval-prompts", same / "rows.jsonl"),
         "with words to evaluate on": ("--eval-prompts", empty),
         "`--eval-batch-size` of at least 1": ("--eval-prompts", data, "--eval-batch-size", "0"),
     }.items():
@@ -392,8 +392,9 @@ def launch(*words):
 def test_two_processes_are_one_with_doubled_accumulation(base, data, tmp_path):
     """The same losses and weights, and a checkpoint of the one is gone on from by the other."""
     flags = ("--save-steps", "3", "--batch-size", "2", "--training-arguments", "logging_steps=1")
+    gloo = ("--training-arguments", "ddp_backend=gloo")
     evaluated = ("--target", str(base), "--eval-prompts", str(data), "--eval-limit", "5", "--eval-max-new-tokens", "9")
-    launch(*command(base, data, tmp_path / "two", "--max-steps", "6", *evaluated, *flags, "ddp_backend=gloo")[1:])
+    launch(*command(base, data, tmp_path / "two", "--max-steps", "6", *evaluated, *flags, *gloo)[1:])
     accumulated = ("--gradient-accumulation-steps", "2", *evaluated, *flags)
     assert main(command(base, data, tmp_path / "one", "--max-steps", "6", *accumulated)[3:]) == 0
 

@@ -42,7 +42,6 @@ def test_requirements_are_those_of_the_package(space):
         "typer",
         "jinja2",
         "matplotlib",
-        "rich",
     ]
 
 

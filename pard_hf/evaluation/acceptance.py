@@ -1,4 +1,4 @@
-"""How long a draft's blocks are, by the real decoding loop on whole prompt sets."""
+"""Measure the acceptance length of a draft on prompt sets, with the real decoding loop."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from ..generation.mixin import PardGenerationMixin, with_pard, without_pard
+from ..generation.mixin import with_pard
 from ..generation.stats import DecodingStats
-from ..host import end_token_ids, input_device, pad_token_id, without_head
-from .prompts import choose_rows, encode_prompt, load_prompts, repeated_share
-from .routes import make_batches
+from ..host import end_token_ids, input_device, pad_token_id, sharing_weights, without_head
+from ..tokens import encode_prompt
+from .metrics import repeated_share
+from .prompts import choose_rows, load_prompt_sets, make_batches
 
 
 @dataclass
@@ -45,32 +46,27 @@ class AcceptanceEvaluator:
     texts: dict[str, list[list[int]]] = field(default_factory=dict, init=False)
 
     def __call__(self, draft: Any, part: tuple[int, int] = (0, 1)) -> dict[str, DecodingStats]:
-        """Statistics of each set; with `part` `(i, n)`, over every n-th prompt from the i-th, one of n devices' share.
+        """Statistics of each set; with `part` `(i, n)`, over every n-th prompt from the i-th, the share of one device.
 
-        The answers themselves stay in `texts`, in the order of the prompts. They are the target's: no draft changes
-        them.
+        The answers stay in `texts`, in the order of the prompts. They are the target's: no draft changes them.
         """
-        was_plain = not isinstance(self.target, PardGenerationMixin)
-        target = with_pard(self.target)
+        target = with_pard(sharing_weights(self.target, type(self.target)))
         was_training = draft.training
         draft.eval()
         try:
-            return {name: self.measure(target, draft, name, prompts[part[0] :: part[1]])
-                    for name, prompts in self.prompts.items()}  # fmt: skip
+            return {
+                name: self.measure(target, draft, name, prompts[part[0] :: part[1]])
+                for name, prompts in self.prompts.items()
+            }
         finally:
             draft.train(was_training)
-            if was_plain:
-                without_pard(target)
 
     @torch.no_grad()
     def measure(self, target: Any, draft: Any, name: str, prompts: Sequence[list[int]]) -> DecodingStats:
-        stats, ends = DecodingStats(), end_token_ids(target.generation_config)
+        config, stats, texts = target.generation_config, DecodingStats(), dict[int, list[int]]()
         draft = draft if self.uses_head else without_head(draft)
-        texts = dict[int, list[int]]()
         kwargs = {} if self.num_assistant_tokens is None else {"num_assistant_tokens": self.num_assistant_tokens}
-        for batch in make_batches(
-            list(prompts), self.batch_size, pad_token_id(target.generation_config), input_device(target)
-        ):
+        for batch in make_batches(prompts, self.batch_size, pad_token_id(config), input_device(target)):
             output = target.generate(
                 **batch.inputs,
                 assistant_model=draft,
@@ -82,12 +78,12 @@ class AcceptanceEvaluator:
                 **kwargs,
             )
             stats += output.stats
-            texts |= batch.new_texts(output.sequences, ends)
+            texts |= batch.new_texts(output.sequences, end_token_ids(config))
         self.texts[name] = [texts[index] for index in range(len(prompts))]
         return stats
 
     def repeated_4gram_share(self, name: str) -> float:
-        """Share of repeated 4-grams in the answers of a set: loops look like high acceptance."""
+        """Share of repeated 4-grams in the answers of a set, to read beside its acceptance."""
         return repeated_share(self.texts[name])
 
 
@@ -106,13 +102,10 @@ def prepare_evaluator(settings: Any, tokenizer: Any, longest: int) -> Callable[[
         ValueError: Two sets have one name, a prompt is empty, or prompt and answer exceed `longest`.
     """
     prompts = dict[str, list[list[int]]]()
-    for source in settings.eval_prompts:
-        name, rows = load_prompts(source)
-        if name in prompts:
-            raise ValueError(f"Expected prompt sets of different names, got {name!r} twice. Rename a file.")
+    for name, rows in load_prompt_sets(settings.eval_prompts).items():
         texts = [rows[index]["prompt"] for index in choose_rows(rows, settings.eval_limit, settings.seed)]
         if not texts or not all(text.strip() for text in texts):
-            raise ValueError(f"Expected prompts with words to evaluate on in {source!r}, got an empty one.")
+            raise ValueError(f"Expected prompts with words to evaluate on in {name!r}, got an empty one.")
         prompts[name] = [encode_prompt(tokenizer, text) for text in texts]
     most = max(len(ids) for rows in prompts.values() for ids in rows)
     if most + settings.eval_max_new_tokens > longest:

@@ -1,243 +1,187 @@
-"""What a benchmark has found, in the words of its JSON.
+"""What one route did in one cell of a benchmark, and the metrics that follow from it.
 
-A figure that nobody measured is `None`, and absent from the JSON. Times are in seconds and sizes in bytes; figures are
-medians over repeats, ranges `[least, most]`.
-
-The formulas from what was measured to what is reported.
-
-Everything here is a pure function of records: no model, no clock. A ratio is taken in each repeat, whose routes took
-turns, and then the median of the repeats.
+Times are in seconds and sizes in bytes. A ratio is taken in each repeat, in which the routes took turns, and its
+median over the repeats is reported, with `[least, most]` as its range. A metric that was not measured is absent from
+the JSON.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
 from ..generation.stats import DecodingStats
-from .routes import COMPILED_BY_HOST, Route
+from .routes import Route
 
-
-@dataclass
-class Parts:
-    """Seconds of a repeat's rounds by part, all batches together; the first rounds are `prefill`."""
-
-    prefill: float = 0.0
-    draft: float = 0.0
-    verify: float = 0.0
-    loop: float = 0.0
-    num_rounds: int = 0
-
-    def add(self, clock: object) -> None:
-        for name in ("prefill", "draft", "verify", "loop", "num_rounds"):
-            setattr(self, name, getattr(self, name) + getattr(clock, name))
+# New tokens by the index of the prompt.
+Texts = dict[int, list[int]]
 
 
 @dataclass
 class RouteRecord:
-    """What a route did on all batches of a cell.
+    """One route on all batches of a cell.
 
-    Args:
-        texts (`dict[int, list[int]]`):
-            New tokens of every prompt, as the warm-up said them.
-        differing (`dict[int, list[int]]`):
-            What was said for prompts that got other tokens than plain `generate`'s, in whichever run.
-        seconds (`list[float]`), first_seconds (`list[float]`) and parts (`list[Parts]`):
-            One a repeat, summed over batches: wall time, that of a run for a single token, and where rounds spent it.
-        num_steps (`int`):
-            Forwards for one token a row that plain `generate` takes for these texts.
+    `records` are all routes of the cell, `ar` among them. `texts` are the new tokens of each prompt in the warm-up, up
+    to and with the end token; `differing` those of any run that are not plain `generate`'s. Each repeat has an entry,
+    summed over batches, in `seconds` (wall time), `first_seconds` (that of a run for one token) and `round_seconds`
+    (steps of the rounds, and `num_rounds`). `num_steps` counts the forwards that plain `generate` takes for these
+    texts; `copy_seconds` is the time of copying the bytes of a round on the device.
     """
 
     route: Route
-    texts: dict[int, list[int]] = field(default_factory=dict)
-    differing: dict[int, list[int]] = field(default_factory=dict)
+    records: dict[str, RouteRecord] = field(repr=False)
+    num_batches: int = 1
+    texts: Texts = field(default_factory=dict)
+    differing: Texts = field(default_factory=dict)
     stats: DecodingStats | None = None
     warm_up_seconds: float = 0.0
     compile_seconds: float | None = None
     seconds: list[float] = field(default_factory=list)
     first_seconds: list[float] = field(default_factory=list)
-    parts: list[Parts] = field(default_factory=list)
+    round_seconds: list[Counter[str]] = field(default_factory=list)
     peak_memory: int | None = None
     num_steps: int = 0
+    copy_seconds: float = 0.0
+    logit_gaps: dict[int, float | None] = field(default_factory=dict)
+    difference: dict[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Every metric of the route that was measured, by its name in results."""
+        return for_json({**self.speed(), **self.acceptance(), **self.rounds(), **self.agreement()})
 
     @property
     def num_new_tokens(self) -> int:
         return sum(map(len, self.texts.values()))
 
-    def compare(self, texts: dict[int, list[int]], expected: dict[int, list[int]]) -> None:
-        """Note where `texts` leave `expected`."""
-        for index, text in texts.items():
-            if text != expected[index]:
-                self.differing.setdefault(index, text)
-
-    def note_memory(self, peak: int | None) -> None:
-        if peak is not None:
-            self.peak_memory = max(peak, self.peak_memory or 0)
-
-
-@dataclass
-class Difference:
-    """The first place where a route left plain `generate`, and how far that prefers its best token there."""
-
-    prompts: str
-    prompt_index: int
-    position: int
-    expected: str
-    got: str
-    logit_gap: float | None = None
-
-
-@dataclass
-class Regrouped:
-    """How far plain `generate` agrees with itself when the same prompts come in batches of another size.
-
-    Args:
-        batch_size (`int`):
-            That other size.
-        identical_share (`float`) and logit_gaps (`list[float]`):
-            As in [`RouteResult`].
-    """
-
-    batch_size: int
-    identical_share: float
-    logit_gaps: list[float]
-
-
-@dataclass
-class RouteResult:
-    """One route in one cell. Rates count new tokens up to and with the end token.
-
-    Args:
-        tokens_per_second (`float`) and decode_tokens_per_second (`float`, *optional*):
-            Prefill included, and after the first token.
-        time_to_first_token (`float`):
-            Seconds of a call for one token, mean over batches.
-        speedup (`float`) and decode_speedup (`float`, *optional*):
-            The route's tokens a second over plain `generate`'s in the same repeat, prefill included and after the
-            first token: the ratio of wall times, where texts are equal.
-        speedup_over_ar_plus (`float`, *optional*) and speedup_over_ar_plus_range (`list[float]`, *optional*):
-            The same over `ar_plus`, compiled plain `generate`, where that was measured.
-        identical_share (`float`) and logit_gaps (`list[float]`, *optional*):
-            The share of texts that are plain `generate`'s in every run, and for each other one how far the plain model
-            prefers its best token to the one said where the texts first part, in the run's dtype.
-        acceptance_length (`float`, *optional*):
-            τ, tokens a round with the bonus token. Other counts as in [`DecodingStats`].
-        compile_seconds (`float`, *optional*):
-            Spent compiling before anything was timed; where the host compiles, what the warm-up took longer than a
-            timed run.
-        seconds_per_round (`float`, *optional*):
-            Wall time of the timed runs without their first rounds, over the number of other rounds.
-        draft_seconds (`float`, *optional*), verify_seconds and loop_seconds:
-            Parts of a round, from runs of their own in which the device is waited for; the shares add up to 1.
-        plain_step_seconds (`float`, *optional*):
-            Of plain routes: one forward for one token a row.
-        baseline (`str`, *optional*):
-            The plain route that the next figures compare with: compiled rounds with compiled steps, if measured.
-        verify_ratio (`float`, *optional*):
-            A verify over a plain step: 1 where K + 1 rows cost as much as one.
-        ideal_speedup (`float`, *optional*):
-            τ / (1 + draft / plain step), over `baseline`; `ideal_share` and `decode_ideal_share` are what the speedups
-            over `baseline` are of it, prefill included and after the first token.
-        bandwidth_share (`float`, *optional*):
-            Time that copying the bytes of a round takes, over the time of a round.
-    """
-
-    route: str
-    tokens_per_second: float
-    tokens_per_second_range: list[float]
-    time_to_first_token: float
-    speedup: float
-    speedup_range: list[float]
-    num_new_tokens: int
-    identical_share: float
-    seconds: list[float]
-    decode_tokens_per_second: float | None = None
-    decode_speedup: float | None = None
-    speedup_over_ar_plus: float | None = None
-    speedup_over_ar_plus_range: list[float] | None = None
-    acceptance_length: float | None = None
-    acceptance_rate: float | None = None
-    position_acceptance: list[float] | None = None
-    histogram: list[int] | None = None
-    compile_seconds: float | None = None
-    peak_memory: int | None = None
-    seconds_per_round: float | None = None
-    draft_seconds: float | None = None
-    verify_seconds: float | None = None
-    loop_seconds: float | None = None
-    draft_share: float | None = None
-    verify_share: float | None = None
-    loop_share: float | None = None
-    plain_step_seconds: float | None = None
-    baseline: str | None = None
-    verify_ratio: float | None = None
-    ideal_speedup: float | None = None
-    ideal_share: float | None = None
-    decode_ideal_share: float | None = None
-    bandwidth_share: float | None = None
-    difference: Difference | None = None
-    logit_gaps: list[float] | None = None
-
-
-@dataclass
-class CellResult:
-    """Every route on one prompt set at one batch size and K; `regrouped` only in 16 bit."""
-
-    prompts: str
-    prompts_digest: str
-    num_prompts: int
-    num_left_out: int
-    batch_size: int
-    num_assistant_tokens: int
-    mean_prompt_tokens: float
-    mean_new_tokens: float
-    repeated_4gram_share: float
-    repeated_4gram_share_of_references: float | None
-    bytes_per_round: int
-    copy_bandwidth: float
-    peak_memory_kind: str
-    routes: list[RouteResult] = field(default_factory=list)
-    not_served: dict[str, str] = field(default_factory=dict)
-    regrouped: Regrouped | None = None
+    @property
+    def rates(self) -> list[float]:
+        """Tokens a second in each repeat, prefill included."""
+        return [self.num_new_tokens / seconds for seconds in self.seconds]
 
     @property
-    def key(self) -> tuple[str, int, int]:
-        return self.prompts, self.batch_size, self.num_assistant_tokens
+    def decode_seconds(self) -> list[float]:
+        """Seconds after the first tokens in each repeat; empty where texts are too short to tell."""
+        seconds = [whole - first for whole, first in zip(self.seconds, self.first_seconds, strict=True)]
+        return seconds if self.num_steps and min(seconds) > 0 else []
 
-    def route(self, name: str) -> RouteResult | None:
-        return next((route for route in self.routes if route.route == name), None)
+    @property
+    def decode_rates(self) -> list[float]:
+        """Tokens a second after the first tokens in each repeat."""
+        return [(self.num_new_tokens - len(self.texts)) / seconds for seconds in self.decode_seconds]
 
-    def to_dict(self) -> dict[str, Any]:
-        return for_json(asdict(self))
+    @property
+    def step_seconds(self) -> list[float]:
+        """Of a plain route: seconds of one forward for one token a row in each repeat."""
+        return [seconds / self.num_steps for seconds in self.decode_seconds]
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> CellResult:
-        values = {"repeated_4gram_share_of_references": None, **values}
-        routes = [
-            RouteResult(
-                **{**route, "difference": Difference(**route["difference"]) if "difference" in route else None}
-            )
-            for route in values.pop("routes")
-        ]
-        regrouped = values.pop("regrouped", None)
-        return cls(**values, routes=routes, regrouped=None if regrouped is None else Regrouped(**regrouped))
+    @property
+    def acceptance_length(self) -> float:
+        """τ, mean tokens a round with the bonus token; every round of plain decoding is one token."""
+        return 1.0 if self.stats is None else self.stats.acceptance_length
+
+    def speed(self) -> dict[str, Any]:
+        """Tokens a second, over those of plain `generate`: with equal texts the ratio of wall times."""
+        ar, ar_plus = self.records["ar"], self.records.get("ar_plus")
+        over_ar = ratios(self.rates, ar.rates)
+        over_ar_plus = ratios(self.rates, ar_plus.rates) if ar_plus else []
+        compile_seconds = self.compile_seconds
+        if self.route.is_compiled_by_transformers:
+            compile_seconds = max(self.warm_up_seconds - median(self.seconds), 0.0)
+        return {
+            "route": self.route.name,
+            "tokens_per_second": median(self.rates),
+            "tokens_per_second_range": bounds(self.rates),
+            "time_to_first_token": median(self.first_seconds) / self.num_batches,
+            "speedup": median(over_ar),
+            "speedup_range": bounds(over_ar),
+            "num_new_tokens": self.num_new_tokens,
+            "seconds": self.seconds,
+            "decode_tokens_per_second": middle(self.decode_rates),
+            "decode_speedup": middle(ratios(self.decode_rates, ar.decode_rates)),
+            "speedup_over_ar_plus": middle(over_ar_plus),
+            "speedup_over_ar_plus_range": bounds(over_ar_plus),
+            "compile_seconds": compile_seconds,
+            "peak_memory": self.peak_memory,
+            "plain_step_seconds": middle(self.step_seconds) if self.route.loop == "none" else None,
+        }
+
+    def acceptance(self) -> dict[str, Any]:
+        """How many proposals were accepted; transformers does not report how many prompt lookup makes."""
+        stats = None if self.route.name == "pld" else self.stats
+        return {
+            "acceptance_length": self.acceptance_length,
+            "acceptance_rate": stats.acceptance_rate if stats and self.route.is_pard else None,
+            "position_acceptance": list(stats.position_acceptance) if stats else None,
+            "histogram": list(stats.histogram) if stats else None,
+        }
+
+    def rounds(self) -> dict[str, Any]:
+        """Cost of a round by step, and the speedup that is possible at this τ and these costs.
+
+        Only where every round has the same K. Steps are timed in runs of their own, in which the device is waited for.
+        """
+        if self.route.is_adaptive or not self.round_seconds or not self.round_seconds[0]["num_rounds"]:
+            return {}
+        repeats = self.round_seconds
+        steps = {name: [r[name] / r["num_rounds"] for r in repeats] for name in ("draft", "verify", "loop")}
+        whole = sum(map(sum, steps.values()))
+        rounds = [(s - r["prefill"]) / r["num_rounds"] for s, r in zip(self.seconds, repeats, strict=True)]
+        seconds_per_round = median(rounds) if min(rounds) > 0 else None
+        return {
+            **{f"{name}_seconds": median(seconds) for name, seconds in steps.items()},
+            **{f"{name}_share": sum(seconds) / whole for name, seconds in steps.items()},
+            "seconds_per_round": seconds_per_round,
+            "bandwidth_share": self.copy_seconds / seconds_per_round if seconds_per_round else None,
+            **self.ideal(steps["draft"], steps["verify"]),
+        }
+
+    def ideal(self, draft: list[float], verify: list[float]) -> dict[str, Any]:
+        """τ / (1 + draft / plain step), and the share of it that is reached.
+
+        The baseline is the plain route that runs its forwards as the rounds do: compiled if that was measured.
+        """
+        ar = self.records["ar"]
+        baseline = self.records.get("ar_plus", ar) if self.route.is_compiled else ar
+        if not (steps := baseline.step_seconds):
+            return {}
+        ideal = median(self.acceptance_length / (1 + share) for share in ratios(draft, steps))
+        decode_speedup = middle(ratios(self.decode_rates, baseline.decode_rates))
+        return {
+            "baseline": baseline.route.name,
+            "verify_ratio": median(ratios(verify, steps)),
+            "ideal_speedup": ideal,
+            "ideal_share": median(ratios(self.rates, baseline.rates)) / ideal,
+            "decode_ideal_share": None if decode_speedup is None else decode_speedup / ideal,
+        }
+
+    def agreement(self) -> dict[str, Any]:
+        """How many texts are those of plain `generate` in every run, and where the others first differ."""
+        return {
+            "identical_share": 1 - len(self.differing) / len(self.texts),
+            "difference": self.difference,
+            "logit_gaps": known(self.logit_gaps) if self.differing else None,
+        }
 
 
-@dataclass
-class BenchmarkResult:
-    """All cells of a run and the conditions they were measured under."""
+def middle(values: Sequence[float]) -> float | None:
+    """The median, or `None` where nothing was measured."""
+    return median(values) if values else None
 
-    conditions: dict[str, Any]
-    cells: list[CellResult]
 
-    def to_dict(self) -> dict[str, Any]:
-        return {**self.conditions, "cells": [cell.to_dict() for cell in self.cells]}
+def bounds(values: Sequence[float]) -> list[float] | None:
+    return [min(values), max(values)] if values else None
 
-    def to_json(self) -> str:
-        """As files hold it."""
-        return json.dumps(self.to_dict(), ensure_ascii=False, indent=1) + "\n"
+
+def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
+    """Repeat by repeat, so that what slows both sides of one repeat down cancels; empty where one is not known."""
+    return [a / b for a, b in zip(numerators, denominators, strict=True)] if numerators and denominators else []
+
+
+def known(gaps: dict[int, float | None]) -> list[float]:
+    return [gap for gap in gaps.values() if gap is not None]
 
 
 def for_json(values: Any) -> Any:
@@ -249,125 +193,8 @@ def for_json(values: Any) -> Any:
     return float(f"{values:.6g}") if isinstance(values, float) else values
 
 
-def route_result(
-    record: RouteRecord, records: dict[str, RouteRecord], num_batches: int, bytes_seconds: float
-) -> RouteResult:
-    """The figures of one route.
-
-    Args:
-        records (`dict[str, RouteRecord]`):
-            Of every route in the same cell, plain `generate` among them.
-        num_batches (`int`):
-            Of the cell.
-        bytes_seconds (`float`):
-            Seconds that copying the bytes of a round would take.
-    """
-    rates, speedups = tokens_per_second(record), ratios(tokens_per_second(record), tokens_per_second(records["ar"]))
-    result = RouteResult(
-        route=record.route.name,
-        tokens_per_second=median(rates),
-        tokens_per_second_range=[min(rates), max(rates)],
-        time_to_first_token=median(record.first_seconds) / num_batches,
-        speedup=median(speedups),
-        speedup_range=[min(speedups), max(speedups)],
-        num_new_tokens=record.num_new_tokens,
-        identical_share=1 - len(record.differing) / len(record.texts),
-        seconds=record.seconds,
-        compile_seconds=record.compile_seconds,
-        peak_memory=record.peak_memory,
-    )
-    if record.route.name in COMPILED_BY_HOST:
-        result.compile_seconds = max(record.warm_up_seconds - median(record.seconds), 0.0)
-    if "ar_plus" in records:
-        compiled_speedups = ratios(rates, tokens_per_second(records["ar_plus"]))
-        result.speedup_over_ar_plus = median(compiled_speedups)
-        result.speedup_over_ar_plus_range = [min(compiled_speedups), max(compiled_speedups)]
-    decode_rates = decode_tokens_per_second(record)
-    result.decode_tokens_per_second = median(decode_rates) if decode_rates else None
-    result.decode_speedup = decode_speedup(record, records["ar"])
-    add_acceptance(result, record)
-    if record.route.baseline is not None and record.parts and record.parts[0].num_rounds:
-        add_rounds(result, record, bytes_seconds)
-        add_ideal(result, record, records.get(record.route.baseline, records["ar"]))
-    if record.route.name in ("ar", "ar_plus"):
-        steps = plain_step_seconds(record)
-        result.plain_step_seconds = median(steps) if steps else None
-    return result
-
-
-def tokens_per_second(record: RouteRecord) -> list[float]:
-    """Tokens a second in each repeat, prefill included."""
-    return [record.num_new_tokens / seconds for seconds in record.seconds]
-
-
-def decode_seconds(record: RouteRecord) -> list[float]:
-    """Seconds after the first tokens in each repeat; empty where there are too few to tell."""
-    seconds = [s - first for s, first in zip(record.seconds, record.first_seconds, strict=True)]
-    return seconds if record.num_steps and min(seconds) > 0 else []
-
-
-def decode_tokens_per_second(record: RouteRecord) -> list[float]:
-    """Tokens a second after the first ones in each repeat, where there are any."""
-    return [(record.num_new_tokens - len(record.texts)) / seconds for seconds in decode_seconds(record)]
-
-
-def plain_step_seconds(record: RouteRecord) -> list[float]:
-    """Seconds of one plain decode step in each repeat, where there are any."""
-    return [seconds / record.num_steps for seconds in decode_seconds(record)]
-
-
-def decode_speedup(record: RouteRecord, baseline: RouteRecord) -> float | None:
-    """Median ratio of the rates after the first tokens; `None` where one of them is not known."""
-    rates, plain_rates = decode_tokens_per_second(record), decode_tokens_per_second(baseline)
-    return median(ratios(rates, plain_rates)) if rates and plain_rates else None
-
-
-def ratios(numerators: list[float], denominators: list[float]) -> list[float]:
-    """Repeat by repeat: what slows both sides of one repeat down cancels."""
-    return [a / b for a, b in zip(numerators, denominators, strict=True)]
-
-
-def add_acceptance(result: RouteResult, record: RouteRecord) -> None:
-    """How many proposals were accepted, as far as it is known."""
-    if record.stats is None:
-        result.acceptance_length = 1.0  # Plain decoding: every round is one token.
-        return
-    result.acceptance_length = record.stats.acceptance_length
-    if record.route.name == "pld":
-        return  # How many proposals it finds differs from round to round, and the host does not say.
-    result.histogram = list(record.stats.histogram)
-    result.position_acceptance = list(record.stats.position_acceptance)
-    if record.route.is_pard:
-        result.acceptance_rate = record.stats.acceptance_rate
-
-
-def seconds_of_part(record: RouteRecord, name: str) -> list[float]:
-    """Seconds of a part of a round in each repeat."""
-    return [getattr(parts, name) / parts.num_rounds for parts in record.parts]
-
-
-def add_rounds(result: RouteResult, record: RouteRecord, bytes_seconds: float) -> None:
-    """What the rounds cost, and how near they come to the device's bandwidth."""
-    draft, verify, loop = (seconds_of_part(record, name) for name in ("draft", "verify", "loop"))
-    whole = sum(draft + verify + loop)
-    result.draft_seconds, result.verify_seconds, result.loop_seconds = median(draft), median(verify), median(loop)
-    result.draft_share, result.verify_share, result.loop_share = (sum(part) / whole for part in (draft, verify, loop))
-    timed = [(s - p.prefill) / p.num_rounds for s, p in zip(record.seconds, record.parts, strict=True)]
-    if min(timed) > 0:
-        result.seconds_per_round = median(timed)
-        result.bandwidth_share = bytes_seconds / result.seconds_per_round
-
-
-def add_ideal(result: RouteResult, record: RouteRecord, baseline: RouteRecord) -> None:
-    """How rounds compare with plain steps, and what is made of it."""
-    steps = plain_step_seconds(baseline)
-    if not steps or result.acceptance_length is None:
-        return
-    drafts = seconds_of_part(record, "draft")
-    result.baseline = baseline.route.name
-    result.verify_ratio = median(ratios(seconds_of_part(record, "verify"), steps))
-    result.ideal_speedup = median(result.acceptance_length / (1 + share) for share in ratios(drafts, steps))
-    speedup = median(ratios(tokens_per_second(record), tokens_per_second(baseline)))
-    result.ideal_share = speedup / result.ideal_speedup
-    decoding = decode_speedup(record, baseline)
-    result.decode_ideal_share = None if decoding is None else decoding / result.ideal_speedup
+def repeated_share(texts: Iterable[Sequence[int]], size: int = 4) -> float:
+    """Share of n-grams of `size` tokens that occur earlier in the same text: a text that loops is easy to draft."""
+    grams = [[tuple(text[i : i + size]) for i in range(len(text) - size + 1)] for text in texts]
+    total = sum(map(len, grams))
+    return 1 - sum(len(set(found)) for found in grams) / total if total else 0.0

@@ -1,14 +1,19 @@
-"""Prompt sets by name, file or Hub data set, and what to say about the texts that come back."""
+"""Prompt sets by name, file or Hub data set, as token ids and as batches."""
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..io import numbered_lines, parse_line, text_problem
+from ..tokens import pad_left, until_end
 
 DEMO_PROMPTS = (
     'def is_palindrome(text: str) -> bool:\n    """Return True if text reads the same backwards."""\n',
@@ -22,8 +27,21 @@ DEMO_PROMPTS = (
 )
 NAMED_SETS = {"demo": DEMO_PROMPTS}
 HUB_PREFIX = "hub:"
-# Where the answer of a row is, in the sets we know.
+# Fields that hold the reference answer in common sets.
 ANSWER_FIELDS = ("reference", "solution", "response", "answer")
+# Rows of the batches that single rows are compared with.
+REGROUPED_SIZE = 4
+
+
+def load_prompt_sets(sources: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Read prompt sets by name, see [`load_prompts`]; a `ValueError` if two have the same name."""
+    sets: dict[str, list[dict[str, Any]]] = {}
+    for source in sources:
+        name, rows = load_prompts(source)
+        if name in sets:
+            raise ValueError(f"Expected prompt sets of different names, got `{name}` twice. Rename one of the files.")
+        sets[name] = rows
+    return sets
 
 
 def load_prompts(source: str) -> tuple[str, list[dict[str, Any]]]:
@@ -67,41 +85,62 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[dict[str, A
         if len(prompts) == limit:
             break
         row, problem = parse_line(line)
-        problem = problem or why_no_prompt(row)
+        problem = problem or prompt_problem(row, "prompt")
         if problem is not None:
             raise ValueError(
-                f"Expected a JSON object with a `prompt` in line {number} of `{path}`, but {problem}. Mend the line."
+                f"Expected a JSON object with a `prompt` in line {number} of `{path}`, but {problem}. Fix the line."
             )
         prompts.append(row)
     return prompts
 
 
-def why_no_prompt(row: Any) -> str | None:
-    """Say what keeps a parsed line from being a prompt; `None` when nothing does."""
+def prompt_problem(row: Any, field: str) -> str | None:
+    """Return why a parsed JSONL row has no text in `field`; `None` when it has."""
     if not isinstance(row, dict):
         return f"it is a JSON {type(row).__name__}"
-    return None if isinstance(row.get("prompt"), str) else f"its `prompt` is no text; it has {sorted(row)}"
+    return None if isinstance(row.get(field), str) else f"its `{field}` is no text; it has {sorted(row)}"
 
 
 def read_hub_prompts(source: str) -> tuple[str, list[dict[str, Any]]]:
     """Read `hub:org/name[/config][:split[:field]]`; split and field default to `test` and `prompt`."""
     name, field, rows = read_hub_rows(source, "test")
     field = field or "prompt"
-    if rows and not isinstance(rows[0].get(field), str):
-        raise ValueError(f"Expected a text field {field!r} in {source!r}, got {sorted(rows[0])}. Name one of these.")
     for number, row in enumerate(rows, start=1):
-        problem = text_problem(row) or why_no_prompt({**row, "prompt": row.get(field)})
+        problem = text_problem(row) or prompt_problem(row, field)
         if problem is not None:
-            raise ValueError(f"Expected a text field {field!r} in row {number} of {source!r}, but {problem}.")
+            raise ValueError(
+                f"Expected a text field {field!r} in row {number} of {source!r}, but {problem}. Name another field."
+            )
     return name, [{**row, "prompt": row[field]} for row in rows]
 
 
-def read_hub_rows(source: str, default_split: str) -> tuple[str, str, list[dict[str, Any]]]:
-    """Read the rows of `hub:org/name[/config][:split[:field]]`.
+def read_hub_conversations(source: str) -> tuple[str, list[dict[str, Any]]]:
+    """Read a Hub data set that `pard data` answers, see [`read_hub_rows`]; the split defaults to `train`.
 
     Returns:
-        The name of the set and its split, the field where one is named (or nothing), and the rows as they are.
+        The name of the set, and rows with the value of one field: `prompt` if it is a text, `turns` if it is a list
+        of texts, else `messages`. The field defaults to the first of these three that the set has; `id` is kept.
     """
+    fields = ("messages", "turns", "prompt")
+    name, field, rows = read_hub_rows(source, "train")
+    if rows and not field:
+        field = next((name for name in fields if name in rows[0]), "")
+    if rows and field not in rows[0]:
+        raise ValueError(
+            f"Expected one of the fields {', '.join(fields)} in {source!r}, got {sorted(rows[0])}. Name one of "
+            "these as `hub:org/name:split:field`."
+        )
+    conversations = []
+    for row in rows:
+        value = row[field]
+        is_turns = isinstance(value, list) and all(isinstance(turn, str) for turn in value)
+        kind = "prompt" if isinstance(value, str) else "turns" if is_turns else "messages"
+        conversations.append({kind: value, **({"id": row["id"]} if isinstance(row.get("id"), str | int) else {})})
+    return name, conversations
+
+
+def read_hub_rows(source: str, default_split: str) -> tuple[str, str, list[dict[str, Any]]]:
+    """Read `hub:org/name[/config][:split[:field]]`: its name with the split, the field or `""`, the rows."""
     try:
         from datasets import load_dataset
         from datasets.exceptions import DatasetNotFoundError
@@ -124,67 +163,73 @@ def read_hub_rows(source: str, default_split: str) -> tuple[str, str, list[dict[
     return f"{Path(path).name}:{split}", field, rows
 
 
-def choose_rows(rows: list[dict[str, Any]], limit: int | None, seed: int) -> list[int]:
-    """Indices of at most `limit` rows, the same for the same seed, in the order of the set."""
+def choose_rows(rows: Sequence[Any], limit: int | None, seed: int) -> list[int]:
+    """Indices of at most `limit` rows, drawn by `seed`, in the order of the set."""
     indices = list(range(len(rows)))
     random.Random(seed).shuffle(indices)
     return sorted(indices[:limit])
 
 
-def encode_prompt(tokenizer: Any, prompt: str, raw: bool = False) -> list[int]:
-    """Token ids of a prompt, in the tokenizer's chat template where it has one and `raw` does not forbid it."""
-    if raw or tokenizer.chat_template is None:
-        return tokenizer(prompt)["input_ids"]
-    messages = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-
-
 def encode_answer(tokenizer: Any, row: dict[str, Any], num_tokens: int) -> list[int] | None:
-    """Token ids of a row's reference answer, cut where a model's answers are cut; `None` where the row has none."""
+    """At most `num_tokens` token ids of a row's reference answer; `None` where the row has none."""
     text = next((row[field] for field in ANSWER_FIELDS if isinstance(row.get(field), str)), None)
     if text is None:
         return None
-    text = re.sub(r"<<[^<>]*>>", "", text)  # GSM8K's calculator notes, which nobody says.
+    text = re.sub(r"<<[^<>]*>>", "", text)  # Calculator annotations of GSM8K, which are no text.
     return tokenizer(text, add_special_tokens=False)["input_ids"][:num_tokens]
 
 
 def lengthen(ids: list[int], others: Sequence[list[int]], context: int, start: int | None) -> list[int]:
-    """Put other text before a prompt that is shorter than `context` tokens, so that it has as many.
+    """Put other texts, in order and again from the first, before a prompt of fewer than `context` tokens.
 
-    Args:
-        ids (`list[int]`):
-            Token ids of the prompt.
-        others (`Sequence[list[int]]`):
-            Texts to put there, in order, again from the first where they do not suffice.
-        context (`int`):
-            Tokens of the result, or more where the prompt has more.
-        start (`int`, *optional*):
-            The id that every text begins with; it stays in front.
+    The result has that many; a `start` token in front of the prompt stays in front.
     """
     missing = max(context - len(ids), 0)
-    filler: list[int] = []
-    while len(filler) < missing:
-        size = len(filler)
-        for text in others:
-            filler += text[: missing - len(filler)]
-        if len(filler) == size:
-            raise ValueError("Expected text to put before a short prompt, got none. Choose a set that has some.")
-    head = ids[:1] if ids[:1] == [start] else []
-    return [*head, *filler, *ids[len(head) :]]
+    if missing and not any(others):
+        raise ValueError("Expected text to put before a short prompt, got none. Choose a set that has some.")
+    filler = islice(chain.from_iterable(cycle(others)), missing)
+    num_start = int(ids[:1] == [start])
+    return [*ids[:num_start], *filler, *ids[num_start:]]
 
 
-def repeated_share(texts: Iterable[Sequence[int]], size: int = 4) -> float:
-    """Share of n-grams that a text has said before, over all texts: loops look like high acceptance.
+@dataclass(frozen=True)
+class PromptBatch:
+    """Some prompts of a list: their indices, and left-padded `input_ids` and `attention_mask` `[B, T]`."""
 
-    Args:
-        texts (`Iterable[Sequence[int]]`):
-            Token ids of each text; n-grams do not cross texts.
-        size (`int`, *optional*, defaults to 4):
-            Tokens of an n-gram.
+    indices: tuple[int, ...]
+    inputs: dict[str, torch.Tensor]
+
+    @property
+    def num_columns(self) -> int:
+        return self.inputs["input_ids"].shape[1]
+
+    def new_texts(self, sequences: torch.Tensor, end_token_ids: Sequence[int]) -> dict[int, list[int]]:
+        """New tokens of each batch row of `sequences` `[B, T + new]`, up to and with the first end token."""
+        rows = sequences[:, self.num_columns :].tolist()
+        return {index: until_end(row, end_token_ids) for index, row in zip(self.indices, rows, strict=True)}
+
+
+def make_batches(
+    encoded: Sequence[list[int]], batch_size: int, pad_token_id: int | None, device: torch.device | str
+) -> list[PromptBatch]:
+    """Batches of prompts of like length, longest first: the first batch shows whether memory and positions suffice."""
+    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]), reverse=True)
+    batches = []
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        inputs = pad_left([encoded[index] for index in indices], pad_token_id)
+        batches.append(PromptBatch(tuple(indices), {name: tensor.to(device) for name, tensor in inputs.items()}))
+    return batches
+
+
+def regroup(encoded: Sequence[list[int]], batches: list[PromptBatch], pad_token_id: int | None) -> list[PromptBatch]:
+    """Batches of another size: the prompts of `batches` one at a time, or four at a time where each came alone.
+
+    Prompts that come alone both times are left out; some come again to fill a batch.
     """
-    repeated = total = 0
-    for text in texts:
-        grams = [tuple(text[i : i + size]) for i in range(len(text) - size + 1)]
-        repeated += len(grams) - len(set(grams))
-        total += len(grams)
-    return repeated / total if total else 0.0
+    device = batches[0].inputs["input_ids"].device
+    together = [index for batch in batches if len(batch.indices) > 1 for index in batch.indices]
+    size = 1 if together else REGROUPED_SIZE
+    indices = together or [index % len(encoded) for index in range(len(encoded) + -len(encoded) % size)]
+    made = make_batches([encoded[index] for index in indices], size, pad_token_id, device)
+    return [PromptBatch(tuple(indices[index] for index in batch.indices), batch.inputs) for batch in made]

@@ -1,4 +1,4 @@
-"""Plain `generate`, eager and where wanted compiled, against ours on one prompt, interleaved."""
+"""Race plain `generate` against ours on one prompt, interleaved: what `pard demo` shows."""
 
 from __future__ import annotations
 
@@ -13,146 +13,91 @@ from ..generation.compilation import not_compilable_reason
 from ..generation.stats import DecodingStats
 from ..host import end_token_ids, pad_token_id
 from ..loading import Pair
-from .benchmark import Agreement, agreement, is_exact
-from .routes import REGROUPED_SIZE, compile_anywhere, cut
+from ..tokens import until_end
+from .benchmark import is_exact, logit_gap
+from .routes import compile_anywhere
 
-PARD, COMPILED, BATCH = "with the draft", "eager against compiled", f"one row against a batch of {REGROUPED_SIZE}"
+BATCH_SIZE = 4
+# The ways to generate; texts of the last two are plain generate's own, computed otherwise.
+PLAIN, PARD = "plain generate", "with the draft"
+COMPILED, BATCHED = "eager against compiled", f"one row against a batch of {BATCH_SIZE}"
+COMPILED_ARGUMENTS = {"cache_implementation": "static", "compile_config": compile_anywhere()}
 
 
 @dataclass(frozen=True)
 class RaceResult:
-    """One prompt, every route; results of several prompts add up.
+    """Texts, median seconds and differing texts of each way to generate; results of several prompts add up.
 
-    Args:
-        agreements (`dict[str, Agreement]`):
-            How far texts are those of eager plain `generate`: ours, and in 16 bit its own in other ways.
-        compiled_seconds (`float`, *optional*):
-            Of compiled plain `generate`, where it ran.
+    `gaps` holds one logit gap for each text that is not eager plain `generate`'s, see [`logit_gap`].
     """
 
-    plain_text: str
-    pard_text: str
+    texts: dict[str, str]
+    seconds: dict[str, float]
+    gaps: dict[str, list[float | None]]
     num_new_tokens: int
-    plain_seconds: float
-    pard_seconds: float
     stats: DecodingStats
-    agreements: dict[str, Agreement]
-    compiled_seconds: float | None = None
-
-    @property
-    def is_identical(self) -> bool:
-        return self.agreements[PARD].num_identical == self.agreements[PARD].num_texts
-
-    @property
-    def plain_rate(self) -> float:
-        """Tokens a second of plain `generate`, prefill included."""
-        return self.num_new_tokens / self.plain_seconds
-
-    @property
-    def pard_rate(self) -> float:
-        """Tokens a second of ours, prefill included."""
-        return self.num_new_tokens / self.pard_seconds
-
-    @property
-    def speedup(self) -> float:
-        """Wall time of eager plain `generate` over ours."""
-        return self.plain_seconds / self.pard_seconds
-
-    @property
-    def speedup_over_compiled(self) -> float | None:
-        """Wall time of compiled plain `generate` over ours, where it ran."""
-        return None if self.compiled_seconds is None else self.compiled_seconds / self.pard_seconds
+    num_texts: int = 1
 
     def __add__(self, other: RaceResult) -> RaceResult:
-        compiled = self.compiled_seconds, other.compiled_seconds
-        return RaceResult(
-            "",
-            "",
-            self.num_new_tokens + other.num_new_tokens,
-            self.plain_seconds + other.plain_seconds,
-            self.pard_seconds + other.pard_seconds,
-            self.stats + other.stats,
-            {name: agreed + other.agreements[name] for name, agreed in self.agreements.items()},
-            None if compiled[0] is None or compiled[1] is None else compiled[0] + compiled[1],
-        )
+        seconds = {name: one + other.seconds[name] for name, one in self.seconds.items()}
+        gaps = {name: one + other.gaps[name] for name, one in self.gaps.items()}
+        counts = self.num_new_tokens + other.num_new_tokens, self.stats + other.stats, self.num_texts + other.num_texts
+        return RaceResult({}, seconds, gaps, *counts)
+
+    def agreement(self, name: str) -> str:
+        """Count identical texts, and give the largest logit gap of the others."""
+        gaps = [gap for gap in self.gaps[name] if gap is not None]
+        return f"{self.num_texts - len(self.gaps[name])}/{self.num_texts}" + (f", gap {max(gaps):.2g}" if gaps else "")
 
 
 def race(
-    pair: Pair,
-    inputs: Any,
-    num_assistant_tokens: int,
-    max_new_tokens: int,
-    repeats: int = 3,
-    tree_size: int | None = None,
-    with_compiled: bool = False,
+    pair: Pair, ids: list[int], max_new_tokens: int, repeats: int, with_compiled: bool, **ours: Any
 ) -> RaceResult:
-    """Run the routes alternately and take the median time of each; the first run of each is not timed.
+    """Run each way on the token ids of a prompt in turns; the first run of each is not timed.
 
-    Args:
-        pair ([`Pair`]):
-            Target, draft and tokenizer.
-        inputs:
-            Model inputs of one prompt, `input_ids` of shape `(1, length)`.
-        tree_size (`int`, *optional*):
-            N, nodes of a round's tree; by default the draft's own, a chain where it has none.
-        with_compiled (`bool`, *optional*, defaults to `False`):
-            Whether compiled plain `generate` runs as well; the first of a length compiles for a while.
+    Compiled plain `generate` is a way of its own; the first prompt of a length compiles. `ours` are arguments of our
+    `generate` beside the draft.
     """
-    inputs = {name: tensor.to(pair.target.device) for name, tensor in inputs.items()}
+    target = pair.target
+    inputs = prompt_inputs(pair, ids)
     common = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": True}
-    routes: dict[str, dict[str, Any]] = {
-        "plain": {},
-        "pard": {
-            "assistant_model": pair.draft,
-            "num_assistant_tokens": num_assistant_tokens,
-            "assistant_tree_size": tree_size,
-        },
-    }
+    ways = {PLAIN: {}, PARD: {"assistant_model": pair.draft, **ours}}
     if with_compiled:
-        routes["compiled"] = compiled_arguments()
-    seconds: dict[str, list[float]] = {name: [] for name in routes}
+        ways[COMPILED] = COMPILED_ARGUMENTS
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     outputs: dict[str, Any] = {}
     for _ in range(repeats + 1):
-        for name, arguments in routes.items():
+        for name, arguments in ways.items():
             start = time.perf_counter()
-            outputs[name] = pair.target.generate(**inputs, **common, **arguments)
-            if pair.target.device.type == "cuda":
+            outputs[name] = target.generate(**inputs, **common, **arguments)
+            if target.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
-    if not is_exact(pair.target.dtype):
-        rows = {name: tensor.repeat(REGROUPED_SIZE, 1) for name, tensor in inputs.items()}
-        outputs["batch"] = pair.target.generate(
-            **rows, **common, pad_token_id=pad_token_id(pair.target.generation_config)
-        )
-    prompt, ends = inputs["input_ids"][0].tolist(), end_token_ids(pair.target.generation_config)
-    new = {name: cut(output.sequences[0, len(prompt) :].tolist(), ends) for name, output in outputs.items()}
-    return RaceResult(
-        plain_text=pair.tokenizer.decode(new["plain"], skip_special_tokens=True),
-        pard_text=pair.tokenizer.decode(new["pard"], skip_special_tokens=True),
-        agreements={
-            title: agreement(pair.target, prompt, new["plain"], new[name])
-            for name, title in (("pard", PARD), ("compiled", COMPILED), ("batch", BATCH))
-            if name in new
-        },
-        num_new_tokens=len(new["pard"]),
-        plain_seconds=median(seconds["plain"][1:]),
-        pard_seconds=median(seconds["pard"][1:]),
-        stats=outputs["pard"].stats,
-        compiled_seconds=median(seconds["compiled"][1:]) if with_compiled else None,
-    )
+    if not is_exact(target.dtype):
+        rows = {name: tensor.repeat(BATCH_SIZE, 1) for name, tensor in inputs.items()}
+        outputs[BATCHED] = target.generate(**rows, **common, pad_token_id=pad_token_id(target.generation_config))
+    ends = end_token_ids(target.generation_config)
+    new = {name: until_end(output.sequences[0, len(ids) :].tolist(), ends) for name, output in outputs.items()}
+    gaps = {
+        name: [] if text == new[PLAIN] else [logit_gap(target, ids, new[PLAIN], text)] for name, text in new.items()
+    }
+    texts = {name: pair.tokenizer.decode(text, skip_special_tokens=True) for name, text in new.items()}
+    medians = {name: median(runs[1:]) for name, runs in seconds.items()}
+    return RaceResult(texts, medians, gaps, len(new[PARD]), outputs[PARD].stats)
 
 
-def compiled_arguments() -> dict[str, Any]:
-    return {"cache_implementation": "static", "compile_config": compile_anywhere()}
+def prompt_inputs(pair: Pair, ids: list[int]) -> dict[str, torch.Tensor]:
+    tensor = torch.tensor([ids], device=pair.target.device)
+    return {"input_ids": tensor, "attention_mask": torch.ones_like(tensor)}
 
 
-def compile_plain(pair: Pair, inputs: Any, max_new_tokens: int) -> str | None:
-    """Compile plain `generate` for prompts no longer than `inputs`; returns why that cannot be, if so."""
+def compile_plain(pair: Pair, ids: list[int], max_new_tokens: int) -> str | None:
+    """Compile plain `generate` for prompts no longer than `ids`; returns why that cannot be, if so."""
     if (reason := not_compilable_reason(pair.target, pair.target)) is not None:
         return reason
-    inputs = {name: tensor.to(pair.target.device) for name, tensor in inputs.items()}
+    inputs = prompt_inputs(pair, ids)
     try:
-        pair.target.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **compiled_arguments())
+        pair.target.generate(**inputs, **COMPILED_ARGUMENTS, max_new_tokens=max_new_tokens, do_sample=False)
     except torch._dynamo.exc.TorchDynamoException as error:
         return f"torch.compile failed: {str(error).strip().splitlines()[0]}"
     return None

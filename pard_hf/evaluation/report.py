@@ -1,7 +1,4 @@
-"""Results for the eye: a progress bar and tables on the terminal.
-
-Shows figures as they are; computes none. Everything goes to standard error, whose other stream belongs to the JSON.
-"""
+"""Show results on the terminal: a progress bar and tables, on standard error, as standard output holds the JSON."""
 
 from __future__ import annotations
 
@@ -10,156 +7,112 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .benchmark import GAP
-from .metrics import CellResult, Difference, Regrouped, RouteResult
 from .routes import ROUTES
 
+GAP = "gap: how far the plain model prefers its best token where texts first differ, the largest"
 SPEED_HEADINGS = (
-    "tokens/s",
-    "after first",
-    "TTFT ms",
-    "speedup ÷ AR",
-    "÷ AR+",
-    "τ",
-    "α",
-    "identical",
-    "compile s",
-    "peak MiB",
+    *("tokens/s", "after first", "TTFT ms", "speedup ÷ AR", "÷ AR+"),
+    *("τ", "α", "identical", "compile s", "peak MiB"),
+)
+ROUND_HEADINGS = (
+    *("draft ms", "verify ms", "loop ms", "verify ÷ step"),
+    *("ideal", "of ideal", "of ideal, decode", "of bandwidth"),
 )
 
 
 def make_console() -> Any:
-    """A rich console on standard error.
+    """Return a rich console on standard error."""
+    from rich.console import Console
 
-    Raises:
-        ValueError: rich is not installed.
-    """
-    try:
-        from rich.console import Console
-    except ModuleNotFoundError:
-        raise ValueError("Expected the package `rich`, got none. Do `pip install 'pard-hf[bench]'`.") from None
-    # In a file or a pipe there is no width to keep to, and a table is to stay whole.
+    # A file or a pipe has no width, and tables must not be folded there.
     return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 170)
 
 
 @contextmanager
 def progress_bar(console: Any) -> Iterator[Callable[[float, str], None]]:
-    """Show a bar; yields a function that takes the share of all work that begins now, and what it is."""
+    """Show a bar; yields a function that takes the share of all work that begins now, and its name."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
     columns = (BarColumn(bar_width=24), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=1.0)
-
-        def advance(share: float, text: str) -> None:
-            progress.update(task, advance=share, description=text)
-
-        yield advance
+        yield lambda share, text: progress.update(task, advance=share, description=text)
 
 
-def show_cell(console: Any, cell: CellResult) -> None:
-    """Print a cell's tables."""
-    references = cell.repeated_4gram_share_of_references
-    beside = "" if references is None else f" (references {references:.1%})"
-    left_out = f" · {cell.num_left_out} too long, left out" if cell.num_left_out else ""
+def show_cell(console: Any, cell: dict[str, Any]) -> None:
+    """Print the tables of a cell."""
+    references = shown(cell, "repeated_4gram_share_of_references", ".1%", "")
+    references = f" (references {references})" if references else ""
+    left_out = f" · {cell['num_left_out']} too long, left out" if cell["num_left_out"] else ""
     console.print(
-        f"\n{cell.prompts} · batch {cell.batch_size} · K = {cell.num_assistant_tokens} · {cell.num_prompts} prompts "
-        f"of {cell.mean_prompt_tokens:.0f} tokens{left_out} · {cell.mean_new_tokens:.1f} new tokens · "
-        f"repeated 4-grams {cell.repeated_4gram_share:.1%}{beside}",
+        f"\n{cell['prompts']} · batch {cell['batch_size']} · K = {cell['num_assistant_tokens']} · "
+        f"{cell['num_prompts']} prompts of {cell['mean_prompt_tokens']:.0f} tokens{left_out} · "
+        f"{cell['mean_new_tokens']:.1f} new tokens · repeated 4-grams {cell['repeated_4gram_share']:.1%}{references}",
         style="bold",
         markup=False,
     )
-    console.print(speed_table(cell))
-    if cell.regrouped is not None:
-        console.print(rounding_sentence(cell, cell.regrouped), markup=False)
-    if any(route.draft_seconds is not None for route in cell.routes):
-        console.print(round_table(cell))
-    for name, reason in cell.not_served.items():
+    routes = cell["routes"]
+    console.print(table(SPEED_HEADINGS, {route["route"]: speed_row(route) for route in routes}))
+    if "regrouped" in cell:
+        console.print(rounding_sentence(cell), markup=False)
+    rounds = {route["route"]: round_row(route) for route in routes if "draft_seconds" in route}
+    if rounds:
+        plain = [route for route in routes if "plain_step_seconds" in route]
+        steps = [f"a step of {ROUTES[r['route']].title} {r['plain_step_seconds'] * 1000:.2f} ms · " for r in plain]
+        copied = f"{cell['bytes_per_round'] / 1e6:.0f} MB a round · copies at {cell['copy_bandwidth'] / 1e9:.1f} GB/s"
+        console.print(table(ROUND_HEADINGS, rounds, "".join(steps) + copied))
+    for name, reason in cell["not_served"].items():
         console.print(f"{ROUTES[name].title}: not served: {reason}", markup=False)
 
 
-def speed_table(cell: CellResult) -> Any:
-    """What each route reaches."""
-    return table(SPEED_HEADINGS, {ROUTES[route.route].title: speed_row(route) for route in cell.routes})
-
-
-def speed_row(route: RouteResult) -> list[str]:
+def speed_row(route: dict[str, Any]) -> list[str]:
+    """What a route reaches, under `SPEED_HEADINGS`."""
     return [
-        f"{route.tokens_per_second:.1f} [{ranged(route.tokens_per_second_range, '.1f')}]",
-        shown(route.decode_tokens_per_second, ".1f"),
-        f"{route.time_to_first_token * 1000:.1f}",
-        f"{route.speedup:.2f} [{ranged(route.speedup_range, '.2f')}]",
-        shown(route.speedup_over_ar_plus, ".2f")
-        + (f" [{ranged(bounds, '.2f')}]" if (bounds := route.speedup_over_ar_plus_range) else ""),
-        shown(route.acceptance_length, ".2f"),
-        shown(route.acceptance_rate, ".2f"),
+        ranged(route, "tokens_per_second", ".1f"),
+        shown(route, "decode_tokens_per_second", ".1f"),
+        f"{route['time_to_first_token'] * 1000:.1f}",
+        ranged(route, "speedup", ".2f"),
+        ranged(route, "speedup_over_ar_plus", ".2f"),
+        shown(route, "acceptance_length", ".2f"),
+        shown(route, "acceptance_rate", ".2f"),
         agreement(route),
-        shown(route.compile_seconds, ".1f"),
-        shown(None if route.peak_memory is None else route.peak_memory / 2**20, ".0f"),
+        shown(route, "compile_seconds", ".1f"),
+        f"{route['peak_memory'] / 2**20:.0f}" if "peak_memory" in route else "–",
     ]
 
 
-def agreement(found: RouteResult | Regrouped) -> str:
-    """The share of identical texts, and the largest gap of the others."""
-    return f"{found.identical_share:.0%}" + (f" gap {max(found.logit_gaps):.2g}" if found.logit_gaps else "")
+def round_row(route: dict[str, Any]) -> list[str]:
+    """Cost of a round by step, and what bounds it, under `ROUND_HEADINGS`."""
+    steps = (f"{route[f'{s}_seconds'] * 1000:.2f} ({route[f'{s}_share']:.0%})" for s in ("draft", "verify", "loop"))
+    return [
+        *steps,
+        shown(route, "verify_ratio", ".2f"),
+        f"{route['ideal_speedup']:.2f} × {ROUTES[route['baseline']].title}" if "ideal_speedup" in route else "–",
+        shown(route, "ideal_share", ".0%"),
+        shown(route, "decode_ideal_share", ".0%"),
+        shown(route, "bandwidth_share", ".0%"),
+    ]
 
 
-def rounding_sentence(cell: CellResult, regrouped: Regrouped) -> str:
-    """Say how far plain `generate` agrees with itself in 16 bit, which is what other routes are to be held against."""
-    sizes = sorted((cell.batch_size, regrouped.batch_size))
-    compiled = cell.route("ar_plus")
-    beside = "" if compiled is None else f" · eager against compiled: identical {agreement(compiled)}"
+def agreement(found: dict[str, Any]) -> str:
+    """The share of identical texts, and the largest logit gap of the others."""
+    gaps = found.get("logit_gaps")
+    return f"{found['identical_share']:.0%}" + (f" gap {max(gaps):.2g}" if gaps else "")
+
+
+def rounding_sentence(cell: dict[str, Any]) -> str:
+    """How far plain `generate` agrees with itself in 16 bit, which is what other routes are to be compared with."""
+    size = max(cell["batch_size"], cell["regrouped"]["batch_size"])
+    compiled = next((agreement(route) for route in cell["routes"] if route["route"] == "ar_plus"), None)
+    beside = f" · eager against compiled: identical {compiled}" if compiled else ""
     return (
-        f"plain generate against itself: one row against a batch of {sizes[1]}: identical {agreement(regrouped)}"
+        f"plain generate against itself: one row against a batch of {size}: identical {agreement(cell['regrouped'])}"
         f"{beside} ({GAP})"
     )
 
 
-def round_table(cell: CellResult) -> Any:
-    """Where the time of a round goes, and what bounds it."""
-    headings = (
-        "draft ms",
-        "verify ms",
-        "loop ms",
-        "verify ÷ step",
-        "ideal",
-        "of ideal",
-        "of ideal, decode",
-        "of bandwidth",
-    )
-    rows = {ROUTES[r.route].title: round_row(r) for r in cell.routes if r.draft_seconds is not None}
-    steps = [
-        f"a step of {ROUTES[route.route].title} {route.plain_step_seconds * 1000:.2f} ms · "
-        for route in cell.routes
-        if route.plain_step_seconds is not None
-    ]
-    caption = (
-        f"{''.join(steps)}{cell.bytes_per_round / 1e6:.0f} MB a round · copies at {cell.copy_bandwidth / 1e9:.1f} GB/s"
-    )
-    return table(headings, rows, caption)
-
-
-def round_row(route: RouteResult) -> list[str]:
-    parts = [
-        f"{seconds * 1000:.2f} ({share:.0%})"
-        for seconds, share in (
-            (route.draft_seconds, route.draft_share),
-            (route.verify_seconds, route.verify_share),
-            (route.loop_seconds, route.loop_share),
-        )
-        if seconds is not None and share is not None
-    ]
-    return [
-        *parts,
-        shown(route.verify_ratio, ".2f"),
-        shown(route.ideal_speedup, ".2f") + (f" × {ROUTES[route.baseline].title}" if route.baseline else ""),
-        shown(route.ideal_share, ".0%"),
-        shown(route.decode_ideal_share, ".0%"),
-        shown(route.bandwidth_share, ".0%"),
-    ]
-
-
 def table(headings: tuple[str, ...], rows: dict[str, list[str]], caption: str | None = None) -> Any:
+    """A table of routes by name, those with a parallel draft in green."""
     from rich import box
     from rich.table import Table
 
@@ -167,25 +120,30 @@ def table(headings: tuple[str, ...], rows: dict[str, list[str]], caption: str | 
     made.add_column("route", no_wrap=True)
     for heading in headings:
         made.add_column(heading, justify="right")
-    for title, cells in rows.items():
-        made.add_row(title, *cells, style="green" if title.startswith("PARD") else None)
+    for name, cells in rows.items():
+        made.add_row(ROUTES[name].title, *cells, style="green" if ROUTES[name].is_pard else None)
     return made
 
 
-def shown(value: float | None, form: str) -> str:
-    """A figure, or a dash where nobody measured one."""
-    return "–" if value is None else format(value, form)
+def shown(values: dict[str, Any], name: str, form: str, absent: str = "–") -> str:
+    """A metric, or a dash where it was not measured."""
+    return format(values[name], form) if name in values else absent
 
 
-def ranged(bounds: list[float], form: str) -> str:
-    return f"{bounds[0]:{form}}–{bounds[1]:{form}}"
+def ranged(route: dict[str, Any], name: str, form: str) -> str:
+    """A metric with the range of its repeats."""
+    if name not in route:
+        return "–"
+    low, high = route[f"{name}_range"]
+    return f"{route[name]:{form}} [{low:{form}}–{high:{form}}]"
 
 
-def difference_sentence(route: str, difference: Difference) -> str:
-    """Say where a route left plain `generate`, and how near the choice was."""
-    gap = "" if difference.logit_gap is None else f", its logit {difference.logit_gap:.2g} below the best"
+def difference_sentence(route: str, difference: dict[str, Any]) -> str:
+    """Where a route differs from plain `generate`, and how near the choice was."""
+    gap = shown(difference, "logit_gap", ".2g", "")
+    gap = f", its logit {gap} below the best" if gap else ""
     return (
-        f"Expected the tokens of plain `generate` from {ROUTES[route].title}, got others: set {difference.prompts}, "
-        f"prompt {difference.prompt_index}, new token {difference.position}: {difference.expected!r} expected, "
-        f"{difference.got!r} said{gap}."
+        f"Expected the tokens of plain `generate` from {ROUTES[route].title}, got others: set "
+        f"{difference['prompts']}, prompt {difference['prompt_index']}, new token {difference['position']}: "
+        f"{difference['expected']!r} expected, {difference['got']!r} emitted{gap}."
     )

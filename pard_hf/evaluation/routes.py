@@ -1,257 +1,157 @@
-"""Prompts as left-padded batches of like length, and the texts that come back.
-
-Knows token ids; knows nothing of models and of how a text was generated.
-
-The ways to generate that are compared, all on one copy of each model's weights.
-
-Knows how each is asked for and when it cannot run; knows nothing of prompts and clocks.
-"""
+"""The ways to generate that a benchmark compares, all on one copy of each model's weights."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import CompileConfig
 
 from ..generation.compilation import compile_cache_of, not_compilable_reason
-from ..generation.mixin import with_pard, without_pard
+from ..generation.mixin import without_pard
 from ..generation.schedule import COUNTS
 from ..generation.stats import DecodingStats
 from ..host import pad_token_id, sharing_weights, without_head
 from ..loading import Pair
-from ..tokens import pad_left
 
-# Rows of the batches that single rows are compared with.
-REGROUPED_SIZE = 4
-
-
-@dataclass(frozen=True)
-class PromptBatch:
-    """Some prompts of a list: which ones, and their padded `input_ids` and `attention_mask` `[B, columns]`."""
-
-    indices: tuple[int, ...]
-    inputs: dict[str, torch.Tensor]
-
-    @property
-    def num_columns(self) -> int:
-        return self.inputs["input_ids"].shape[1]
-
-    def new_texts(self, sequences: torch.Tensor, end_token_ids: Sequence[int]) -> dict[int, list[int]]:
-        """New tokens of each row of `sequences` `[B, columns + new]`, up to and with the first end token."""
-        rows = sequences[:, self.num_columns :].tolist()
-        return {index: cut(row, end_token_ids) for index, row in zip(self.indices, rows, strict=True)}
-
-
-def cut(text: list[int], end_token_ids: Sequence[int]) -> list[int]:
-    """The text up to and with its first end token."""
-    return next((text[: place + 1] for place, token in enumerate(text) if token in end_token_ids), text)
-
-
-def make_batches(
-    encoded: list[list[int]], batch_size: int, pad_token_id: int | None, device: torch.device | str
-) -> list[PromptBatch]:
-    """Batches of prompts of like length, longest first: the first batch shows whether memory and positions suffice."""
-    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]), reverse=True)
-    batches = []
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        inputs = pad_left([encoded[index] for index in indices], pad_token_id)
-        batches.append(PromptBatch(tuple(indices), {name: tensor.to(device) for name, tensor in inputs.items()}))
-    return batches
-
-
-def regroup(encoded: list[list[int]], batches: list[PromptBatch], pad_token_id: int | None) -> list[PromptBatch]:
-    """Batches of other sizes: the rows of `batches` one at a time, or four at a time where each came alone.
-
-    Rows that come alone in either way are left out; some come again to fill a batch.
-    """
-    device = batches[0].inputs["input_ids"].device
-    together = [index for batch in batches if len(batch.indices) > 1 for index in batch.indices]
-    size = 1 if together else REGROUPED_SIZE
-    indices = together or [index % len(encoded) for index in range(len(encoded) + -len(encoded) % size)]
-    made = make_batches([encoded[index] for index in indices], size, pad_token_id, device)
-    return [PromptBatch(tuple(indices[place] for place in batch.indices), batch.inputs) for batch in made]
-
-
-# One compiled forward a batch size and cache length: a sweep needs more of them than torch keeps by default.
+# A sweep compiles one forward for each batch size and cache length: more than torch keeps by default.
 NUM_COMPILED = 64
+DEFAULT_TREE_SIZE = 64
 
 
 @dataclass(frozen=True)
 class Route:
-    """One way to generate.
+    """One way to generate: its name in JSON and flags, its title in tables.
 
-    Args:
-        name (`str`):
-            Its id in JSON and flags.
-        title (`str`):
-            What a table calls it.
-        takes_batches (`bool`, *optional*, defaults to `True`):
-            Whether it takes more than one text at a time.
-        is_pard (`bool`, *optional*, defaults to `False`):
-            Whether a parallel draft proposes: such a route is to say what plain `generate` says.
-        in_our_loop (`bool`, *optional*, defaults to `False`):
-            Whether the target has the mixin.
-        needs_head (`bool`, *optional*, defaults to `False`):
-            Whether it is there only for drafts with a correction head.
-        baseline (`str`, *optional*):
-            The plain route that runs forwards as this one's rounds do, eagerly or compiled. Only where every round has
-            the same K, so that the mean of its parts says something.
+    `loop` is `"none"` (plain decoding), `"stock"` (the assisted loop of transformers, one text at a time) or `"own"`.
+    `is_pard`: a parallel draft proposes, and in float32 the tokens must be those of plain `generate`.
     """
 
     name: str
     title: str
-    takes_batches: bool = True
-    is_pard: bool = False
-    in_our_loop: bool = False
-    baseline: str | None = None
-    needs_head: bool = False
+    loop: Literal["none", "stock", "own"] = "own"
+    is_pard: bool = True
+    is_compiled: bool = False
+    uses_head: bool = False
+    uses_tree: bool = False
+    is_adaptive: bool = False
+
+    @property
+    def is_compiled_by_transformers(self) -> bool:
+        return self.is_compiled and self.loop != "own"
 
 
-# Plain `generate`, and the same compiled over a static cache. The stock assisted loop with the draft's own weights
-# proposing token by token, with prompt lookup, and with the parallel draft, as it stands and compiled. Our loop with a
-# chain, as it stands and compiled, with a correction head, with a tree, with both, and with what has paid of these.
-OURS: dict[str, Any] = {"is_pard": True, "in_our_loop": True}
+TREE_AND_HEAD: dict[str, Any] = {"uses_tree": True, "uses_head": True}
+ADAPTIVE = {**TREE_AND_HEAD, "is_adaptive": True}
 ROUTES = {
     route.name: route
     for route in (
-        Route("ar", "AR"),
-        Route("ar_plus", "AR+"),
-        Route("ad", "AD", takes_batches=False),
-        Route("pld", "PLD", takes_batches=False),
-        Route("tier1", "PARD tier 1", takes_batches=False, is_pard=True),
-        Route("tier1_compiled", "PARD tier 1, compiled", takes_batches=False, is_pard=True),
-        Route("tier2", "PARD tier 2", baseline="ar", **OURS),
-        Route("tier2_compiled", "PARD tier 2, compiled", baseline="ar_plus", **OURS),
-        Route("head", "PARD + head", baseline="ar", needs_head=True, **OURS),
-        Route("tree", "PARD tree", baseline="ar", **OURS),
-        Route("tree_head", "PARD tree + head", baseline="ar", needs_head=True, **OURS),
-        Route("tree_head_compiled", "PARD tree + head, compiled", baseline="ar_plus", needs_head=True, **OURS),
-        Route("adaptive", "PARD tier 2, adaptive K", **OURS),
-        Route("adaptive_compiled", "PARD tier 2, adaptive K, compiled", **OURS),
+        Route("ar", "AR", "none", is_pard=False),
+        Route("ar_plus", "AR+", "none", is_pard=False, is_compiled=True),
+        Route("ad", "AD", "stock", is_pard=False),
+        Route("pld", "PLD", "stock", is_pard=False),
+        Route("tier1", "PARD tier 1", "stock"),
+        Route("tier1_compiled", "PARD tier 1, compiled", "stock", is_compiled=True),
+        Route("tier2", "PARD tier 2"),
+        Route("tier2_compiled", "PARD tier 2, compiled", is_compiled=True),
+        Route("head", "PARD + head", uses_head=True),
+        Route("tree", "PARD tree", uses_tree=True),
+        Route("tree_head", "PARD tree + head", **TREE_AND_HEAD),
+        Route("tree_head_compiled", "PARD tree + head, compiled", **TREE_AND_HEAD, is_compiled=True),
+        Route("adaptive", "PARD tier 2, adaptive K", **ADAPTIVE),
+        Route("adaptive_compiled", "PARD tier 2, adaptive K, compiled", **ADAPTIVE, is_compiled=True),
     )
 }
 
 
-COMPILED_BY_HOST = ("ar_plus", "tier1_compiled")
-COMPILED = ("tier2_compiled", "tree_head_compiled", "adaptive_compiled")
-DEFAULT_TREE_SIZE = 64
-
-
 class RouteRunner:
-    """Runs any route of one pair at one K and, where it drafts a tree, one tree size.
+    """Runs any route of one pair.
 
-    What is compiled belongs to a draft as an object, so runners of one pair share `headless`, the one without a head.
-    Between calls the target has the mixin, as in every [`Pair`].
+    Compiled forwards belong to a model as an object, so one runner serves every cell of a benchmark, which sets
+    `num_assistant_tokens` (K) between two of them.
     """
 
-    def __init__(
-        self, pair: Pair, num_assistant_tokens: int, tree_size: int = DEFAULT_TREE_SIZE, headless: Any = None
-    ):
+    def __init__(self, pair: Pair, num_assistant_tokens: int = 1, tree_size: int = DEFAULT_TREE_SIZE):
         self.target, self.draft = pair.target, pair.draft
-        self.headless = headless or without_head(pair.draft)
-        self.num_drafts, self.tree_size = num_assistant_tokens, tree_size
+        self.num_assistant_tokens, self.tree_size = num_assistant_tokens, tree_size
+        self.plain = without_pard(sharing_weights(pair.target, type(pair.target)))
+        self.headless = without_head(pair.draft)
+        # The stock loop reads K from the settings of its assistant: copies have settings of their own.
+        self.token_by_token = sharing_weights(pair.draft, type(pair.draft).__bases__[-1])
+        self.parallel = without_head(pair.draft)
         self.pad_token_id = pad_token_id(pair.target.generation_config)
-        self.arguments = self.arguments_of_routes()
 
-    def arguments_of_routes(self) -> dict[str, dict[str, Any]]:
-        """What each route adds to the arguments of `generate`."""
-        size = {"num_assistant_tokens": self.num_drafts, "num_assistant_tokens_schedule": "constant"}
-        constant = {"assistant_model": self.headless, **size, "assistant_tree_size": 0}
-        head = {**constant, "assistant_model": self.draft}
-        tree = {**constant, "assistant_tree_size": self.tree_size}
-        both = {**head, "assistant_tree_size": self.tree_size}
-        adaptive = {**both, "num_assistant_tokens_schedule": "adaptive"}
-        # The stock loop reads K from its assistant's own settings; ours stay as they were loaded.
-        token_by_token = sharing_weights(self.draft, type(self.draft).__bases__[-1])
-        parallel = sharing_weights(self.headless, type(self.headless))
-        for assistant in (token_by_token, parallel):
-            assistant.generation_config.num_assistant_tokens = self.num_drafts
-            assistant.generation_config.num_assistant_tokens_schedule = "constant"
-            assistant.generation_config.assistant_confidence_threshold = 0.0
-        compiled = {"cache_implementation": "static", "compile_config": compile_anywhere()}
-        return {
-            "ar": {},
-            "ar_plus": compiled,
-            "ad": {"assistant_model": token_by_token},
-            "pld": {"prompt_lookup_num_tokens": self.num_drafts},
-            "tier1": {"assistant_model": parallel},
-            "tier1_compiled": {"assistant_model": parallel, **compiled},
-            "tier2": {**constant, "disable_compile": True},
-            "tier2_compiled": {**constant, "cache_implementation": "static"},
-            "head": {**head, "disable_compile": True},
-            "tree": {**tree, "disable_compile": True},
-            "tree_head": {**both, "disable_compile": True},
-            "tree_head_compiled": {**both, "cache_implementation": "static"},
-            "adaptive": {**adaptive, "disable_compile": True},
-            "adaptive_compiled": {**adaptive, "cache_implementation": "static"},
-        }
-
-    def why_not_served(self, route: Route, batch_size: int) -> str | None:
-        """Say why a route cannot run here; `None` when it can."""
-        if batch_size > 1 and not route.takes_batches:
+    def unsupported_reason(self, route: Route, batch_size: int) -> str | None:
+        """Return why a route cannot run here; `None` when it can."""
+        if batch_size > 1 and route.loop == "stock":
             return f"the stock assisted loop takes one text at a time, not {batch_size}"
-        if route.name in ("ad", "tier1", "tier1_compiled"):
+        if route.loop == "stock" and route.name != "pld":
             sizes = [model.config.get_text_config().vocab_size for model in (self.target, self.draft)]
             if sizes[0] != sizes[1]:
                 return f"the stock assisted loop wants equal vocabularies, not {sizes[0]} and {sizes[1]} rows"
-        if route.name in COMPILED_BY_HOST:
-            return not_compilable_reason(self.target, self.target)
-        if route.needs_head and self.draft.correction_head is None:
+        if route.uses_head and not route.is_adaptive and self.draft.correction_head is None:
             return "the draft has no correction head"
-        if route.name in COMPILED and not_compilable_reason(self.target, self.draft):
-            return not_compilable_reason(self.target, self.draft)
-        if route.name.startswith("adaptive") and self.num_drafts not in COUNTS[1:]:
-            return f"the adaptive schedule chooses up to a K of {COUNTS[1:]}, not {self.num_drafts}"
+        if route.is_adaptive and self.num_assistant_tokens not in COUNTS[1:]:
+            return f"the adaptive schedule chooses up to a K of {COUNTS[1:]}, not {self.num_assistant_tokens}"
+        if route.is_compiled:
+            return not_compilable_reason(self.target, self.draft if route.loop == "own" else self.target)
         return None
 
-    def compile_failure(self, route: Route) -> str | None:
-        """Why our rounds could not be compiled, if so."""
-        return compile_cache_of(self.target, self.arguments[route.name].get("assistant_model", self.draft)).failure
+    def arguments(self, route: Route) -> dict[str, Any]:
+        """What a route adds to the arguments of `generate`."""
+        if route.loop == "own":
+            return {
+                "assistant_model": self.draft if route.uses_head else self.headless,
+                "assistant_tree_size": self.tree_size if route.uses_tree else 0,
+                "num_assistant_tokens": self.num_assistant_tokens,
+                "num_assistant_tokens_schedule": "adaptive" if route.is_adaptive else "constant",
+                **({"cache_implementation": "static"} if route.is_compiled else {"disable_compile": True}),
+            }
+        static = {"cache_implementation": "static", "compile_config": compile_anywhere()}
+        compiled = static if route.is_compiled else {}
+        if route.loop == "none":
+            return compiled
+        if route.name == "pld":
+            return {"prompt_lookup_num_tokens": self.num_assistant_tokens}
+        assistant = self.token_by_token if route.name == "ad" else self.parallel
+        assistant.generation_config.num_assistant_tokens = self.num_assistant_tokens
+        assistant.generation_config.num_assistant_tokens_schedule = "constant"
+        assistant.generation_config.assistant_confidence_threshold = 0.0
+        return {"assistant_model": assistant, **compiled}
 
     def generate(self, route: Route, inputs: dict[str, torch.Tensor], max_new_tokens: int, **kwargs: Any) -> Any:
         """Generate greedily by `route`; `kwargs` go to `generate`."""
-        compiling: AbstractContextManager[Any] = nullcontext()
-        if route.name in COMPILED_BY_HOST:
-            compiling = torch._dynamo.config.patch(recompile_limit=NUM_COMPILED)
-        model = with_pard(self.target) if route.in_our_loop else without_pard(self.target)
-        try:
-            with compiling:
-                return model.generate(
-                    **inputs,
-                    **self.arguments[route.name],
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    pad_token_id=self.pad_token_id,
-                    **kwargs,
-                )
-        finally:
-            with_pard(self.target)
+        model = self.target if route.loop == "own" else self.plain
+        limit = torch._dynamo.config.patch(recompile_limit=NUM_COMPILED)
+        with limit if route.is_compiled_by_transformers else nullcontext():
+            return model.generate(
+                **inputs,
+                **self.arguments(route),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=self.pad_token_id,
+                **kwargs,
+            )
+
+    def compile_failure(self, route: Route) -> str | None:
+        """Return why our rounds ran eagerly though `route` compiles them."""
+        return compile_cache_of(self.target, self.draft if route.uses_head else self.headless).failure
 
 
 def compile_anywhere() -> CompileConfig:
-    """The host's own compilation, on a CPU too, at its fastest: one graph a shape."""
+    """The compilation of transformers at its fastest, one graph a shape, and on a CPU too."""
     config = CompileConfig(fullgraph=True, dynamic=False)
     config._compile_all_devices = True
     return config
 
 
 class RoundStreamer:
-    """Counts the rounds of the stock assisted loop, which hands over one block of tokens a round.
+    """Counts the rounds of the stock assisted loop, which streams one block of tokens a round."""
 
-    Args:
-        num_drafts (`int`):
-            K.
-        max_new_tokens (`int`):
-            Of the call.
-    """
-
-    def __init__(self, num_drafts: int, max_new_tokens: int):
-        self.num_drafts, self.budget = num_drafts, max_new_tokens
+    def __init__(self, num_assistant_tokens: int, max_new_tokens: int):
+        self.num_assistant_tokens, self.budget = num_assistant_tokens, max_new_tokens
         self.stats: DecodingStats | None = None
 
     def put(self, value: torch.Tensor) -> None:
@@ -259,8 +159,7 @@ class RoundStreamer:
             self.stats = DecodingStats()
             return
         num_tokens = value.numel()
-        self.stats = self.stats.record(num_tokens - 1, min(self.num_drafts, self.budget - 1))
+        self.stats = self.stats.record(num_tokens - 1, min(self.num_assistant_tokens, self.budget - 1))
         self.budget -= num_tokens
 
-    def end(self) -> None:
-        """The loop says so; there is nothing to finish."""
+    def end(self) -> None: ...
