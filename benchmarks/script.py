@@ -45,9 +45,13 @@ def in_own_process(*words: str, **environment: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def finish(result: dict[str, Any], output: Path | None, summary: dict[str, Any] | None = None) -> None:
-    """Write the result to `output`; the last line of standard output is the result, or a summary of it."""
+def write(result: dict[str, Any], output: Path | None) -> None:
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_whole(output, json.dumps(result, indent=1) + "\n")
+
+
+def finish(result: dict[str, Any], output: Path | None, summary: dict[str, Any] | None = None) -> None:
+    """Write the result to `output`; the last line of standard output is the result, or a summary of it."""
+    write(result, output)
     print(json.dumps(result if summary is None else summary))

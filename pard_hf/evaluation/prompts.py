@@ -168,7 +168,7 @@ def encode_answer(tokenizer: Any, row: dict[str, Any], num_tokens: int) -> list[
 
 
 def lengthen(ids: list[int], others: Sequence[list[int]], context: int, start: int | None) -> list[int]:
-    """Fill a prompt up to `context` tokens with `others` in turn, behind the `start` token if it has one."""
+    """Fill a prompt up to `context` tokens with `others` in turn, after the `start` token if it has one."""
     missing = max(context - len(ids), 0)
     if missing and not any(others):
         raise ValueError("Expected text to put before a short prompt, got none. Choose a set that has some.")

@@ -53,8 +53,8 @@ def race(
 ) -> RaceResult:
     """Run each way on the token ids of a prompt in turns; the first run of each is not timed.
 
-    Compiled plain `generate` is a way of its own; the first prompt of a length compiles. `ours` are arguments of our
-    `generate` beside the draft.
+    Compiled plain `generate` is a way of its own; the first prompt of a length compiles. `ours` are further arguments
+    of our `generate`.
     """
     target, batch = pair.target, prompt_batch(pair, ids)
     common = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": True}

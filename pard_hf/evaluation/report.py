@@ -102,10 +102,10 @@ def rounding_sentence(cell: dict[str, Any]) -> str:
     """Describe how far plain `generate` agrees with itself in 16 bit, to compare other routes with."""
     size = max(cell["batch_size"], cell["regrouped"]["batch_size"])
     compiled = next((agreement(route) for route in cell["routes"] if route["route"] == "ar_plus"), None)
-    beside = f" · eager against compiled: identical {compiled}" if compiled else ""
+    of_compiled = f" · eager against compiled: identical {compiled}" if compiled else ""
     return (
         f"plain generate against itself: one row against a batch of {size}: identical {agreement(cell['regrouped'])}"
-        f"{beside} ({GAP})"
+        f"{of_compiled} ({GAP})"
     )
 
 
