@@ -28,7 +28,6 @@ from pard_hf.draft.model import PardDraftModel
 from pard_hf.evaluation.benchmark import Benchmark, BenchmarkSettings, run_benchmark, run_metadata
 from pard_hf.evaluation.prompts import load_prompt_sets
 from pard_hf.evaluation.report import make_console, progress_bar, show_cell
-from pard_hf.evaluation.routes import ROUTES
 from pard_hf.generation.mixin import with_pard
 from pard_hf.host import num_positions
 from pard_hf.loading import Pair, check_device, default_device, load_pair, weight_dtype
@@ -320,12 +319,10 @@ def main() -> None:
     parser.add_argument("--device")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run's --output")
     parser.add_argument("--prompts", nargs="+", default=["demo"])
-    parser.add_argument("--routes", nargs="+", default=list(ROUTES))
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1])
-    parser.add_argument("--num-assistant-tokens", nargs="+", type=int, default=[])
-    for name, default in (("repeats", 3), ("max-new-tokens", 128), ("limit", 16), ("seed", 0), ("context", None)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--assistant-tree-size", dest="tree_size", type=int, default=64)
+    for field in fields(BenchmarkSettings):
+        flag = "--assistant-tree-size" if field.name == "tree_size" else f"--{field.name.replace('_', '-')}"
+        options: dict[str, Any] = {"type": str if field.name == "routes" else int, "default": field.default}
+        parser.add_argument(flag, dest=field.name, nargs="+" if isinstance(field.default, tuple) else None, **options)
     args = parser.parse_args()
     chosen = {field.name: getattr(args, field.name) for field in fields(BenchmarkSettings)}
     settings = BenchmarkSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items()})
