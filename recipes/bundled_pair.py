@@ -50,13 +50,8 @@ SETTLING_PROMPTS = {"code_functions": 1_800, "math_gsm8k": 1_200}
 ADAPTING_PROMPTS = {"code_functions": 8_000, "math_gsm8k": 8_000, "code_leetcode": 1_500, "code_instruct": 1_500}
 # How often a file's rows are seen for each pass over the mix.
 MIX = {"math_gsm8k": 3, "code_functions": 2, "code_leetcode": 1, "code_instruct": 1}
-STEPS = (
-    ("target", 2400, "language modeling"),
-    ("settle", 180, "training against repetition, a turn"),
-    ("draft-base", 700, "language modeling of the draft's base"),
-    ("draft", 6000, "adaptation"),
-    ("head", 1800, "training of the correction head"),
-)
+# Optimizer steps: language modeling, against repetition (each of two turns), the draft's base, adaptation, its head.
+STEPS = {"target": 2400, "settle": 180, "draft-base": 700, "draft": 6000, "head": 1800}
 TRAINER: dict[str, Any] = {
     "save_steps": 200, "save_total_limit": 1, "logging_steps": 20, "report_to": "none", "disable_tqdm": True,
     "max_grad_norm": 1.0, "use_cpu": True, "train_sampling_strategy": "group_by_length",
@@ -101,15 +96,12 @@ class Muon(torch.optim.Optimizer):
     `torch.optim.Muon` computes in bfloat16, which a CPU without matrix units runs eight times slower than float32.
     """
 
-    def __init__(self, matrices: list[torch.Tensor], others: list[torch.Tensor], lr: float, adam_lr: float):
-        self.adam = torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
-        super().__init__([{"params": matrices, "lr": lr}, {"params": others, "lr": adam_lr}], {})
-
-    @classmethod
-    def for_model(cls, model: torch.nn.Module, lr: float, adam_lr: float) -> Muon:
+    def __init__(self, model: torch.nn.Module, lr: float, adam_lr: float):
         named = list(model.named_parameters())
         matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
-        return cls(matrices, [p for name, p in named if p.ndim != 2 or "embed" in name], lr, adam_lr)
+        others = [p for name, p in named if p.ndim != 2 or "embed" in name]
+        self.adam = torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
+        super().__init__([{"params": matrices, "lr": lr}, {"params": others, "lr": adam_lr}], {})
 
     @torch.no_grad()
     def step(self, closure=None):  # type: ignore[override]
@@ -178,7 +170,7 @@ def pretrain(data: Path, tokenizer_dir: Path, shape: dict[str, int], steps: int,
 def fit(model: Any, tokenizer: Any, rows: list[Any], out: Path, steps: int, lr: float, adam_lr: float) -> None:
     """Train next-token prediction on rows with loss masks; the learning rate falls to 0 over `steps`."""
     print(f"{len(rows)} rows, {sum(sum(row['loss_mask']) for row in rows) / 1e6:.2f} M labels", flush=True)
-    optimizer = Muon.for_model(model, lr, adam_lr)
+    optimizer = Muon(model, lr, adam_lr)
     schedule = get_linear_schedule_with_warmup(optimizer, min(40, steps // 10), steps)
     options = {"max_steps": steps, "per_device_train_batch_size": 16, "remove_unused_columns": False, **TRAINER}
     trainer = Trainer(
@@ -200,13 +192,8 @@ def finish(trainer: Trainer, tokenizer: Any, out: Path) -> None:
 
 def repeats(answer: list[int], size: int = 4) -> list[bool]:
     """Mark each token that completes an n-gram that the answer already has."""
-    seen: set[tuple[int, ...]] = set()
-    marks = []
-    for end in range(1, len(answer) + 1):
-        gram = tuple(answer[max(end - size, 0) : end])
-        marks.append(len(gram) == size and gram in seen)
-        seen.add(gram)
-    return marks
+    grams = [tuple(answer[max(end - size, 0) : end]) for end in range(1, len(answer) + 1)]
+    return [len(gram) == size and gram in grams[:index] for index, gram in enumerate(grams)]
 
 
 def without_loop(answer: list[int], breaks: set[int], end: int) -> list[int] | None:
@@ -261,7 +248,7 @@ def adapt(answers: Path, start: Path, steps: int, correction_head: str | None, o
     )
     optimizers: tuple[Any, Any] = (None, None)  # AdamW, for the head.
     if correction_head is None:
-        optimizer = Muon.for_model(draft, lr=0.01, adam_lr=2e-3)
+        optimizer = Muon(draft, lr=0.01, adam_lr=2e-3)
         optimizers = (optimizer, get_linear_schedule_with_warmup(optimizer, 40, steps))
     options = {"max_steps": steps, "warmup_steps": min(30, steps // 10), "num_draft_tokens": NUM_ASSISTANT_TOKENS}
     options |= {"correction_head": correction_head, "per_device_train_batch_size": 32 if correction_head else 16}
@@ -291,8 +278,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with the training text (*.jsonl.gz)")
     parser.add_argument("--work", type=Path, default=Path("bundled-pair"), help="folder for the results of stages")
     parser.add_argument("--out", type=Path, default=Path("pard_hf/bundled"), help="folder for the finished pair")
-    for name, number, task in STEPS:
-        parser.add_argument(f"--{name}-steps", type=int, default=number, help=f"optimizer steps of {task}")
+    for name, number in STEPS.items():
+        parser.add_argument(f"--{name}-steps", type=int, default=number, help=f"optimizer steps ({number})")
     args = parser.parse_args()
     missing = [f"{name}.jsonl.gz" for name in MIX if not (args.data / f"{name}.jsonl.gz").is_file()]
     if missing:
