@@ -49,7 +49,7 @@ class PardTrainingArguments(MethodSettings, TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        self.check_method()
+        self.check(MethodSettings)
         if self.label_smoothing_factor:
             raise ValueError("Expected no `label_smoothing_factor`, which these objectives do not have. Leave it out.")
         if self.metric_for_best_model is None:
