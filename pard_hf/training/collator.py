@@ -47,8 +47,8 @@ def pack_rows(examples: list[dict[str, Any]], length: int) -> list[dict[str, Any
 
 
 @dataclass
-class DataCollatorForPard:
-    """Build the training rows that conditional drop-token keeps, and no others.
+class DataCollatorForPard(TrainerCallback):
+    """Build the training rows that conditional drop-token keeps, and no others; as a callback, follow the epoch.
 
     Args:
         mask_token_id (`int`):
@@ -81,6 +81,9 @@ class DataCollatorForPard:
     def epoch(self, epoch: int) -> None:
         self.shared_epoch.fill_(epoch)
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.epoch = int(state.epoch or 0)
+
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Collate examples with `input_ids` and, optionally, `loss_mask` (1 = learn this token) and `text_lengths`.
 
@@ -104,8 +107,8 @@ class DataCollatorForPard:
         lengths, loss_mask = example.get("text_lengths") or [len(ids)], example.get("loss_mask") or [1] * len(ids)
         if min(lengths) < 2 or len(loss_mask) != len(ids):
             raise ValueError(
-                f"Expected texts of at least 2 tokens and a loss mask of their length, got {min(lengths)} tokens at the "
-                f"least and a mask of {len(loss_mask)} for {len(ids)}. Drop such rows."
+                f"Expected texts of at least 2 tokens and a loss mask of their length, got one of {min(lengths)} "
+                f"tokens and a mask of {len(loss_mask)} for {len(ids)}. Drop such rows."
             )
         texts = [
             self.rows_of_text(ids[start : start + length], loss_mask[start : start + length], start)
@@ -125,14 +128,3 @@ class DataCollatorForPard:
         anchors, depths = keep_rows(is_label, *settings, generator)
         rows = build_rows(ids, is_label, anchors, depths, self.mask_token_id)
         return {**rows, "anchors": anchors + start, "depths": depths, "starts": torch.full_like(anchors, start)}
-
-
-class EpochOfCollator(TrainerCallback):
-    """Set the collator's epoch, so that each pass drops other rows."""
-
-    def __init__(self, collator: Any):
-        self.collator = collator
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if hasattr(self.collator, "epoch"):
-            self.collator.epoch = int(state.epoch or 0)

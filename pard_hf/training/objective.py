@@ -56,12 +56,11 @@ def block_mask(anchors: torch.Tensor, depths: torch.Tensor, starts: torch.Tensor
     return create_block_mask(rule, batch_size, None, num_rows, num_rows, device=anchors.device)
 
 
-def check_attention(
-    model: PreTrainedModel, is_packed: bool = False, is_teacher: bool = False, device: torch.device | None = None
-) -> None:
-    """Raise a `ValueError` if a model's attention, on the `device` of the training, does not follow a mask of rows."""
-    if is_teacher and not is_packed:  # It runs on plain text.
-        return
+def check_attention(model: PreTrainedModel, is_teacher: bool = False, device: torch.device | None = None) -> None:
+    """Raise a `ValueError` if a model's attention, on the `device` of the training, does not follow a mask of rows.
+
+    A teacher needs none, unless several texts are packed in a sequence.
+    """
     name, attention = type(model).__name__, model.config._attn_implementation
     taken = ("sdpa", "eager") if is_teacher else ATTENTIONS
     if attention not in taken:

@@ -6,7 +6,7 @@ Only the standard library is imported, so that building the command line loads n
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -64,7 +64,7 @@ class MethodSettings:
         )
 
 
-def check_ranges(values: dict[str, Any], label: Callable[[str], str] = "`{}`".format) -> None:
+def check_ranges(values: Mapping[str, Any], label: Callable[[str], str] = "`{}`".format) -> None:
     """Raise a `ValueError` for a count below 1 or a rate outside [0, 1] among named values."""
     for name, value in values.items():
         if name in COUNTS and value is not None and value < 1:
