@@ -81,9 +81,9 @@ def check_attention(model: PreTrainedModel, is_teacher: bool = False, device: to
 class Objective:
     """The loss that is minimized over kept training rows.
 
-    `"ce"` is cross-entropy (PARD), `"kd"` adds the divergence from the target's distribution, and `"cat"` weights each
-    row of it by the probability that a block gets that far (PARD-2, target-independent). The target, with the draft's
-    tokenizer, is never trained; the default weights are those of `objective_weights`.
+    `"ce"` is cross-entropy (PARD), `"kd"` adds the divergence from the target's distribution, and `"cat"` weights both
+    in each row by the probability that a block gets that far (PARD-2, target-independent). The target, with the
+    draft's tokenizer, is never trained; the default weights are those of `objective_weights`.
     """
 
     name: str = "ce"

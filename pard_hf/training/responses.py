@@ -126,34 +126,34 @@ class Sample:
         return {**row, "messages": self.messages, "response_ids": self.answers}
 
 
+@dataclass
 class ResponseGenerator:
     """A target, with or without a draft, that answers batches of conversations turn by turn."""
 
-    def __init__(
-        self,
-        target: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        settings: AnswerSettings,
-        draft: PardDraftModel | None = None,
-        num_assistant_tokens: int | None = None,
-    ):
-        self.target = target if draft is None else with_pard(target)
-        self.tokenizer, self.settings, self.stats = tokenizer, settings, DecodingStats()
-        self.num_positions = min(num_positions(model.config) for model in (target, draft) if model is not None)
-        self.end_token_ids = end_token_ids(target.generation_config)
-        if not self.end_token_ids and tokenizer.eos_token_id is not None:
-            self.end_token_ids = [tokenizer.eos_token_id]
+    target: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    settings: AnswerSettings
+    draft: PardDraftModel | None = None
+    num_assistant_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        settings, draft, config = self.settings, self.draft, self.target.generation_config
+        models = [self.target] if draft is None else [with_pard(self.target), draft]
+        self.stats, self.num_positions = DecodingStats(), min(num_positions(model.config) for model in models)
+        self.end_token_ids = end_token_ids(config)
+        if not self.end_token_ids and self.tokenizer.eos_token_id is not None:
+            self.end_token_ids = [self.tokenizer.eos_token_id]
         self.generate_kwargs: dict[str, Any] = {
             "max_new_tokens": settings.max_new_tokens,
             "do_sample": settings.temperature > 0,
             "eos_token_id": self.end_token_ids or None,
-            "pad_token_id": pad_token_id(target.generation_config) or 0,
+            "pad_token_id": pad_token_id(config) or 0,
             "return_dict_in_generate": True,
         }
         if settings.temperature > 0:
             self.generate_kwargs |= {"temperature": settings.temperature, "top_p": settings.top_p}
         if draft is not None:
-            self.generate_kwargs |= {"assistant_model": draft, "num_assistant_tokens": num_assistant_tokens}
+            self.generate_kwargs |= {"assistant_model": draft, "num_assistant_tokens": self.num_assistant_tokens}
 
     def identity(self) -> dict[str, Any]:
         """Return what the answers depend on, which does not include the draft."""

@@ -32,8 +32,8 @@ from .trainer import Evaluator, PardTrainer, PardTrainingArguments, last_checkpo
 
 logger = logging.getLogger(__name__)
 
-CardMaker = Callable[[dict[str, Any]], str]
-PROBE = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
+Provenance = dict[str, Any]
+CardMaker = Callable[[Provenance], str]
 
 
 def train_draft(
@@ -55,8 +55,7 @@ def train_draft(
             target has another tokenizer, or a setting does not fit the base model.
     """
     args = training_arguments(settings)
-    names = [settings.base, *([settings.target] if settings.target else [])]
-    configs = [AutoConfig.from_pretrained(name) for name in names]
+    configs = [AutoConfig.from_pretrained(name) for name in (settings.base, settings.target) if name]
     tokenizer = load_tokenizer(settings)
     check_base(settings, configs[0], tokenizer)
     check_template(tokenizer)
@@ -75,13 +74,13 @@ def train_draft(
     if settings.pack:
         rows = pack_rows(rows, settings.max_length)
         logger.warning("Packed %d rows into %d sequences.", counts["num_rows"], len(rows))
+    loading: dict[str, Any] = {
+        "dtype": settings.dtype,
+        "attn_implementation": settings.attention,
+        "trimmed_vocabulary": False,
+    }
     draft = PardDraftModel.from_pretrained(
-        settings.base,
-        mask_token_id=mask_token_id,
-        correction_head=args.correction_head is not None,
-        trimmed_vocabulary=False,
-        dtype=settings.dtype,
-        attn_implementation=settings.attention,
+        settings.base, mask_token_id=mask_token_id, correction_head=args.correction_head is not None, **loading
     )
     target = None
     if settings.target and (make_evaluator or args.objective != "ce"):
@@ -115,11 +114,7 @@ def training_arguments(settings: TrainingSettings) -> PardTrainingArguments:
 
 
 def load_tokenizer(settings: TrainingSettings) -> Any:
-    """Load the base model's tokenizer with the given chat template, or with the target's where it has none.
-
-    Raises:
-        ValueError: The target has another tokenizer.
-    """
+    """Load the base model's tokenizer with the given chat template, or with the target's where it has none."""
     tokenizer = AutoTokenizer.from_pretrained(settings.base)
     if settings.chat_template is not None:
         tokenizer.chat_template = read_text(settings.chat_template)
@@ -167,15 +162,16 @@ def check_template(tokenizer: Any) -> None:
     if tokenizer.chat_template is None or has_marks(tokenizer):
         return
     remedy = "Mark answers by `{% generation %}…{% endgeneration %}` in a copy and pass it with `--chat-template`."
+    messages = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
     try:
-        before = tokenizer.apply_chat_template(PROBE[:1], add_generation_prompt=True, tokenize=False)
-        whole = tokenizer.apply_chat_template(PROBE, tokenize=False)
+        before = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=False)
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception as error:  # Chat templates raise errors of many kinds.
         raise ValueError(f"Expected a chat template for a question and an answer, got: {error}. {remedy}") from error
-    if not whole.startswith(before) or PROBE[1]["content"] not in whole[len(before) :]:
+    if not whole.startswith(before) or "an answer" not in whole[len(before) :]:
         raise ValueError(
-            f"Expected a chat template that writes the same before an answer with and without it, got {before!r} and "
-            f"{whole!r}: where the answer begins cannot be told. {remedy}"
+            f"Expected a chat template with the same prompt before an answer, got {before!r} and {whole!r}: where the "
+            f"answer begins cannot be told. {remedy}"
         )
 
 
@@ -210,9 +206,7 @@ def mask_token_of(settings: TrainingSettings, configs: list[Any], tokenizer: Any
     return named
 
 
-def provenance_of(
-    settings: TrainingSettings, trainer: PardTrainer, counts: dict[str, int], target: Any
-) -> dict[str, Any]:
+def provenance_of(settings: TrainingSettings, trainer: PardTrainer, counts: dict[str, int], target: Any) -> Provenance:
     """Return what `provenance.json` holds of every checkpoint of a run; paths are never recorded."""
     args = trainer.args
     recorded = {
@@ -222,7 +216,11 @@ def provenance_of(
         "lr_scheduler_type": args.lr_scheduler_type,
         "world_size": args.world_size,
     }
-    files = [describe(Path(file)) for file in settings.data]
+    files = []
+    for file in map(Path, settings.data):
+        manifest = manifest_path(file)  # Written by `pard data`.
+        text = manifest.read_text(encoding="utf-8") if manifest.exists() else "null"
+        files.append({"file": file.name, "sha256": sha256_of(file).hexdigest(), "manifest": json.loads(text)})
     models = {"base": shown_model(settings.base), "target": shown_model(settings.target) if settings.target else None}
     identity = {
         "base": models["base"],
@@ -234,18 +232,8 @@ def provenance_of(
     return {**run, "identity": identity, "settings": recorded, "counts": counts, "data": files}
 
 
-def describe(file: Path) -> dict[str, Any]:
-    """Return the name and digest of a file of rows, and the manifest of `pard data`, if any."""
-    manifest = manifest_path(file)
-    return {
-        "file": file.name,
-        "sha256": sha256_of(file).hexdigest(),
-        "manifest": json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else None,
-    }
-
-
 def write_provenance(
-    content: dict[str, Any], make_card: CardMaker | None, folder: Path, step: int, metrics: dict[str, Any]
+    content: Provenance, make_card: CardMaker | None, folder: Path, step: int, metrics: dict[str, Any]
 ) -> None:
     """Write `provenance.json` and a first model card into the folder of a saved draft."""
     content = {**content, "step": step, "metrics": metrics}
@@ -257,9 +245,8 @@ def write_provenance(
 def checkpoint_to_resume(settings: TrainingSettings, trainer: PardTrainer, identity: dict[str, Any]) -> str | None:
     """Find the checkpoint to continue from, if there is one; with `settings.restart` move the old ones aside.
 
-    Raises:
-        ValueError: The checkpoint was trained with other settings. How a step is spread (batch size, accumulation,
-            devices), the number of steps and the learning rate may change.
+    A `ValueError` names settings that differ from the checkpoint's. How a step is spread (batch size, accumulation,
+    devices), the number of steps and the learning rate may change.
     """
     folder = settings.output / "checkpoints"
     if settings.restart and folder.is_dir() and any(folder.iterdir()) and trainer.is_world_process_zero():

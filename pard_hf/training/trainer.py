@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from ..generation.stats import DecodingStats
 from ..io import whole_file
 from .collator import DataCollatorForPard
 from .objective import Objective, check_attention
-from .settings import MethodSettings
+from .settings import MethodSettings, setting
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +43,8 @@ class PardTrainingArguments(MethodSettings, TrainingArguments):
     """`TrainingArguments` with the settings of PARD; defaults are the paper's."""
 
     # The collator reads columns that no model's forward names.
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Keep False: rows are built of all columns."})
-    restore_callback_states_from_checkpoint: bool = field(
-        default=True, metadata={"help": "A resumed run continues its clock and the patience of early stopping."}
-    )
+    remove_unused_columns: bool = setting(False, "keep False: rows are built of all columns")
+    restore_callback_states_from_checkpoint: bool = setting(True, "continue the clock and patience of a resumed run")
 
     def __post_init__(self) -> None:
         self.check(MethodSettings)
@@ -168,8 +166,8 @@ class PardTrainer(Trainer):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({"step": step, "loss": str(loss.item()), "rows": sources}), encoding="utf-8")
         raise FloatingPointError(
-            f"Expected a finite loss in step {step}, got {loss.item()}. The rows of the batch are named in `{file}`. "
-            "Lower the learning rate, or look at these rows; checkpoints before this step are good."
+            f"Expected a finite loss in step {step}, got {loss.item()}. Lower the learning rate, or look at the rows "
+            f"named in `{file}`; checkpoints before this step are good."
         )
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -257,15 +255,11 @@ class PardTrainer(Trainer):
 
 
 def prepare_head(draft: PardDraftModel, mode: str | None, rank: int) -> None:
-    """Attach the correction head that is to be trained and freeze the draft for `"frozen"`; detach it without `mode`.
-
-    Raises:
-        ValueError: The draft has a head of another rank, or a trimmed vocabulary.
-    """
+    """Attach the correction head that is to be trained, and freeze the draft for `"frozen"`; detach it for `None`."""
     if draft.trimmed_vocabulary is not None:
         raise ValueError(
-            "Expected a draft with its whole vocabulary, got a trimmed one, whose weights would not follow the "
-            "training. Load it with `trimmed_vocabulary=False` and trim it afterwards."
+            "Expected a draft with its whole vocabulary, got a trimmed one. Load it with `trimmed_vocabulary=False` "
+            "and trim it afterwards."
         )
     head = draft.correction_head
     if mode is None:
@@ -280,8 +274,8 @@ def prepare_head(draft: PardDraftModel, mode: str | None, rank: int) -> None:
         return
     if head is not None and head.rank != rank:
         raise ValueError(
-            f"Expected the draft's correction head to have the rank {rank}, got {head.rank}. Pass that rank, or load "
-            "the draft with `correction_head=False` to begin a new head."
+            f"Expected a correction head of rank {rank}, got {head.rank}. Pass that rank, or load the draft with "
+            "`correction_head=False` to begin a new one."
         )
     if head is None:
         config = draft.config.get_text_config()
