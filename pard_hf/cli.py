@@ -188,7 +188,9 @@ def _load(
     from .loading import Pair, load_pair, load_target
 
     logging.disable_progress_bar()
-    if may_lack_draft and target is not None and draft is None:
+    if target is not None and draft is None:
+        if not may_lack_draft:
+            raise ValueError(f"Expected a draft for the target `{target}`, got none. Name one with --draft.")
         model, tokenizer = load_target(target, dtype, device)
         return Pair(model, None, tokenizer)
     return load_pair(target, draft, dtype, device)

@@ -190,6 +190,13 @@ def test_several_values_are_repeated_or_separated_by_commas(pair_folders, tmp_pa
     assert "[3/3] hello" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["generate", "demo"])
+def test_a_target_without_a_draft_is_refused_before_it_is_loaded(command, capsys):
+    assert main([command, *(["hi"] if command == "generate" else []), "--target", "smollm2"]) == 2
+
+    assert "Expected a draft for the target `smollm2`, got none." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "name", "message"),
     [
