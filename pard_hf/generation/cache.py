@@ -147,7 +147,7 @@ class SlotCache(Cache):
     """A cache for one model, shared by rows of different lengths, of `num_slots` positions each; see [`Slots`]."""
 
     def __init__(self, config: PreTrainedConfig, num_slots: int, is_static: bool = False, is_contiguous: bool = False):
-        self.windows = attention_windows(config)
+        self.windows, self.num_slots = attention_windows(config), num_slots
         self.slots = Slots(num_slots, num_slots, len(self.windows), is_static, is_contiguous)
         super().__init__(layers=[SlotLayer(self.slots) for _ in self.windows])
 
@@ -155,10 +155,6 @@ class SlotCache(Cache):
     def of(cls, model: PreTrainedModel, num_slots: int, is_static: bool = False) -> SlotCache:
         """Make an empty cache for a model, laid out as its attention needs it."""
         return cls(model.config, num_slots, is_static, is_contiguous=not uses_attention_interface(model))
-
-    @property
-    def num_slots(self) -> int:
-        return self.slots.num_slots
 
     @property
     def has_memory(self) -> bool:
