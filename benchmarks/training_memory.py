@@ -32,9 +32,9 @@ def dense_loss(draft: PardDraftModel, batch: dict[str, Any], length: int) -> tor
     """Compute the loss as the reference trainer does: all depths, one dense mask, one matrix of logits."""
     anchors = torch.arange(length).repeat(NUM_DRAFT_TOKENS)
     depths = torch.arange(NUM_DRAFT_TOKENS).repeat_interleave(length)
-    own = (values.unsqueeze(-1) for values in (anchors, depths, torch.zeros_like(anchors)))
+    own = [values.unsqueeze(-1) for values in (anchors, depths, torch.zeros_like(anchors))]
     mask = torch.zeros(len(anchors), len(anchors))
-    mask.masked_fill_(~attends(*own, anchors.unsqueeze(-2), depths.unsqueeze(-2)), torch.finfo(torch.float32).min)
+    mask.masked_fill_(~attends(own, anchors.unsqueeze(-2), depths.unsqueeze(-2)), torch.finfo(torch.float32).min)
     kept = batch["depths"][0] * length + batch["anchors"][0]
     inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
     logits = draft(**inputs, attention_mask=mask[kept][:, kept][None, None], use_cache=False).logits
