@@ -4,7 +4,7 @@ Every row writes at its own positions, and a query sees the slots up to its own 
 sliding layers). Rejected entries are overwritten by the next round before anything can see them, so nothing is ever
 cropped or realigned, and every shape is fixed. Padding goes to one spare slot that no query sees.
 
-Nodes of a tree are the exception: several share a position, so they stand in the slots behind the text one after the
+Nodes of a tree are the exception: several share a position, so they take the slots after the text one after the
 other, and those on the accepted path move to the slots of their positions ([`SlotCache.keep_path`]).
 
 The one invariant: when a query at position p runs, slots 0..p of its row hold the entries of its own text.
@@ -245,7 +245,7 @@ class SlotCache(Cache):
 def tree_slots(
     positions: torch.Tensor, on_path: torch.Tensor, slot: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Lay a tree out behind the text; arguments as in [`SlotCache.prepare`], and `slot` counts the visible ones.
+    """Place a tree in the slots after the text; arguments as in [`SlotCache.prepare`], and `slot` counts the visible ones.
 
     Returns:
         Slots `[B, q]` of the queries, positions `[B, 1, 1, num_visible]` in the slots, and the mask
