@@ -245,7 +245,7 @@ class SlotCache(Cache):
 def tree_slots(
     positions: torch.Tensor, on_path: torch.Tensor, slot: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Place a tree in the slots after the text; arguments as in [`SlotCache.prepare`], and `slot` counts the visible ones.
+    """Place a tree after the text; arguments as in [`SlotCache.prepare`], and `slot` counts the visible slots.
 
     Returns:
         Slots `[B, q]` of the queries, positions `[B, 1, 1, num_visible]` in the slots, and the mask
