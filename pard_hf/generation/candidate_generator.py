@@ -86,7 +86,7 @@ class PardCandidateGenerator(CandidateGenerator):
             0 for the prompt's left padding.
         sampling ([`StockSampling`], *optional*):
             Of a sampled call; told how far the text has grown.
-        eos_token_id (`list[int]`, *optional*):
+        eos_token_id (`torch.LongTensor` or `list[int]`, *optional*):
             End tokens of the call: nothing is proposed after one.
     """
 
@@ -100,7 +100,7 @@ class PardCandidateGenerator(CandidateGenerator):
         vocab_size: int,
         attention_mask: torch.Tensor | None = None,
         sampling: StockSampling | None = None,
-        eos_token_id: list[int] | None = None,
+        eos_token_id: torch.Tensor | list[int] | None = None,
     ):
         self.draft, self.sampling = draft, sampling
         self.num_assistant_tokens, self.max_length, self.vocab_size = num_assistant_tokens, max_length, vocab_size

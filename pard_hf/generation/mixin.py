@@ -28,7 +28,6 @@ from ..draft.model import PardDraftModel
 from ..host import (
     CACHE_NAME,
     cache_in,
-    end_token_ids,
     input_device,
     is_callers,
     is_refused_by_stock_loop,
@@ -40,7 +39,7 @@ from ..host import (
 from .candidate_generator import PardCandidateGenerator, StockSampling
 from .compilation import compiled_steps, schedule_for
 from .config import OPTIONS, PardGenerateOutput, check_options
-from .decoder import PardDecoder, RatioTestDecoder, max_length
+from .decoder import PardDecoder, RatioTestDecoder, end_tokens, max_length
 from .lockstep import LockstepDecoder
 from .sampling import Noise, is_prefix_free, is_stateless
 from .stats import DecodingStats
@@ -282,7 +281,7 @@ class PardGenerationMixin(GenerationMixin):
             past = DynamicCache()
         model_kwargs = {**model_kwargs, CACHE_NAME: past}
         sizes = config.num_assistant_tokens, config.max_length, self.config.get_text_config().vocab_size
-        mask, ends = model_kwargs.get("attention_mask"), end_token_ids(config)
+        mask, ends = model_kwargs.get("attention_mask"), end_tokens(prepared["stopping_criteria"], input_ids.device)
         generator = PardCandidateGenerator(draft, *sizes, mask, sampling, ends)
         # The loop hands its assistant to `_get_candidate_generator` and does nothing else with it.
         output = super()._assisted_decoding(input_ids, **prepared, assistant_model=generator, **model_kwargs)
