@@ -37,7 +37,7 @@ GREEN, UNDERLINE, RESET = "\033[32m", "\033[4m", "\033[0m"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit code; bad input ends with one line on standard error and code 2."""
+    """Run one command and return its exit code; bad input prints one line to standard error and returns 2."""
     words = list(sys.argv[1:] if argv is None else argv)
     name = " ".join(["pard", *words[:1]])
     command = typer.main.get_command(app)
@@ -67,7 +67,7 @@ def _warn(message: str) -> None:
 
 
 def _words(text: str) -> list[str]:
-    """Split a comma-separated list; a file whose name has a comma is one value."""
+    """Split a comma-separated list, unless it is the name of a file."""
     return [text] if Path(text).exists() else text.split(",")
 
 
@@ -81,15 +81,11 @@ def _integers(text: str) -> list[int]:
 
 def _several(help: str, split: Callable[[str], list[Any]] = _words) -> Any:
     """Declare a flag that takes several values."""
-    return typer.Option(help=help, parser=split, callback=_joined, metavar="LIST")
+    return typer.Option(help=help, parser=split, callback=lambda lists: sum(lists or [], []), metavar="LIST")
 
 
 def _flag(help: str, *names: str, **settings: Any) -> Any:
     return typer.Option(*names, help=help, **settings)
-
-
-def _joined(groups: Any) -> list[Any]:
-    return [value for group in groups or () for value in group]
 
 
 Text = str | None
@@ -182,7 +178,7 @@ def generate(
 def _load(
     target: str | None, draft: str | None, dtype: str, device: str | None, *, may_lack_draft: bool = False
 ) -> Pair:
-    """Load a pair; with `may_lack_draft`, a target that is named alone comes without one."""
+    """Load a pair; `may_lack_draft` allows a target alone."""
     from transformers.utils import logging
 
     from .loading import Pair, load_pair, load_target
@@ -197,7 +193,7 @@ def _load(
 
 
 def _read_prompts(prompt: str | None, files: list[Path]) -> tuple[list[str], bool]:
-    """Read the prompts, and whether it is a single one, which is streamed."""
+    """Read the prompts, and whether there is a single one, which is streamed."""
     from .evaluation.prompts import read_prompts
     from .io import read_text, text_problem
 
@@ -336,7 +332,7 @@ def bench(
     batch_sizes: Annotated[Integers, _several("texts at a time (default: 1)", _integers)] = None,
     repeats: Annotated[int, _flag("timed runs of each route")] = 3,
     output: Annotated[Path | None, _flag("write the JSON here: a .json file, or a folder")] = None,
-    resume: Annotated[bool, _flag("go on with an interrupted run's --output", "--resume")] = False,
+    resume: Annotated[bool, _flag("continue an interrupted run's --output", "--resume")] = False,
 ) -> int:
     """Measure plain generate, its rivals and PARD on the same prompts, interleaved.
 
@@ -399,8 +395,7 @@ def data(
 ) -> None:
     """Let the target write the answers a draft is trained on.
 
-    Rows {prompt}, {turns} or {messages} in, training rows out. The same command goes on where an interrupted one
-    stopped.
+    Rows {prompt}, {turns} or {messages} in, training rows out. The same command continues an interrupted run.
     """
     from .training.responses import write_answers
 
@@ -437,7 +432,7 @@ def data(
 
 
 def _read_all(prompts: list[str], skip_bad_rows: bool, sources: list[dict[str, Any]]) -> Iterator[Any]:
-    """Read the rows of files and Hub data sets in order; appends the name and digest of each to `sources`."""
+    """Read the rows of files and Hub data sets in order; append the name and digest of each to `sources`."""
     from .evaluation.prompts import HUB_PREFIX, read_hub_conversations
     from .io import sha256_of
     from .training.data import PROMPTS, check_rows, read_rows
@@ -477,6 +472,18 @@ class Progress:
         return ratios | ({"acceptance_length": round(self.acceptance_length, 4)} if self.acceptance_length else {})
 
 
+class GroupedHelp(typer.core.TyperCommand):
+    """List flags under the headings of their panels, without the frames of rich, which cut long names."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        flags: dict[str, list[Any]] = {}
+        for flag in self.get_params(ctx):
+            flags.setdefault(getattr(flag, "rich_help_panel", None) or "Options", []).append(flag)
+        for heading, listed in flags.items():
+            with formatter.section(heading):
+                formatter.write_dl([record for flag in listed if (record := flag.get_help_record(ctx))])
+
+
 def train(context: typer.Context, **settings: Any) -> None:
     """Adapt a small causal LM into a parallel draft. Rows: {text}, {prompt, response} or {messages}."""
     from .evaluation.acceptance import prepare_evaluator
@@ -493,15 +500,17 @@ def train(context: typer.Context, **settings: Any) -> None:
 def _training_flag(setting: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
     """Make the flag of a training setting, whose type is `kind`."""
     help, none, parse = setting.metadata["help"], setting.metadata.get("none"), setting.metadata.get("parse")
+    is_required = setting.default is setting.default_factory is dataclasses.MISSING
     option = _flag(help, f"--{setting.name.replace('_', '-')}")
     if none:
         option.parser = lambda word: None if word == none else int(word)
     if get_origin(kind) in (list, dict):
         split = (lambda word: [parse(word)]) if parse else _paths if kind == list[Path] else _words
         kind, option = list[Any], _several(help, split)
+    option.rich_help_panel = "Required" if is_required else setting.metadata.get("group", "method").capitalize()
     default = setting.default
     if default is dataclasses.MISSING:  # Required, or an empty list.
-        default = inspect.Parameter.empty if setting.default_factory is dataclasses.MISSING else None
+        default = inspect.Parameter.empty if is_required else None
     return inspect.Parameter(
         setting.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
     )
@@ -511,7 +520,7 @@ _kinds = get_type_hints(TrainingSettings)
 _flags = [_training_flag(one, _kinds[one.name]) for one in dataclasses.fields(TrainingSettings) if one.metadata]
 _flags.sort(key=lambda flag: flag.default is not inspect.Parameter.empty)  # The required ones first.
 train.__signature__ = inspect.Signature([inspect.signature(train).parameters["context"], *_flags])  # type: ignore[attr-defined]
-app.command()(train)
+app.command(cls=GroupedHelp)(train)
 
 
 @app.command()
@@ -520,7 +529,7 @@ def check(
     target: Annotated[Text, _flag("folder or Hub id of the target; only config and tokenizer are read")] = None,
     as_json: Annotated[bool, _flag("print the findings once more, as one JSON object", "--json")] = False,
 ) -> int:
-    """Say whether vLLM and TensorRT-LLM would load a draft, and what is wrong if not.
+    """Check whether vLLM and TensorRT-LLM would load a draft, and what is wrong if not.
 
     Weights are not loaded. Exit code 0 where both would load it, 1 where one would not.
     """
@@ -535,7 +544,7 @@ def check(
 
 
 def _print_findings(findings: list[Finding]) -> int:
-    """Print one line an engine and one a finding; returns 1 if an engine would not load the draft."""
+    """Print one line an engine and one a finding; return 1 if an engine would not load the draft."""
     from .hub.engines import ENGINES, would_load
 
     for engine, title in ENGINES.items():
@@ -589,8 +598,7 @@ def card(
 ) -> None:
     """Render the model card of a draft from its config, provenance and results.
 
-    Reads config.json, provenance.json, result files and the table of published drafts; what none of them holds is
-    stated to be missing.
+    Reads config.json, provenance.json, result files and the table of published drafts; marks what none of them holds.
     """
     from .hub.model_card import all_names, card_source, model_card
 
