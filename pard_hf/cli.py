@@ -158,13 +158,12 @@ def generate(
     num_new_tokens = sum(map(len, answers.values()))
     for index, prompt in enumerate(prompts):
         text = pair.tokenizer.decode(answers[index], skip_special_tokens=True)
+        row: dict[str, Any] = {"text": text, "num_new_tokens": len(answers[index])}
+        if is_single:
+            row |= {"seconds": round(seconds, 4), "tokens_per_second": round(num_new_tokens / seconds, 2)}
+            row |= {"num_assistant_tokens": num_drafts, **stats.to_dict()}
         if as_json:
-            row: dict[str, Any] = {} if is_single else {"prompt": prompt}
-            row |= {"text": text, "num_new_tokens": len(answers[index])}
-            if is_single:
-                row |= {"seconds": round(seconds, 4), "tokens_per_second": round(num_new_tokens / seconds, 2)}
-                row |= {"num_assistant_tokens": num_drafts, **stats.to_dict()}
-            print(json.dumps(row, ensure_ascii=False))
+            print(json.dumps(row if is_single else {"prompt": prompt, **row}, ensure_ascii=False))
         elif not is_single:
             print(f"[{index + 1}/{len(prompts)}] {prompt.rstrip()}\n\n{text.rstrip()}\n")
     if not (is_single and as_json):
@@ -197,14 +196,16 @@ def _read_prompts(prompt: str | None, files: list[Path]) -> tuple[list[str], boo
     from .evaluation.prompts import read_prompts
     from .io import read_text, text_problem
 
-    def is_rows(file: Path) -> bool:
-        return file.name.endswith((".jsonl", ".jsonl.gz"))
-
     if files and prompt is not None:
         raise ValueError("Expected a prompt or `--file`, got both. Drop one of them.")
     prompts = [] if files else [sys.stdin.read() if prompt in (None, "-") else str(prompt)]
+    is_single = len(files) < 2
     for file in files:
-        prompts += [row["prompt"] for row in read_prompts(file)] if is_rows(file) else [read_text(file)]
+        if file.name.endswith((".jsonl", ".jsonl.gz")):
+            is_single = False
+            prompts += [row["prompt"] for row in read_prompts(file)]
+        else:
+            prompts.append(read_text(file))
     if not prompts:
         raise ValueError("Expected at least one prompt in the files, got none. Add a row with a `prompt`.")
     for text in prompts:
@@ -212,7 +213,7 @@ def _read_prompts(prompt: str | None, files: list[Path]) -> tuple[list[str], boo
             raise ValueError("Expected a prompt, got only white space. Pass it as an argument, `--file` or stdin.")
         if (problem := text_problem(text)) is not None:
             raise ValueError(f"Expected a prompt in UTF-8, but {problem}. Fix the prompt.")
-    return prompts, not files or (len(files) == 1 and not is_rows(files[0]))
+    return prompts, is_single
 
 
 class TintedStreamer:
@@ -300,15 +301,15 @@ def demo(
 
 
 def _speeds(result: RaceResult) -> str:
-    """Format tokens per second, τ, and the speedup over eager and, if it ran, over compiled plain `generate`."""
+    """Format tokens per second, τ and the speedups over eager and, if it ran, compiled plain `generate`."""
     from .evaluation.race import COMPILED, PARD, PLAIN
 
     plain, pard = (result.num_new_tokens / result.seconds[way] for way in (PLAIN, PARD))
     speedups = {way: seconds / result.seconds[PARD] for way, seconds in result.seconds.items()}
+    over_compiled = f" ({speedups[COMPILED]:.2f} over compiled plain)" if COMPILED in speedups else ""
     return (
         f"plain {plain:.0f} tokens/s · PARD {pard:.0f} tokens/s · τ {result.stats.acceptance_length:.2f} · "
-        f"speedup {speedups[PLAIN]:.2f}"
-        + (f" ({speedups[COMPILED]:.2f} over compiled plain)" if COMPILED in speedups else "")
+        f"speedup {speedups[PLAIN]:.2f}{over_compiled}"
     )
 
 
@@ -468,8 +469,8 @@ class Progress:
 
     def ratios(self) -> dict[str, float]:
         """Return tokens a second and, with a draft, the acceptance length."""
-        ratios = {"tokens_per_second": round(self.speed, 2)}
-        return ratios | ({"acceptance_length": round(self.acceptance_length, 4)} if self.acceptance_length else {})
+        acceptance = {"acceptance_length": round(self.acceptance_length, 4)} if self.acceptance_length else {}
+        return {"tokens_per_second": round(self.speed, 2), **acceptance}
 
 
 class GroupedHelp(typer.core.TyperCommand):

@@ -100,7 +100,7 @@ def test_bad_input_is_a_sentence(pair_folders, capsys, arguments, message):
 def test_pair_goes_together(pair_folders, capsys):
     assert main(["generate", "hello", *pair_folders[:2]]) == 2
 
-    assert "only a target" in capsys.readouterr().err
+    assert "Expected a draft for the target" in capsys.readouterr().err
 
 
 def test_demo_says_whether_texts_are_identical(pair_folders, capsys):
