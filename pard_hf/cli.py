@@ -595,7 +595,7 @@ def card(
     base_model: Annotated[Text, _flag("Hub id of the model it was made from (default: the files')")] = None,
     datasets: Annotated[Texts, _several("Hub ids of its training data (default: the files')")] = None,
     language: Annotated[Texts, _several("of its training text, such as en")] = None,
-    tags: Annotated[Texts, _several("beside those that every card has")] = None,
+    tags: Annotated[Texts, _several("added to those of every card")] = None,
 ) -> None:
     """Render the model card of a draft from its config, provenance and results.
 

@@ -168,8 +168,8 @@ def convert_gguf(file: Path, folder: Path) -> None:
         if (token_id := getattr(model.config, f"{role}_token_id")) is not None:
             setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(token_id))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent) as beside:
-        written = Path(beside) / folder.name
+    with TemporaryDirectory(dir=folder.parent) as temporary:
+        written = Path(temporary) / folder.name
         model.save_pretrained(written)
         tokenizer.save_pretrained(written)
         try:

@@ -120,7 +120,7 @@ class PardDraftModel(PreTrainedModel):
                 Overrides the checkpoint's `pard_token`.
             num_assistant_tokens (`int`, *optional*):
                 K, proposals a round; defaults to the checkpoint's, or to 12.
-            correction_head (`bool`, *optional*, defaults to `True`) and trimmed_vocabulary (`bool`, *optional*):
+            correction_head and trimmed_vocabulary (`bool`, *optional*, defaults to `True`):
                 Whether to load these add-ons where the checkpoint has them.
             kwargs:
                 Go to `AutoModelForCausalLM.from_pretrained`; `use_safetensors` defaults to `True`, since pickled
@@ -128,7 +128,7 @@ class PardDraftModel(PreTrainedModel):
 
         Raises:
             OSError: There is no such checkpoint, access to it is refused, or the Hub cannot be reached.
-            ValueError: The checkpoint has no mask token, or one outside its vocabulary, or an add-on of another draft.
+            ValueError: The checkpoint has no mask token, one outside its vocabulary, or an add-on of another draft.
         """
         name = pretrained_model_name_or_path
         loaded = AutoModelForCausalLM.from_pretrained(name, *args, **{"use_safetensors": True, **kwargs})
@@ -173,7 +173,7 @@ class PardDraftModel(PreTrainedModel):
                 K, proposals a round, kept in the draft's `generation_config`.
 
         Raises:
-            ValueError: The id lies outside the vocabulary, K is not positive, or the model is an encoder-decoder.
+            ValueError: The id is outside the vocabulary, K is not positive, or the model is an encoder-decoder.
         """
         if not isinstance(model, PreTrainedModel):
             raise ValueError(f"Expected a transformers model, got `{type(model).__name__}`.")
@@ -230,10 +230,8 @@ class PardDraftModel(PreTrainedModel):
         """Propose K tokens in one forward.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
-                The text so far; left-padded where `attention_mask` is 0.
-            attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                1 for text, 0 for padding.
+            input_ids and attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+                The text so far, left-padded where the mask (*optional*) is 0.
             num_assistant_tokens (`int`, *optional*):
                 K; defaults to the draft's own.
             past_key_values ([`DynamicCache`], *optional*):
@@ -254,9 +252,8 @@ class PardDraftModel(PreTrainedModel):
         masks = input_ids.new_full((len(input_ids), num_drafts - 1), self.mask_token_id)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         # The mask of an earlier call may be shorter or longer than the text; mask tokens are attended like text.
-        visible = torch.nn.functional.pad(
-            attention_mask, (0, length + num_drafts - 1 - attention_mask.shape[1]), value=1
-        )
+        num_missing = length + num_drafts - 1 - attention_mask.shape[1]
+        visible = torch.nn.functional.pad(attention_mask, (0, num_missing), value=1)
         positions = (visible.cumsum(-1) - 1).clamp(min=0, max=num_positions(self.config) - 1)
         logits, hidden = self.position_logits(
             num_drafts,
@@ -281,7 +278,7 @@ class PardDraftModel(PreTrainedModel):
         return super().generate(*args, **kwargs)
 
     def trim_vocabulary(self, token_ids: Iterable[int] | str | Path, keep: int | None = None) -> PardDraftModel:
-        """Propose some tokens only, in place: a smaller product with the LM head, and the target's same output.
+        """Restrict proposals to some tokens, in place: a smaller product with the LM head, and the same output.
 
         Args:
             token_ids (`Iterable[int]` or `str`):
@@ -290,7 +287,7 @@ class PardDraftModel(PreTrainedModel):
                 How many of them, the most frequent first; all by default.
 
         Raises:
-            ValueError: No id is left, one lies outside the vocabulary, or the file holds no counts.
+            ValueError: No id is left, one is outside the vocabulary, or the file holds no counts.
         """
         check_head(self)
         vocab_size = self.config.get_text_config().vocab_size
@@ -561,7 +558,7 @@ def check_loadable(model: PreTrainedModel, weights: Mapping[str, torch.Tensor] |
     ]
     if problems:
         raise ValueError(
-            f"Expected the weights of `{model_class.__name__}` as its config has them, got {' and '.join(problems)}: "
-            "saved and loaded again it would be another draft. Merge adapters first (`merge_and_unload()` of peft), "
-            "remove parametrizations, and correct the config's numbers of layers and rows."
+            f"Expected the weights of `{model_class.__name__}` by its config, got {' and '.join(problems)}: saved, it "
+            "would load as another draft. Merge adapters (`merge_and_unload()` of peft), remove parametrizations, and "
+            "correct the config's sizes."
         )

@@ -66,8 +66,8 @@ def export_draft(
     elif pad_vocab_to is not None:
         pad_vocabulary(model, pad_vocab_to)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as beside:
-        written = Path(beside) / "draft"
+    with TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
+        written = Path(temporary) / "draft"
         model.save_pretrained(written)
         for path in tokenizer_files(tokenizer_folder):
             copy = written / path.relative_to(tokenizer_folder)
