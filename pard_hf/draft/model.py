@@ -66,7 +66,7 @@ OTHER_MASK_KEYS = ("mask_token_id", "ptd_token_id", "dspark_noise_token_id", "df
 PUSH_ARGUMENTS = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "revision", "tags")
 # The name in the card of a draft that has not been pushed.
 UNNAMED_DRAFT = "FOLDER-OR-HUB-ID"
-TAGS = ("pard", "speculative-decoding", "parallel-drafting", "draft-model")
+TAGS = ("pard", "speculative-decoding", "parallel-drafting")
 CARD = """
 # {repo_id}
 
@@ -458,7 +458,9 @@ class PardDraftModel(PreTrainedModel):
         if is_trained_here and (source / "README.md").is_file():
             card = ModelCard((source / "README.md").read_text(encoding="utf-8").replace(UNNAMED_DRAFT, repo_id))
         else:
-            data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=list(TAGS))
+            data = ModelCardData(
+                library_name="transformers", pipeline_tag="text-generation", tags=[*TAGS, "draft-model"]
+            )
             if is_trained_here:
                 base = json.loads((source / "provenance.json").read_text(encoding="utf-8")).get("base")
                 data.base_model = base if base and "/" in base else None  # Not a folder.

@@ -22,14 +22,9 @@ INDEX_FILE = "model.safetensors.index.json"
 # One of these holds the vocabulary; the other files of a tokenizer only configure it.
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.*", "spiece.model", "*.tiktoken", "tekken.json")
 TOKENIZER_FILES = (
-    *VOCABULARY_FILES,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-    "chat_template.*",
-    "additional_chat_templates/*",
-)
+    *VOCABULARY_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
+    "chat_template.*", "additional_chat_templates/*",
+)  # fmt: skip
 TARGET_FILES = ("config.json", *TOKENIZER_FILES)
 DRAFT_FILES = (*TARGET_FILES, *ADDON_FILES, "generation_config.json", "*.safetensors", INDEX_FILE)
 

@@ -280,10 +280,6 @@ def max_model_len(config: dict[str, Any], tokenizer_folder: Path) -> float:
     return min(bounds, default=float("inf")) * factor
 
 
-def lacks_target_tokenizer(draft: Draft) -> bool:
-    return draft.target_folder is not None and draft.tokenizer is not None and draft.difference is None
-
-
 def tokens_of_one_side(draft: Draft) -> str | None:
     difference = draft.difference
     if difference is None or difference.conflict:
@@ -382,7 +378,8 @@ RULES: tuple[tuple[Engine | Literal["both"], bool, Callable[[Draft], Any], str],
     # Tokenizers
     (BOTH, NOTE, lambda draft: draft.tokenizer_problem,
      "{} Engines load the target's; the two were not compared."),
-    (BOTH, NOTE, lacks_target_tokenizer,
+    (BOTH, NOTE,
+     lambda draft: draft.target_folder is not None and draft.tokenizer is not None and draft.difference is None,
      "The target has no tokenizer to compare the draft's with: check it yourself."),
     (BOTH, BLOCKING, lambda draft: draft.difference is not None and draft.difference.conflict,
      "Draft and target must share a tokenizer: {}. Take a draft of the target's family."),

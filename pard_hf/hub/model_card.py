@@ -18,21 +18,17 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..draft.addons import CORRECTION_HEAD, SETTINGS_FILE
 from ..draft.known_drafts import KNOWN_DRAFTS, KnownDraft
-from ..draft.model import UNNAMED_DRAFT
+from ..draft.model import DEFAULT_NUM_ASSISTANT_TOKENS, TAGS, UNNAMED_DRAFT
 from ..loading import bundled_pair
 from .checkpoint import local_folder, read_json, tensor_shapes, text_config
 
 TEMPLATES = Path(__file__).parent / "templates"
 PUBLISHED: dict[str, list[dict[str, str]]] = json.loads((TEMPLATES / "published.json").read_text(encoding="utf-8"))
-TAGS = ("pard", "speculative-decoding", "parallel-drafting")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-DEFAULT_NUM_DRAFTS = 12
 PLACEHOLDER = "YOUR-TARGET"
+HEAD_FILE = f"{CORRECTION_HEAD}/{SETTINGS_FILE}"
 BUNDLED = ("bundled-draft", "bundled-target")
-CARD_FILES = (
-    *("config.json", "generation_config.json", "provenance.json", "README.md"),
-    f"{CORRECTION_HEAD}/{SETTINGS_FILE}",
-)
+CARD_FILES = ("config.json", "generation_config.json", "provenance.json", "README.md", HEAD_FILE)
 # Metadata that no other file holds, kept when a card is rendered again.
 STATED = ("license", "license_name", "license_link", "language", "datasets", "base_model")
 ROUTES = {
@@ -111,7 +107,7 @@ def card_source(name: str, results: Sequence[str | Path] = (), **stated: Any) ->
         config=read_json(folder, "config.json"),
         num_assistant_tokens=read_json(drafting, "generation_config.json", {}).get("num_assistant_tokens"),
         num_parameters=sum(map(prod, shapes.values())) or None,
-        correction_head=read_json(folder / CORRECTION_HEAD, SETTINGS_FILE, {}),
+        correction_head=read_json(folder, HEAD_FILE, {}),
         provenance=read_json(folder, "provenance.json", {}),
         results=load_results(results, measured),
         metadata={**stated_in(about / "README.md"), **metadata},
@@ -170,7 +166,7 @@ def model_card(source: CardSource) -> ModelCard:
         title=f"PARD draft of {base}" if base and not known else source.name,
         base=base,
         target=source.target or (known.example if known else None) or provenance.get("target") or PLACEHOLDER,
-        num_drafts=source.num_assistant_tokens or DEFAULT_NUM_DRAFTS,
+        num_drafts=source.num_assistant_tokens or DEFAULT_NUM_ASSISTANT_TOKENS,
         text=text_config(source.config),
         trained=training_table(provenance.get("metrics") or {}),
         results=[(result, result_table(result)) for result in source.results],
