@@ -16,11 +16,11 @@ machine.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,11 +29,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from benchmarks.replay import autoregressive, next_token_accuracy, replay
+from benchmarks.script import finish, parser_of, run_metadata, write
 from pard_hf import PardDraftModel, PardTrainer, PardTrainingArguments, bundled_pair
 from pard_hf.draft.mask_token import choose_mask_token
 from pard_hf.evaluation.acceptance import AcceptanceEvaluator
 from pard_hf.evaluation.prompts import choose_rows, load_prompts
-from pard_hf.io import conditions_of, shown_command
 from pard_hf.tokens import encode_prompt
 from pard_hf.training.data import read_rows, tokenize_rows
 
@@ -67,7 +67,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("--base", required=True, help="the model that is adapted")
     parser.add_argument("--target", nargs="+", default=["bundled"], help="targets; the first is the teacher (bundled)")
@@ -77,12 +77,14 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=32, help="prompts of each set")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--timed-steps", type=int, default=5, help="rounds of step timing; 0 leaves seconds out")
-    parser.add_argument("--output", type=Path, required=True)
     numbers = {"steps": 120, "eval-steps": 30, "batch-size": 16, "max-length": 320, "max-new-tokens": 100}
     for name, default in {**numbers, "num-assistant-tokens": 8}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    result = Adaptation(parser.parse_args()).measure()
-    print(json.dumps({run["run"]: run["points"][-1]["acceptance_length"] for run in result["runs"]}))
+    args = parser.parse_args()
+    result = Adaptation(args).measure()
+    finish(result, args.output, {run["run"]: run["points"][-1]["acceptance_length"] for run in result["runs"]})
+    if args.output:
+        plot(result, args.output.with_suffix(".png"))
 
 
 class Adaptation:
@@ -112,12 +114,11 @@ class Adaptation:
         return rows
 
     def measure(self) -> dict[str, Any]:
-        """Adapt in each way; the result is written after each run, and plotted at the end."""
+        """Adapt in each way, and time the steps of all; the result so far is written after each run."""
         args, base = self.args, load(self.args.base)
         names = ("steps", "batch_size", "learning_rate", "num_assistant_tokens")
         result: dict[str, Any] = {
-            "command": shown_command(sys.argv[1:], "python benchmarks/adaptation.py"),
-            **conditions_of(next(iter(self.evaluators.values())).target),
+            **run_metadata(next(iter(self.evaluators.values())).target),
             "base": Path(args.base).name,
             "base_parameters": base.num_parameters(),
             "num_rows": {name: len(rows) for name, rows in self.rows.items()},
@@ -128,11 +129,9 @@ class Adaptation:
         for name, settings in self.runs.items():
             print(name, file=sys.stderr, flush=True)
             result["runs"].append({"run": name, **settings, "points": self.adapt(settings)})
-            args.output.write_text(json.dumps(result, indent=1) + "\n")
+            write(result, args.output)
         if args.timed_steps:
             self.time_steps(result["runs"])
-            args.output.write_text(json.dumps(result, indent=1) + "\n")
-        plot(result, args.output.with_suffix(".png"))
         return result
 
     def unadapted(self, base: Any, evaluator: AcceptanceEvaluator) -> dict[str, Any]:
@@ -163,11 +162,11 @@ class Adaptation:
         )  # fmt: skip
         teacher = next(iter(self.evaluators.values())).target if settings.get("objective", "ce") != "ce" else None
         draft = PardDraftModel.from_causal_lm(base, mask_token_id, args.num_assistant_tokens)
-        evaluate = lambda draft, share: self.evaluate(draft, points)  # noqa: E731
+        evaluate = partial(self.evaluate, points)
         return PardTrainer(draft, arguments, target=teacher, evaluator=evaluate, train_dataset=rows)
 
-    def evaluate(self, draft: Any, points: list[dict[str, Any]]) -> dict[str, Any]:
-        """Measure a draft with all targets."""
+    def evaluate(self, points: list[dict[str, Any]], draft: Any, _: Any) -> dict[str, Any]:
+        """Measure a draft with all targets; called by the trainer."""
         stats, accuracy = {}, {}
         for target, evaluator in self.evaluators.items():
             stats |= {f"{target}_{name}": value for name, value in evaluator(draft).items()}

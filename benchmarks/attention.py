@@ -2,15 +2,12 @@
 
     python benchmarks/attention.py --output benchmarks/results/attention.json
 
-What the slot cache needs of attention: each query of a row sees the slots up to its own position, and the cache is
-longer than the text. The two run interleaved; the making of the mask, once a round and shared by all layers, is timed
-apart. The last line of standard output is the result as one JSON object, which `--output` also writes to a file.
+As the slot cache needs it: each query sees the slots up to its own position, and the cache is longer than the text.
+The two run interleaved; the mask, which a round makes once for all layers, is timed apart.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from datetime import date
 from statistics import median
 from typing import Any
@@ -19,21 +16,14 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from benchmarks.script import command, finish, parser_of
+from pard_hf.evaluation.benchmark import now
 from pard_hf.io import commit, device_name
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 64
 
 
-def seconds_of(function: Callable[[], Any], device: str) -> float:
-    start = time.perf_counter()
-    function()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def compare(length: int, num_queries: int, dtype: torch.dtype, device: str, repeats: int) -> dict[str, Any]:
-    """Medians of both kinds over a cache of the next power of two."""
+    """Take medians of both kinds over a cache of the next power of two."""
     num_slots = 1 << length.bit_length()
     torch.manual_seed(0)
     options = {"dtype": dtype, "device": device}
@@ -46,26 +36,22 @@ def compare(length: int, num_queries: int, dtype: torch.dtype, device: str, repe
     def may_see(batch: Any, head: Any, row: Any, slot: Any) -> Any:
         return slot <= positions[row]
 
-    def boolean_mask() -> torch.Tensor:
-        return (slots <= positions[:, None])[None, None]
-
-    def block_mask() -> Any:
-        return create_block_mask(may_see, 1, None, num_queries, num_slots, device=device)
-
     flex = torch.compile(flex_attention, dynamic=False)
-    mask, blocks = boolean_mask(), block_mask()
-    parts = {
+    kinds = {
+        "sdpa mask": lambda: (slots <= positions[:, None])[None, None],
+        "flex mask": lambda: create_block_mask(may_see, 1, None, num_queries, num_slots, device=device),
         "sdpa": lambda: torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True),
         "flex": lambda: flex(query, key, value, block_mask=blocks, enable_gqa=True),
-        "sdpa mask": boolean_mask,
-        "flex mask": block_mask,
     }
-    seconds: dict[str, list[float]] = {name: [] for name in parts}
+    mask, blocks = kinds["sdpa mask"](), kinds["flex mask"]()
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
     with torch.no_grad():
-        difference = (parts["sdpa"]() - parts["flex"]()).abs().max().item()  # The first run compiles.
+        difference = (kinds["sdpa"]() - kinds["flex"]()).abs().max().item()  # The first run compiles.
         for _ in range(repeats + 3):
-            for name, part in parts.items():
-                seconds[name].append(seconds_of(part, device))
+            for name, function in kinds.items():
+                start = now(query.device)
+                function()
+                seconds[name].append(now(query.device) - start)
     times = {name: round(median(past[3:]) * 1e3, 4) for name, past in seconds.items()}
     return {"length": length, "num_slots": num_slots, "milliseconds": times, "largest_difference": difference}
 

@@ -7,16 +7,18 @@ Each checkout runs in a process of its own; they take turns call by call, so tha
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
 from datetime import date
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
+
+import torch
+import transformers
 
 PROMPTS = (
     "def is_even(n):\n",
@@ -34,34 +36,30 @@ CALLS: dict[str, dict[str, Any]] = {
 
 def serve() -> None:
     """Answer calls, one JSON line each, until the input ends."""
-    import torch
+    from pard_hf import load_pair  # That of the checkout, which may have no `benchmarks.script`.
 
-    from pard_hf import load_pair
-
-    torch.set_num_threads(1)  # rounds of a small pair: the loop is what is compared
+    torch.set_num_threads(1)  # Rounds of a small pair: the loop is what is compared.
     target, draft, tokenizer = load_pair(dtype="float32")
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     for line in sys.stdin:
         kwargs = json.loads(line)
-        prompts = list(PROMPTS) if kwargs.pop("batch", False) else [PROMPTS[kwargs.pop("prompt")]]
-        kwargs.pop("prompt", None)
+        prompt = PROMPTS[kwargs.pop("prompt")]
+        prompts = list(PROMPTS) if kwargs.pop("batch", False) else [prompt]
         if "stop_strings" in kwargs:
             kwargs["tokenizer"] = tokenizer
+        kwargs |= {"do_sample": False, "max_new_tokens": 96, "eos_token_id": None, "num_assistant_tokens": 8}
+        kwargs |= {"assistant_model": draft, "return_dict_in_generate": True, "pad_token_id": 0}
         inputs = tokenizer(prompts, return_tensors="pt", padding=True)
-        settings = {"do_sample": False, "max_new_tokens": 96, "eos_token_id": None, "num_assistant_tokens": 8}
         start = time.perf_counter()
-        output = target.generate(
-            **inputs, assistant_model=draft, return_dict_in_generate=True, pad_token_id=0, **settings, **kwargs
-        )
+        output = target.generate(**inputs, **kwargs)
         answer = {
             "seconds": time.perf_counter() - start,
             "rounds": output.stats.num_rounds / len(prompts),
             "acceptance_length": output.stats.acceptance_length,
             "text": output.sequences.tolist(),
         }
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+        print(json.dumps(answer), flush=True)
 
 
 class Checkout:
@@ -69,84 +67,62 @@ class Checkout:
 
     def __init__(self, folder: Path) -> None:
         environment = {**os.environ, "PYTHONPATH": str(folder.resolve()), "HF_HUB_OFFLINE": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--serve"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=folder,
-            env=environment,
+        command = [sys.executable, str(Path(__file__).resolve()), "--serve"]
+        pipe = subprocess.PIPE
+        self.process: Any = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, text=True, bufsize=1, cwd=folder, env=environment
         )
-        self.commit = subprocess.run(
-            ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip()
+        git = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
+        self.commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
 
     def call(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(kwargs) + "\n")
-        self.process.stdin.flush()
+        print(json.dumps(kwargs), file=self.process.stdin, flush=True)
         return json.loads(self.process.stdout.readline())
 
 
-def compare(before: Checkout, after: Checkout, kwargs: dict[str, Any], repeats: int) -> dict[str, Any]:
-    """Medians over the repeats of one kind of call; the first of each prompt warms up and is not counted."""
-    seconds: dict[str, list[float]] = {"before": [], "after": []}
-    lengths: dict[str, list[float]] = {"before": [], "after": []}
+def compare(checkouts: dict[str, Checkout], kwargs: dict[str, Any], repeats: int) -> dict[str, Any]:
+    """Take medians over the repeats of one kind of call; the first of each prompt warms up and is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in checkouts}
+    lengths: dict[str, list[float]] = {name: [] for name in checkouts}
     are_same = True
     for repeat in range(repeats + 1):
         for prompt in range(1 if kwargs.get("batch") else len(PROMPTS)):
-            order = [("before", before), ("after", after)]
-            answers = {name: one.call(kwargs | {"prompt": prompt}) for name, one in order[:: (-1) ** repeat]}
+            order = list(checkouts)[:: (-1) ** repeat]
+            answers = {name: checkouts[name].call(kwargs | {"prompt": prompt}) for name in order}
             are_same &= answers["before"]["text"] == answers["after"]["text"]
             for name, answer in answers.items() if repeat else ():
                 seconds[name].append(answer["seconds"] / answer["rounds"])
                 lengths[name].append(answer["acceptance_length"])
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
     ratios = [new / old for old, new in zip(seconds["before"], seconds["after"], strict=True)]
     return {
-        "milliseconds_a_round": {name: round(1e3 * value, 3) for name, value in medians.items()},
-        "after_over_before": round(statistics.median(ratios), 3),
-        "acceptance_length": {name: statistics.mean(values) for name, values in lengths.items()},
+        "milliseconds_a_round": {name: round(1e3 * median(values), 3) for name, values in seconds.items()},
+        "after_over_before": round(median(ratios), 3),
+        "acceptance_length": {name: mean(values) for name, values in lengths.items()},
         "same_texts": are_same,
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="*", type=Path, help="the checkout before and the one after")
+    from benchmarks.script import finish, parser_of
+
+    parser = parser_of(__doc__)
+    parser.add_argument("folders", nargs=2, type=Path, help="the checkout before and the one after")
     parser.add_argument("--repeats", type=int, default=10, help="of each prompt (default: 10)")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.serve:
-        return serve()
-    if len(args.folders) != 2:
-        parser.error(f"Expected two folders, got {len(args.folders)}.")
-    before, after = map(Checkout, args.folders)
+    checkouts = dict(zip(("before", "after"), map(Checkout, args.folders), strict=True))
     result = {
         "command": f"python benchmarks/compare_checkouts.py BEFORE AFTER --repeats {args.repeats}",
-        "commits": {"before": before.commit, "after": after.commit},
-        "conditions": conditions(),
-        "calls": {name: compare(before, after, kwargs, args.repeats) for name, kwargs in CALLS.items()},
+        "commits": {name: checkout.commit for name, checkout in checkouts.items()},
+        "conditions": {
+            "date": date.today().isoformat(),
+            "device": f"CPU, 1 thread, {torch.backends.cpu.get_cpu_capability()}",
+            "dtype": "float32",
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        },
+        "calls": {name: compare(checkouts, kwargs, args.repeats) for name, kwargs in CALLS.items()},
     }
-    text = json.dumps(result, indent=1) + "\n"
-    if args.output:
-        args.output.write_text(text)
-    sys.stdout.write(text)
-
-
-def conditions() -> dict[str, Any]:
-    import torch
-    import transformers
-
-    return {
-        "date": date.today().isoformat(),
-        "device": f"CPU, 1 thread, {torch.backends.cpu.get_cpu_capability()}",
-        "dtype": "float32",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    }
+    finish(result, args.output)
 
 
 if __name__ == "__main__":
-    main()
+    serve() if sys.argv[1:] == ["--serve"] else main()

@@ -2,15 +2,15 @@
 
     python benchmarks/long_context.py --output benchmarks/results/long_context.json
 
-The loop must not grow with the text: masks, tokens and caches stay where they are. Rounds of the enlarged bundled pair
-are timed after a short and a long prompt of the same text, and so is every attention call inside them; the ratio of
-what is left shows what else grows. The last line of standard output is the result as one JSON object.
+The loop must not grow with the text. Rounds of the enlarged bundled pair are timed after a short and a long prompt of
+the same text, and so is every attention call inside them; the ratio of what is left shows what else grows.
 """
 
 from __future__ import annotations
 
 import time
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -21,7 +21,7 @@ from pard_hf.evaluation.prompts import DEMO_PROMPTS
 
 
 class TimedAttention:
-    """Adds up the wall time of scaled dot product attention over few queries: that of rounds, not of the prefill."""
+    """Add up the wall time of scaled dot product attention over few queries: that of rounds, not of the prefill."""
 
     def __init__(self, most_queries: int):
         self.seconds, self.most_queries = 0.0, most_queries
@@ -36,10 +36,9 @@ class TimedAttention:
 
 
 def measure(pair: Any, text: torch.Tensor, length: int, new_tokens: int) -> dict[str, Any]:
-    """Seconds a round after the first `length` tokens of `text`, and those of attention inside it."""
+    """Measure seconds a round after the first `length` tokens of `text`, and those of attention inside it."""
     attention = TimedAttention(2 * pair.draft.num_assistant_tokens)
-    torch.nn.functional.scaled_dot_product_attention = attention
-    try:
+    with patch("torch.nn.functional.scaled_dot_product_attention", attention):
         output = pair.target.generate(
             text[:, :length],
             attention_mask=torch.ones_like(text[:, :length]),
@@ -51,8 +50,6 @@ def measure(pair: Any, text: torch.Tensor, length: int, new_tokens: int) -> dict
             return_dict_in_generate=True,
             measure_rounds=True,
         )
-    finally:
-        torch.nn.functional.scaled_dot_product_attention = attention.attend
     times = output.round_times
     seconds = times.draft + times.verify + times.loop
     return {
@@ -75,6 +72,7 @@ def main() -> None:
     words = pair.tokenizer("".join(DEMO_PROMPTS), return_tensors="pt")["input_ids"]
     text = words.repeat(1, max(args.lengths) // words.shape[1] + 1)
     short, long = (measure(pair, text, length, args.new_tokens) for length in args.lengths)
+    rest = [part["round"] - part["attention"] for part in (short, long)]
     result = {
         **run_metadata(pair.target),
         "shapes": args.shapes,
@@ -82,9 +80,7 @@ def main() -> None:
         "lengths": args.lengths,
         "seconds": [{name: round(value, 5) for name, value in part.items()} for part in (short, long)],
         "round_ratio": round(long["round"] / short["round"], 3),
-        "round_ratio_without_attention": round(
-            (long["round"] - long["attention"]) / (short["round"] - short["attention"]), 3
-        ),
+        "round_ratio_without_attention": round(rest[1] / rest[0], 3),
     }
     finish(result, args.output)
 

@@ -1,7 +1,4 @@
-"""Plots of a result of `pard bench`, beside it: `python benchmarks/plots.py results/bench.json`.
-
-Our routes have the one accent colour, the others are grey; the caption holds the conditions and the command.
-"""
+"""Plot results of `pard bench`, next to their files: `python benchmarks/plots.py results/bench.json`."""
 
 from __future__ import annotations
 
@@ -16,30 +13,34 @@ from matplotlib.figure import Figure
 
 from pard_hf.evaluation.routes import ROUTES
 
-ACCENT, GREY, DARK = "#0b7a4b", "#8a8a8a", "#404040"
+ACCENT, GREY, DARK = "#0b7a4b", "#8a8a8a", "#404040"  # Our routes have the accent colour, the others are grey.
 LINES = ("-", "--", ":", "-.")
 MARKERS = "osv^D*Px"
+# What is swept, at the smallest of which other setting, the metric, and the labels of both axes.
+SWEEPS = (
+    ("batch_size", "num_assistant_tokens", "tokens_per_second", ("batch size", "tokens/s, all batch rows")),
+    ("num_assistant_tokens", "batch_size", "speedup", ("K, proposals a round", "speedup over eager plain generate")),
+)
 Cell = dict[str, Any]
 
 
 def write_plots(result: dict[str, Any], path: Path) -> list[Path]:
-    """Write every plot that the cells can fill, beside the result at `path`; returns the files."""
+    """Write every plot that the cells can fill, next to the result at `path`; return the files."""
     cells = result["cells"]
-    plots: dict[str, Callable[[dict[str, Any]], Figure]] = {"speedup": plot_speedups}
+    plots = {"speedup": plot_speedups(result)}
     if any("position_acceptance" in route for cell in cells for route in cell["routes"]):
-        plots["position_acceptance"] = plot_position_acceptance
-    if len({cell["batch_size"] for cell in cells}) > 1:
-        plots["batch_size"] = plot_batch_sizes
-    if len({cell["num_assistant_tokens"] for cell in cells}) > 1:
-        plots["num_assistant_tokens"] = plot_num_assistant_tokens
+        plots["position_acceptance"] = plot_position_acceptance(result)
+    for swept, fixed, metric, labels in SWEEPS:
+        if len({cell[swept] for cell in cells}) > 1:
+            plots[swept] = plot_sweep(result, swept, fixed, metric, labels)
     files = [path.with_name(f"{path.stem}_{name}.svg") for name in plots]
     for file, plot in zip(files, plots.values(), strict=True):
-        plot(result).savefig(file)
+        plot.savefig(file)
     return files
 
 
 def plot_speedups(result: dict[str, Any]) -> Figure:
-    """Bars of speedup over plain `generate`, a panel a cell."""
+    """Draw bars of speedup over plain `generate`, a panel a cell."""
     cells = result["cells"]
     figure, panels = make_panels(result, len(cells), 0.6 + 0.3 * max(len(cell["routes"]) for cell in cells))
     for panel, cell in zip(panels, cells, strict=True):
@@ -50,7 +51,7 @@ def plot_speedups(result: dict[str, Any]) -> Figure:
 
 
 def draw_speedups(panel: Any, routes: list[dict[str, Any]], titles: dict[str, str]) -> None:
-    """Bars of the speedups of those routes that have a title, the first one on top, with the range of the repeats."""
+    """Draw bars of the speedups of routes that have a title, the first on top, with the range of the repeats."""
     routes = [route for route in routes if route["route"] in titles][::-1]
     panel.barh(
         [titles[route["route"]] for route in routes],
@@ -63,7 +64,7 @@ def draw_speedups(panel: Any, routes: list[dict[str, Any]], titles: dict[str, st
 
 
 def plot_position_acceptance(result: dict[str, Any]) -> Figure:
-    """Share of rounds whose i-th proposal was accepted; a panel a set, at its first batch size and largest K."""
+    """Draw the shares of rounds that accepted position i; a panel a set, at its first batch size and largest K."""
     first = first_cells(result, lambda cell: (cell["batch_size"], -cell["num_assistant_tokens"]))
     figure, panels = make_panels(result, len(first), 2.4)
     for panel, cell in zip(panels, first, strict=True):
@@ -75,36 +76,19 @@ def plot_position_acceptance(result: dict[str, Any]) -> Figure:
     return figure
 
 
-def plot_batch_sizes(result: dict[str, Any]) -> Figure:
-    """Tokens a second over the batch size, at the smallest K of each set."""
-    return plot_sweep(
-        result,
-        "batch_size",
-        "num_assistant_tokens",
-        "tokens_per_second",
-        ("batch size", "tokens/s, all batch rows"),
-    )
-
-
-def plot_num_assistant_tokens(result: dict[str, Any]) -> Figure:
-    """Speedup over K, at the smallest batch size of each set."""
-    labels = ("K, proposals a round", "speedup over eager plain generate")
-    return plot_sweep(result, "num_assistant_tokens", "batch_size", "speedup", labels)
-
-
 def plot_sweep(result: dict[str, Any], swept: str, fixed: str, metric: str, labels: tuple[str, str]) -> Figure:
-    """Lines of `metric` over `swept`, with `fixed` at its smallest; a panel a set and a line a route."""
+    """Draw lines of `metric` over `swept`, with `fixed` at its smallest; a panel a set and a line a route."""
     first = first_cells(result, lambda cell: (cell[fixed], cell[swept]))
     figure, panels = make_panels(result, len(first), 2.4)
     for panel, least in zip(panels, first, strict=True):
         cells = [c for c in result["cells"] if (c["prompts"], c[fixed]) == (least["prompts"], least[fixed])]
         cells = sorted(cells, key=lambda cell: cell[swept])
-        points: dict[str, list[tuple[float, float]]] = {name: [] for name in ROUTES}
+        points: dict[str, list[tuple[float, float]]] = {}
         for cell in cells:
             for route in cell["routes"]:
-                points[route["route"]].append((cell[swept], route[metric]))
-        for line, (name, found) in enumerate((name, found) for name, found in points.items() if found):
-            draw_line(panel, name, line, *zip(*found, strict=True))
+                points.setdefault(route["route"], []).append((cell[swept], route[metric]))
+        for line, name in enumerate(name for name in ROUTES if name in points):
+            draw_line(panel, name, line, *zip(*points[name], strict=True))
         panel.set_xticks([cell[swept] for cell in cells])
         finish(panel, least["prompts"], *labels)
         panel.set_ylim(bottom=0)
@@ -112,13 +96,13 @@ def plot_sweep(result: dict[str, Any], swept: str, fixed: str, metric: str, labe
 
 
 def first_cells(result: dict[str, Any], key: Callable[[Cell], Any]) -> list[Cell]:
-    """The first cell of each set by `key`."""
+    """Return the first cell of each set by `key`."""
     names = dict.fromkeys(cell["prompts"] for cell in result["cells"])
     return [min((cell for cell in result["cells"] if cell["prompts"] == name), key=key) for name in names]
 
 
 def make_panels(result: dict[str, Any], number: int, height: float) -> tuple[Figure, list[Any]]:
-    """A figure of panels below each other, with the conditions as its caption."""
+    """Make a figure of panels below each other, with conditions and command as its caption."""
     conditions = (result.get(name) for name in ("device", "dtype", "decoding", "command"))
     caption = textwrap.fill(" · ".join(str(value) for value in conditions if value), width=120)
     figure = Figure(figsize=(7.5, number * (height + 0.7) + 0.15 * caption.count("\n") + 0.4), layout="constrained")

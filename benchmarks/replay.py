@@ -1,7 +1,7 @@
-"""What other proposals would have been accepted, counted on answers that are known already.
+"""Count what other proposals would have been accepted, on recorded answers of a target.
 
-A target's greedy answer is the same whatever drafts for it. So any way to propose can be judged on recorded answers,
-without running the target again: a round proposes K tokens after what is said so far, and keeps those that come next.
+A target's greedy answer is the same whatever drafts for it, so no target runs again: a round proposes K tokens after
+the text so far, and keeps those that come next.
 """
 
 from __future__ import annotations
@@ -22,26 +22,19 @@ Propose = Callable[[dict[str, torch.Tensor]], torch.Tensor]
 def replay(
     propose: Propose, prompts: Sequence[list[int]], answers: Sequence[list[int]], batch_size: int = 16
 ) -> DecodingStats:
-    """Count the rounds that greedy answers would have taken.
-
-    Args:
-        propose (`Callable`):
-            How K tokens are proposed.
-        prompts, answers (`Sequence[list[int]]`):
-            Token ids of each prompt and of the target's greedy answer to it.
-    """
-    said = [0] * len(answers)
+    """Count the rounds that greedy answers (token ids, one for each prompt) would have taken."""
+    emitted = [0] * len(answers)
     stats = DecodingStats()
-    while open_texts := [index for index, answer in enumerate(answers) if said[index] < len(answer)][:batch_size]:
-        texts = [prompts[index] + answers[index][: said[index]] for index in open_texts]
+    while open_texts := [index for index, answer in enumerate(answers) if emitted[index] < len(answer)][:batch_size]:
+        texts = [prompts[index] + answers[index][: emitted[index]] for index in open_texts]
         proposed = propose(pad_left(texts, 0))
         stats += DecodingStats((0,) * (proposed.shape[1] + 1))
         for index, proposals in zip(open_texts, proposed.tolist(), strict=True):
-            rest = answers[index][said[index] :]
+            rest = answers[index][emitted[index] :]
             most = min(len(proposals), len(rest) - 1)  # The last token of an answer is a bonus token.
             n = next((i for i in range(most) if proposals[i] != rest[i]), most)
             stats = stats.record(n, most)
-            said[index] += n + 1
+            emitted[index] += n + 1
     return stats
 
 
@@ -63,14 +56,9 @@ def autoregressive(model: Any, num_assistant_tokens: int) -> Propose:
 def next_token_accuracy(
     model: Any, prompts: Sequence[list[int]], answers: Sequence[list[int]], batch_size: int = 16
 ) -> tuple[float, float]:
-    """Share of tokens that a model's first guess is, each from all the tokens before it.
+    """Return the shares of prompt tokens, the first of each left out, and of answer tokens that a model predicts.
 
-    Args:
-        prompts, answers (`Sequence[list[int]]`):
-            Token ids of each prompt and of the answer to it.
-
-    Returns:
-        The share of prompt tokens (the first of each has nothing before it and is left out), and of answer tokens.
+    It reads all the tokens before each; prompts and answers are token ids.
     """
     right, total = [0, 0], [0, 0]
     for start in range(0, len(prompts), batch_size):

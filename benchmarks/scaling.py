@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py --shapes llama-3.1-8b llama-3.2-1b --dtype bfloat16 --output scaled.json
 
-measures the enlarged pair as `pard bench` does. That a Llama can grow without computing anything else is an idea of
+measures the enlarged pair as `pard bench` does. A model that grows and computes the same: idea of
 https://huggingface.co/papers/1511.05641.
 
 The small model's residual stream is the first coordinates of the big one's, and the others stay exactly zero: new
@@ -15,19 +15,19 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from benchmarks.script import command, finish, parser_of
+from benchmarks.script import add_pair, command, finish, parser_of
 from pard_hf.draft.correction_head import CorrectionHead
 from pard_hf.draft.model import PardDraftModel
 from pard_hf.evaluation.benchmark import Benchmark, BenchmarkSettings, run_benchmark, run_metadata
 from pard_hf.evaluation.prompts import load_prompt_sets
 from pard_hf.evaluation.report import make_console, progress_bar, show_cell
-from pard_hf.evaluation.routes import ROUTES
 from pard_hf.generation.mixin import with_pard
 from pard_hf.host import num_positions
 from pard_hf.loading import Pair, check_device, default_device, load_pair, weight_dtype
@@ -65,15 +65,7 @@ SHAPES = {
 
 
 def enlarge_pair(pair: Pair, target_shape: Shape | str, draft_shape: Shape | str, **kwargs: Any) -> Pair:
-    """Enlarge both models of a pair; the tokenizer stays, and so does which tokens are accepted.
-
-    Args:
-        pair ([`Pair`]):
-            The small pair, left as it is.
-        target_shape ([`Shape`] or `str`) and draft_shape ([`Shape`] or `str`):
-            Sizes, or a name in `SHAPES`.
-        kwargs:
-            Keyword arguments of [`enlarge`], whose errors it raises.
+    """Enlarge both models of a pair, see [`enlarge`]; the same tokens are accepted.
 
     >>> big = enlarge_pair(load_pair(dtype="float32"), "llama-3.1-8b", "llama-3.2-1b", dtype=torch.bfloat16)
     """
@@ -91,23 +83,13 @@ def enlarge(
     seed: int = 0,
     max_position_embeddings: int | None = None,
 ) -> Any:
-    """Make a model of the given shape that computes the same function as a small Llama.
+    """Make a model of a shape, or a name in `SHAPES`, that computes the same function as a small Llama.
 
     Equal up to rounding, for ids of the small vocabulary; ids beyond it can never win and are not to be fed. Load the
-    small model in float32, and the one rounding is to `dtype`. A [`PardDraftModel`] stays one.
-
-    Args:
-        model ([`LlamaForCausalLM`]):
-            The small model or draft, left as it is. Without biases, with default rotary embeddings.
-        shape ([`Shape`] or `str`):
-            Sizes, or a name in `SHAPES`. Where its key-value heads cannot hold the small model's (no two in one, which
-            has each rotary frequency once), the result has as few more as divide the heads.
-        dtype (`torch.dtype`, *optional*) and device (`torch.device` or `str`, *optional*):
-            Of the result, which is built there; both default to the small model's.
-        seed (`int`, *optional*, defaults to 0):
-            Of the random weights, which have the magnitude of the small model's; they differ between devices.
-        max_position_embeddings (`int`, *optional*):
-            Positions of the result; defaults to 32768, or the small model's if it has more.
+    small model in float32, and the one rounding is to `dtype`. A [`PardDraftModel`] stays one. Where the key-value
+    heads of the shape cannot hold the small model's (no two in one, which has each rotary frequency once), the result
+    has as few more as divide the heads. New weights have the magnitude of the small model's and differ between
+    devices. `dtype` and `device` default to the small model's, positions to 32768 or the small model's if it has more.
 
     Raises:
         ValueError: The shape is unknown or cannot hold the small model, or the small model is no plain Llama.
@@ -122,8 +104,8 @@ def enlarge(
         source = model.model.layers[index % len(model.model.layers)]
         fill_layer(layer, source, generator)
         if index < len(model.model.layers):
-            place_attention(layer.self_attn, source.self_attn)
-            place_mlp(layer.mlp, source.mlp)
+            copy_attention(layer.self_attn, source.self_attn)
+            copy_mlp(layer.mlp, source.mlp)
     big.generation_config = copy.deepcopy(model.generation_config)
     if isinstance(model, PardDraftModel):
         PardDraftModel.from_causal_lm(big, model.mask_token_id, model.num_assistant_tokens)
@@ -133,13 +115,17 @@ def enlarge(
 
 
 def enlarged_config(model: PreTrainedModel, shape: Shape | str, max_position_embeddings: int | None = None) -> Any:
-    """The config of [`enlarge`]'s result; raises its errors."""
+    """Make the config of [`enlarge`]'s result; raises its errors."""
     if isinstance(shape, str):
         if shape not in SHAPES:
             raise ValueError(f"Expected a name of {', '.join(SHAPES)}, got {shape!r}. Pass a `Shape` for other sizes.")
         shape = SHAPES[shape]
-    check_source(model)
-    small = model.config
+    small, is_llama = model.config, isinstance(model, LlamaForCausalLM)
+    if not is_llama or small.attention_bias or small.mlp_bias or small.rope_parameters["rope_type"] != "default":
+        raise ValueError(
+            f"Expected a `LlamaForCausalLM` without biases and with default rotary embeddings, got {small}. Enlarge "
+            "the bundled pair, or another plain Llama."
+        )
     check_shape(small, shape)
     sizes = asdict(shape) | {"num_key_value_heads": enough_key_value_heads(small, shape)}
     architecture = sizes.pop("architecture")
@@ -156,22 +142,11 @@ def enlarged_config(model: PreTrainedModel, shape: Shape | str, max_position_emb
     )
 
 
-def check_source(model: PreTrainedModel) -> None:
-    """Raise a `ValueError` for a model that this file cannot enlarge."""
-    config, is_llama = model.config, isinstance(model, LlamaForCausalLM)
-    if not is_llama or config.attention_bias or config.mlp_bias or config.rope_parameters["rope_type"] != "default":
-        raise ValueError(
-            f"Expected a `LlamaForCausalLM` without biases and with default rotary embeddings, got {config}. Enlarge "
-            "the bundled pair, or another plain Llama."
-        )
-
-
 def check_shape(small: PreTrainedConfig, shape: Shape) -> None:
     """Raise a `ValueError` unless a small Llama fits into the shape."""
     if shape.architecture not in ("llama", "qwen2"):
         raise ValueError(f"Expected the architecture 'llama' or 'qwen2', got {shape.architecture!r}. Choose one.")
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim", "vocab_size")
-    for name in sizes:
+    for name in set(asdict(shape)) - {"architecture", "num_key_value_heads", "tie_word_embeddings"}:
         least, size = getattr(small, name), getattr(shape, name)
         if size < least:
             raise ValueError(f"Expected `{name}` to be at least the small model's {least}, got {size}. Raise it.")
@@ -191,7 +166,7 @@ def check_shape(small: PreTrainedConfig, shape: Shape) -> None:
 
 
 def enough_key_value_heads(small: PreTrainedConfig, shape: Shape) -> int:
-    """The shape's key-value heads, or the fewest above that can hold the small model's."""
+    """Return the shape's key-value heads, or the fewest above that can hold the small model's."""
     num_heads = shape.num_attention_heads
     for num in range(shape.num_key_value_heads, num_heads):
         if num_heads % num == 0 and small.num_key_value_heads * num_copies(small, num_heads // num) <= num:
@@ -200,17 +175,17 @@ def enough_key_value_heads(small: PreTrainedConfig, shape: Shape) -> int:
 
 
 def num_copies(small: PreTrainedConfig, group_size: int) -> int:
-    """Key-value heads that each of the small model's becomes, where a head there serves `group_size` query heads."""
+    """Count the key-value heads that each of the small model's becomes, if one serves `group_size` query heads."""
     return math.ceil(small.num_attention_heads / small.num_key_value_heads / group_size)
 
 
 def constant_value(small: PreTrainedConfig) -> float:
-    """A power of two, exact in any dtype; the squares of all constants are at most half of what `eps` adds."""
+    """Return a power of two, exact in any dtype; the squares of all constants are at most half of what `eps` adds."""
     return 2.0 ** math.floor(math.log2(small.hidden_size * small.rms_norm_eps / (2 * NUM_CONSTANTS)) / 2)
 
 
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device | str) -> Any:
-    """A model whose weights have memory and no values yet: nothing of billions is initialised twice."""
+    """Make a model whose weights have memory and no values yet: billions are not initialised twice."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.to_empty(device=device)
@@ -221,12 +196,12 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype, device: torch.devi
 
 
 def fill(weight: Any, source: torch.Tensor, generator: torch.Generator) -> None:
-    """Random values of the source's magnitude."""
+    """Fill with random values of the source's magnitude."""
     weight.normal_(0.0, source.float().square().mean().sqrt().item(), generator=generator)
 
 
 def fill_layer(layer: Any, source: Any, generator: torch.Generator) -> None:
-    """A layer that writes zeros whatever it reads: norms of the source, no values, no MLP units."""
+    """Fill a layer so that it writes zeros whatever it reads: norms of the source, no values, no MLP units."""
     for name, weight in layer.named_parameters():
         if name.endswith("bias"):
             weight.zero_()
@@ -247,7 +222,7 @@ def widen_norm(weight: Any, source: torch.Tensor, generator: torch.Generator) ->
 
 
 def widen_vocabulary(big: Any, small: Any, generator: torch.Generator) -> None:
-    """Embeddings of the small vocabulary, and a head in which no other row wins.
+    """Copy embeddings and LM head; fill the head so that no new id wins.
 
     A new row is a copy of an old one less a penalty times a constant: whatever the text, its logit is below that old
     row's, and by far. The constant comes from two coordinates that hold the same value at every token and that no
@@ -273,8 +248,8 @@ def widen_vocabulary(big: Any, small: Any, generator: torch.Generator) -> None:
         head[num_old:, constants] = -signs * min(PENALTY, torch.finfo(head.dtype).max / 2)
 
 
-def place_attention(attention: Any, source: Any) -> None:
-    """The source's heads among those of a silent attention.
+def copy_attention(attention: Any, source: Any) -> None:
+    """Copy the source's heads among those of a silent attention.
 
     A head's old dimension `i` of each half goes to `i * ratio`, where the rotary frequency is the same. In the other
     dimensions queries are zero and values silent, so keys may be random there.
@@ -303,7 +278,7 @@ def place_attention(attention: Any, source: Any) -> None:
 
 
 def enlarge_head(small: CorrectionHead, big: Any, generator: torch.Generator) -> CorrectionHead:
-    """A correction head that corrects as before: it reads the old coordinates, and new tokens are never candidates."""
+    """Make a correction head that reads the old coordinates only; new tokens are never candidates."""
     with torch.device("meta"):
         head = CorrectionHead(big.config.vocab_size, big.config.hidden_size, small.rank, small.num_candidates)
     head.to(big.dtype).to_empty(device=big.device)
@@ -315,8 +290,8 @@ def enlarge_head(small: CorrectionHead, big: Any, generator: torch.Generator) ->
     return head.eval()
 
 
-def place_mlp(mlp: Any, source: Any) -> None:
-    """The source's units, the first of a silent MLP."""
+def copy_mlp(mlp: Any, source: Any) -> None:
+    """Copy the source's units to the first of a silent MLP."""
     num_units, hidden_size = source.gate_proj.weight.shape
     mlp.gate_proj.weight[:num_units, :hidden_size] = source.gate_proj.weight
     mlp.up_proj.weight[:num_units, :hidden_size] = source.up_proj.weight
@@ -325,7 +300,7 @@ def place_mlp(mlp: Any, source: Any) -> None:
 
 
 def load_enlarged(args: Any) -> Pair:
-    """The pair that the flags name, enlarged on its device."""
+    """Load the pair that the flags name, and enlarge it on its device."""
     device = args.device or default_device()
     check_device(device)
     small = load_pair(args.target, args.draft, "float32", "cpu")
@@ -340,22 +315,17 @@ def load_enlarged(args: Any) -> Pair:
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--shapes", nargs=2, required=True, metavar=("TARGET", "DRAFT"), help=", ".join(SHAPES))
-    parser.add_argument("--target", help="default: the bundled target")
-    parser.add_argument("--draft", help="default: the bundled draft")
-    parser.add_argument("--dtype", default="auto")
+    add_pair(parser)
     parser.add_argument("--device")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run's --output")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run's --output")
     parser.add_argument("--prompts", nargs="+", default=["demo"])
-    parser.add_argument("--routes", nargs="+", default=list(ROUTES))
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1])
-    parser.add_argument("--num-assistant-tokens", nargs="+", type=int, default=[])
-    for name, default in (("repeats", 3), ("max-new-tokens", 128), ("limit", 16), ("seed", 0), ("context", None)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--assistant-tree-size", dest="tree_size", type=int, default=64)
+    for field in fields(BenchmarkSettings):
+        flag = "--assistant-tree-size" if field.name == "tree_size" else f"--{field.name.replace('_', '-')}"
+        options: dict[str, Any] = {"type": str if field.name == "routes" else int, "default": field.default}
+        parser.add_argument(flag, dest=field.name, nargs="+" if isinstance(field.default, tuple) else None, **options)
     args = parser.parse_args()
-    lists = {name: tuple(getattr(args, name)) for name in ("routes", "batch_sizes", "num_assistant_tokens")}
-    single = ("repeats", "max_new_tokens", "limit", "seed", "context", "tree_size")
-    settings = BenchmarkSettings(**lists, **{name: getattr(args, name) for name in single})
+    chosen = {field.name: getattr(args, field.name) for field in fields(BenchmarkSettings)}
+    settings = BenchmarkSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items()})
     sets = load_prompt_sets(args.prompts)
     pair = load_enlarged(args)
     metadata = run_metadata(pair, settings, sys.argv[1:], args.target, args.draft)
@@ -363,9 +333,7 @@ def main() -> None:
     console = make_console()
     with progress_bar(console) as advance:
         benchmark = Benchmark(pair, settings, advance)
-        result = run_benchmark(
-            benchmark, sets, metadata, args.output, args.resume, lambda cell: show_cell(console, cell)
-        )
+        result = run_benchmark(benchmark, sets, metadata, args.output, args.resume, partial(show_cell, console))
     finish(result, None)
 
 

@@ -4,21 +4,20 @@
 
 Each backend runs in a process of its own, on a tiny pair made on the spot. A call draws batch size, K, tree, lengths
 and sampling from a seed; few shapes come often and many come rarely. Every tenth call is compared with plain
-`generate`. The last line of standard output is a summary as one JSON object, `--output` takes all of it. Exit code 1
-where something goes on growing, or a text differs.
+`generate`. Standard output ends with a summary, `--output` takes the whole result. Exit code 1 where something keeps
+growing, or a text differs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import resource
-import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,11 +26,11 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.script import finish, in_own_process, parser_of, run_metadata
 from pard_hf import PardDraftModel, with_pard
 from pard_hf.generation import compilation
-from pard_hf.io import conditions_of, shown_command
 
-VOCAB_SIZE, MASK_TOKEN_ID = 100, 99
+MASK_TOKEN_ID = 99
 NUM_THREADS = 2
 COMPARE_EVERY = 10
 # Inductor takes seconds to minutes for a step: it gets few shapes.
@@ -39,45 +38,34 @@ BATCH_SIZES = {"eager": (1, 2, 4), "inductor": (1, 2)}
 COUNTS = {"eager": (1, 3, 6), "inductor": (4,)}
 TREE_SIZES = {"eager": (0, 6), "inductor": (0, 8)}
 LONGEST_PROMPT = {"eager": 300, "inductor": 100}
-# Growth of the second half of a run that counts as none: what allocators keep varies from call to call.
+# Growth of the last quarter of a run that counts as none: what allocators keep varies from call to call.
 MOST_GROWTH = 0.05
 
 
-def make_model(seed: int, num_layers: int) -> LlamaForCausalLM:
+def make_model(seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        initializer_range=0.25,
-    )
+        vocab_size=MASK_TOKEN_ID + 1, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, pad_token_id=0, initializer_range=0.25,
+    )  # fmt: skip
     return LlamaForCausalLM(config).eval()
 
 
 class Soak:
-    """Calls of one pair with one backend, and what the process held after each of some of them."""
+    """Calls of one pair with one backend, and what the process held after some of them."""
 
     def __init__(self, backend: str, seed: int):
-        self.target = with_pard(make_model(0, 1))
-        self.draft = PardDraftModel.from_causal_lm(make_model(7, 1), MASK_TOKEN_ID)
+        self.target = with_pard(make_model(0))
+        self.draft = PardDraftModel.from_causal_lm(make_model(7), MASK_TOKEN_ID)
         self.backend, self.random, self.lock = backend, random.Random(seed), threading.Lock()
-        parts = (BATCH_SIZES, COUNTS, TREE_SIZES)
-        batch_sizes, counts, tree_sizes = (choices[backend] for choices in parts)
+        batch_sizes, counts, tree_sizes = (choices[backend] for choices in (BATCH_SIZES, COUNTS, TREE_SIZES))
         self.shapes = [(b, k, n) for b in batch_sizes for k in counts for n in tree_sizes]
         self.random.shuffle(self.shapes)
-        self.num_calls = self.num_compared = self.num_different = self.num_compiled_calls = 0
+        self.num_compared = self.num_different = self.num_compiled_calls = 0
         self.samples: list[dict[str, Any]] = []
-        self.errors: list[BaseException] = []
 
-    def draw(self) -> dict[str, Any]:
-        """Arguments of a call for either way to generate, those of a draft under `draft`."""
+    def draw(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Draw the arguments of a call, and those of the draft."""
         weights = [1 / (1 + rank) for rank in range(len(self.shapes))]
         batch_size, count, tree_size = self.random.choices(self.shapes, weights)[0]
         longest = self.random.randint(1, LONGEST_PROMPT[self.backend])
@@ -86,25 +74,23 @@ class Soak:
         ids = torch.randint(3, MASK_TOKEN_ID, (batch_size, longest), generator=generator)
         mask = (torch.arange(longest) >= longest - torch.tensor(lengths).unsqueeze(1)).long()
         sampling = self.random.choice([{}, {}, {"temperature": 0.7}, {"top_p": 0.9, "repetition_penalty": 1.2}])
-        ends = self.random.choice([None, [5]])
-        return {
+        arguments = {
             "input_ids": ids * mask,
             "attention_mask": mask,
             "max_new_tokens": self.random.randint(1, 16),
             "do_sample": bool(sampling),
             **sampling,
-            **({} if ends is None else {"eos_token_id": ends}),
-            "draft": {"num_assistant_tokens": count, "assistant_tree_size": tree_size},
+            **self.random.choice([{}, {"eos_token_id": [5]}]),
         }
+        return arguments, {"num_assistant_tokens": count, "assistant_tree_size": tree_size}
 
     def call(self, is_compared: bool) -> None:
-        """One call; greedy ones may be compared with plain `generate`."""
+        """Run one call; compare a greedy one with plain `generate` if asked."""
         with self.lock:
-            arguments = self.draw()
-        drafted = arguments.pop("draft")
+            arguments, of_draft = self.draw()
         output = self.target.generate(
             **arguments,
-            **drafted,
+            **of_draft,
             assistant_model=self.draft,
             cache_implementation="static",
             compile_config=CompileConfig(backend=self.backend, mode="default"),
@@ -117,22 +103,8 @@ class Soak:
             self.num_different += differs
             self.num_compiled_calls += bool(output.compile_seconds)
 
-    def work(self, num_calls: int, sample_every: int) -> None:
-        try:
-            while not self.errors:
-                with self.lock:
-                    if self.num_calls == num_calls:
-                        return
-                    self.num_calls += 1
-                    number = self.num_calls
-                self.call(number % COMPARE_EVERY == 0)
-                if number % sample_every == 0:
-                    self.sample(number)
-        except BaseException as error:
-            self.errors.append(error)
-
     def sample(self, number: int) -> None:
-        """Keep what the process holds between two compiled calls."""
+        """Record what the process holds between two compiled calls."""
         kept = compilation.compile_cache_of(self.target, self.draft)
         with kept.lock:
             slots = [cache.num_slots * key[1] for key, cache in kept.caches.items()]
@@ -148,19 +120,23 @@ class Soak:
             self.samples.append(sample)
 
     def run(self, num_calls: int, sample_every: int) -> dict[str, Any]:
-        """All calls, from two threads; raises what a call raised."""
+        """Run all calls from two threads; raise what a call raises."""
+
+        def call(number: int) -> None:
+            self.call(number % COMPARE_EVERY == 0)
+            if number % sample_every == 0:
+                self.sample(number)
+
         start = time.perf_counter()
-        threads = [threading.Thread(target=self.work, args=(num_calls, sample_every)) for _ in range(NUM_THREADS)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if self.errors:
-            raise self.errors[0]
+        pool = ThreadPoolExecutor(NUM_THREADS)
+        try:
+            list(pool.map(call, range(1, num_calls + 1)))
+        finally:
+            pool.shutdown(cancel_futures=True)
         self.samples.sort(key=lambda sample: sample["call"])
         return {
             "backend": self.backend,
-            "calls": self.num_calls,
+            "calls": num_calls,
             "shapes": len(self.shapes),
             "seconds": round(time.perf_counter() - start, 1),
             "calls_that_compiled": self.num_compiled_calls,
@@ -173,39 +149,37 @@ class Soak:
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is in use, as Linux tells it."""
+    """Read the resident memory of this process from Linux."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def growth(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """How the last quarter of a run lies above the one before it: means of memory, the most of steps."""
+    """Compare the last quarter of a run with the one before it: means of memory, the most of steps."""
     quarter = max(len(samples) // 4, 1)
-    third, fourth = samples[-2 * quarter : -quarter], samples[-quarter:]
-    memory = [sum(sample["resident_bytes"] for sample in part) / len(part) for part in (third, fourth)]
+    quarters = samples[-2 * quarter : -quarter], samples[-quarter:]
+    memory = [sum(sample["resident_bytes"] for sample in part) / len(part) for part in quarters]
     return {
         "resident_megabytes": [round(size / 2**20, 1) for size in memory],
         "resident_share": round(memory[1] / memory[0] - 1, 4),
         "most_steps": max(sample["steps_kept"] for sample in samples),
         "most_steps_allowed": compilation.MOST_STEPS,
-        "caches_kept": [max(sample["caches_kept"] for sample in part) for part in (third, fourth)],
+        "caches_kept": [max(sample["caches_kept"] for sample in part) for part in quarters],
     }
 
 
 def has_stopped(result: dict[str, Any]) -> bool:
-    """Whether nothing goes on growing, no step ran uncompiled instead, and no text differed."""
+    """Whether nothing keeps growing, no step ran eagerly instead, and no text differed."""
     grown = result["growth"]
-    is_bounded = grown["most_steps"] <= grown["most_steps_allowed"]
-    is_right = result["all_steps_compile"] and not result["different"]
-    return is_right and is_bounded and grown["resident_share"] <= MOST_GROWTH
+    is_bounded = grown["most_steps"] <= grown["most_steps_allowed"] and grown["resident_share"] <= MOST_GROWTH
+    return is_bounded and result["all_steps_compile"] and not result["different"]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--calls", type=int, default=2000, help='with backend="eager"')
     parser.add_argument("--inductor-calls", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--one", nargs=2, metavar=("BACKEND", "CALLS"), help=argparse.SUPPRESS)
-    parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.one:
@@ -215,24 +189,19 @@ def main() -> int:
     runs = []
     for backend, num_calls in (("eager", args.calls), ("inductor", args.inductor_calls)):
         if num_calls:
-            words = [sys.executable, __file__, "--seed", str(args.seed), "--one", backend, str(num_calls)]
+            words = ("--seed", str(args.seed), "--one", backend, str(num_calls))
             # A cache of its own: files that another process is writing there would be read half.
             with TemporaryDirectory() as folder:
-                environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder}
-                done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-            runs.append(json.loads(done.stdout.splitlines()[-1]))
+                runs.append(in_own_process(*words, TORCHINDUCTOR_CACHE_DIR=folder))
     result = {
-        "command": shown_command(sys.argv[1:], "python benchmarks/soak.py"),
-        **conditions_of(make_model(0, 1)),
+        **run_metadata(make_model(0)),
         "models": "one layer of 32 each, 100 tokens, made at random",
         "threads": NUM_THREADS,
         "seed": args.seed,
         "has_stopped": all(map(has_stopped, runs)),
         "runs": runs,
     }
-    if args.output is not None:
-        args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({run["backend"]: {**run["growth"], "different": run["different"]} for run in runs}))
+    finish(result, args.output, {run["backend"]: {**run["growth"], "different": run["different"]} for run in runs})
     return int(not result["has_stopped"])
 
 

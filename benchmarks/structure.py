@@ -1,8 +1,8 @@
 """Count what the code is made of, and what a call runs through: `python benchmarks/structure.py --output FILE`.
 
 Sizes are read from the source; calls are recorded with `sys.setprofile` on the bundled pair. Only functions of
-`pard_hf` count. The figures of one round are the difference between a long and a short call, divided by their rounds:
-prefill and the end of a call cancel out.
+`pard_hf` count. Counts of one round are the difference between a long and a short call, divided by their rounds:
+prefill and the end of a call cancel out. Older checkouts can be counted too: no module is imported at the top.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ def sources(folder: Path) -> list[Path]:
 
 
 def size_of(paths: list[Path]) -> dict[str, Any]:
-    """Files, lines, and what stands on them; a code line is one with a token that is not a comment or docstring."""
+    """Count files and lines; a code line is one with a token that is not a comment or docstring."""
     size: dict[str, Any] = dict.fromkeys(("files", "lines", "code_lines", "docstring_lines", "classes"), 0)
     functions: dict[str, int] = {}
     for path in paths:
         text = path.read_text(encoding="utf-8")
-        tree = ast.parse(text)
+        lines, tree = text.splitlines(), ast.parse(text)
         docstrings = docstring_lines(tree)
-        lines = {number for number, line in enumerate(text.splitlines(), 1) if not is_blank(line)}
+        filled = {number for number, line in enumerate(lines, 1) if line.strip() and line.strip()[0] != "#"}
         size["files"] += 1
-        size["lines"] += len(text.splitlines())
-        size["code_lines"] += len(lines - docstrings)
+        size["lines"] += len(lines)
+        size["code_lines"] += len(filled - docstrings)
         size["docstring_lines"] += len(docstrings)
         for node in ast.walk(tree):
             size["classes"] += isinstance(node, ast.ClassDef)
@@ -56,10 +56,6 @@ def size_of(paths: list[Path]) -> dict[str, Any]:
     }
 
 
-def is_blank(line: str) -> bool:
-    return not line.strip() or line.strip().startswith("#")
-
-
 def docstring_lines(tree: ast.AST) -> set[int]:
     found: set[int] = set()
     for node in ast.walk(tree):
@@ -70,13 +66,10 @@ def docstring_lines(tree: ast.AST) -> set[int]:
     return found
 
 
-def module_name(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-
-
 def imports() -> dict[str, set[str]]:
-    """The modules of the package that each module imports, inside functions too; not for annotations alone."""
-    paths = {module_name(path): path for path in sources(PACKAGE)}
+    """Find the modules of the package that each module imports, inside functions too; not for annotations alone."""
+    named = [(path.relative_to(ROOT).with_suffix("").parts, path) for path in sources(PACKAGE)]
+    paths = {".".join(parts).removesuffix(".__init__"): path for parts, path in named}
     return {name: set(imported_by(name, path, paths)) for name, path in paths.items()}
 
 
@@ -97,7 +90,7 @@ def runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Groups of modules that import each other (strongly connected components of more than one)."""
+    """Find groups of modules that import each other (strongly connected components of more than one)."""
     reached = {name: reachable(name, graph) for name in graph}
     groups = {frozenset(other for other in reached[name] if name in reached[other]) for name in graph}
     return sorted(sorted(group) for group in groups if len(group) > 1)
@@ -113,60 +106,46 @@ def reachable(name: str, graph: dict[str, set[str]]) -> set[str]:
     return found
 
 
-class Trace:
-    """Record each function of the package that runs inside `with`, in order."""
+def trace(function: Callable[[], Any]) -> tuple[Any, dict[str, int]]:
+    """Call a function; return its value and counts of the functions of the package that ran, in order."""
+    calls: list[tuple[str, str]] = []
 
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, str]] = []
-
-    def __enter__(self) -> Trace:
-        sys.setprofile(self.record)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sys.setprofile(None)
-
-    def record(self, frame: FrameType, event: str, _: object) -> None:
+    def record(frame: FrameType, event: str, _: object) -> None:
         code = frame.f_code
         if event == "call" and code.co_filename.startswith(str(PACKAGE)):
-            self.calls.append((code.co_filename, getattr(code, "co_qualname", code.co_name)))
+            calls.append((code.co_filename, getattr(code, "co_qualname", code.co_name)))
 
-    def figures(self) -> dict[str, int]:
-        files = [file for file, _ in self.calls]
-        return {
-            "calls": len(files),
-            "functions": len(set(self.calls)),
-            "files": len(set(files)),
-            "moves": sum(one != other for one, other in zip(files, files[1:], strict=False)),
-        }
+    sys.setprofile(record)
+    try:
+        value = function()
+    finally:
+        sys.setprofile(None)
+    files = [file for file, _ in calls]
+    moves = sum(one != other for one, other in zip(files, files[1:], strict=False))
+    return value, {"calls": len(files), "functions": len(set(calls)), "files": len(set(files)), "moves": moves}
 
 
 def trace_generate(**kwargs: Any) -> dict[str, Any]:
-    """A greedy call of the bundled pair, and one of its rounds; the second call of a pair, as the first prepares."""
+    """Trace a greedy call of the bundled pair, and one of its rounds; not its first call, which prepares."""
     from pard_hf import load_pair
 
     target, draft, tokenizer = load_pair(dtype="float32")
+    kwargs |= {"do_sample": False, "eos_token_id": None, "assistant_model": draft, "return_dict_in_generate": True}
+    if "stop_strings" in kwargs:
+        kwargs["tokenizer"] = tokenizer
     inputs = tokenizer(PROMPT, return_tensors="pt")
 
-    def call(num_tokens: int) -> tuple[dict[str, int], int]:
-        settings = {"do_sample": False, "max_new_tokens": num_tokens, "min_new_tokens": 0, "eos_token_id": None}
-        with Trace() as trace:
-            output = target.generate(
-                **inputs, assistant_model=draft, **settings, **kwargs, return_dict_in_generate=True
-            )
-        return trace.figures(), output.stats.num_rounds
+    def call(num_tokens: int) -> Any:
+        return target.generate(**inputs, **kwargs, max_new_tokens=num_tokens, min_new_tokens=0)
 
     call(8)
-    (short, few), (long, many) = call(16), call(96)
-    rounds = many - few
-    return long | {
-        "calls_a_round": round((long["calls"] - short["calls"]) / rounds, 1),
-        "moves_a_round": round((long["moves"] - short["moves"]) / rounds, 1),
-    }
+    (few, short), (many, long) = trace(lambda: call(16)), trace(lambda: call(96))
+    rounds = many.stats.num_rounds - few.stats.num_rounds
+    return long | {f"{name}_a_round": round((long[name] - short[name]) / rounds, 1) for name in ("calls", "moves")}
 
 
 def trace_train() -> dict[str, int]:
-    """Two steps of `pard train` with one evaluation, on the bundled draft."""
+    """Trace two steps of `pard train` with one evaluation, on the bundled draft."""
     from pard_hf.cli import main
 
     with tempfile.TemporaryDirectory() as name:
@@ -176,42 +155,31 @@ def trace_train() -> dict[str, int]:
         words = ["train", "--base", str(PACKAGE / "bundled" / "draft"), "--data", str(folder / "rows.jsonl")]
         words += ["--output", str(folder / "draft"), "--max-steps", "2", "--eval-prompts", str(folder / "rows.jsonl")]
         words += ["--target", str(PACKAGE / "bundled" / "target"), "--eval-steps", "2", "--device", "cpu"]
-        with Trace() as trace:
-            code = main(words)
+        code, counts = trace(lambda: main(words))
     if code:
         raise SystemExit(f"Expected `pard train` to end with 0, got {code}.")
-    return trace.figures()
+    return counts
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="JSON file to write (default: print it)")
     args = parser.parse_args()
     package = sources(PACKAGE)
-    calls: dict[str, Callable[[], Any]] = {
-        "generate": trace_generate,
-        "generate, tree of 16 nodes": lambda: trace_generate(assistant_tree_size=16),
-        "generate, stop string": lambda: trace_generate(stop_strings=["never"], tokenizer=bundled_tokenizer()),
-        "pard train, 2 steps": trace_train,
-    }
+    others = [path for name in BESIDE if (ROOT / name).exists() for path in sources(ROOT / name)]
     found = {
         "package": size_of(package),
-        "package, app, demo, benchmarks, recipes": size_of(
-            package + [path for name in BESIDE if (ROOT / name).exists() for path in sources(ROOT / name)]
-        ),
+        "package, app, demo, benchmarks, recipes": size_of(package + others),
         "cycles": cycles(imports()),
-        **{name: trace() for name, trace in calls.items()},
+        "generate": trace_generate(),
+        "generate, tree of 16 nodes": trace_generate(assistant_tree_size=16),
+        "generate, stop string": trace_generate(stop_strings=["never"]),
+        "pard train, 2 steps": trace_train(),
     }
     text = json.dumps(found, indent=1) + "\n"
     if args.output:
         args.output.write_text(text)
     sys.stdout.write(text)
-
-
-def bundled_tokenizer() -> Any:
-    from pard_hf import load_pair
-
-    return load_pair().tokenizer
 
 
 if __name__ == "__main__":

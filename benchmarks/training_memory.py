@@ -12,14 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import subprocess
 import sys
 import time
 from typing import Any
 
 import torch
 
-from benchmarks.script import finish, parser_of, run_metadata
+from benchmarks.script import finish, in_own_process, parser_of, run_metadata
 from pard_hf import PardDraftModel, bundled_pair
 from pard_hf.training.cod import attends
 from pard_hf.training.collator import DataCollatorForPard
@@ -30,12 +29,12 @@ NUM_DRAFT_TOKENS = 8
 
 
 def dense_loss(draft: PardDraftModel, batch: dict[str, Any], length: int) -> torch.Tensor:
-    """The reference trainer's way: blocks of all depths, one dense mask, one matrix of logits."""
+    """Compute the loss as the reference trainer does: all depths, one dense mask, one matrix of logits."""
     anchors = torch.arange(length).repeat(NUM_DRAFT_TOKENS)
     depths = torch.arange(NUM_DRAFT_TOKENS).repeat_interleave(length)
-    own = (values.unsqueeze(-1) for values in (anchors, depths, torch.zeros_like(anchors)))
+    own = [values.unsqueeze(-1) for values in (anchors, depths, torch.zeros_like(anchors))]
     mask = torch.zeros(len(anchors), len(anchors))
-    mask.masked_fill_(~attends(*own, anchors.unsqueeze(-2), depths.unsqueeze(-2)), torch.finfo(torch.float32).min)
+    mask.masked_fill_(~attends(own, anchors.unsqueeze(-2), depths.unsqueeze(-2)), torch.finfo(torch.float32).min)
     kept = batch["depths"][0] * length + batch["anchors"][0]
     inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
     logits = draft(**inputs, attention_mask=mask[kept][:, kept][None, None], use_cache=False).logits
@@ -43,7 +42,7 @@ def dense_loss(draft: PardDraftModel, batch: dict[str, Any], length: int) -> tor
 
 
 def step(route: str, length: int) -> dict[str, Any]:
-    """One forward and backward pass, in this process."""
+    """Run one forward and backward pass, in this process."""
     torch.manual_seed(0)
     draft = PardDraftModel.from_pretrained(bundled_pair().draft, dtype=torch.float32)
     collator = DataCollatorForPard(draft.mask_token_id, NUM_DRAFT_TOKENS, ROUTES[route])
@@ -82,9 +81,7 @@ def main() -> None:
     for length in args.lengths:
         for route in ROUTES:
             if route == "kept rows" or length <= args.longest_other:
-                words = [sys.executable, __file__, "--one", route, str(length)]
-                done = subprocess.run(words, capture_output=True, text=True, check=True)
-                steps.append(json.loads(done.stdout.splitlines()[-1]))
+                steps.append(in_own_process("--one", route, str(length)))
                 print(steps[-1], file=sys.stderr, flush=True)
     draft = PardDraftModel.from_pretrained(bundled_pair().draft, dtype=torch.float32)
     result = {

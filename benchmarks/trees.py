@@ -12,12 +12,11 @@ import sys
 from typing import Any
 
 from benchmarks.script import finish, parser_of, run_metadata
-from pard_hf import load_pair
 from pard_hf.evaluation.acceptance import AcceptanceEvaluator
+from pard_hf.evaluation.benchmark import Benchmark, BenchmarkSettings, EncodedSet
 from pard_hf.evaluation.metrics import repeated_share
-from pard_hf.evaluation.prompts import choose_rows, encode_answer, load_prompts
-from pard_hf.host import num_positions
-from pard_hf.tokens import encode_prompt
+from pard_hf.evaluation.prompts import load_prompts
+from pard_hf.loading import Pair, load_pair
 
 
 def main() -> None:
@@ -34,45 +33,31 @@ def main() -> None:
     pair = load_pair(args.target, args.draft, "float32")
     if pair.draft.correction_head is None:
         parser.error("Expected a draft with a correction head. Train one with `pard train --correction-head`.")
-    longest = num_positions(pair.target.config) - args.max_new_tokens
-    sets, references = {}, {}
-    for source in args.prompts:
-        name, rows = load_prompts(source)
-        rows = [rows[index] for index in choose_rows(rows, args.limit, seed=0)]
-        encoded = [(encode_prompt(pair.tokenizer, row["prompt"]), row) for row in rows]
-        encoded = [(ids, row) for ids, row in encoded if len(ids) <= longest]
-        sets[name] = [ids for ids, _ in encoded]
-        answers = (encode_answer(pair.tokenizer, row, args.max_new_tokens) for _, row in encoded)
-        references[name] = [answer for answer in answers if answer is not None]
+    benchmark = Benchmark(pair, BenchmarkSettings(limit=args.limit, max_new_tokens=args.max_new_tokens))
+    sets = [benchmark.encode(*load_prompts(source)) for source in args.prompts]
     result = {
         **run_metadata(pair.target),
         "num_assistant_tokens": args.num_assistant_tokens,
         "max_new_tokens": args.max_new_tokens,
         "correction_head_parameters": sum(p.numel() for p in pair.draft.correction_head.parameters()),
         "draft_parameters": sum(p.numel() for n, p in pair.draft.named_parameters() if "correction_head" not in n),
-        "sets": measure(args, pair, sets, references),
+        "sets": measure(args, pair, sets),
     }
     lengths = {name: found["acceptance_lengths"] for name, found in result["sets"].items()}
     finish(result, args.output, lengths)
 
 
-def measure(args: Any, pair: Any, sets: dict[str, Any], references: dict[str, Any]) -> dict[str, Any]:
-    """Statistics of every way of drafting on every set."""
-    found: dict[str, Any] = {name: {"num_prompts": len(prompts), "ways": {}} for name, prompts in sets.items()}
+def measure(args: Any, pair: Pair, sets: list[EncodedSet]) -> dict[str, Any]:
+    """Measure every way of drafting on every set."""
+    found: dict[str, Any] = {prompts.name: {"num_prompts": len(prompts.ids), "ways": {}} for prompts in sets}
+    prompts, references = {s.name: s.ids for s in sets}, {s.name: s.answers for s in sets}
+    settings = (prompts, args.num_assistant_tokens, args.max_new_tokens, args.batch_size)
     texts: dict[str, Any] = {}
     for tree_size in (0, *args.tree_sizes):
         for uses_head in (False, True):
             way = " + ".join([f"tree {tree_size}" if tree_size else "chain", *(["head"] if uses_head else [])])
             print(way, file=sys.stderr, flush=True)
-            evaluator = AcceptanceEvaluator(
-                pair.target,
-                sets,
-                args.num_assistant_tokens,
-                args.max_new_tokens,
-                args.batch_size,
-                tree_size,
-                uses_head,
-            )
+            evaluator = AcceptanceEvaluator(pair.target, *settings, tree_size, uses_head)
             for name, stats in evaluator(pair.draft).items():
                 texts.setdefault(name, evaluator.texts[name])
                 same = sum(a == b for a, b in zip(texts[name], evaluator.texts[name], strict=True))

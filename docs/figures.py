@@ -1,4 +1,4 @@
-"""Draw the figures of the documentation: `python docs/figures.py`.
+"""Draw the plots of the documentation: `python docs/figures.py`.
 
 Measured metrics come from `benchmarks/results`, rules from the package's own functions; a formula is labelled as one.
 """
@@ -33,7 +33,7 @@ ROUTE_NAMES = {
     "tier2": "our loop",
     "tier2_compiled": "our loop, compiled",
 }
-# Of the COD figure: a text whose first tokens are a prompt, and the rates of the paper.
+# Of the COD plot: a text whose first tokens are a prompt, and the rates of the paper.
 NUM_TOKENS, NUM_PROMPT_TOKENS, K_TRAIN, RATE, LEAST_RATE, SEED = 20, 5, 6, 0.7, 0.2, 6
 
 
@@ -42,13 +42,13 @@ def read(name: str) -> Any:
 
 
 def conditions(result: dict[str, Any]) -> str:
-    """What a measured figure was measured with, for its caption."""
+    """Format what a plot was measured with, for its caption."""
     versions = f"torch {result['versions']['torch']} · transformers {result['versions']['transformers']}"
     return f"{result['device']} · {result['dtype']} · {result['decoding']} · {versions}"
 
 
 def new_figure(width: float, height: float, caption: str = "", columns: int = 1, **kwargs: Any) -> tuple[Figure, Any]:
-    """A figure with panels in one row; all spines but the axes' are left out."""
+    """Make a figure with panels side by side, without spines at the top and right."""
     figure = Figure(figsize=(width, height), layout="constrained")
     panels = figure.subplots(1, columns, squeeze=False, **kwargs)[0]
     for panel in panels:
@@ -59,7 +59,7 @@ def new_figure(width: float, height: float, caption: str = "", columns: int = 1,
 
 
 def draw_round() -> Figure:
-    """One round on a small text: K = 4, three proposals accepted, then the bonus token."""
+    """Draw one round on a small text: K = 4, three proposals accepted, then the bonus token."""
     text, masks = ["def", "add", "(", "a"], ["mask"] * 3
     lines = [
         ("draft reads", 0, text + masks, [PALE] * 4 + ["white"] * 3),
@@ -94,11 +94,11 @@ def draw_round() -> Figure:
 
 
 def draw_cod() -> Figure:
-    """Rows that conditional drop-token keeps of one text, and who of them attends to whom."""
+    """Draw the training rows that conditional drop-token keeps of one text, and their attention mask."""
     is_label = torch.arange(NUM_TOKENS) >= NUM_PROMPT_TOKENS
     all_rows = keep_rows(is_label, K_TRAIN, 1.0, 1.0)
     kept = keep_rows(is_label, K_TRAIN, RATE, LEAST_RATE, torch.Generator().manual_seed(SEED))
-    pairs = [list(zip(*(part.tolist() for part in rows), strict=True)) for rows in (all_rows, kept)]
+    pairs = [list(zip(*(tensor.tolist() for tensor in rows), strict=True)) for rows in (all_rows, kept)]
     dropped = [row for row in pairs[0] if row not in pairs[1]]
     caption = (
         f"{NUM_TOKENS} tokens, the first {NUM_PROMPT_TOKENS} a prompt without loss · K_train = {K_TRAIN}, r = {RATE}, "
@@ -133,16 +133,15 @@ def draw_cod() -> Figure:
 
 
 def draw_acceptance() -> Figure:
-    """What each position of the bundled pair's blocks is worth."""
+    """Plot the acceptance of each position of the bundled pair's proposals."""
     result = read("bundled_pair.json")
     caption = f"bundled pair, K = {result['num_assistant_tokens']} · {conditions(result)} · bundled_pair.json"
     figure, (single, total) = new_figure(8.4, 3.3, caption, columns=2)
     for (name, found), colour, marker in zip(result["sets"].items(), (ACCENT, GREY), "os", strict=True):
         shares = found["acceptance"]["position_acceptance"]
-        places = range(1, len(shares) + 1)
-        single.plot(places, shares, color=colour, marker=marker, markersize=4, label=name)
-        sums = [1 + sum(shares[:place]) for place in (0, *places)]
-        total.plot((0, *places), sums, color=colour, marker=marker, markersize=4, label=name)
+        style = {"color": colour, "marker": marker, "markersize": 4, "label": name}
+        single.plot(range(1, len(shares) + 1), shares, **style)
+        total.plot(range(len(shares) + 1), [1 + sum(shares[:i]) for i in range(len(shares) + 1)], **style)
     single.set(xlabel="position i of the proposal", ylabel="position acceptance (share of rounds)", ylim=(0, 1))
     total.set(xlabel="positions counted", ylabel="tokens a round (1 + sum of shares)", ylim=(0, None))
     single.legend(frameon=False, fontsize=8)
@@ -150,7 +149,7 @@ def draw_acceptance() -> Figure:
 
 
 def draw_ideal() -> Figure:
-    """The formula of an ideal speedup; nothing here is measured."""
+    """Plot the formula of an ideal speedup; nothing here is measured."""
     figure, (panel,) = new_figure(5.6, 3.4, "a formula, not a measurement")
     lengths = [1, 8]
     for ratio, line in zip((0.0, 0.1, 0.25, 0.5, 1.0), ("-", "--", "-.", ":", (0, (1, 3))), strict=True):
@@ -158,18 +157,14 @@ def draw_ideal() -> Figure:
         colour = ACCENT if ratio in (0.0, 0.1, 0.25) else GREY
         panel.plot(lengths, speedups, linestyle=line, color=colour, label=f"t_draft / t_target = {ratio:g}")
     panel.axhline(1, color=DARK, linewidth=0.6)
-    panel.set(
-        xlabel="acceptance length τ (tokens a round)",
-        ylabel="ideal speedup τ / (1 + t_draft / t_target)",
-        xlim=(1, 8),
-        ylim=(0, 8),
-    )
+    panel.set(xlabel="acceptance length τ (tokens a round)", ylabel="ideal speedup τ / (1 + t_draft / t_target)")
+    panel.set(xlim=(1, 8), ylim=(0, 8))
     panel.legend(frameon=False, fontsize=8)
     return figure
 
 
 def draw_speedup() -> Figure:
-    """Speedup of the routes over plain `generate`, with the range over the repeats."""
+    """Plot the speedup of the routes over plain `generate`, with the range over the repeats."""
     result = read("bundled_routes.json")
     cells = result["cells"]
     shown = f"bundled pair, batch 1, K = {cells[0]['num_assistant_tokens']}"

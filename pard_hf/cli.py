@@ -180,14 +180,14 @@ def _load(
     """Load a pair; `may_lack_draft` allows a target alone."""
     from transformers.utils import logging
 
-    from .loading import Pair, load_pair, load_target
+    from .loading import NAMED_TARGETS, Pair, load_pair, load_target
 
     logging.disable_progress_bar()
-    if target is not None and draft is None:
-        if not may_lack_draft:
-            raise ValueError(f"Expected a draft for the target `{target}`, got none. Name one with --draft.")
+    if target is not None and draft is None and may_lack_draft:
         model, tokenizer = load_target(target, dtype, device)
         return Pair(model, None, tokenizer)
+    if target in NAMED_TARGETS and draft is None:
+        raise ValueError(f"Expected a draft for the target `{target}`, got none. Name one with --draft.")
     return load_pair(target, draft, dtype, device)
 
 

@@ -52,7 +52,7 @@ CACHE_NAMES = ("cache", "past_key_values")
 CACHE_NAME = next(
     name for name in CACHE_NAMES if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 )
-# The layers whose entries lie one behind the other, by column.
+# The layers whose entries follow each other by column.
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
@@ -100,7 +100,7 @@ layers_by_content: dict[str, tuple[Any, ...]] = {}
 def cache_layers(config: PreTrainedConfig) -> tuple[Any, ...]:
     """The layers, without entries, of the cache that transformers makes for a config.
 
-    Making them takes a millisecond, so they are kept for as long as the config says the same.
+    Making them takes a millisecond, so they are kept for as long as the config is the same.
     """
     text_config = config.get_text_config(decoder=True)
     content = f"{type(text_config)} {vars(text_config)}"

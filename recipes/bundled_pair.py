@@ -3,10 +3,9 @@
     make bundled-pair DATA=FOLDER
 
 `FOLDER` holds the files of `MIX` as `.jsonl.gz`. Each stage writes into `--work` and is skipped when its result is
-there; interrupted training continues from its last checkpoint, and answering after the last answer. The target is
-undertrained: it exists so that acceptance, cost and the whole path from training to `generate()` are real on a
-machine with no network and no GPU. A second target, of another depth and width, stays in `--work`: one draft serves
-both.
+there; interrupted stages continue. The target is undertrained: it exists so that acceptance, cost and the whole path
+from training to `generate()` are real on a machine with no network and no GPU. A second target, of another depth and
+width, stays in `--work`: one draft serves both.
 
 Training rows are `<|begin|>prompt\\nresponse<|end|>` or `<|begin|>text<|end|>`: every row that is not cut has an end
 token, so that stopping is learned.
@@ -37,7 +36,7 @@ from pard_hf import PardDraftModel, PardTrainer, PardTrainingArguments
 from pard_hf.training.data import encode_row, read_rows, tokenize_rows
 from pard_hf.training.responses import write_answers
 
-# Rows of the padded vocabulary above the tokenizer's last id; the first of them is the draft's mask token.
+# The padded vocabulary has ids above the tokenizer's last; the first of them is the draft's mask token.
 VOCAB_SIZE, TOKENIZER_SIZE = 2048, 2040
 MAX_ROW_TOKENS = 448
 TARGET = {"hidden_size": 160, "intermediate_size": 416, "num_hidden_layers": 12, "num_attention_heads": 5}
@@ -51,6 +50,8 @@ SETTLING_PROMPTS = {"code_functions": 1_800, "math_gsm8k": 1_200}
 ADAPTING_PROMPTS = {"code_functions": 8_000, "math_gsm8k": 8_000, "code_leetcode": 1_500, "code_instruct": 1_500}
 # How often a file's rows are seen for each pass over the mix.
 MIX = {"math_gsm8k": 3, "code_functions": 2, "code_leetcode": 1, "code_instruct": 1}
+# Optimizer steps: language modeling, against repetition (each of two turns), the draft's base, adaptation, its head.
+STEPS = {"target": 2400, "settle": 180, "draft-base": 700, "draft": 6000, "head": 1800}
 TRAINER: dict[str, Any] = {
     "save_steps": 200, "save_total_limit": 1, "logging_steps": 20, "report_to": "none", "disable_tqdm": True,
     "max_grad_norm": 1.0, "use_cpu": True, "train_sampling_strategy": "group_by_length",
@@ -72,12 +73,10 @@ def train_tokenizer(data: Path, out: Path) -> None:
         [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|begin|>", "<|end|>", "<|pad|>"]
+    special = {"bos_token": "<|begin|>", "eos_token": "<|end|>", "pad_token": "<|pad|>"}
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=TOKENIZER_SIZE,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=TOKENIZER_SIZE, special_tokens=[*special.values()], initial_alphabet=alphabet, show_progress=False
     )
     keys = ("text", "prompt", "response")
     rows = (row for name in MIX for row in read_rows(data / f"{name}.jsonl.gz"))
@@ -85,15 +84,8 @@ def train_tokenizer(data: Path, out: Path) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<|begin|> $A", special_tokens=[("<|begin|>", tokenizer.token_to_id("<|begin|>"))]
     )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|begin|>",
-        eos_token="<|end|>",
-        pad_token="<|pad|>",
-        padding_side="left",
-        model_max_length=2048,
-        clean_up_tokenization_spaces=False,
-    )
+    options = {"padding_side": "left", "model_max_length": 2048, "clean_up_tokenization_spaces": False}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, **options)
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(out)
 
@@ -104,15 +96,12 @@ class Muon(torch.optim.Optimizer):
     `torch.optim.Muon` computes in bfloat16, which a CPU without matrix units runs eight times slower than float32.
     """
 
-    def __init__(self, matrices: list[torch.Tensor], others: list[torch.Tensor], lr: float, adam_lr: float):
-        self.adam = torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
-        super().__init__([{"params": matrices, "lr": lr}, {"params": others, "lr": adam_lr}], {})
-
-    @classmethod
-    def for_model(cls, model: torch.nn.Module, lr: float, adam_lr: float) -> Muon:
+    def __init__(self, model: torch.nn.Module, lr: float, adam_lr: float):
         named = list(model.named_parameters())
         matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
-        return cls(matrices, [p for name, p in named if p.ndim != 2 or "embed" in name], lr, adam_lr)
+        others = [p for name, p in named if p.ndim != 2 or "embed" in name]
+        self.adam = torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
+        super().__init__([{"params": matrices, "lr": lr}, {"params": others, "lr": adam_lr}], {})
 
     @torch.no_grad()
     def step(self, closure=None):  # type: ignore[override]
@@ -122,9 +111,8 @@ class Muon(torch.optim.Optimizer):
         by_shape: dict[torch.Size, list[torch.Tensor]] = {}
         for weight in matrices["params"]:
             by_shape.setdefault(weight.shape, []).append(weight)
+            self.state[weight].setdefault("momentum", torch.zeros_like(weight)).lerp_(weight.grad, 0.05)
         for shape, weights in by_shape.items():
-            for weight in weights:
-                self.state[weight].setdefault("momentum", torch.zeros_like(weight)).lerp_(weight.grad, 0.05)
             momenta = torch.stack([self.state[weight]["momentum"] for weight in weights])
             grads = torch.stack([weight.grad for weight in weights])
             updates = orthogonalize(grads.lerp(momenta, 0.95)) * max(1, shape[0] / shape[1]) ** 0.5
@@ -182,19 +170,15 @@ def pretrain(data: Path, tokenizer_dir: Path, shape: dict[str, int], steps: int,
 def fit(model: Any, tokenizer: Any, rows: list[Any], out: Path, steps: int, lr: float, adam_lr: float) -> None:
     """Train next-token prediction on rows with loss masks; the learning rate falls to 0 over `steps`."""
     print(f"{len(rows)} rows, {sum(sum(row['loss_mask']) for row in rows) / 1e6:.2f} M labels", flush=True)
-    optimizer = Muon.for_model(model, lr, adam_lr)
+    optimizer = Muon(model, lr, adam_lr)
+    schedule = get_linear_schedule_with_warmup(optimizer, min(40, steps // 10), steps)
+    options = {"max_steps": steps, "per_device_train_batch_size": 16, "remove_unused_columns": False, **TRAINER}
     trainer = Trainer(
         model,
-        TrainingArguments(
-            str(out / "checkpoints"),
-            max_steps=steps,
-            per_device_train_batch_size=16,
-            remove_unused_columns=False,
-            **TRAINER,
-        ),
+        TrainingArguments(str(out / "checkpoints"), **options),
         data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
         train_dataset=rows,
-        optimizers=(optimizer, get_linear_schedule_with_warmup(optimizer, min(40, steps // 10), steps)),
+        optimizers=(optimizer, schedule),
     )
     finish(trainer, tokenizer, out)
 
@@ -208,19 +192,14 @@ def finish(trainer: Trainer, tokenizer: Any, out: Path) -> None:
 
 def repeats(answer: list[int], size: int = 4) -> list[bool]:
     """Mark each token that completes an n-gram that the answer already has."""
-    seen: set[tuple[int, ...]] = set()
-    marks = []
-    for end in range(1, len(answer) + 1):
-        gram = tuple(answer[max(end - size, 0) : end])
-        marks.append(len(gram) == size and gram in seen)
-        seen.add(gram)
-    return marks
+    grams = [tuple(answer[max(end - size, 0) : end]) for end in range(1, len(answer) + 1)]
+    return [len(gram) == size and gram in grams[:index] for index, gram in enumerate(grams)]
 
 
 def without_loop(answer: list[int], breaks: set[int], end: int) -> list[int] | None:
     """End an answer at the last line break (or, failing that, the last token) before it begins to loop.
 
-    A loop begins where two thirds of a dozen tokens repeat. `None` for an answer that is little but repetition.
+    A loop begins where two thirds of a dozen tokens repeat. Return `None` for an answer that is mostly repetition.
     """
     marks = repeats(answer)
     onset = next((i for i in range(len(answer) - 11) if sum(marks[i : i + 12]) >= 8), None)
@@ -269,29 +248,19 @@ def adapt(answers: Path, start: Path, steps: int, correction_head: str | None, o
     )
     optimizers: tuple[Any, Any] = (None, None)  # AdamW, for the head.
     if correction_head is None:
-        optimizer = Muon.for_model(draft, lr=0.01, adam_lr=2e-3)
+        optimizer = Muon(draft, lr=0.01, adam_lr=2e-3)
         optimizers = (optimizer, get_linear_schedule_with_warmup(optimizer, 40, steps))
-    arguments = PardTrainingArguments(
-        str(out / "checkpoints"),
-        correction_head=correction_head,
-        num_draft_tokens=NUM_ASSISTANT_TOKENS,
-        max_steps=steps,
-        per_device_train_batch_size=16 if correction_head is None else 32,
-        warmup_steps=min(30, steps // 10),
-        **TRAINER,
-    )
+    options = {"max_steps": steps, "warmup_steps": min(30, steps // 10), "num_draft_tokens": NUM_ASSISTANT_TOKENS}
+    options |= {"correction_head": correction_head, "per_device_train_batch_size": 32 if correction_head else 16}
+    arguments = PardTrainingArguments(str(out / "checkpoints"), **options, **TRAINER)
     finish(PardTrainer(draft, arguments, train_dataset=rows, optimizers=optimizers), tokenizer, out)
 
 
 def package(target_dir: Path, draft_dir: Path, out: Path) -> None:
-    """Write the pair as it ships: bfloat16, shards of 14 MB, a tokenizer beside each."""
+    """Write the pair as it ships: bfloat16, shards of 14 MB, each with the tokenizer."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(target_dir)
-    tokenizer.chat_template = CHAT_TEMPLATE
-    models = {
-        "target": LlamaForCausalLM.from_pretrained(target_dir, dtype=torch.bfloat16),
-        "draft": PardDraftModel.from_pretrained(draft_dir, dtype=torch.bfloat16),
-    }
-    for name, model in models.items():
+    for name, kind, folder in (("target", LlamaForCausalLM, target_dir), ("draft", PardDraftModel, draft_dir)):
+        model = kind.from_pretrained(folder, dtype=torch.bfloat16)
         model.save_pretrained(out / name, max_shard_size="14MB")
         tokenizer.save_pretrained(out / name)
 
@@ -309,17 +278,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with the training text (*.jsonl.gz)")
     parser.add_argument("--work", type=Path, default=Path("bundled-pair"), help="folder for the results of stages")
     parser.add_argument("--out", type=Path, default=Path("pard_hf/bundled"), help="folder for the finished pair")
-    parser.add_argument("--target-steps", type=int, default=2400, help="optimizer steps of language modeling")
-    parser.add_argument("--settle-steps", type=int, default=180, help="optimizer steps against repetition, a turn")
-    parser.add_argument("--draft-base-steps", type=int, default=700, help="language modeling of the draft's base")
-    parser.add_argument("--draft-steps", type=int, default=6000, help="adaptation of the draft")
-    parser.add_argument("--head-steps", type=int, default=1800, help="training of its correction head")
+    for name, number in STEPS.items():
+        parser.add_argument(f"--{name}-steps", type=int, default=number, help=f"optimizer steps ({number})")
     args = parser.parse_args()
-    missing = [name for name in MIX if not (args.data / f"{name}.jsonl.gz").is_file()]
+    missing = [f"{name}.jsonl.gz" for name in MIX if not (args.data / f"{name}.jsonl.gz").is_file()]
     if missing:
-        parser.error(
-            f"expected {', '.join(f'{name}.jsonl.gz' for name in missing)} in `{args.data}`: name another --data"
-        )
+        parser.error(f"expected {', '.join(missing)} in `{args.data}`: name another --data")
     data, work = args.data, args.work
     tokenizer = stage(train_tokenizer, data, work / "tokenizer")
     target = stage(pretrain, data, tokenizer, TARGET, args.target_steps, work / "target")

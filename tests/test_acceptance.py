@@ -1,4 +1,4 @@
-"""Acceptance is counted alike by the decoding loop and by replaying what it said."""
+"""Acceptance is counted alike by the decoding loop and by replaying its texts."""
 
 import pytest
 from device import to_device, torch
@@ -58,9 +58,9 @@ def test_next_token_accuracy_is_counted_by_hand(pair):
 
     of_prompts = [right(prompt, end) for prompt in prompts for end in range(1, len(prompt))]
     of_answers = [
-        right(prompt + answer, len(prompt) + place)
+        right(prompt + answer, len(prompt) + position)
         for prompt, answer in zip(prompts, answers, strict=True)
-        for place in range(len(answer))
+        for position in range(len(answer))
     ]
 
     found = next_token_accuracy(target, prompts, answers)

@@ -119,7 +119,7 @@ def test_one_copy_of_the_weights_serves_all(pair):
     assert "PardGenerationMixin" in [base.__name__ for base in type(pair.target).__mro__]
 
 
-def test_stock_routes_are_left_out_of_batches_and_said_so(pair):
+def test_stock_routes_are_left_out_of_batches_with_a_reason(pair):
     [cell] = run(pair, batch_sizes=(2,))
 
     assert list(routes_of(cell)) == ["ar", "tier2", "adaptive"]
@@ -128,7 +128,7 @@ def test_stock_routes_are_left_out_of_batches_and_said_so(pair):
     assert all(route["identical_share"] == 1 for route in cell["routes"])
 
 
-def test_routes_that_cannot_run_say_why(bundled_like_tokenizer):
+def test_routes_that_cannot_run_have_a_reason(bundled_like_tokenizer):
     """A target with padding rows, and a K that the adaptive schedule cannot choose."""
     target = with_pard(make_model("llama", vocab_size=2004))
     pair = Pair(target, make_draft(make_model("llama", vocab_size=2000), 4), bundled_like_tokenizer)
@@ -366,7 +366,7 @@ def test_commands_are_shown_without_folders(tmp_path):
     assert shown_model(None) == "bundled"
 
 
-def test_interrupted_run_keeps_its_cells_and_goes_on(pair, tmp_path):
+def test_interrupted_run_keeps_its_cells_and_continues(pair, tmp_path):
     output, partial = tmp_path / "result.json", tmp_path / "result.partial.json"
 
     def measure(rows=ROWS, resume=False, seed=0, show=lambda cell: None):
@@ -417,7 +417,7 @@ def measure(runner, prompts, *names):
     return measurement
 
 
-def test_compiled_routes_say_the_same(pair):
+def test_compiled_routes_give_the_same_texts(pair):
     runner = compiling_runner(pair, "aot_eager")
 
     records = measure(runner, [[5, 6, 7, 5, 6], [5, 6, 7]], "ar", "ar_plus", "tier2", "tier2_compiled").records
@@ -444,8 +444,8 @@ def test_a_compiler_that_fails_leaves_the_route_out(pair):
     assert not measurement.records["tier2"].differing
 
 
-def test_the_stock_loop_verifies_compiled_where_the_host_can(pair):
-    """Versions before 5.24 take no static cache there, and the reason is the host's own."""
+def test_the_stock_loop_verifies_compiled_where_transformers_can(pair):
+    """Versions before 5.24 take no static cache there, and the reason is their own message."""
     runner = compiling_runner(pair, "eager")
 
     measurement = measure(runner, [[5, 6, 7, 5, 6], [5, 6]], "ar", "tier1", "tier1_compiled")
@@ -460,8 +460,8 @@ def test_the_stock_loop_verifies_compiled_where_the_host_can(pair):
     assert hasattr(runner.plain, "_compiled_call")
 
 
-def test_routes_the_host_refuses_say_so_in_its_words(bundled_like_tokenizer):
-    """Static caches cannot be cut behind a full window."""
+def test_routes_that_transformers_refuses_have_its_message(bundled_like_tokenizer):
+    """Static caches cannot be cropped after a full window."""
     target = make_model("mistral")
     pair = Pair(with_pard(target), make_self_draft(target), bundled_like_tokenizer)
     runner = compiling_runner(pair, "eager")
@@ -491,7 +491,7 @@ def test_a_gap_is_what_the_plain_model_prefers_its_token_by(pair):
 
 @pytest.mark.parametrize(("batch_size", "other"), [(1, 4), (2, 1)])
 def test_16_bit_shows_plain_generate_against_itself(pair, batch_size, other):
-    """A target that says something else in a batch than alone, whatever drafts."""
+    """A target whose texts differ in a batch and alone, whatever drafts."""
     forward = pair.target.forward
 
     def in_batches_otherwise(*args, **kwargs):
@@ -551,7 +551,7 @@ def test_other_texts_than_plain_ones_end_with_3(folders, capsys):
     assert "plain generate against itself: one row against a batch of 4: identical" in captured.err
 
 
-def test_command_goes_on_where_it_was_interrupted(folders, tmp_path, capsys):
+def test_command_continues_where_it_was_interrupted(folders, tmp_path, capsys):
     command = [*folders(make_model("llama")), "--routes", "tier2", "--output", str(tmp_path / "out")]
     assert main([*command, "--num-assistant-tokens", "2"]) == 0
     result, file = json.loads(capsys.readouterr().out.splitlines()[-1]), tmp_path / "out" / "bench.json"

@@ -275,7 +275,7 @@ def test_training_step_stays_on_the_device(objective, has_head, rows):
     assert loss.isfinite()
     assert all(parameter.grad.is_cuda for parameter in draft.parameters())
     assert clock.metrics()["num_tokens"] == sum(len(row["input_ids"]) for row in rows)
-    assert clock.metrics()["num_rows"] > clock.figures()["num_tokens"]
+    assert clock.metrics()["num_rows"] > clock.metrics()["num_tokens"]
 
 
 class HostClock(TrainingClock):

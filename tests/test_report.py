@@ -93,7 +93,7 @@ def test_tables_show_what_was_measured_and_what_was_not():
     assert "PLD: not served: the stock assisted loop takes one text at a time, not 2" in text
 
 
-def test_16_bit_texts_stand_beside_plain_generate_against_itself():
+def test_16_bit_texts_are_shown_with_plain_generate_against_itself():
     cell = make_cell(batch_size=2)
     cell["routes"][2] |= {"identical_share": 0.5, "logit_gaps": [0.125, 0.0625]}
     cell["routes"].append(make_route("ar_plus", 1.5, identical_share=0.75, logit_gaps=[0.25]))
@@ -143,7 +143,7 @@ def test_plots_are_drawn_for_what_was_swept(tmp_path, cells, names):
     assert all(file.read_text().startswith("<?xml") for file in files)
 
 
-def test_the_script_draws_beside_the_result(tmp_path):
+def test_the_script_draws_next_to_the_result(tmp_path):
     (tmp_path / "out.json").write_text(json.dumps({"cells": [make_cell()]}))
 
     main([str(tmp_path / "out.json")])

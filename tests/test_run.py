@@ -52,7 +52,8 @@ def train(base, data, out, max_steps=4, evaluation=None, **settings):
     }  # fmt: skip
     names = {field.name for field in fields(TrainingSettings)}
     ours = {name: value for name, value in given.items() if name in names}
-    others = {"disable_tqdm": True, **{name: value for name, value in given.items() if name not in names}}
+    others = {"disable_tqdm": True, **ours.pop("training_arguments", {})}
+    others |= {name: value for name, value in given.items() if name not in names}
     if evaluation is not None:
         ours = {"target": str(base), "eval_prompts": ["some"], **ours}
     return train_draft(
@@ -140,6 +141,7 @@ def test_bad_settings_end_before_weights_are_loaded(base, data, tmp_path, monkey
         "got none": {"data": empty},
         "Expected something to evaluate": {"early_stopping_patience": 2},
         "something to evaluate, got none": {"eval_steps": 2},
+        "to evaluate, got none. Give": {"training_arguments": {"eval_steps": 2}},
         "an id in .0, 104.": {"mask_token_id": 104},
         "no teacher": {"divergence_weight": 1.0},
         "`--retention-rate` in": {"retention_rate": 2.0},

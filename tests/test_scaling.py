@@ -1,4 +1,4 @@
-"""A model enlarged to other sizes says the same, and its new weights are not zeros."""
+"""A model enlarged to other sizes gives the same texts, and its new weights are not zeros."""
 
 import copy
 import math

@@ -18,7 +18,7 @@ def test_what_compiled_calls_keep_is_bounded(monkeypatch, record_property):
     soak.shapes = [(1, 2, 0), (2, 2, 0)]
 
     result = soak.run(num_calls=40, sample_every=4)
-    for number in range(20):  # While nobody else compiles, each of these runs compiled.
+    for number in range(20):  # No other thread compiles now, so each of these runs compiled.
         soak.call(is_compared=True)
         soak.sample(40 + number)
 

@@ -19,21 +19,10 @@ from .prompts import choose_rows, load_prompt_sets, make_batches
 
 @dataclass
 class AcceptanceEvaluator:
-    """Measures acceptance of a draft against one target, greedily, on named prompt sets.
+    """Measure acceptance of a draft against one target, greedily, on the token ids of named prompt sets.
 
-    Args:
-        target ([`PreTrainedModel`]):
-            The target; it stays as it is.
-        prompts (`Mapping[str, Sequence[list[int]]]`):
-            Token ids of the prompts of each set. Sets are never pooled.
-        num_assistant_tokens (`int`, *optional*):
-            K; defaults to the draft's own.
-        tree_size (`int`, *optional*):
-            N, nodes of a round's tree; 0 for a chain; defaults to the draft's own.
-        uses_head (`bool`, *optional*, defaults to `True`):
-            Whether the draft's correction head, if it has one, takes part.
-        max_new_tokens (`int`, *optional*, defaults to 100) and batch_size (`int`, *optional*, defaults to 16):
-            Length of an answer and texts at a time.
+    K and N (`tree_size`; 0 is a chain) default to the draft's own; `uses_head=False` leaves its correction head out.
+    After a call, `texts` has the answers of each set, in the order of the prompts.
     """
 
     target: Any
@@ -46,10 +35,7 @@ class AcceptanceEvaluator:
     texts: dict[str, list[list[int]]] = field(default_factory=dict, init=False)
 
     def __call__(self, draft: Any, part: tuple[int, int] = (0, 1)) -> dict[str, DecodingStats]:
-        """Statistics of each set; with `part` `(i, n)`, over every n-th prompt from the i-th, the share of one device.
-
-        The answers stay in `texts`, in the order of the prompts. They are the target's: no draft changes them.
-        """
+        """Return statistics of each set; with `part` `(i, n)`, over every n-th prompt from the i-th."""
         target = with_pard(sharing_weights(self.target, type(self.target)))
         was_training = draft.training
         draft.eval()
@@ -83,23 +69,14 @@ class AcceptanceEvaluator:
         return stats
 
     def repeated_4gram_share(self, name: str) -> float:
-        """Share of repeated 4-grams in the answers of a set, to read beside its acceptance."""
         return repeated_share(self.texts[name])
 
 
 def prepare_evaluator(settings: Any, tokenizer: Any, longest: int) -> Callable[[Any], AcceptanceEvaluator]:
-    """Read and encode the prompts of `pard train` before weights are loaded; returns the evaluator of a target.
-
-    Args:
-        settings ([`TrainingSettings`]):
-            Prompt sets, their limits, and K.
-        tokenizer (`PreTrainedTokenizerBase`):
-            Of both models.
-        longest (`int`):
-            Positions that both models have.
+    """Read and encode the prompts of `pard train` before weights are loaded; return the evaluator of a target.
 
     Raises:
-        ValueError: Two sets have one name, a prompt is empty, or prompt and answer exceed `longest`.
+        ValueError: Two sets have one name, a prompt is empty, or prompt and answer exceed `longest` positions.
     """
     prompts = dict[str, list[list[int]]]()
     for name, rows in load_prompt_sets(settings.eval_prompts).items():

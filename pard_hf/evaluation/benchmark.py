@@ -2,7 +2,7 @@
 
 A cell is one prompt set at one batch size and one K. Every route runs on every batch of a cell once before anything is
 timed; in each repeat the routes then take turns batch by batch, another one first each time, so that a machine that
-slows down slows all of them.
+slows down slows all of them. `Benchmark` goes through the cells, `Measurement` through the routes of one cell.
 """
 
 from __future__ import annotations
@@ -70,95 +70,23 @@ class BenchmarkSettings:
                 raise ValueError(f"Expected `--{flag}` of at least 1, got {value}. Raise it.")
 
 
-def run_metadata(
-    pair: Pair, settings: BenchmarkSettings, words: list[str], target: str | None = None, draft: str | None = None
-) -> dict[str, Any]:
-    """Describe a run: command, models, versions, device and settings; file names only, never folders."""
-    metadata = {
-        "command": shown_command(words),
-        "target": shown_model(target),
-        "draft": shown_model(draft),
-        **conditions_of(pair.target),
-        "repeats": settings.repeats,
-        "max_new_tokens": settings.max_new_tokens,
-        "limit": settings.limit,
-        "seed": settings.seed,
-        "context": settings.context,
-        "assistant_tree_size": settings.tree_size,
-        "routes": None if settings.routes == tuple(ROUTES) else list(settings.routes),
-    }
-    return {name: value for name, value in metadata.items() if value is not None}
-
-
-def run_benchmark(
-    benchmark: Benchmark,
-    prompt_sets: dict[str, list[dict[str, Any]]],
-    metadata: dict[str, Any],
-    output: Path | None = None,
-    resume: bool = False,
-    show: Callable[[dict[str, Any]], None] = lambda cell: None,
-) -> dict[str, Any]:
-    """Run a benchmark, `show` each cell, and return the result (`metadata` and cells), which is written to `output`.
-
-    Until the last cell is measured, the result so far lies beside `output` and is rewritten after every cell; `resume`
-    goes on with what an interrupted run left there.
-
-    Raises:
-        ValueError: An interrupted run is there and `resume` is not set, or it had other settings or other prompts.
-    """
-    partial = output and output.with_name(f"{output.stem}.partial.json")
-    cells = resumed_cells(partial, metadata, resume) if partial else []
-
-    def keep(cell: dict[str, Any]) -> None:
-        cells.append(cell)
-        if partial:
-            partial.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(partial, result_text({**metadata, "cells": cells}))
-        show(cell)
-
-    result = {**metadata, "cells": benchmark.run(prompt_sets, list(cells), keep)}
-    if output and partial:
-        write_whole(output, result_text(result))
-        partial.unlink(missing_ok=True)
-    return result
-
-
-def resumed_cells(partial: Path, metadata: dict[str, Any], resume: bool) -> list[dict[str, Any]]:
-    """Read the cells that an interrupted run left, if its settings were the same."""
-    if not partial.exists():
-        return []
-    if not resume:
-        raise ValueError(
-            f"Expected no unfinished run, got `{partial}`. Pass `--resume` to go on with it, or remove the file."
-        )
-    found = json.loads(partial.read_text(encoding="utf-8"))
-    for name in sorted({*found, *metadata} - {"command", "date", "cells"}):
-        if found.get(name) != metadata.get(name):
-            raise ValueError(
-                f"Expected `{partial}` to be of a run with {name} {metadata.get(name)!r}, got {found.get(name)!r}. "
-                "Use that setting with `--resume`, or remove the file to begin anew."
-            )
-    return found["cells"]
-
-
-def result_text(result: dict[str, Any]) -> str:
-    return json.dumps(result, ensure_ascii=False, indent=1) + "\n"
-
-
 @dataclass(frozen=True)
 class EncodedSet:
     """The chosen prompts of a set as token ids, their indices in the set, and its reference answers."""
 
     name: str
-    digest: str
     indices: list[int]
     ids: list[list[int]]
     answers: list[list[int]]
     num_left_out: int
 
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.ids).encode()).hexdigest()[:16]
+
 
 class Benchmark:
-    """Measures the cells of one pair; `advance` is called before each run with its share of all runs and its name.
+    """Measure the cells of one pair; `advance` is called before each run with its share of all runs and its name.
 
     Raises:
         ValueError: A K or the context does not fit the models.
@@ -171,7 +99,6 @@ class Benchmark:
         advance: Callable[[float, str], None] = lambda share, text: None,
     ):
         self.pair, self.settings, self.advance = pair, settings, advance
-        self.device = pair.target.device
         self.runner = RouteRunner(pair, tree_size=settings.tree_size)
         self.counts = settings.num_assistant_tokens or (pair.draft.num_assistant_tokens,)
         for num_assistant_tokens in self.counts:
@@ -196,27 +123,24 @@ class Benchmark:
         """
         encoded = {name: self.encode(name, rows) for name, rows in prompt_sets.items()}
         cells = {(cell["prompts"], cell["batch_size"], cell["num_assistant_tokens"]): cell for cell in finished}
-        for cell in finished:
-            if cell["prompts"] in encoded and cell["prompts_digest"] != encoded[cell["prompts"]].digest:
+        for (name, *_), cell in cells.items():
+            if name in encoded and cell["prompts_digest"] != encoded[name].digest:
                 raise ValueError(
-                    f"Expected the prompts of `{cell['prompts']}` that the unfinished run had, got others. Restore "
-                    "them, or remove the unfinished run's file to begin anew."
+                    f"Expected the prompts of `{name}` that the unfinished run had, got others. Restore them, or "
+                    "remove the unfinished run's file."
                 )
         keys = [(name, size, count) for name in encoded for size in self.settings.batch_sizes for count in self.counts]
         for key in keys:
+            name, batch_size, num_assistant_tokens = key
             if key in cells:
-                self.advance(1 / len(keys), f"{key[0]}: measured before")
+                self.advance(1 / len(keys), f"{name}: measured before")
                 continue
-            cells[key] = self.measure(encoded[key[0]], key[1], key[2], 1 / len(keys))
+            cells[key] = self.measure(encoded[name], batch_size, num_assistant_tokens, 1 / len(keys))
             keep(cells[key])
         return list(cells.values())
 
     def encode(self, name: str, rows: list[dict[str, Any]]) -> EncodedSet:
-        """Choose prompts of a set and encode them; those too long for the pair are left out.
-
-        Raises:
-            ValueError: All of them are.
-        """
+        """Choose and encode prompts of a set; those too long for the pair are left out, but not all of them."""
         settings, tokenizer = self.settings, self.pair.tokenizer
         chosen = choose_rows(rows, settings.limit, settings.seed)
         encoded = {index: encode_prompt(tokenizer, rows[index]["prompt"]) for index in chosen}
@@ -230,24 +154,13 @@ class Benchmark:
             raise ValueError(
                 f"Expected prompts of at most {self.longest} tokens in `{name}`, got none. Lower `--max-new-tokens`."
             )
-        answers = [encode_answer(tokenizer, rows[index], settings.max_new_tokens) for index in fitting]
-        return EncodedSet(
-            name=name,
-            digest=hashlib.sha256(json.dumps(list(fitting.values())).encode()).hexdigest()[:16],
-            indices=list(fitting),
-            ids=list(fitting.values()),
-            answers=[answer for answer in answers if answer is not None],
-            num_left_out=len(encoded) - len(fitting),
-        )
+        answers = (encode_answer(tokenizer, rows[index], settings.max_new_tokens) for index in fitting)
+        known_answers = [answer for answer in answers if answer is not None]
+        num_left_out = len(encoded) - len(fitting)
+        return EncodedSet(name, list(fitting), list(fitting.values()), known_answers, num_left_out)
 
-    @cached_property
-    def bandwidth(self) -> float:
-        return copy_bandwidth(self.device)
-
-    def measure(
-        self, prompts: EncodedSet, batch_size: int, num_assistant_tokens: int, share: float = 1.0
-    ) -> dict[str, Any]:
-        """Measure one cell, `share` of the whole run."""
+    def measure(self, prompts: EncodedSet, batch_size: int, num_assistant_tokens: int, share: float) -> dict[str, Any]:
+        """Measure one cell, `share` of the whole run, and return it as results hold it."""
         runner, repeats = self.runner, self.settings.repeats
         runner.num_assistant_tokens = num_assistant_tokens
         routes = [route for name, route in ROUTES.items() if name == "ar" or name in self.settings.routes]
@@ -255,29 +168,24 @@ class Benchmark:
         num_runs = len(served) * (1 + repeats) + repeats * sum(route.loop == "own" for route in served)
         text = f"{prompts.name} · batch {batch_size} · K {num_assistant_tokens}"
 
-        def advance(name: str) -> None:
-            self.advance(share / num_runs / len(measurement.batches), f"{text} · {name}")
+        def advance(route: str) -> None:
+            self.advance(share / num_runs / len(measurement.batches), f"{text} · {route}")
 
         measurement = Measurement(runner, prompts.ids, batch_size, self.settings.max_new_tokens, advance)
         measurement.run(routes, repeats)
-        return self.cell(prompts, measurement)
-
-    def cell(self, prompts: EncodedSet, measurement: Measurement) -> dict[str, Any]:
-        """A measured cell as results hold it."""
-        ar, num_batches = measurement.records["ar"], len(measurement.batches)
-        mean_prompt = sum(map(len, prompts.ids)) / len(prompts.ids)
-        mean_new = ar.num_new_tokens / len(ar.texts)
-        num_bytes = self.bytes_per_round(len(ar.texts) / num_batches, mean_prompt + mean_new / 2)
+        ar = measurement.records["ar"]
+        mean_prompt, mean_new = (sum(map(len, t)) / len(t) for t in (prompts.ids, ar.texts.values()))
+        num_bytes = self.bytes_per_round(len(ar.texts) / ar.num_batches, mean_prompt + mean_new / 2)
         for record in measurement.records.values():
-            record.num_batches, record.copy_seconds = num_batches, num_bytes / self.bandwidth
+            record.copy_seconds = num_bytes / self.bandwidth
             record.difference = self.difference(prompts, ar, record)
         cell = {
             "prompts": prompts.name,
             "prompts_digest": prompts.digest,
             "num_prompts": len(prompts.ids),
             "num_left_out": prompts.num_left_out,
-            "batch_size": measurement.batch_size,
-            "num_assistant_tokens": self.runner.num_assistant_tokens,
+            "batch_size": batch_size,
+            "num_assistant_tokens": num_assistant_tokens,
             "mean_prompt_tokens": mean_prompt,
             "mean_new_tokens": mean_new,
             "repeated_4gram_share": repeated_share(ar.texts.values()),
@@ -292,7 +200,7 @@ class Benchmark:
         return for_json(cell)
 
     def difference(self, prompts: EncodedSet, ar: RouteRecord, record: RouteRecord) -> dict[str, Any] | None:
-        """Where the first text that differs does, with the token of each text there; empty where one has ended."""
+        """Describe where the first text that differs does, with the token of each text there; empty after its end."""
         if not record.differing:
             return None
         index = min(record.differing)
@@ -313,9 +221,16 @@ class Benchmark:
         models = (self.pair.target, self.pair.draft)
         return round(sum(weight_bytes(model) + num_rows * cache_bytes(model, length) for model in models))
 
+    @cached_property
+    def bandwidth(self) -> float:
+        return copy_bandwidth(self.pair.target.device)
+
 
 class Measurement:
-    """Measures routes on the token ids of some prompts; `advance` is called with a route's name before each batch."""
+    """Measure routes on the token ids of some prompts; `advance` is called with a route's name before each batch.
+
+    `run` fills `records`, and `not_served` with the reasons why a route has none.
+    """
 
     def __init__(
         self,
@@ -323,7 +238,7 @@ class Measurement:
         prompts: list[list[int]],
         batch_size: int,
         max_new_tokens: int,
-        advance: Callable[[str], None] = lambda name: None,
+        advance: Callable[[str], None] = lambda route: None,
     ):
         self.runner, self.prompts, self.batch_size, self.advance = runner, prompts, batch_size, advance
         self.max_new_tokens, self.device = max_new_tokens, runner.target.device
@@ -334,7 +249,7 @@ class Measurement:
         self.not_served: dict[str, str] = {}
 
     def run(self, routes: Sequence[Route], repeats: int) -> None:
-        """Fill `records`, and `not_served` with the reasons why a route has none. The first route is `ar`."""
+        """Warm every route up, then time them in turns; the first route is `ar`."""
         for route in routes:
             reason = self.runner.unsupported_reason(route, self.batch_size) or self.warm_up(route)
             if reason is not None and route.name == "ar":
@@ -358,7 +273,7 @@ class Measurement:
 
     def warm_up(self, route: Route) -> str | None:
         """Run a route on every batch and record its texts; return the reason if it cannot run."""
-        record = RouteRecord(route, self.records)
+        record = RouteRecord(route, self.records, len(self.batches))
         try:
             for batch in self.batches:
                 self.advance(route.name)
@@ -382,20 +297,16 @@ class Measurement:
         return None
 
     def warm_up_batch(self, record: RouteRecord, batch: PromptBatch) -> None:
+        """Run a route on one batch; record its texts, steps and statistics."""
         loop, streamer = record.route.loop, RoundStreamer(self.runner.num_assistant_tokens, self.max_new_tokens)
-        output = self.runner.generate(
-            record.route,
-            batch.inputs,
-            self.max_new_tokens,
-            streamer=streamer if loop == "stock" else None,
-            return_dict_in_generate=True,
-        )
+        options = {"return_dict_in_generate": True, "streamer": streamer if loop == "stock" else None}
+        output = self.runner.generate(record.route, batch.inputs, self.max_new_tokens, **options)
         texts = batch.new_texts(output.sequences, self.ends)
         record.texts |= texts
         record.num_steps += max(map(len, texts.values())) - 1
         if loop == "own":
             record.compile_seconds = (record.compile_seconds or 0.0) + (output.compile_seconds or 0.0)
-        stats = output.stats if loop == "own" else streamer.stats if loop == "stock" else None
+        stats = output.stats if loop == "own" else streamer.stats
         if stats is not None:
             record.stats = stats + (record.stats or DecodingStats())
 
@@ -403,22 +314,23 @@ class Measurement:
         """Time one run for the whole texts, and one for their first tokens."""
         self.advance(record.route.name)
         self.gauge.start()
-        for max_new_tokens, totals in ((self.max_new_tokens, record.seconds), (1, record.first_seconds)):
-            start = now(self.device)
-            sequences = self.runner.generate(record.route, batch.inputs, max_new_tokens)
-            totals[-1] += now(self.device) - start
-            if max_new_tokens == self.max_new_tokens:
-                self.compare(record, batch.new_texts(sequences, self.ends))
+        start = now(self.device)
+        sequences = self.runner.generate(record.route, batch.inputs, self.max_new_tokens)
+        end = now(self.device)
+        self.runner.generate(record.route, batch.inputs, 1)
+        record.seconds[-1] += end - start
+        record.first_seconds[-1] += now(self.device) - end
         peak = self.gauge.read()
         if peak is not None:
             record.peak_memory = max(peak, record.peak_memory or 0)
+        self.compare(record, batch.new_texts(sequences, self.ends))
 
     def time_rounds(self, record: RouteRecord) -> None:
         """Run once more and time the steps of all rounds, which waits for the device after every step."""
         seconds, stats = Counter[str](), DecodingStats()
+        options = {"return_dict_in_generate": True, "measure_rounds": True}
         for batch in self.batches:
             self.advance(record.route.name)
-            options = {"return_dict_in_generate": True, "measure_rounds": True}
             output = self.runner.generate(record.route, batch.inputs, self.max_new_tokens, **options)
             stats += output.stats
             if output.round_times is not None:
@@ -472,32 +384,33 @@ def logit_gap(target: Any, prompt: list[int], expected: list[int], got: list[int
     """How far the target prefers its best token to the one in `got` where that first differs from `expected`.
 
     Takes one forward of the model, in its own dtype, over prompt and common prefix. A near tie that was rounded the
-    other way has a gap of a few units in the last place of a logit; a wrong token has a large one.
-
-    Returns:
-        `float`, or `None` where `got` ends there.
+    other way has a gap of a few units in the last place of a logit; a wrong token has a large one. `None` where `got`
+    ends there.
     """
     position = first_difference(expected, got)
     if position >= len(got):
         return None
     ids = torch.tensor([[*prompt, *expected[:position]]], device=input_device(target))
-    options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
-    output = target.generate(
-        ids, attention_mask=torch.ones_like(ids), return_dict_in_generate=True, output_logits=True, **options
-    )
+    options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+    output = target.generate(ids, attention_mask=torch.ones_like(ids), output_logits=True, **options)
     logits = output.logits[0][0].float()
     return float(logits.max() - logits[got[position]])
 
 
+def differences(cells: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """Routes with a parallel draft whose texts are not those of plain `generate`, and where they first differ."""
+    routes = (route for cell in cells for route in cell["routes"] if ROUTES[route["route"]].is_pard)
+    return [(route["route"], route["difference"]) for route in routes if "difference" in route]
+
+
 class MemoryGauge:
-    """Reads peak memory since [`start`]: of the device, or of the whole process on a CPU.
+    """Read the peak memory since [`start`]: of the device, or of the whole process on a CPU.
 
     Only Linux can reset the peak of a process; `kind` tells since when it is.
     """
 
     def __init__(self, device: torch.device):
-        self.device = device
-        self.kind = "ru_maxrss of the process, so far"
+        self.device, self.kind = device, "ru_maxrss of the process, so far"
         self.start()
 
     def start(self) -> None:
@@ -530,8 +443,7 @@ def weight_bytes(model: PreTrainedModel) -> int:
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     is_tied = head is not None and head.weight is embedding.weight
-    skipped = () if is_tied else (id(embedding.weight),)
-    return sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in skipped)
+    return sum(p.nbytes for p in model.parameters() if is_tied or p is not embedding.weight)
 
 
 @torch.no_grad()
@@ -541,9 +453,8 @@ def cache_bytes(model: PreTrainedModel, length: float) -> float:
     total = 0.0
     for layer in cache_of(model(input_ids=token, use_cache=True)).layers:
         if getattr(layer, "keys", None) is not None:
-            bytes_per_token = sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
             window = getattr(layer, "sliding_window", None)
-            total += bytes_per_token * (length if window is None else min(length, window))
+            total += (layer.keys.nbytes + layer.values.nbytes) * (length if window is None else min(length, window))
     return total
 
 
@@ -566,11 +477,69 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def differences(cells: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """Routes with a parallel draft whose texts are not those of plain `generate`, and where they first differ."""
-    return [
-        (route["route"], route["difference"])
-        for cell in cells
-        for route in cell["routes"]
-        if "difference" in route and ROUTES[route["route"]].is_pard
-    ]
+def run_metadata(
+    pair: Pair, settings: BenchmarkSettings, words: list[str], target: str | None = None, draft: str | None = None
+) -> dict[str, Any]:
+    """Describe a run: command, models, versions, device and settings; file names only, never folders."""
+    names = ("repeats", "max_new_tokens", "limit", "seed", "context")
+    metadata = {
+        "command": shown_command(words),
+        "target": shown_model(target),
+        "draft": shown_model(draft),
+        **conditions_of(pair.target),
+        **{name: getattr(settings, name) for name in names},
+        "assistant_tree_size": settings.tree_size,
+        "routes": None if settings.routes == tuple(ROUTES) else list(settings.routes),
+    }
+    return {name: value for name, value in metadata.items() if value is not None}
+
+
+def run_benchmark(
+    benchmark: Benchmark,
+    prompt_sets: dict[str, list[dict[str, Any]]],
+    metadata: dict[str, Any],
+    output: Path | None = None,
+    resume: bool = False,
+    show: Callable[[dict[str, Any]], None] = lambda cell: None,
+) -> dict[str, Any]:
+    """Run a benchmark, `show` each cell, and return the result (`metadata` and cells), which is written to `output`.
+
+    Until the last cell is measured, the result so far is in a file next to `output`, rewritten after every cell;
+    `resume` continues what an interrupted run left there.
+
+    Raises:
+        ValueError: An interrupted run is there and `resume` is not set, or it had other settings or other prompts.
+    """
+    partial = output and output.with_name(f"{output.stem}.partial.json")
+    cells = resumed_cells(partial, metadata, resume) if partial and partial.exists() else []
+
+    def keep(cell: dict[str, Any]) -> None:
+        cells.append(cell)
+        if partial:
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(partial, result_text({**metadata, "cells": cells}))
+        show(cell)
+
+    result = {**metadata, "cells": benchmark.run(prompt_sets, list(cells), keep)}
+    if output and partial:
+        write_whole(output, result_text(result))
+        partial.unlink(missing_ok=True)
+    return result
+
+
+def resumed_cells(partial: Path, metadata: dict[str, Any], resume: bool) -> list[dict[str, Any]]:
+    """Read the cells that an interrupted run left, if its settings were the same."""
+    if not resume:
+        raise ValueError(f"Expected no unfinished run, got `{partial}`. Pass `--resume`, or remove the file.")
+    found = json.loads(partial.read_text(encoding="utf-8"))
+    for name in sorted({*found, *metadata} - {"command", "date", "cells"}):
+        if found.get(name) != metadata.get(name):
+            raise ValueError(
+                f"Expected `{partial}` to be of a run with {name} {metadata.get(name)!r}, got {found.get(name)!r}. "
+                "Use that setting with `--resume`, or remove the file."
+            )
+    return found["cells"]
+
+
+def result_text(result: dict[str, Any]) -> str:
+    return json.dumps(result, ensure_ascii=False, indent=1) + "\n"

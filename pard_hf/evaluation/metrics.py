@@ -1,8 +1,7 @@
 """What one route did in one cell of a benchmark, and the metrics that follow from it.
 
-Times are in seconds and sizes in bytes. A ratio is taken in each repeat, in which the routes took turns, and its
-median over the repeats is reported, with `[least, most]` as its range. A metric that was not measured is absent from
-the JSON.
+Times are in seconds and sizes in bytes. A ratio is taken in each repeat, in which the routes took turns; results hold
+its median with `[least, most]` as its range. A metric that was not measured is absent from the JSON.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ class RouteRecord:
 
     `records` are all routes of the cell, `ar` among them. `texts` are the new tokens of each prompt in the warm-up, up
     to and with the end token; `differing` those of any run that are not plain `generate`'s. Each repeat has an entry,
-    summed over batches, in `seconds` (wall time), `first_seconds` (that of a run for one token) and `round_seconds`
-    (steps of the rounds, and `num_rounds`). `num_steps` counts the forwards that plain `generate` takes for these
-    texts; `copy_seconds` is the time of copying the bytes of a round on the device.
+    summed over batches, in `seconds` (wall time), `first_seconds` (of a run for one token) and `round_seconds` (steps
+    of the rounds, and `num_rounds`). `num_steps` counts the forwards of plain `generate` for these texts;
+    `copy_seconds` is the time of copying the bytes of a round on the device.
     """
 
     route: Route
@@ -49,7 +48,6 @@ class RouteRecord:
     difference: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Every metric of the route that was measured, by its name in results."""
         return for_json({**self.speed(), **self.acceptance(), **self.rounds(), **self.agreement()})
 
     @property
@@ -69,12 +67,11 @@ class RouteRecord:
 
     @property
     def decode_rates(self) -> list[float]:
-        """Tokens a second after the first tokens in each repeat."""
         return [(self.num_new_tokens - len(self.texts)) / seconds for seconds in self.decode_seconds]
 
     @property
     def step_seconds(self) -> list[float]:
-        """Of a plain route: seconds of one forward for one token a row in each repeat."""
+        """Of a plain route: seconds of a forward for one token of each batch row, in each repeat."""
         return [seconds / self.num_steps for seconds in self.decode_seconds]
 
     @property
@@ -83,7 +80,7 @@ class RouteRecord:
         return 1.0 if self.stats is None else self.stats.acceptance_length
 
     def speed(self) -> dict[str, Any]:
-        """Tokens a second, over those of plain `generate`: with equal texts the ratio of wall times."""
+        """Tokens a second, and over those of plain `generate`: with equal texts the ratio of wall times."""
         ar, ar_plus = self.records["ar"], self.records.get("ar_plus")
         over_ar = ratios(self.rates, ar.rates)
         over_ar_plus = ratios(self.rates, ar_plus.rates) if ar_plus else []

@@ -34,7 +34,7 @@ REGROUPED_SIZE = 4
 
 
 def load_prompt_sets(sources: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """Read prompt sets by name, see [`load_prompts`]; a `ValueError` if two have the same name."""
+    """Read prompt sets by name, see [`load_prompts`]; raise a `ValueError` if two have the same name."""
     sets: dict[str, list[dict[str, Any]]] = {}
     for source in sources:
         name, rows = load_prompts(source)
@@ -45,15 +45,10 @@ def load_prompt_sets(sources: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
 
 
 def load_prompts(source: str) -> tuple[str, list[dict[str, Any]]]:
-    """Read a prompt set.
+    """Read a prompt set; return its name, free of folders, and its JSONL rows, each with a `prompt`.
 
-    Args:
-        source (`str`):
-            A `.jsonl` or `.jsonl.gz` file of objects with a `prompt`, a named set (`demo`), or a Hub data set as
-            `hub:org/name[:split[:field]]`, where `org/name/config` chooses among configurations.
-
-    Returns:
-        The set's name, free of folders, and its rows, each with a `prompt`.
+    `source` is a `.jsonl` or `.jsonl.gz` file, a named set (`demo`), or a Hub data set as
+    `hub:org/name[:split[:field]]`, where `org/name/config` chooses among configurations.
 
     Raises:
         ValueError: There is no such set, it is empty, or a row has no prompt.
@@ -74,16 +69,10 @@ def load_prompts(source: str) -> tuple[str, list[dict[str, Any]]]:
     return name, rows
 
 
-def read_prompts(path: str | Path, limit: int | None = None) -> list[dict[str, Any]]:
-    """Read a `.jsonl` or `.jsonl.gz` file of objects with a `prompt`; other fields are kept.
-
-    Raises:
-        ValueError: A line is no JSON object with a `prompt`; the message names the line.
-    """
+def read_prompts(path: str | Path) -> list[dict[str, Any]]:
+    """Read a file of JSON objects with a `prompt`; a `ValueError` names the line that is none."""
     prompts: list[dict[str, Any]] = []
     for number, line in numbered_lines(Path(path)):
-        if len(prompts) == limit:
-            break
         row, problem = parse_line(line)
         problem = problem or prompt_problem(row, "prompt")
         if problem is not None:
@@ -95,7 +84,7 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[dict[str, A
 
 
 def prompt_problem(row: Any, field: str) -> str | None:
-    """Return why a parsed JSONL row has no text in `field`; `None` when it has."""
+    """Return why a parsed JSONL row has no text in `field`; `None` if it has."""
     if not isinstance(row, dict):
         return f"it is a JSON {type(row).__name__}"
     return None if isinstance(row.get(field), str) else f"its `{field}` is no text; it has {sorted(row)}"
@@ -117,9 +106,8 @@ def read_hub_prompts(source: str) -> tuple[str, list[dict[str, Any]]]:
 def read_hub_conversations(source: str) -> tuple[str, list[dict[str, Any]]]:
     """Read a Hub data set that `pard data` answers, see [`read_hub_rows`]; the split defaults to `train`.
 
-    Returns:
-        The name of the set, and rows with the value of one field: `prompt` if it is a text, `turns` if it is a list
-        of texts, else `messages`. The field defaults to the first of these three that the set has; `id` is kept.
+    The JSONL rows have one field, and `id` if the set has it: `prompt` for a text, `turns` for a list of texts, else
+    `messages`. The field of the set defaults to the first of these that it has.
     """
     fields = ("messages", "turns", "prompt")
     name, field, rows = read_hub_rows(source, "train")
@@ -140,7 +128,7 @@ def read_hub_conversations(source: str) -> tuple[str, list[dict[str, Any]]]:
 
 
 def read_hub_rows(source: str, default_split: str) -> tuple[str, str, list[dict[str, Any]]]:
-    """Read `hub:org/name[/config][:split[:field]]`: its name with the split, the field or `""`, the rows."""
+    """Read `hub:org/name[/config][:split[:field]]`; return its name with the split, the field or `""`, the rows."""
     try:
         from datasets import load_dataset
         from datasets.exceptions import DatasetNotFoundError
@@ -164,14 +152,14 @@ def read_hub_rows(source: str, default_split: str) -> tuple[str, str, list[dict[
 
 
 def choose_rows(rows: Sequence[Any], limit: int | None, seed: int) -> list[int]:
-    """Indices of at most `limit` rows, drawn by `seed`, in the order of the set."""
+    """Draw the indices of at most `limit` rows by `seed`, in the order of the set."""
     indices = list(range(len(rows)))
     random.Random(seed).shuffle(indices)
     return sorted(indices[:limit])
 
 
 def encode_answer(tokenizer: Any, row: dict[str, Any], num_tokens: int) -> list[int] | None:
-    """At most `num_tokens` token ids of a row's reference answer; `None` where the row has none."""
+    """Return at most `num_tokens` token ids of a row's reference answer; `None` where the row has none."""
     text = next((row[field] for field in ANSWER_FIELDS if isinstance(row.get(field), str)), None)
     if text is None:
         return None
@@ -180,10 +168,7 @@ def encode_answer(tokenizer: Any, row: dict[str, Any], num_tokens: int) -> list[
 
 
 def lengthen(ids: list[int], others: Sequence[list[int]], context: int, start: int | None) -> list[int]:
-    """Put other texts, in order and again from the first, before a prompt of fewer than `context` tokens.
-
-    The result has that many; a `start` token in front of the prompt stays in front.
-    """
+    """Fill a prompt up to `context` tokens with `others` in turn, after the `start` token if it has one."""
     missing = max(context - len(ids), 0)
     if missing and not any(others):
         raise ValueError("Expected text to put before a short prompt, got none. Choose a set that has some.")
@@ -204,7 +189,7 @@ class PromptBatch:
         return self.inputs["input_ids"].shape[1]
 
     def new_texts(self, sequences: torch.Tensor, end_token_ids: Sequence[int]) -> dict[int, list[int]]:
-        """New tokens of each batch row of `sequences` `[B, T + new]`, up to and with the first end token."""
+        """Cut the new tokens of each batch row of `sequences` `[B, T + new]` after the first end token, by index."""
         rows = sequences[:, self.num_columns :].tolist()
         return {index: until_end(row, end_token_ids) for index, row in zip(self.indices, rows, strict=True)}
 
@@ -212,7 +197,7 @@ class PromptBatch:
 def make_batches(
     encoded: Sequence[list[int]], batch_size: int, pad_token_id: int | None, device: torch.device | str
 ) -> list[PromptBatch]:
-    """Batches of prompts of like length, longest first: the first batch shows whether memory and positions suffice."""
+    """Batch prompts of like length, longest first: the first batch shows whether memory and positions suffice."""
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]), reverse=True)
     batches = []
     for start in range(0, len(order), batch_size):
@@ -223,7 +208,7 @@ def make_batches(
 
 
 def regroup(encoded: Sequence[list[int]], batches: list[PromptBatch], pad_token_id: int | None) -> list[PromptBatch]:
-    """Batches of another size: the prompts of `batches` one at a time, or four at a time where each came alone.
+    """Batch the prompts of `batches` one at a time, or four at a time where each came alone.
 
     Prompts that come alone both times are left out; some come again to fill a batch.
     """

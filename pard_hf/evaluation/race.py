@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -13,14 +12,13 @@ from ..generation.compilation import not_compilable_reason
 from ..generation.stats import DecodingStats
 from ..host import end_token_ids, pad_token_id
 from ..loading import Pair
-from ..tokens import until_end
-from .benchmark import is_exact, logit_gap
+from .benchmark import is_exact, logit_gap, now
+from .prompts import REGROUPED_SIZE, PromptBatch, make_batches
 from .routes import compile_anywhere
 
-BATCH_SIZE = 4
-# The ways to generate; texts of the last two are plain generate's own, computed otherwise.
+# The ways to generate; the last two are plain `generate` too, computed otherwise.
 PLAIN, PARD = "plain generate", "with the draft"
-COMPILED, BATCHED = "eager against compiled", f"one row against a batch of {BATCH_SIZE}"
+COMPILED, BATCHED = "eager against compiled", f"one row against a batch of {REGROUPED_SIZE}"
 COMPILED_ARGUMENTS = {"cache_implementation": "static", "compile_config": compile_anywhere()}
 
 
@@ -55,11 +53,10 @@ def race(
 ) -> RaceResult:
     """Run each way on the token ids of a prompt in turns; the first run of each is not timed.
 
-    Compiled plain `generate` is a way of its own; the first prompt of a length compiles. `ours` are arguments of our
-    `generate` beside the draft.
+    Compiled plain `generate` is a way of its own; the first prompt of a length compiles. `ours` are further arguments
+    of our `generate`.
     """
-    target = pair.target
-    inputs = prompt_inputs(pair, ids)
+    target, batch = pair.target, prompt_batch(pair, ids)
     common = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": True}
     ways = {PLAIN: {}, PARD: {"assistant_model": pair.draft, **ours}}
     if with_compiled:
@@ -68,16 +65,14 @@ def race(
     outputs: dict[str, Any] = {}
     for _ in range(repeats + 1):
         for name, arguments in ways.items():
-            start = time.perf_counter()
-            outputs[name] = target.generate(**inputs, **common, **arguments)
-            if target.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
+            start = now(target.device)
+            outputs[name] = target.generate(**batch.inputs, **common, **arguments)
+            seconds[name].append(now(target.device) - start)
     if not is_exact(target.dtype):
-        rows = {name: tensor.repeat(BATCH_SIZE, 1) for name, tensor in inputs.items()}
+        rows = prompt_batch(pair, ids, REGROUPED_SIZE).inputs
         outputs[BATCHED] = target.generate(**rows, **common, pad_token_id=pad_token_id(target.generation_config))
     ends = end_token_ids(target.generation_config)
-    new = {name: until_end(output.sequences[0, len(ids) :].tolist(), ends) for name, output in outputs.items()}
+    new = {name: batch.new_texts(output.sequences[:1], ends)[0] for name, output in outputs.items()}
     gaps = {
         name: [] if text == new[PLAIN] else [logit_gap(target, ids, new[PLAIN], text)] for name, text in new.items()
     }
@@ -86,16 +81,15 @@ def race(
     return RaceResult(texts, medians, gaps, len(new[PARD]), outputs[PARD].stats)
 
 
-def prompt_inputs(pair: Pair, ids: list[int]) -> dict[str, torch.Tensor]:
-    tensor = torch.tensor([ids], device=pair.target.device)
-    return {"input_ids": tensor, "attention_mask": torch.ones_like(tensor)}
+def prompt_batch(pair: Pair, ids: list[int], size: int = 1) -> PromptBatch:
+    return make_batches([ids] * size, size, None, pair.target.device)[0]
 
 
 def compile_plain(pair: Pair, ids: list[int], max_new_tokens: int) -> str | None:
-    """Compile plain `generate` for prompts no longer than `ids`; returns why that cannot be, if so."""
+    """Compile plain `generate` for prompts no longer than `ids`; return the reason where that fails."""
     if (reason := not_compilable_reason(pair.target, pair.target)) is not None:
         return reason
-    inputs = prompt_inputs(pair, ids)
+    inputs = prompt_batch(pair, ids).inputs
     try:
         pair.target.generate(**inputs, **COMPILED_ARGUMENTS, max_new_tokens=max_new_tokens, do_sample=False)
     except torch._dynamo.exc.TorchDynamoException as error:

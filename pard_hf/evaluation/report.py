@@ -21,7 +21,6 @@ ROUND_HEADINGS = (
 
 
 def make_console() -> Any:
-    """Return a rich console on standard error."""
     from rich.console import Console
 
     # A file or a pipe has no width, and tables must not be folded there.
@@ -30,7 +29,7 @@ def make_console() -> Any:
 
 @contextmanager
 def progress_bar(console: Any) -> Iterator[Callable[[float, str], None]]:
-    """Show a bar; yields a function that takes the share of all work that begins now, and its name."""
+    """Show a bar; yield a function that takes the share of all work that begins now, and its name."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
     columns = (BarColumn(bar_width=24), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
@@ -40,7 +39,6 @@ def progress_bar(console: Any) -> Iterator[Callable[[float, str], None]]:
 
 
 def show_cell(console: Any, cell: dict[str, Any]) -> None:
-    """Print the tables of a cell."""
     references = shown(cell, "repeated_4gram_share_of_references", ".1%", "")
     references = f" (references {references})" if references else ""
     left_out = f" · {cell['num_left_out']} too long, left out" if cell["num_left_out"] else ""
@@ -66,7 +64,7 @@ def show_cell(console: Any, cell: dict[str, Any]) -> None:
 
 
 def speed_row(route: dict[str, Any]) -> list[str]:
-    """What a route reaches, under `SPEED_HEADINGS`."""
+    """Format what a route reaches, under `SPEED_HEADINGS`."""
     return [
         ranged(route, "tokens_per_second", ".1f"),
         shown(route, "decode_tokens_per_second", ".1f"),
@@ -82,7 +80,7 @@ def speed_row(route: dict[str, Any]) -> list[str]:
 
 
 def round_row(route: dict[str, Any]) -> list[str]:
-    """Cost of a round by step, and what bounds it, under `ROUND_HEADINGS`."""
+    """Format the cost of a round by step, and what bounds it, under `ROUND_HEADINGS`."""
     steps = (f"{route[f'{s}_seconds'] * 1000:.2f} ({route[f'{s}_share']:.0%})" for s in ("draft", "verify", "loop"))
     return [
         *steps,
@@ -95,24 +93,24 @@ def round_row(route: dict[str, Any]) -> list[str]:
 
 
 def agreement(found: dict[str, Any]) -> str:
-    """The share of identical texts, and the largest logit gap of the others."""
+    """Format the share of identical texts, and the largest logit gap of the others."""
     gaps = found.get("logit_gaps")
     return f"{found['identical_share']:.0%}" + (f" gap {max(gaps):.2g}" if gaps else "")
 
 
 def rounding_sentence(cell: dict[str, Any]) -> str:
-    """How far plain `generate` agrees with itself in 16 bit, which is what other routes are to be compared with."""
+    """Describe how far plain `generate` agrees with itself in 16 bit, to compare other routes with."""
     size = max(cell["batch_size"], cell["regrouped"]["batch_size"])
     compiled = next((agreement(route) for route in cell["routes"] if route["route"] == "ar_plus"), None)
-    beside = f" · eager against compiled: identical {compiled}" if compiled else ""
+    of_compiled = f" · eager against compiled: identical {compiled}" if compiled else ""
     return (
         f"plain generate against itself: one row against a batch of {size}: identical {agreement(cell['regrouped'])}"
-        f"{beside} ({GAP})"
+        f"{of_compiled} ({GAP})"
     )
 
 
 def table(headings: tuple[str, ...], rows: dict[str, list[str]], caption: str | None = None) -> Any:
-    """A table of routes by name, those with a parallel draft in green."""
+    """Make a table of routes by name, those with a parallel draft in green."""
     from rich import box
     from rich.table import Table
 
@@ -126,12 +124,10 @@ def table(headings: tuple[str, ...], rows: dict[str, list[str]], caption: str | 
 
 
 def shown(values: dict[str, Any], name: str, form: str, absent: str = "–") -> str:
-    """A metric, or a dash where it was not measured."""
     return format(values[name], form) if name in values else absent
 
 
 def ranged(route: dict[str, Any], name: str, form: str) -> str:
-    """A metric with the range of its repeats."""
     if name not in route:
         return "–"
     low, high = route[f"{name}_range"]
@@ -139,7 +135,6 @@ def ranged(route: dict[str, Any], name: str, form: str) -> str:
 
 
 def difference_sentence(route: str, difference: dict[str, Any]) -> str:
-    """Where a route differs from plain `generate`, and how near the choice was."""
     gap = shown(difference, "logit_gap", ".2g", "")
     gap = f", its logit {gap} below the best" if gap else ""
     return (

@@ -67,11 +67,7 @@ ROUTES = {
 
 
 class RouteRunner:
-    """Runs any route of one pair.
-
-    Compiled forwards belong to a model as an object, so one runner serves every cell of a benchmark, which sets
-    `num_assistant_tokens` (K) between two of them.
-    """
+    """Run any route of one pair; compiled forwards belong to its model objects, so one runner serves every cell."""
 
     def __init__(self, pair: Pair, num_assistant_tokens: int = 1, tree_size: int = DEFAULT_TREE_SIZE):
         self.target, self.draft = pair.target, pair.draft
@@ -100,7 +96,6 @@ class RouteRunner:
         return None
 
     def arguments(self, route: Route) -> dict[str, Any]:
-        """What a route adds to the arguments of `generate`."""
         if route.loop == "own":
             return {
                 "assistant_model": self.draft if route.uses_head else self.headless,
@@ -109,12 +104,12 @@ class RouteRunner:
                 "num_assistant_tokens_schedule": "adaptive" if route.is_adaptive else "constant",
                 **({"cache_implementation": "static"} if route.is_compiled else {"disable_compile": True}),
             }
+        if route.name == "pld":
+            return {"prompt_lookup_num_tokens": self.num_assistant_tokens}
         static = {"cache_implementation": "static", "compile_config": compile_anywhere()}
         compiled = static if route.is_compiled else {}
         if route.loop == "none":
             return compiled
-        if route.name == "pld":
-            return {"prompt_lookup_num_tokens": self.num_assistant_tokens}
         assistant = self.token_by_token if route.name == "ad" else self.parallel
         assistant.generation_config.num_assistant_tokens = self.num_assistant_tokens
         assistant.generation_config.num_assistant_tokens_schedule = "constant"
@@ -124,16 +119,10 @@ class RouteRunner:
     def generate(self, route: Route, inputs: dict[str, torch.Tensor], max_new_tokens: int, **kwargs: Any) -> Any:
         """Generate greedily by `route`; `kwargs` go to `generate`."""
         model = self.target if route.loop == "own" else self.plain
+        kwargs |= {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": self.pad_token_id}
         limit = torch._dynamo.config.patch(recompile_limit=NUM_COMPILED)
         with limit if route.is_compiled_by_transformers else nullcontext():
-            return model.generate(
-                **inputs,
-                **self.arguments(route),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=self.pad_token_id,
-                **kwargs,
-            )
+            return model.generate(**inputs, **self.arguments(route), **kwargs)
 
     def compile_failure(self, route: Route) -> str | None:
         """Return why our rounds ran eagerly though `route` compiles them."""
@@ -141,14 +130,14 @@ class RouteRunner:
 
 
 def compile_anywhere() -> CompileConfig:
-    """The compilation of transformers at its fastest, one graph a shape, and on a CPU too."""
+    """Compile in transformers at its fastest, one graph a shape, and on a CPU too."""
     config = CompileConfig(fullgraph=True, dynamic=False)
     config._compile_all_devices = True
     return config
 
 
 class RoundStreamer:
-    """Counts the rounds of the stock assisted loop, which streams one block of tokens a round."""
+    """Count the rounds of the stock assisted loop, which streams one block of tokens a round."""
 
     def __init__(self, num_assistant_tokens: int, max_new_tokens: int):
         self.num_assistant_tokens, self.budget = num_assistant_tokens, max_new_tokens
@@ -158,8 +147,7 @@ class RoundStreamer:
         if self.stats is None:  # The prompt comes first.
             self.stats = DecodingStats()
             return
-        num_tokens = value.numel()
-        self.stats = self.stats.record(num_tokens - 1, min(self.num_assistant_tokens, self.budget - 1))
-        self.budget -= num_tokens
+        self.stats = self.stats.record(value.numel() - 1, min(self.num_assistant_tokens, self.budget - 1))
+        self.budget -= value.numel()
 
     def end(self) -> None: ...

@@ -162,7 +162,7 @@ class Rows:
         return torch.where(self.is_finished, 0, self.budget - self.num_new())
 
     def append(self, tokens: torch.Tensor, num_emitted: torch.Tensor | int) -> None:
-        """Write a round's tokens behind each row; what is not emitted is overwritten by the next round."""
+        """Append a round's tokens to each row; what is not emitted is overwritten by the next round."""
         index = self.lengths.unsqueeze(1) + torch.arange(tokens.shape[1], device=tokens.device)
         self.tokens.scatter_(1, index, tokens)
         self.lengths.add_(num_emitted)
@@ -177,14 +177,14 @@ class Rows:
         return Rows(*(tensor.index_select(0, index) for tensor in vars(self).values()))
 
     def update(self, kept: list[int], rows: Rows) -> Rows:
-        """These rows with those `kept` replaced by what became of them."""
+        """Replace the rows `kept` by their later state."""
         index = torch.tensor(kept, device=self.lengths.device)
         pairs = zip(vars(self.grow(rows.tokens.shape[1])).values(), vars(rows).values(), strict=True)
         return Rows(*(tensor.index_copy(0, index, new) for tensor, new in pairs))
 
 
 class Batch:
-    """The rows still decoded, both models' caches, and what the host knows of the rows.
+    """The rows still decoded, both models' caches, and the host's copy of lengths.
 
     Buffers are those of `compiled` steps where there are any. With `keeps_cache` the target's entries of dropped rows
     are kept for the end.
@@ -228,7 +228,7 @@ class Batch:
         return len(self.row_ids), self.target.cache.num_slots
 
     def remaining(self, row: int) -> int:
-        """Tokens a row may still emit, as far as the host knows."""
+        """Tokens a row may still emit, by the host's copy of lengths."""
         return self.budget - (self.lengths[row] - self.prompt_lengths[row])
 
     def most_remaining(self) -> int:

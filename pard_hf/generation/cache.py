@@ -4,7 +4,7 @@ Every row writes at its own positions, and a query sees the slots up to its own 
 sliding layers). Rejected entries are overwritten by the next round before anything can see them, so nothing is ever
 cropped or realigned, and every shape is fixed. Padding goes to one spare slot that no query sees.
 
-Nodes of a tree are the exception: several share a position, so they stand in the slots behind the text one after the
+Nodes of a tree are the exception: several share a position, so they take the slots after the text one after the
 other, and those on the accepted path move to the slots of their positions ([`SlotCache.keep_path`]).
 
 The one invariant: when a query at position p runs, slots 0..p of its row hold the entries of its own text.
@@ -147,7 +147,7 @@ class SlotCache(Cache):
     """A cache for one model, shared by rows of different lengths, of `num_slots` positions each; see [`Slots`]."""
 
     def __init__(self, config: PreTrainedConfig, num_slots: int, is_static: bool = False, is_contiguous: bool = False):
-        self.windows = attention_windows(config)
+        self.windows, self.num_slots = attention_windows(config), num_slots
         self.slots = Slots(num_slots, num_slots, len(self.windows), is_static, is_contiguous)
         super().__init__(layers=[SlotLayer(self.slots) for _ in self.windows])
 
@@ -155,10 +155,6 @@ class SlotCache(Cache):
     def of(cls, model: PreTrainedModel, num_slots: int, is_static: bool = False) -> SlotCache:
         """Make an empty cache for a model, laid out as its attention needs it."""
         return cls(model.config, num_slots, is_static, is_contiguous=not uses_attention_interface(model))
-
-    @property
-    def num_slots(self) -> int:
-        return self.slots.num_slots
 
     @property
     def has_memory(self) -> bool:
@@ -249,7 +245,7 @@ class SlotCache(Cache):
 def tree_slots(
     positions: torch.Tensor, on_path: torch.Tensor, slot: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Lay a tree out behind the text; arguments as in [`SlotCache.prepare`], and `slot` counts the visible ones.
+    """Place a tree after the text; arguments as in [`SlotCache.prepare`], and `slot` counts the visible slots.
 
     Returns:
         Slots `[B, q]` of the queries, positions `[B, 1, 1, num_visible]` in the slots, and the mask

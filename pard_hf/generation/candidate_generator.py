@@ -32,7 +32,7 @@ class StockSampling(LogitsProcessor):
         return LogitsProcessorList([self])
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Leave one token of `scores` `[1, V]` at the position behind `input_ids`: the one that is drawn."""
+        """Leave one token of `scores` `[1, V]` at the position after `input_ids`: the one that is drawn."""
         position = input_ids.shape[1]
         scores = self.original(input_ids, scores)
         if self.keeps_scores:
@@ -87,7 +87,7 @@ class PardCandidateGenerator(CandidateGenerator):
         sampling ([`StockSampling`], *optional*):
             Of a sampled call; told how far the text has grown.
         eos_token_id (`list[int]`, *optional*):
-            End tokens of the call: nothing is proposed behind one.
+            End tokens of the call: nothing is proposed after one.
     """
 
     requires_model_outputs = False

@@ -38,7 +38,7 @@ class PardDecoder:
         input_ids (`torch.LongTensor` of shape `(batch_size, num_columns)`) and inputs_embeds (`torch.FloatTensor`):
             Prompt, left-padded; no columns of ids when there are embeddings.
         attention_mask (`torch.LongTensor` of shape `(batch_size, mask_length)`):
-            1 for text, 0 for padding; longer than the prompt where the prompt goes on after an earlier cache, `past`.
+            1 for text, 0 for padding; longer than the prompt where it continues an earlier cache, `past`.
         compiled ([`CompiledSteps`], *optional*):
             Runs the steps of all rounds but the first; without it all run eagerly.
     """

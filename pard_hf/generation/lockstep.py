@@ -27,7 +27,7 @@ class LockstepDecoder(PardDecoder):
         super().__init__(*args, **kwargs)
         self.columns = self.input_ids
         self.unfinished = torch.ones(len(self.batch), dtype=torch.long, device=self.columns.device)
-        # Tokens of each row up to its end, on the host: what finished rows go on with is no text of theirs.
+        # Tokens of each row up to its end, on the host: the padding after it is not their text.
         self.num_new = torch.zeros(len(self.batch), dtype=torch.long)
         # As in plain `generate`: only where an end token exists do finished rows turn into padding.
         self.pads_finished = any(hasattr(criterion, "eos_token_id") for criterion in self.stopping_criteria)
@@ -87,7 +87,7 @@ class LockstepDecoder(PardDecoder):
         """Append a column, ask the criteria which rows end here and show it to the streamer.
 
         Returns:
-            `[2, B]` on the host: whether each token was proposed, and which rows go on.
+            `[2, B]` on the host: whether each token was proposed, and which rows continue.
         """
         self.columns = torch.cat([self.columns, tokens.unsqueeze(1)], dim=1)
         if self.scores_so_far is not None:

@@ -6,7 +6,7 @@ https://huggingface.co/papers/2211.17192: `p` is the target's distribution, `q` 
 
 Every `verify_*` takes `draft_tokens` `[B, K]`, oldest first, and the target's processed logits `scores`
 `[B, K + 1, V]`, of which row `i` continues the first `i` proposals. It returns `tokens` `[B, K + 1]` and `num_matched`
-`[B]`: a row goes on with `tokens[row, : num_matched[row] + 1]`, accepted draft tokens first, then the bonus token;
+`[B]`: a row continues with `tokens[row, : num_matched[row] + 1]`, accepted draft tokens first, then the bonus token;
 what follows is void.
 """
 

@@ -41,7 +41,7 @@ def check_schedule(name: str, num_assistant_tokens: int) -> None:
 
 
 class Choice(NamedTuple):
-    """What a round proposes: K tokens one behind the other, or a tree of N nodes up to K deep."""
+    """What a round proposes: K tokens in a chain, or a tree of N nodes up to K deep."""
 
     num_drafts: int
     tree_size: int = 0

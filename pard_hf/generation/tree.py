@@ -75,7 +75,7 @@ def tree_of_marginals(scores: torch.Tensor, num_nodes: int) -> Tree:
 
 
 def chain_as_tree(tokens: torch.Tensor) -> Tree:
-    """Make a tree of width one of proposals `[B, K]`, one behind the other."""
+    """Make a tree of width one of proposals `[B, K]`, each the parent of the next."""
     parents = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     return Tree(tokens, parents, parents + 1, torch.zeros_like(tokens, dtype=torch.float32))
 

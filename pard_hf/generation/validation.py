@@ -302,13 +302,13 @@ def has_usual_positions(mask: torch.Tensor, position_ids: torch.Tensor | None) -
 
 
 def unsupported_by_stock_loop(model: PreTrainedModel) -> str | None:
-    """Return why a model cannot read several tokens behind a cache as it reads them one by one.
+    """Return why a model cannot read several tokens after a cache as it reads them one by one.
 
     Only models that count positions by their cache are tried out.
     """
     if "position_ids" in forward_parameters(model) or passes(model, blocks_passed, logits_over_blocks):
         return None
-    return f"`{type(model).__name__}` reads one token at a time behind its cache"
+    return f"`{type(model).__name__}` reads one token at a time after its cache"
 
 
 LogitsOf = Callable[[PreTrainedModel, torch.Tensor], torch.Tensor]
@@ -356,7 +356,7 @@ def is_close(model: PreTrainedModel, logits_of: LogitsOf) -> bool:
 
 
 def logits_over_slots(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Logits behind the first tokens over our cache, where rejected entries lie in the slots behind."""
+    """Logits after the first tokens over our cache, with rejected entries in the slots after them."""
     cached = CachedModel(model, SlotCache.of(model, NUM_SLOTS))
     positions = torch.arange(NUM_TOKENS, device=ids.device).unsqueeze(0)
     cached.forward(positions, NUM_SLOTS, 1, input_ids=ids.flip(1))
@@ -365,7 +365,7 @@ def logits_over_slots(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor
 
 
 def logits_over_blocks(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Logits behind the first tokens over an ordinary cache, which a block left with one token too many."""
+    """Logits after the first tokens over an ordinary cache, which a block left with one token too many."""
     past = {cache_argument(model): DynamicCache()}
     model(input_ids=ids[:, : NUM_FIRST + 1], use_cache=True, **past)
     next(iter(past.values())).crop(-1)

@@ -8,6 +8,8 @@ are ever built. Method: PARD, https://huggingface.co/papers/2504.18583.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -18,19 +20,13 @@ def keep_rows(
     min_retention_rate: float,
     generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose the training rows of one text.
+    """Choose the training rows of one text: depths 0 … K_train - 1, `max(r ** d, r_min)` of the labels at depth d.
 
-    Args:
-        is_label (`torch.BoolTensor` of shape `(length,)`):
-            Whether token `i` is learned; entry 0 is ignored, since no token precedes it.
-        num_draft_tokens (`int`):
-            K_train: depths 0 … K_train - 1.
-        retention_rate (`float`) and min_retention_rate (`float`):
-            Depth `d` keeps `max(r ** d, r_min)` of the rows that have a label there.
+    `is_label` `[length]` tells which tokens are learned; entry 0 is ignored, since no token precedes it.
 
     Returns:
-        Anchors and depths, `torch.LongTensor` of shape `(num_rows,)` each: every real token in order (depth 0, with or
-        without a label, since others attend to it), then the kept mask rows depth by depth.
+        Anchors and depths, `[num_rows]` each: every real token in order (depth 0, with or without a label, since
+        others attend to it), then the kept mask rows depth by depth.
     """
     length = len(is_label)
     anchors, depths = [torch.arange(length)], [torch.zeros(length, dtype=torch.long)]
@@ -50,56 +46,39 @@ def keep_rows(
 def build_rows(
     input_ids: torch.Tensor, is_label: torch.Tensor, anchors: torch.Tensor, depths: torch.Tensor, mask_token_id: int
 ) -> dict[str, torch.Tensor]:
-    """Build the inputs and labels of the training rows `(anchors, depths)` of one text.
+    """Build `input_ids`, `position_ids` and `labels` `[num_rows]` of the training rows of one text.
 
-    Returns:
-        `input_ids`, `position_ids` and `labels`, each `(num_rows,)`; a label belongs to the row that predicts it (no
-        shift to come) and is -100 where there is none.
+    A label belongs to the row that predicts it (no shift to come) and is -100 where there is none.
     """
     positions = anchors + depths
-    following = positions + 1
-    has_label = following < len(input_ids)
-    following = following.clamp(max=len(input_ids) - 1)
-    has_label &= is_label[following]
+    labels = torch.nn.functional.pad(torch.where(is_label, input_ids, -100)[1:], (0, 1), value=-100)
     return {
         "input_ids": torch.where(depths == 0, input_ids[anchors], mask_token_id),
         "position_ids": positions,
-        "labels": torch.where(has_label, input_ids[following], -100),
+        "labels": labels[positions],
     }
 
 
 def attention_mask(
     anchors: torch.Tensor, depths: torch.Tensor, starts: torch.Tensor | None = None, rows: slice = slice(None)
 ) -> torch.Tensor:
-    """Compute which training rows attend to which; `True` = the row attends to the column.
+    """Compute which training rows attend to which, `[..., rows, num_rows]`; `True` = the row attends to the column.
 
-    Args:
-        anchors, depths (`torch.LongTensor` of shape `(..., num_rows)`):
-            A padding row has anchor -1: it attends to padding only, and only padding attends to it.
-        starts (`torch.LongTensor` of shape `(..., num_rows)`, *optional*):
-            Anchor of the first token of each row's text, where several are packed in a sequence; 0 by default.
-        rows (`slice`, *optional*):
-            Compute these rows of the mask only: the whole one may be too large.
-
-    Returns:
-        `torch.BoolTensor` of shape `(..., num_rows, num_rows)`.
+    `anchors`, `depths` and `starts` are `[..., num_rows]`; `starts` holds the anchor of the first token of each row's
+    text, 0 by default. A padding row has anchor -1: it attends to padding only, and only padding attends to it.
+    `rows` limits the mask to some rows, since the whole one may be too large.
     """
     starts = torch.zeros_like(anchors) if starts is None else starts
-    row_anchor, row_depth, row_start = (t[..., rows].unsqueeze(-1) for t in (anchors, depths, starts))
-    return attends(row_anchor, row_depth, row_start, anchors.unsqueeze(-2), depths.unsqueeze(-2))
+    row = [values[..., rows].unsqueeze(-1) for values in (anchors, depths, starts)]
+    return attends(row, anchors.unsqueeze(-2), depths.unsqueeze(-2))
 
 
-def attends(
-    row_anchor: torch.Tensor,
-    row_depth: torch.Tensor,
-    row_start: torch.Tensor,
-    anchor: torch.Tensor,
-    depth: torch.Tensor,
-) -> torch.Tensor:
-    """Whether a row attends to `(anchor, depth)`: real tokens of its text up to its anchor, its chain up to its depth.
+def attends(row: Sequence[torch.Tensor], anchor: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
+    """Whether a row (anchor, depth, start) attends to `(anchor, depth)`: its text up to its anchor, and its own chain.
 
     Anchors count through a packed sequence, so the real tokens of a row's text lie between its start and its anchor.
     """
+    row_anchor, row_depth, row_start = row
     reads_text = (depth == 0) & (anchor <= row_anchor) & (anchor >= row_start)
     reads_chain = (anchor == row_anchor) & (depth <= row_depth)
     return (reads_text | reads_chain) & ((anchor < 0) == (row_anchor < 0))

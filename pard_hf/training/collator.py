@@ -23,26 +23,22 @@ def pack_rows(examples: list[dict[str, Any]], length: int) -> list[dict[str, Any
     """Pack texts into sequences of at most `length` tokens, longest first, each where it leaves the least room.
 
     Best-fit decreasing, https://huggingface.co/papers/2404.10830: no text is cut (one longer than `length` stays
-    alone), and little of a sequence is empty. Takes examples as `tokenize_rows` makes them; the packed ones also have
-    `text_lengths`, the tokens of each text.
+    alone), and little of a sequence is empty. To what `tokenize_rows` makes it adds `text_lengths`.
     """
     bins: list[list[dict[str, Any]]] = []
-    rooms: list[tuple[int, int]] = []  # Tokens that each sequence still takes, and its index; sorted.
+    rooms: list[tuple[int, int]] = []  # Tokens each sequence still takes, and its index; sorted.
     for example in sorted(examples, key=lambda example: len(example["input_ids"]), reverse=True):
         size = len(example["input_ids"])
         best = bisect_left(rooms, (size, -1))
-        if best < len(rooms):
-            room, index = rooms.pop(best)
-        else:
+        room, index = rooms.pop(best) if best < len(rooms) else (length, len(bins))
+        if index == len(bins):
             bins.append([])
-            room, index = length, len(bins) - 1
         bins[index].append(example)
         if room - size > 1:  # A text has at least two tokens.
             insort(rooms, (room - size, index))
     return [
         {
-            "input_ids": [token for text in texts for token in text["input_ids"]],
-            "loss_mask": [keep for text in texts for keep in text["loss_mask"]],
+            **{name: [one for text in texts for one in text[name]] for name in ("input_ids", "loss_mask")},
             "text_lengths": [len(text["input_ids"]) for text in texts],
             "source": "; ".join(text.get("source", "?") for text in texts),
         }
@@ -51,8 +47,8 @@ def pack_rows(examples: list[dict[str, Any]], length: int) -> list[dict[str, Any
 
 
 @dataclass
-class DataCollatorForPard:
-    """Build the training rows that conditional drop-token keeps, and no others.
+class DataCollatorForPard(TrainerCallback):
+    """Build the training rows that conditional drop-token keeps, and no others; as a callback, follow the epoch.
 
     Args:
         mask_token_id (`int`):
@@ -62,8 +58,7 @@ class DataCollatorForPard:
         retention_rate (`float`, *optional*, defaults to 0.7) and min_retention_rate (`float`, defaults to 0.2):
             Depth `d` keeps `max(r ** d, r_min)` of its rows.
         seed (`int`, *optional*, defaults to 0):
-            Seed, epoch and text decide which rows are dropped, whatever the batch: a resumed run drops the same rows,
-            and so does one on more devices.
+            Seed, epoch and text decide which rows are dropped, in a resumed run and on more devices, too.
     """
 
     mask_token_id: int
@@ -79,18 +74,18 @@ class DataCollatorForPard:
 
     @property
     def epoch(self) -> int:
-        """The pass over the texts; each drops other rows."""
+        """Pass over the texts; each drops other rows."""
         return int(self.shared_epoch)
 
     @epoch.setter
     def epoch(self, epoch: int) -> None:
         self.shared_epoch.fill_(epoch)
 
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Collate examples as `tokenize_rows` or `pack_rows` makes them.
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.epoch = int(state.epoch or 0)
 
-        Each has `input_ids` and, optionally, `loss_mask` (1 = learn this token; all by default) and `text_lengths`
-        (one text by default).
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Collate examples with `input_ids` and, optionally, `loss_mask` (1 = learn this token) and `text_lengths`.
 
         Returns:
             `input_ids`, `position_ids`, `labels`, `anchors`, `depths` and `starts` of shape `(batch_size, num_rows)`,
@@ -100,11 +95,8 @@ class DataCollatorForPard:
             ValueError: A text is shorter than 2 tokens or its loss mask is of another length.
         """
         batch = [self.rows_of(example) for example in examples]
-        longest = max(len(rows["anchors"]) for rows in batch)
         padded: dict[str, Any] = {
-            name: torch.stack(
-                [torch.nn.functional.pad(rows[name], (0, longest - len(rows[name])), value=value) for rows in batch]
-            )
+            name: torch.nn.utils.rnn.pad_sequence([rows[name] for rows in batch], True, value)
             for name, value in PADDING.items()
         }
         return {**padded, "sources": [example.get("source") for example in examples]}
@@ -115,9 +107,8 @@ class DataCollatorForPard:
         lengths, loss_mask = example.get("text_lengths") or [len(ids)], example.get("loss_mask") or [1] * len(ids)
         if min(lengths) < 2 or len(loss_mask) != len(ids):
             raise ValueError(
-                f"Expected training texts of at least 2 tokens and a loss mask of their length, got {min(lengths)} "
-                f"tokens at the least and a mask of {len(loss_mask)} for {len(ids)}. Drop such rows (`pard train` "
-                "reports their lines)."
+                f"Expected texts of at least 2 tokens and a loss mask of their length, got one of {min(lengths)} "
+                f"tokens and a mask of {len(loss_mask)} for {len(ids)}. Drop such rows."
             )
         texts = [
             self.rows_of_text(ids[start : start + length], loss_mask[start : start + length], start)
@@ -131,21 +122,9 @@ class DataCollatorForPard:
     def rows_of_text(self, token_ids: list[int], loss_mask: list[int], start: int) -> dict[str, torch.Tensor]:
         """Build the kept rows of one text, whose first token has the anchor `start` in its example."""
         ids, is_label = torch.tensor(token_ids, dtype=torch.long), torch.tensor(loss_mask, dtype=torch.bool)
-        is_label[0] = False
         seed = crc32(ids.numpy().tobytes(), crc32(f"{self.seed} {self.epoch}".encode()))
         generator = torch.Generator().manual_seed(seed)
         settings = (self.num_draft_tokens, self.retention_rate, self.min_retention_rate)
         anchors, depths = keep_rows(is_label, *settings, generator)
         rows = build_rows(ids, is_label, anchors, depths, self.mask_token_id)
         return {**rows, "anchors": anchors + start, "depths": depths, "starts": torch.full_like(anchors, start)}
-
-
-class EpochOfCollator(TrainerCallback):
-    """Set the collator's epoch, so that each pass drops other rows."""
-
-    def __init__(self, collator: Any):
-        self.collator = collator
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if hasattr(self.collator, "epoch"):
-            self.collator.epoch = int(state.epoch or 0)

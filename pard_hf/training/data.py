@@ -2,7 +2,7 @@
 
 A training row is `{"text": …}`, `{"prompt": …, "response": …}` or `{"messages": [{"role": …, "content": …}, …]}`, a
 prompt row `{"prompt": …}`, `{"turns": [texts of a user, …]}` or `{"messages": …}`. Loss falls on text, responses and
-assistant turns, and on the end token behind each.
+assistant turns, and on the end token of each.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -41,8 +41,8 @@ def read_rows(
 ) -> Iterator[Row]:
     """Read the rows of a `.jsonl` or `.jsonl.gz` file, which have the fields of `TRAINING` or of `PROMPTS`.
 
-    A line that has not raises a `ValueError` with its file and number; with `skip_bad_rows` it is logged and left out,
-    and its number appended to `skipped`.
+    A bad line raises a `ValueError` with its file and number; with `skip_bad_rows` it is logged and left out, and its
+    number appended to `skipped`.
     """
     return check_rows(numbered_lines(Path(path)), f"line {{}} of `{path}`", fields, skip_bad_rows, skipped)
 
@@ -79,7 +79,7 @@ def skip_or_raise(expected: str, source: str, problem: str, skip_bad_rows: bool)
 
 
 def row_problem(row: Any, fields: str = TRAINING) -> str | None:
-    """Return what is wrong with a parsed JSONL row that is to have `fields`; `None` if it is valid."""
+    """Return what is wrong with a parsed row that is to have `fields`; `None` if it is valid."""
     if not isinstance(row, dict):
         return f"it is a JSON {type(row).__name__}"
     messages = row.get("messages")
@@ -105,7 +105,7 @@ def row_problem(row: Any, fields: str = TRAINING) -> str | None:
 
 
 def prompt_problem(row: dict[str, Any]) -> str | None:
-    """Return what is wrong with a row of prompts whose `messages`, if any, are valid."""
+    """Return what is wrong with a row of prompts, apart from its `messages`."""
     if not isinstance(row.get("id", ""), str | int):
         return "its `id` is neither text nor a number"
     turns = row.get("turns") or []
@@ -162,8 +162,8 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> dict[
         messages = [{"role": role, "content": content} for role, content in contents]
     elif tokenizer.chat_template is None:
         raise ValueError(
-            "it has `messages`, and the tokenizer has no chat template to write the roles. Give one with "
-            "`--chat-template`, name a `--target` that has one, or write rows with `prompt` and `response`"
+            "it has `messages`, and the tokenizer has no chat template. Give one with `--chat-template`, name a "
+            "`--target` that has one, or write rows with `prompt` and `response`"
         )
     else:
         messages = row["messages"]
@@ -189,14 +189,14 @@ def encode_marked(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -
     encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     ids, loss_mask = list(encoded["input_ids"]), list(encoded["assistant_masks"])
     for index in range(1, len(ids)):
-        # Many templates mark the words alone; the end token behind them must be learned, too.
+        # Many templates mark the words alone; the end token after them must be learned, too.
         if ids[index] == tokenizer.eos_token_id and loss_mask[index - 1]:
             loss_mask[index] = 1
     return {"input_ids": ids, "loss_mask": loss_mask}
 
 
 def encode_last_answer(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
-    """Encode the last message, an answer, as the chat template writes it behind the prompt, with its end token."""
+    """Encode the last message, an answer, as the chat template writes it after the prompt, with its end token."""
     content = tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if tokenizer.chat_template is None:
@@ -216,17 +216,15 @@ def tokenize_rows(
     rows: Iterable[dict[str, Any]],
     max_length: int,
     skip_bad_rows: bool = False,
-    overlong: str = "truncate",
+    overlong: Literal["truncate", "drop"] = "truncate",
     mask_token_id: int | None = None,
 ) -> list[dict[str, Any]]:
     """Encode rows for training: `input_ids`, `loss_mask` and the `source` of each.
 
     Rows of more than `max_length` tokens are cut (`overlong="truncate"`) or left out (`"drop"`), and counted in the
-    log. A row that cannot be encoded, contains the mask token, or has fewer than 2 tokens or nothing to learn within
-    `max_length` raises a `ValueError` with its source; with `skip_bad_rows` it is logged and left out.
+    log. A row that cannot be encoded, contains the mask token, or has nothing to learn within `max_length` raises a
+    `ValueError` with its source; with `skip_bad_rows` it is logged and left out.
     """
-    if overlong not in ("truncate", "drop"):
-        raise ValueError(f"Expected `overlong` to be 'truncate' or 'drop', got {overlong!r}.")
     examples: list[dict[str, Any]] = []
     num_rows = num_overlong = 0
     for row in check_rows(enumerate(rows, start=1), "row {}", TRAINING, skip_bad_rows):
@@ -239,15 +237,12 @@ def tokenize_rows(
                 example = {name: values[:max_length] for name, values in encoded.items()}
                 check_example(tokenizer, example, max_length, mask_token_id)
                 examples.append({**example, "source": row.source})
-        except ValueError as error:
-            skip_or_raise("a row to train on", row.source, str(error), skip_bad_rows)
         except Exception as error:  # Chat templates raise errors of many kinds.
-            skip_or_raise("a row to train on", row.source, f"the chat template fails: {error}", skip_bad_rows)
+            problem = str(error) if isinstance(error, ValueError) else f"the chat template fails: {error}"
+            skip_or_raise("a row to train on", row.source, problem, skip_bad_rows)
     if num_overlong:
-        done = "cut there" if overlong == "truncate" else "left out"
-        logger.warning(
-            "%d of %d rows are longer than %d tokens and were %s.", num_overlong, num_rows, max_length, done
-        )
+        done = f"{max_length} tokens and were {'cut there' if overlong == 'truncate' else 'left out'}"
+        logger.warning("%d of %d rows are longer than %s.", num_overlong, num_rows, done)
     return examples
 
 
@@ -260,7 +255,4 @@ def check_example(
         token = tokenizer.convert_ids_to_tokens(mask_token_id)
         raise ValueError(f"it has the mask token {mask_token_id} ({token!r}): name another with `--mask-token-id`")
     if len(ids) < 2 or not any(loss_mask[1:]):
-        raise ValueError(
-            f"it has {len(ids)} tokens within `--max-length {max_length}`, where at least 2 and something to learn "
-            "are needed"
-        )
+        raise ValueError(f"it has {len(ids)} tokens within `--max-length {max_length}` and nothing to learn in them")

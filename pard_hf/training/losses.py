@@ -30,19 +30,11 @@ class Losses(NamedTuple):
 
 
 def confidence_weights(gold_logprobs: torch.Tensor, anchors: torch.Tensor, depths: torch.Tensor) -> torch.Tensor:
-    """Compute the probability that a block gets as far as each row: that its d gold tokens after the anchor are drawn.
+    """Compute the probability that a block gets as far as each row, `[..., num_rows]`; it is 1 at depth 0.
 
     Confidence-adaptive token weights of PARD-2, https://huggingface.co/papers/2605.08632: the product of the target's
-    probabilities of these tokens.
-
-    Args:
-        gold_logprobs (`torch.FloatTensor` of shape `(..., length)`):
-            Entry `i` is log p of the i-th token; the entry of a text's first token is ignored.
-        anchors, depths (`torch.LongTensor` of shape `(..., num_rows)`):
-            As `keep_rows` returns them; padding rows have anchor -1.
-
-    Returns:
-        `torch.FloatTensor` of shape `(..., num_rows)`, in [0, 1]; 1 at depth 0.
+    probabilities of the d gold tokens after the anchor. Entry i of `gold_logprobs` `[..., length]` is log p of token
+    i; that of a text's first token is ignored.
     """
     total = gold_logprobs.double().cumsum(dim=-1)  # Differences of long sums: a float32 would lose the small ones.
     start = anchors.clamp(min=0)
@@ -80,11 +72,7 @@ def gold_logprobs(head: Head, hidden: torch.Tensor, following: torch.Tensor, voc
 
 
 def without_cast_cache(device_type: str) -> AbstractContextManager[Any]:
-    """Make each chunk cast the weights for itself under autocast.
-
-    A cached cast sums the gradients of all chunks in its 16 bit, where those of late chunks are rounded off; gradients
-    of separate casts are summed in the weight's float32.
-    """
+    """Make each chunk cast the weights for itself under autocast: gradients are then summed in float32, not 16 bit."""
     if not torch.is_autocast_enabled(device_type):
         return nullcontext()
     return torch.autocast(device_type, dtype=torch.get_autocast_dtype(device_type), cache_enabled=False)
@@ -102,24 +90,11 @@ def row_losses(
     temperature: float = 1.0,
     correction: Correction | None = None,
 ) -> Losses:
-    """Sum the losses of all rows, a chunk at a time; the backward pass computes the logits of each chunk again.
+    """Sum the losses of labelled rows, a chunk at a time; the backward pass computes the logits of each chunk again.
 
-    Args:
-        head (`Callable`):
-            The draft's LM head.
-        hidden (`torch.FloatTensor` of shape `(num_rows, hidden_size)`) and
-        labels (`torch.LongTensor` of shape `(num_rows,)`):
-            Rows that have a label.
-        vocab_size (`int`):
-            Columns of the larger LM head, which decide how many rows a chunk has.
-        weights (`torch.FloatTensor` of shape `(num_rows,)`, *optional*):
-            Weight of each row; 1 by default.
-        target_head, target_hidden (`torch.FloatTensor` of shape `(num_positions, target_hidden_size)`) and
-        target_index (`torch.LongTensor` of shape `(num_rows,)`), all *optional*:
-            The target's LM head and last hidden states, and which of them predicts each row's token: depths of one
-            text share them. Without them the divergence is 0.
-        correction (`Callable`, *optional*):
-            The correction head, added to the draft's logits.
+    `hidden` is `[num_rows, hidden_size]`, `labels` and `weights` (1 by default) `[num_rows]`; `vocab_size` is that of
+    the larger LM head. `target_index` `[num_rows]` is which of `target_hidden` `[num_positions, target_hidden_size]`
+    predicts each row's token, since depths of one text share them; without a target the divergence is 0.
     """
     if weights is None:
         weights = torch.ones(len(labels), device=hidden.device)

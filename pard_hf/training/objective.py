@@ -17,18 +17,15 @@ from .settings import objective_weights
 
 ATTENTIONS = ("sdpa", "eager", "flex_attention")
 OBJECTIVES = ("ce", "kd", "cat")
-# Rows of an additive mask that are computed at once.
+# Rows of an additive mask that are computed at once, since the boolean mask of all is large.
 MASK_CHUNK_SIZE = 1024
 
 
 def row_mask(model: PreTrainedModel, anchors: torch.Tensor, depths: torch.Tensor, starts: torch.Tensor) -> Any:
-    """Make the mask of training rows that `model` takes as its `attention_mask`.
+    """Make the `attention_mask` of training rows: `[B, 1, num_rows, num_rows]`, or a `BlockMask` for FlexAttention.
 
     An additive mask in the model's dtype is shared by all layers; each would convert a boolean one, and keep it for
-    the backward pass. FlexAttention takes a `BlockMask`, so that no mask is ever written out.
-
-    Returns:
-        `torch.FloatTensor` of shape `(batch_size, 1, num_rows, num_rows)`, or a `BlockMask`.
+    the backward pass.
     """
     if model.config._attn_implementation == "flex_attention":
         return block_mask(anchors, depths, starts)
@@ -38,7 +35,7 @@ def row_mask(model: PreTrainedModel, anchors: torch.Tensor, depths: torch.Tensor
 def additive_mask(
     anchors: torch.Tensor, depths: torch.Tensor, starts: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Make a mask of 0 where a row attends and the lowest value elsewhere, some rows at a time: it is large."""
+    """Make a mask of 0 where a row attends and the lowest value elsewhere, `MASK_CHUNK_SIZE` rows at a time."""
     batch_size, num_rows = anchors.shape
     mask = torch.full((batch_size, 1, num_rows, num_rows), torch.finfo(dtype).min, dtype=dtype, device=anchors.device)
     for first in range(0, num_rows, MASK_CHUNK_SIZE):
@@ -52,28 +49,26 @@ def block_mask(anchors: torch.Tensor, depths: torch.Tensor, starts: torch.Tensor
     from torch.nn.attention.flex_attention import create_block_mask
 
     def rule(batch: Any, head: Any, row: Any, column: Any) -> Any:
-        a, d = anchors[batch], depths[batch]
-        return attends(a[row], d[row], starts[batch][row], a[column], d[column])
+        own = [values[batch][row] for values in (anchors, depths, starts)]
+        return attends(own, anchors[batch][column], depths[batch][column])
 
     batch_size, num_rows = anchors.shape
     return create_block_mask(rule, batch_size, None, num_rows, num_rows, device=anchors.device)
 
 
-def check_attention(
-    model: PreTrainedModel, is_packed: bool = False, is_teacher: bool = False, device: torch.device | None = None
-) -> None:
-    """Raise a `ValueError` if a model's attention, on the `device` of the training, does not follow a mask of rows."""
-    device = device or model.device
+def check_attention(model: PreTrainedModel, is_teacher: bool = False, device: torch.device | None = None) -> None:
+    """Raise a `ValueError` if a model's attention, on the `device` of the training, does not follow a mask of rows.
+
+    A teacher needs none, unless several texts are packed in a sequence.
+    """
     name, attention = type(model).__name__, model.config._attn_implementation
-    if is_teacher and not is_packed:
-        return
     taken = ("sdpa", "eager") if is_teacher else ATTENTIONS
     if attention not in taken:
         raise ValueError(
             f"Expected attention that takes a mask of rows ({', '.join(taken)}), got `{attention}` in `{name}`. Load "
             "it with `attn_implementation='sdpa'`."
         )
-    if attention == "flex_attention" and device.type == "cpu" and not is_teacher:
+    if attention == "flex_attention" and (device or model.device).type == "cpu":
         raise ValueError("Expected a device whose FlexAttention has a backward pass, got a CPU. Take `sdpa`.")
     if any(window is not None for window in attention_windows(model.config)):
         raise ValueError(
@@ -86,19 +81,9 @@ def check_attention(
 class Objective:
     """The loss that is minimized over kept training rows.
 
-    Args:
-        name (`str`, *optional*, defaults to `"ce"`):
-            `"ce"`: cross-entropy (PARD); `"kd"`: with the target's distribution as a teacher; `"cat"`: as `"kd"`, each
-            row weighted by the probability that a block gets that far (PARD-2, target-independent).
-        cross_entropy_weight (`float`, *optional*) and divergence_weight (`float`, *optional*):
-            The mix; by default 1 and 0 for `"ce"`, else PARD-2's 0.1 and 1.
-        temperature (`float`, *optional*, defaults to 1):
-            Of both distributions in the divergence.
-        target ([`PreTrainedModel`], *optional*):
-            The teacher, with the draft's tokenizer; never trained.
-
-    Raises:
-        ValueError: The name is unknown, a target is missing, a weight is negative or the temperature not positive.
+    `"ce"` is cross-entropy (PARD), `"kd"` adds the divergence from the target's distribution, and `"cat"` weights both
+    in each row by the probability that a block gets that far (PARD-2, target-independent). The target, with the
+    draft's tokenizer, is never trained; the default weights are those of `objective_weights`.
     """
 
     name: str = "ce"
@@ -112,9 +97,9 @@ class Objective:
             raise ValueError(f"Expected the objective to be one of {', '.join(OBJECTIVES)}, got {self.name!r}.")
         if self.name != "ce" and self.target is None:
             raise ValueError(f"Expected a target for the objective {self.name!r}, got none. Name the target model.")
-        if self.temperature <= 0:
-            raise ValueError(f"Expected a temperature above 0, got {self.temperature}.")
-        self.weights = objective_weights(self.name, self.cross_entropy_weight, self.divergence_weight)
+        self.weights = objective_weights(
+            self.name, self.cross_entropy_weight, self.divergence_weight, self.temperature
+        )
 
     def __call__(
         self, draft: PreTrainedModel, batch: dict[str, Any], num_items: torch.Tensor | int | None = None
@@ -122,11 +107,7 @@ class Objective:
         """Compute the loss of a collated batch: a weighted sum over labels, divided by their number.
 
         Dividing by the number, not by the sum of the weights, makes batches that are accumulated or spread over
-        devices add up to the loss of one large batch.
-
-        Args:
-            num_items (`int` or `torch.Tensor`, *optional*):
-                Labels of the whole step, where a step has several batches; by default those of this batch.
+        devices add up to the loss of one large batch; `num_items` counts the labels of the whole step then.
         """
         is_label = batch["labels"] != -100
         hidden = draft.base_model(
@@ -154,16 +135,11 @@ class Objective:
         hidden, ids = self.target_hidden(batch)
         batch_size, longest = ids.shape
         first = torch.arange(batch_size, device=is_label.device).unsqueeze(1) * longest
-        index = (predicting_column(batch, longest) + first)[is_label]
-        head = head_of(self.target)
-        arguments = {
-            "target_head": head,
-            "target_hidden": hidden.flatten(0, 1),
-            "target_index": index.to(hidden.device),
-        }
+        index = (predicting_column(batch, longest) + first)[is_label].to(hidden.device)
+        head, vocab_size = head_of(self.target), self.target.config.get_text_config().vocab_size
+        arguments = {"target_head": head, "target_hidden": hidden.flatten(0, 1), "target_index": index}
         if self.name == "kd":
             return arguments
-        vocab_size = self.target.config.get_text_config().vocab_size
         gold = gold_logprobs(head, hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), vocab_size)
         logprobs = torch.nn.functional.pad(gold.view(batch_size, longest - 1), (1, 0)).to(is_label.device)
         return {**arguments, "weights": confidence_weights(logprobs, batch["anchors"], batch["depths"])[is_label]}
@@ -187,7 +163,7 @@ class Objective:
 
 
 def predicting_column(batch: dict[str, Any], num_columns: int) -> torch.Tensor:
-    """Return the column of the real token before the one each row predicts: real tokens come first, in order."""
+    """Return the column of the real token before the one each row predicts."""
     return (batch["anchors"] + batch["depths"]).clamp(min=0, max=num_columns - 1)
 
 

@@ -1,7 +1,7 @@
 """Let the target write the rows a draft is trained on: prompts in, the target's own responses out.
 
 `answers.jsonl` appears whole, by one rename. Until then each finished batch is a shard in `answers.jsonl.shards`, and
-the same call goes on with the rows that neither holds. `answers.jsonl.manifest.json` records the target, the settings,
+the same call continues with the rows that are missing. `answers.jsonl.manifest.json` records the target, the settings,
 the sources and the runs; `answers.jsonl.counts.json` how often each token was generated, for `trim_vocabulary`.
 """
 
@@ -31,8 +31,6 @@ from ..loading import bundled_pair
 from ..tokens import Message, encode_prompt, next_prompt, pad_left, until_end
 from .data import PROMPTS, check_rows, given_messages, read_rows, response_ids, skip_or_raise
 
-# Replaces answers that are not written yet.
-PLACEHOLDER = {"role": "assistant", "content": "…"}
 # Settings of a checkpoint that change its answers.
 OWN_SETTINGS = (
     "bad_words_ids", "eos_token_id", "min_length", "min_new_tokens", "min_p", "no_repeat_ngram_size",
@@ -56,17 +54,11 @@ class AnswerSettings:
                 raise ValueError(f"Expected `{name}` of at least {least}, got {getattr(self, name)}.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"Expected `top_p` above 0 and at most 1, got {self.top_p}.")
-        if self.temperature == 0 and self.num_samples > 1:
+        if self.temperature == 0 and (self.num_samples, self.top_p) != (1, 1):
             raise ValueError(
-                f"Expected `num_samples` of 1 with greedy decoding, got {self.num_samples}: all would be the same. "
-                "Raise `temperature`, or drop `num_samples`."
+                f"Expected `num_samples` of 1 and `top_p` of 1 with a `temperature` of 0, got {self.num_samples} and "
+                f"{self.top_p}: greedy answers do not sample. Raise `temperature`, or drop them."
             )
-        if self.temperature == 0 and self.top_p < 1:
-            raise ValueError("Expected `top_p` with a `temperature` above 0 only: greedy answers do not sample.")
-
-    def generate_kwargs(self) -> dict[str, Any]:
-        sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
-        return {"max_new_tokens": self.max_new_tokens, **(sampling if self.temperature else {"do_sample": False})}
 
 
 @dataclass
@@ -93,24 +85,23 @@ class Counts:
 
 
 class Conversation(NamedTuple):
-    """The turns that a row of prompts asks, each the messages up to an answer, without the answers it may have."""
+    """The turns of a row of prompts, each the messages up to an answer, without the answers it may have."""
 
     digest: str  # Of the turns alone.
-    id: str  # The digest, behind the row's own id if it has one: an edited prompt has another id.
-    turns: tuple[tuple[Message, ...], ...]
+    id: str  # The row's own id, if any, and the digest: an edited prompt has another id.
+    turns: list[list[Message]]
 
 
 def conversation_of(row: dict[str, Any]) -> Conversation:
-    turns: list[tuple[Message, ...]] = []
-    turn: list[Message] = []
+    turns: list[list[Message]] = [[]]
     for message in given_messages(row):
         if message["role"] != "assistant":
-            turn.append(message)
+            turns[-1].append(message)
         if message["role"] == "user":
-            turns.append(tuple(turn))
-            turn = []
+            turns.append([])
+    turns.pop()
     digest = digest_of(json.dumps([[message["role"], message["content"]] for turn in turns for message in turn]))
-    return Conversation(digest, f"{row['id']}:{digest}" if "id" in row else digest, tuple(turns))
+    return Conversation(digest, f"{row['id']}:{digest}" if "id" in row else digest, turns)
 
 
 @dataclass
@@ -135,33 +126,34 @@ class Sample:
         return {**row, "messages": self.messages, "response_ids": self.answers}
 
 
+@dataclass
 class ResponseGenerator:
     """A target, with or without a draft, that answers batches of conversations turn by turn."""
 
-    def __init__(
-        self,
-        target: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        settings: AnswerSettings,
-        draft: PardDraftModel | None = None,
-        num_assistant_tokens: int | None = None,
-    ):
-        self.target = target if draft is None else with_pard(target)
-        self.tokenizer, self.settings, self.stats = tokenizer, settings, DecodingStats()
-        self.num_positions = min(num_positions(model.config) for model in (target, draft) if model is not None)
-        ends = end_token_ids(target.generation_config)
-        if not ends and tokenizer.eos_token_id is not None:
-            ends = [tokenizer.eos_token_id]
-        self.end_token_ids = ends
-        self.pad_token_id = pad_token_id(target.generation_config) or 0
-        self.generate_kwargs = {
-            **settings.generate_kwargs(),
-            "eos_token_id": ends or None,
-            "pad_token_id": self.pad_token_id,
+    target: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    settings: AnswerSettings
+    draft: PardDraftModel | None = None
+    num_assistant_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        settings, draft, config = self.settings, self.draft, self.target.generation_config
+        models = [self.target] if draft is None else [with_pard(self.target), draft]
+        self.stats, self.num_positions = DecodingStats(), min(num_positions(model.config) for model in models)
+        self.end_token_ids = end_token_ids(config)
+        if not self.end_token_ids and self.tokenizer.eos_token_id is not None:
+            self.end_token_ids = [self.tokenizer.eos_token_id]
+        self.generate_kwargs: dict[str, Any] = {
+            "max_new_tokens": settings.max_new_tokens,
+            "do_sample": settings.temperature > 0,
+            "eos_token_id": self.end_token_ids or None,
+            "pad_token_id": pad_token_id(config) or 0,
             "return_dict_in_generate": True,
         }
+        if settings.temperature > 0:
+            self.generate_kwargs |= {"temperature": settings.temperature, "top_p": settings.top_p}
         if draft is not None:
-            self.generate_kwargs |= {"assistant_model": draft, "num_assistant_tokens": num_assistant_tokens}
+            self.generate_kwargs |= {"assistant_model": draft, "num_assistant_tokens": self.num_assistant_tokens}
 
     def identity(self) -> dict[str, Any]:
         """Return what the answers depend on, which does not include the draft."""
@@ -179,11 +171,10 @@ class ResponseGenerator:
 
     def template_problem(self, conversation: Conversation) -> str | None:
         """Return why the chat template cannot write a conversation; `None` if it can."""
-        messages = [message for turn in conversation.turns for message in (*turn, PLACEHOLDER)]
+        answer = {"role": "assistant", "content": "…"}
+        messages = [message for turn in conversation.turns for message in (*turn, answer)]
         if self.tokenizer.chat_template is None and len(messages) > 2:
-            return (
-                "the target's tokenizer has no chat template to write its roles (a row with one `prompt` needs none)"
-            )
+            return "the target's tokenizer has no chat template to write its roles (one `prompt` needs none)"
         try:
             encode_prompt(self.tokenizer, messages[:-1])
         except Exception as error:  # Chat templates raise errors of many kinds.
@@ -214,22 +205,19 @@ class ResponseGenerator:
                     sample.prompt = next_prompt(self.tokenizer, messages, sample.prompt, answer)
 
     def generate(self, samples: Sequence[Sample]) -> list[list[int]]:
-        """Generate the next answer of each sample, up to and with its end token."""
-        device = input_device(self.target)
-        inputs = pad_left([sample.prompt for sample in samples], self.pad_token_id)
-        num_columns = inputs["input_ids"].shape[1]
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-            torch.manual_seed(self.seed_of(samples))
-            output = self.target.generate(
-                **{name: tensor.to(device) for name, tensor in inputs.items()}, **self.generate_kwargs
-            )
-        self.stats += getattr(output, "stats", None) or DecodingStats()
-        return [until_end(answer, self.end_token_ids) for answer in output.sequences[:, num_columns:].tolist()]
+        """Generate the next answer of each sample, up to and with its end token.
 
-    def seed_of(self, samples: Sequence[Sample]) -> int:
-        """Derive a seed from what the batch holds, so that the order of batches does not change it."""
+        The seed follows from what the batch holds, so that the order of batches does not change it.
+        """
+        device = input_device(self.target)
+        inputs = pad_left([sample.prompt for sample in samples], self.generate_kwargs["pad_token_id"]).items()
         keys = [(s.conversation.digest, s.number, len(s.answers)) for s in samples]
-        return int(digest_of(json.dumps([self.settings.seed, keys])), 16)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+            torch.manual_seed(int(digest_of(json.dumps([self.settings.seed, keys])), 16))
+            output = self.target.generate(**{n: values.to(device) for n, values in inputs}, **self.generate_kwargs)
+        self.stats += getattr(output, "stats", None) or DecodingStats()
+        longest = max(len(sample.prompt) for sample in samples)
+        return [until_end(answer, self.end_token_ids) for answer in output.sequences[:, longest:].tolist()]
 
 
 def digest_of(text: Any) -> str:
@@ -245,10 +233,7 @@ def model_name(model: PreTrainedModel) -> str:
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """Digest the first 16 values of every weight, which tell a model from one of its name that was trained further.
-
-    Of offloaded weights the shape alone counts.
-    """
+    """Digest the first 16 values of every weight, of offloaded ones the shape: a name may have other weights later."""
     sha256 = hashlib.sha256()
     for name, weight in model.named_parameters():
         sha256.update(f"{name}{tuple(weight.shape)}".encode())
@@ -279,12 +264,11 @@ class AnswerFile:
         if restart and row_files(path):
             move_aside(path)
         self.path, self.identity, self.end_token_ids = path, identity, end_token_ids
-        self.runs: list[dict[str, Any]] = []
         self.counts, self.done, self.token_counts = Counts(), set[tuple[str, int]](), Counter[int]()
-        if files := row_files(path):
-            self.runs = earlier_runs(path, identity)
-            for row in itertools.chain.from_iterable(map(read_rows, files)):
-                self.count(row)
+        files = row_files(path)
+        self.runs = earlier_runs(path, identity) if files else []
+        for row in itertools.chain.from_iterable(map(read_rows, files)):
+            self.count(row)
 
     def count(self, row: dict[str, Any]) -> None:
         """Count a row on disk, unless it was counted before."""
@@ -323,21 +307,20 @@ class AnswerFile:
                         self.count(row)  # One that another process wrote.
                         merged.write(json_line(row))
                 merged.flush()
-                os.fsync(merged.fileno())  # Its shards are about to go.
+                os.fsync(merged.fileno())  # Before its shards are removed.
         shards = beside(self.path, "shards")
         for file in {*files, *shards.glob("*.partial")} - {self.path}:
             file.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # None was written, or another process goes on writing.
+        with contextlib.suppress(OSError):  # There is none, or another process still writes there.
             shards.rmdir()
-        write_whole(
-            beside(self.path, "counts.json"), json_line({"token_counts": dict(self.token_counts.most_common())})
-        )
+        token_counts = dict(self.token_counts.most_common())
+        write_whole(beside(self.path, "counts.json"), json_line({"token_counts": token_counts}))
         return sha256_of(self.path).hexdigest()
 
     def write_manifest(
         self, run: dict[str, Any], sources: Sequence[dict[str, Any]], sha256: str | None = None
     ) -> None:
-        """Write the manifest after `run`, the last of the runs; `sha256` is that of the finished file."""
+        """Write the manifest with `run` as the last of the runs; `sha256` is that of the finished file."""
         runs = [*self.runs, *([run] if self.counts.new_rows else [])]
         stats = sum((DecodingStats(tuple(r["histogram"])) for r in runs if "histogram" in r), DecodingStats())
         manifest = {
@@ -376,30 +359,26 @@ def earlier_runs(path: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:
         runs = list(manifest["runs"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"Expected the manifest `{manifest_path(path).name}` beside `{path}`, which holds rows already, got none "
-            f"that can be read ({type(error).__name__}). Pass `--restart` to move the rows aside, or choose another "
-            "output."
+            f"Expected a readable manifest `{manifest_path(path).name}` of the rows in `{path}`, got "
+            f"{type(error).__name__}. Pass `--restart` to move the rows aside, or choose another output."
         ) from error
-    now = {"target": identity["target"], **identity["settings"]}
-    for name in now:
-        if before.get(name) != now[name]:
+    for name, now in {"target": identity["target"], **identity["settings"]}.items():
+        if before.get(name) != now:
             raise ValueError(
-                f"Expected the settings that the answers in `{path}` were written with, but `{name}` was "
-                f"{before.get(name)!r} and is {now[name]!r}. Go on with the same, pass `--restart` to move the old "
-                "answers aside, or choose another output."
+                f"Expected the settings of the answers in `{path}`, but `{name}` was {before.get(name)!r} and is "
+                f"{now!r}. Take the same, pass `--restart` to move the old answers aside, or choose another output."
             )
     return runs
 
 
 def move_aside(path: Path) -> None:
-    """Rename a file of answers, and what lies beside it, to the first free one of `name.1.jsonl`, …."""
+    """Rename a file of answers, its manifest, counts and shards to the first free one of `name.1.jsonl`, …."""
     names = (path.with_name(f"{path.stem}.{n}{path.suffix}") for n in itertools.count(1))
     free = next(name for name in names if not name.exists() and not manifest_path(name).exists())
-    if path.exists():
-        path.rename(free)
-    for suffix in ("manifest.json", "counts.json", "shards"):
-        if beside(path, suffix).exists():
-            beside(path, suffix).rename(beside(free, suffix))
+    suffixes = ("manifest.json", "counts.json", "shards")
+    for old, new in ((path, free), *((beside(path, suffix), beside(free, suffix)) for suffix in suffixes)):
+        if old.exists():
+            old.rename(new)
 
 
 def write_answers(
@@ -418,23 +397,21 @@ def write_answers(
 ) -> Counts:
     """Let the target answer prompts, and write the answers to `out`; answers that are there already are kept.
 
-    A row asks by its `prompt`, its `turns` (texts of a user) or its `messages`. Every turn of the user is answered in
-    order, after the target's own earlier answers; answers in the row are replaced. Rows of `out` are `{"id", "sample",
-    "prompt", "response", "response_ids"}`, or `{"id", "sample", "messages", "response_ids"}` with one list of ids for
-    each answer: the very tokens, up to and with the end token if there is one. Prompts without room for
-    `max_new_tokens` before the last position are left out and counted, as are later turns of a conversation.
+    A row asks by its `prompt`, its `turns` (texts of a user) or its `messages`; answers in it are replaced. Rows of
+    `out` are `{"id", "sample", "prompt", "response", "response_ids"}`, or `{"id", "sample", "messages",
+    "response_ids"}` with one list of ids for each answer: the very tokens, up to and with the end token. Prompts and
+    later turns without room for `max_new_tokens` before the last position are left out and counted.
 
     Greedy answers depend on the prompt alone, up to floating point; samples on `seed` and on the rest of the batch.
     `settings` are fields of [`AnswerSettings`].
 
     Args:
         draft ([`PardDraftModel`], *optional*):
-            Makes generation faster, by `num_assistant_tokens` proposals a round (the draft's own number by default).
-            [`with_pard`] is applied to the target then.
+            Makes generation faster, by `num_assistant_tokens` proposals a round; applies [`with_pard`] to the target.
         batch_size (`int`, *optional*, defaults to 32):
-            Prompts at a time; an interruption loses one batch at most, and the same call continues.
+            Prompts at a time; an interruption loses one batch at most.
         skip_bad_rows (`bool`, *optional*, defaults to `False`):
-            Log rows that ask nothing or that the chat template refuses, and leave them out.
+            Log and leave out rows that ask nothing or that the chat template refuses.
         restart (`bool`, *optional*, defaults to `False`):
             Move earlier answers aside, with their manifest, and begin anew.
         sources (`Sequence[dict]`, *optional*):

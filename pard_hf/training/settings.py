@@ -6,9 +6,8 @@ Only the standard library is imported, so that building the command line loads n
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -21,8 +20,9 @@ COUNTS = (
 
 
 def setting(default: Any, help: str, **metadata: Any) -> Any:
-    """Declare a setting; the keys of `metadata` are listed in [`TrainingSettings`]."""
-    return field(default=default, metadata={"help": help, **metadata})
+    """Declare a setting with a default, or with a type that makes one; [`TrainingSettings`] lists the `metadata`."""
+    default = {"default_factory" if isinstance(default, type) else "default": default}
+    return field(**default, metadata={"help": help, **metadata})
 
 
 @dataclass(kw_only=True)
@@ -49,33 +49,22 @@ class MethodSettings:
         """Name a setting in a message."""
         return f"`{name}`"
 
-    def check_method(self) -> None:
-        """Raise a `ValueError` for a setting of the method outside its choices or its range."""
-        check_choices(self, MethodSettings)
-        check_ranges({name: getattr(self, name) for name in METHOD}, self.label)
-        if self.distillation_temperature <= 0:
-            raise ValueError(
-                f"Expected {self.label('distillation_temperature')} above 0, got {self.distillation_temperature}."
-            )
-        objective_weights(self.objective, self.cross_entropy_weight, self.divergence_weight)
+    def check(self, declared_in: type) -> None:
+        """Raise a `ValueError` for a field of `declared_in` outside its choices or its range."""
+        kinds = get_type_hints(declared_in)
+        for name, kind in kinds.items():
+            value = getattr(self, name)
+            literal = next((one for one in (kind, *get_args(kind)) if get_origin(one) is Literal), None)
+            if literal and value not in (None, *get_args(literal)):
+                choices = ", ".join(get_args(literal))
+                raise ValueError(f"Expected {self.label(name)} to be one of {choices}, got {value!r}.")
+        check_ranges({name: getattr(self, name) for name in kinds}, self.label)
+        objective_weights(
+            self.objective, self.cross_entropy_weight, self.divergence_weight, self.distillation_temperature
+        )
 
 
-def choices_of(kind: Any) -> tuple[Any, ...]:
-    """Return the values of a `Literal` type, optional or not; none for another type."""
-    if get_origin(kind) is Literal:
-        return get_args(kind)
-    return next((get_args(one) for one in get_args(kind) if get_origin(one) is Literal), ())
-
-
-def check_choices(settings: MethodSettings, declared_in: type) -> None:
-    """Raise a `ValueError` for a value that is not among those of its `Literal` type."""
-    for name, kind in get_type_hints(declared_in).items():
-        choices, value = choices_of(kind), getattr(settings, name)
-        if choices and value is not None and value not in choices:
-            raise ValueError(f"Expected {settings.label(name)} to be one of {', '.join(choices)}, got {value!r}.")
-
-
-def check_ranges(values: dict[str, Any], label: Callable[[str], str] = "`{}`".format) -> None:
+def check_ranges(values: Mapping[str, Any], label: Callable[[str], str] = "`{}`".format) -> None:
     """Raise a `ValueError` for a count below 1 or a rate outside [0, 1] among named values."""
     for name, value in values.items():
         if name in COUNTS and value is not None and value < 1:
@@ -85,12 +74,12 @@ def check_ranges(values: dict[str, Any], label: Callable[[str], str] = "`{}`".fo
 
 
 def objective_weights(
-    objective: str, cross_entropy_weight: float | None, divergence_weight: float | None
+    objective: str, cross_entropy_weight: float | None, divergence_weight: float | None, temperature: float
 ) -> tuple[float, float]:
     """Fill in the default weights of cross-entropy and divergence: 1 and 0 for ce, else PARD-2's 0.1 and 1.
 
     Raises:
-        ValueError: A weight is negative, both are 0, or ce has a divergence.
+        ValueError: A weight is negative, both are 0, ce has a divergence, or the temperature is not positive.
     """
     defaults = (1.0, 0.0) if objective == "ce" else (0.1, 1.0)
     given = (cross_entropy_weight, divergence_weight)
@@ -99,11 +88,13 @@ def objective_weights(
         raise ValueError(f"Expected weights of at least 0, one of them positive, got {(cross_entropy, divergence)}.")
     if objective == "ce" and divergence:
         raise ValueError("Expected no divergence weight for the objective 'ce', which has no teacher. Take 'kd'.")
+    if temperature <= 0:
+        raise ValueError(f"Expected a distillation temperature above 0, got {temperature}.")
     return cross_entropy, divergence
 
 
 def name_and_value(word: str) -> tuple[str, Any]:
-    """Split `NAME=VALUE`; the value is read as JSON where it is JSON, else taken as text."""
+    """Split `NAME=VALUE`; a value that is no JSON is text."""
     name, equals, value = word.partition("=")
     if not equals:
         raise ValueError(f"Expected `--training-arguments NAME=VALUE`, got {word!r}. Write `name=value`.")
@@ -113,75 +104,59 @@ def name_and_value(word: str) -> tuple[str, Any]:
         return name, value
 
 
-of_rows, of_evaluation, of_run = (partial(setting, group=group) for group in ("rows", "evaluation", "run"))
-
-
 @dataclass
 class TrainingSettings(MethodSettings):
-    """What one run adapts, on what, into which folder.
+    """The base model, data, folder and numbers of one run.
 
     A field with `help` is a flag of `pard train`: `max_length` is `--max-length`, a `bool` is a switch, a `list` or
-    `dict` takes several values. A field that [`TrainingArguments`] has as well sets it there. Other metadata:
-
-    - `group`: heading in the help; "method" for the fields of [`MethodSettings`];
-    - `argument`: name that the field has in `TrainingArguments`, where it is another;
-    - `record`: whether the provenance holds it, and `identity`, whether a resumed run must not change it;
-    - `none`: the word for `None` on the command line; `const`: the value of a flag that is given without one;
-    - `parse`: function from a word of the command line to a value.
+    `dict` takes several values. A field that [`TrainingArguments`] has as well sets it there, under the name
+    `argument` if it has one. Other metadata: `record` (the provenance holds it), `identity` (a resumed run must not
+    change it), `none` (the word for `None` on the command line), `const` (the value of a flag without one) and `parse`
+    (from a word of the command line to a value).
     """
 
     base: str = field(metadata={"help": "folder or Hub id of a small causal LM of the target's family"})
     data: list[Path] = field(metadata={"help": "training rows, .jsonl or .jsonl.gz"})
     output: Path = field(metadata={"help": "folder for checkpoints and the finished draft"})
 
-    max_length: int = of_rows(512, "tokens of the longest row", identity=True)
-    overlong: Literal["truncate", "drop"] = of_rows("truncate", "cut longer rows, or drop them", identity=True)
-    pack: bool = of_rows(False, "fill sequences with rows that do not see each other", identity=True)
-    chat_template: Path | None = of_rows(None, "file with a chat template, instead of the base model's own")
-    skip_bad_rows: bool = of_rows(False, "leave broken rows out instead of stopping")
+    max_length: int = setting(512, "tokens of the longest row", identity=True)
+    overlong: Literal["truncate", "drop"] = setting("truncate", "cut longer rows, or drop them", identity=True)
+    pack: bool = setting(False, "fill sequences with rows that do not see each other", identity=True)
+    chat_template: Path | None = setting(None, "file with a chat template, instead of the base model's own")
+    skip_bad_rows: bool = setting(False, "leave broken rows out instead of stopping")
 
-    mask_token_id: int | None = setting(
-        None, "id the tokenizer never produces (default: auto)", group="method", none="auto", identity=True
-    )
+    mask_token_id: int | None = setting(None, "id that no text has (default: auto)", none="auto", identity=True)
 
-    target: str | None = of_evaluation(None, "folder or Hub id: teacher of kd and cat, verifier of evaluations")
-    eval_prompts: list[str] = field(
-        default_factory=list,
-        metadata={"help": "files or hub:org/name of held-out prompts; needs --target", "group": "evaluation"},
+    target: str | None = setting(None, "folder or Hub id: teacher of kd and cat, verifier of evaluations")
+    eval_prompts: list[str] = setting(list, "files or hub:org/name of held-out prompts; needs --target")
+    eval_steps: int | None = setting(
+        None, "steps between evaluations, each saves a new best draft (default: --save-steps)"
     )
-    eval_steps: int | None = of_evaluation(
-        None, "steps between evaluations; the best draft is saved (default: --save-steps)"
-    )
-    eval_limit: int = of_evaluation(32, "prompts of each set")
-    eval_batch_size: int = of_evaluation(8, "prompts at a time")
-    eval_max_new_tokens: int = of_evaluation(128, "tokens of each answer")
-    num_assistant_tokens: int | None = of_evaluation(None, "K of evaluations (default: --num-draft-tokens)")
-    early_stopping_patience: int | None = of_evaluation(
-        None, "evaluations in a row without a larger acceptance length that end the run"
+    eval_limit: int = setting(32, "prompts of each set")
+    eval_batch_size: int = setting(8, "prompts at a time")
+    eval_max_new_tokens: int = setting(128, "tokens of each answer")
+    num_assistant_tokens: int | None = setting(None, "K of evaluations (default: --num-draft-tokens)")
+    early_stopping_patience: int | None = setting(
+        None, "end after so many evaluations without a larger acceptance length"
     )
 
-    epochs: float = of_run(1.0, "passes over the rows", argument="num_train_epochs", record=True)
-    max_steps: int = of_run(-1, "optimizer steps, instead of epochs", record=True)
-    batch_size: int = of_run(8, "sequences a step and device", argument="per_device_train_batch_size", record=True)
-    gradient_accumulation_steps: int = of_run(1, "batches a step", record=True)
-    learning_rate: float = of_run(3e-5, "peak learning rate; the paper's for Qwen2.5", record=True)
-    save_steps: int = of_run(200, "steps between checkpoints, the best draft's apart")
-    dtype: str = of_run("float32", "dtype of the draft's weights")
-    target_dtype: str | None = of_run(None, "dtype of the target (default: its checkpoint's; float32 on a CPU)")
-    bf16: bool = of_run(False, "compute in bfloat16; weights keep their dtype")
-    gradient_checkpointing: bool = of_run(False, "recompute activations: less memory, one more forward")
-    attention: Literal["sdpa", "eager", "flex_attention"] = of_run("sdpa", "attention implementation of the draft")
-    device: Literal["auto", "cpu"] = of_run("auto", "cpu keeps off the GPU")
-    report_to: str = of_run("none", "wandb, tensorboard, …")
-    seed: int = of_run(42, "seed of the run", identity=True)
-    restart: bool = of_run(False, "move checkpoints in --output aside and begin anew")
-    training_arguments: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={
-            "help": "NAME=VALUE of any other training argument: warmup_steps=100 lr_scheduler_type=cosine",
-            "group": "run",
-            "parse": name_and_value,
-        },
+    epochs: float = setting(1.0, "passes over the rows", argument="num_train_epochs", record=True)
+    max_steps: int = setting(-1, "optimizer steps, instead of epochs", record=True)
+    batch_size: int = setting(8, "sequences a step and device", argument="per_device_train_batch_size", record=True)
+    gradient_accumulation_steps: int = setting(1, "batches a step", record=True)
+    learning_rate: float = setting(3e-5, "peak learning rate; the paper's for Qwen2.5", record=True)
+    save_steps: int = setting(200, "steps between checkpoints, the best draft's apart")
+    dtype: str = setting("float32", "dtype of the draft's weights")
+    target_dtype: str | None = setting(None, "dtype of the target (default: its checkpoint's; float32 on a CPU)")
+    bf16: bool = setting(False, "compute in bfloat16; weights keep their dtype")
+    gradient_checkpointing: bool = setting(False, "recompute activations: less memory, one more forward")
+    attention: Literal["sdpa", "eager", "flex_attention"] = setting("sdpa", "attention implementation of the draft")
+    device: Literal["auto", "cpu"] = setting("auto", "cpu keeps off the GPU")
+    report_to: str = setting("none", "wandb, tensorboard, …")
+    seed: int = setting(42, "seed of the run", identity=True)
+    restart: bool = setting(False, "move checkpoints in --output aside and begin anew")
+    training_arguments: dict[str, Any] = setting(
+        dict, "NAME=VALUE of any other training argument: warmup_steps=100", parse=name_and_value
     )
     command: str | None = None  # The command line, for the provenance.
 
@@ -189,9 +164,7 @@ class TrainingSettings(MethodSettings):
         return f"`--{name.replace('_', '-')}`"
 
     def __post_init__(self) -> None:
-        self.check_method()
-        check_choices(self, TrainingSettings)
-        check_ranges(vars(self), self.label)
+        self.check(TrainingSettings)
         if self.num_draft_tokens >= self.max_length:
             raise ValueError(
                 f"Expected `--num-draft-tokens` below `--max-length`, got {self.num_draft_tokens} and "
@@ -201,23 +174,24 @@ class TrainingSettings(MethodSettings):
             raise ValueError("Expected the dtype of the draft's weights by name, got 'auto'. 'float32' trains best.")
         if Path(self.output).resolve() == Path(self.base).resolve():
             raise ValueError(
-                f"Expected an `--output` beside the base model, got `{self.output}` for both: the finished draft "
-                "would be written over the base. Name another folder."
+                f"Expected an `--output` beside the base model, got `{self.output}` for both. Name another folder."
             )
         if self.objective != "ce" and self.target is None:
             raise ValueError(f"Expected a target for the objective {self.objective!r}, got none. Name it: `--target`.")
         if self.eval_prompts and self.target is None:
             raise ValueError("Expected a target that evaluations decode with, got none. Name it with `--target`.")
-        if not self.eval_prompts and (self.early_stopping_patience is not None or self.eval_steps is not None):
+        evaluations = (self.eval_steps, self.training_arguments.get("eval_steps"), self.early_stopping_patience)
+        if not self.eval_prompts and any(value is not None for value in evaluations):
             raise ValueError("Expected something to evaluate, got none. Give `--target` and `--eval-prompts`.")
 
 
 METHOD = tuple(one.name for one in fields(MethodSettings))
-# What a resumed run must not change: it decides what is learned.
+METADATA = {one.name: one.metadata for one in fields(TrainingSettings)}
+# A resumed run must not change these: they decide what is learned.
 IDENTITY = (
     *(name for name in METHOD if not name.endswith("learning_rate")),
-    *(one.name for one in fields(TrainingSettings) if "identity" in one.metadata),
+    *(name for name, metadata in METADATA.items() if "identity" in metadata),
 )
-RECORDED = (*METHOD, *(one.name for one in fields(TrainingSettings) if {"record", "identity"} & one.metadata.keys()))
+RECORDED = (*METHOD, *(name for name, metadata in METADATA.items() if {"record", "identity"} & metadata.keys()))
 # Names of the settings in `TrainingArguments`.
-ARGUMENTS = {one.name: one.metadata.get("argument", one.name) for one in fields(TrainingSettings)}
+ARGUMENTS = {name: metadata.get("argument", name) for name, metadata in METADATA.items()}

@@ -32,8 +32,8 @@ from .trainer import Evaluator, PardTrainer, PardTrainingArguments, last_checkpo
 
 logger = logging.getLogger(__name__)
 
-CardMaker = Callable[[dict[str, Any]], str]
-PROBE = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
+Provenance = dict[str, Any]
+CardMaker = Callable[[Provenance], str]
 
 
 def train_draft(
@@ -41,13 +41,9 @@ def train_draft(
     prepare_evaluator: Callable[[TrainingSettings, Any, int], Callable[[Any], Evaluator]] | None = None,
     make_card: CardMaker | None = None,
 ) -> Path:
-    """Adapt a base model into a draft; returns `settings.output`, its folder.
-
-    A run that finds a checkpoint continues from it; with `settings.restart` checkpoints are moved aside.
+    """Adapt a base model into a draft; returns `settings.output`, its folder. A run continues its last checkpoint.
 
     Args:
-        settings ([`TrainingSettings`]):
-            Models, data, folder and numbers.
         prepare_evaluator (`Callable`, *optional*):
             Reads `settings.eval_prompts`, given the settings, the tokenizer and the positions that both models have;
             returns a function from the loaded target to the evaluator of [`PardTrainer`].
@@ -59,8 +55,7 @@ def train_draft(
             target has another tokenizer, or a setting does not fit the base model.
     """
     args = training_arguments(settings)
-    names = [settings.base, *([settings.target] if settings.target else [])]
-    configs = [AutoConfig.from_pretrained(name) for name in names]
+    configs = [AutoConfig.from_pretrained(name) for name in (settings.base, settings.target) if name]
     tokenizer = load_tokenizer(settings)
     check_base(settings, configs[0], tokenizer)
     check_template(tokenizer)
@@ -69,13 +64,9 @@ def train_draft(
     make_evaluator = None
     if settings.eval_prompts and prepare_evaluator is not None:
         make_evaluator = prepare_evaluator(settings, tokenizer, min(map(num_positions, configs)))
+    texts = (row for file in settings.data for row in read_rows(file, settings.skip_bad_rows))
     rows = tokenize_rows(
-        tokenizer,
-        (row for file in settings.data for row in read_rows(file, settings.skip_bad_rows)),
-        settings.max_length,
-        settings.skip_bad_rows,
-        settings.overlong,
-        mask_token_id,
+        tokenizer, texts, settings.max_length, settings.skip_bad_rows, settings.overlong, mask_token_id
     )
     if not rows:
         raise ValueError(f"Expected training rows in {', '.join(map(str, settings.data))}, got none.")
@@ -83,26 +74,20 @@ def train_draft(
     if settings.pack:
         rows = pack_rows(rows, settings.max_length)
         logger.warning("Packed %d rows into %d sequences.", counts["num_rows"], len(rows))
+    loading: dict[str, Any] = {
+        "dtype": settings.dtype,
+        "attn_implementation": settings.attention,
+        "trimmed_vocabulary": False,
+    }
     draft = PardDraftModel.from_pretrained(
-        settings.base,
-        mask_token_id=mask_token_id,
-        correction_head=args.correction_head is not None,
-        trimmed_vocabulary=False,
-        dtype=settings.dtype,
-        attn_implementation=settings.attention,
+        settings.base, mask_token_id=mask_token_id, correction_head=args.correction_head is not None, **loading
     )
     target = None
     if settings.target and (make_evaluator or args.objective != "ce"):
         dtype = settings.target_dtype or ("float32" if args.device.type == "cpu" else "auto")
         target = AutoModelForCausalLM.from_pretrained(settings.target, dtype=dtype, use_safetensors=True)
-    trainer = PardTrainer(
-        draft,
-        args,
-        target=target,
-        evaluator=make_evaluator(target) if make_evaluator else None,
-        train_dataset=rows,
-        processing_class=tokenizer,
-    )
+    evaluator = make_evaluator(target) if make_evaluator else None
+    trainer = PardTrainer(draft, args, target, evaluator, train_dataset=rows, processing_class=tokenizer)
     if settings.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))
     content = provenance_of(settings, trainer, counts, target)
@@ -113,7 +98,7 @@ def train_draft(
 
 
 def training_arguments(settings: TrainingSettings) -> PardTrainingArguments:
-    """Return the arguments of the trainer; with evaluations the draft with the longest blocks is kept."""
+    """Make the trainer's arguments; with evaluations the draft with the largest acceptance length is kept."""
     known = {field.name for field in fields(PardTrainingArguments) if field.init} - {"output_dir"}
     unknown = sorted(settings.training_arguments.keys() - known)
     if unknown:
@@ -129,20 +114,15 @@ def training_arguments(settings: TrainingSettings) -> PardTrainingArguments:
 
 
 def load_tokenizer(settings: TrainingSettings) -> Any:
-    """Load the base model's tokenizer, with the chat template that is asked for, or the target's where it has none.
-
-    Raises:
-        ValueError: The target has another tokenizer.
-    """
+    """Load the base model's tokenizer with the given chat template, or with the target's where it has none."""
     tokenizer = AutoTokenizer.from_pretrained(settings.base)
     if settings.chat_template is not None:
         tokenizer.chat_template = read_text(settings.chat_template)
     if settings.target is None:
         return tokenizer
     of_target = AutoTokenizer.from_pretrained(settings.target)
-    difference = compare_tokenizers(tokenizer, of_target)
-    if any(difference):
-        conflict, num_own, num_foreign = difference
+    conflict, num_own, num_foreign = compare_tokenizers(tokenizer, of_target)
+    if conflict or num_own or num_foreign:
         raise ValueError(
             f"Expected one tokenizer for the base model and the target `{settings.target}`, got others: "
             f"{conflict or f'{num_own + num_foreign} ids are in one of them only'}. Adapt a base of its family."
@@ -161,15 +141,15 @@ def check_base(settings: TrainingSettings, config: Any, tokenizer: Any) -> None:
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= vocab_size:
         raise ValueError(
-            f"Expected a base model with a row for each id of its tokenizer, got ids up to {largest} for {vocab_size} "
-            f"rows in `{base}`. Take the model's own tokenizer, or call `model.resize_token_embeddings`."
+            f"Expected an embedding for each id of the tokenizer, got ids up to {largest} for {vocab_size} rows in "
+            f"`{base}`. Take the model's own tokenizer, or call `model.resize_token_embeddings`."
         )
     if settings.max_length > positions:
         raise ValueError(
             f"Expected `--max-length` within the {positions} positions of the base, got {settings.max_length}."
         )
-    for dtype in {settings.dtype, settings.target_dtype} - {None, "auto"}:
-        named_dtype(str(dtype))
+    for dtype in {settings.dtype, settings.target_dtype or "auto"} - {"auto"}:
+        named_dtype(dtype)
     if settings.correction_head == "frozen" and getattr(config, "pard_token", None) is None:
         raise ValueError(
             f"Expected a draft as the base of a frozen correction head, got `{base}`, whose config has no "
@@ -178,25 +158,20 @@ def check_base(settings: TrainingSettings, config: Any, tokenizer: Any) -> None:
 
 
 def check_template(tokenizer: Any) -> None:
-    """Raise a `ValueError` for a chat template that does not show where an answer begins.
-
-    It does by `{% generation %}` marks; without them a prompt must read the same with and without an answer.
-    """
+    """Raise a `ValueError` for a chat template that neither marks answers nor keeps the prompt before an answer."""
     if tokenizer.chat_template is None or has_marks(tokenizer):
         return
-    remedy = (
-        "Mark answers with `{% generation %}…{% endgeneration %}` in a copy of the template and pass it with "
-        "`--chat-template`."
-    )
+    remedy = "Mark answers by `{% generation %}…{% endgeneration %}` in a copy and pass it with `--chat-template`."
+    messages = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
     try:
-        before = tokenizer.apply_chat_template(PROBE[:1], add_generation_prompt=True, tokenize=False)
-        whole = tokenizer.apply_chat_template(PROBE, tokenize=False)
-    except Exception as error:  # Templates raise what they like.
+        before = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=False)
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # Chat templates raise errors of many kinds.
         raise ValueError(f"Expected a chat template for a question and an answer, got: {error}. {remedy}") from error
-    if not whole.startswith(before) or PROBE[1]["content"] not in whole[len(before) :]:
+    if not whole.startswith(before) or "an answer" not in whole[len(before) :]:
         raise ValueError(
-            f"Expected a chat template that writes the same before an answer with and without it, got {before!r} and "
-            f"{whole!r}: where the answer begins cannot be told. {remedy}"
+            f"Expected a chat template with the same prompt before an answer, got {before!r} and {whole!r}: where the "
+            f"answer begins cannot be told. {remedy}"
         )
 
 
@@ -204,19 +179,15 @@ def warn_of_dropped_addons(settings: TrainingSettings) -> None:
     """Warn of add-ons of the base that the new draft will not have."""
     if settings.correction_head is None and addon_settings(settings.base, CORRECTION_HEAD):
         logger.warning(
-            "The base's correction head is left off: it belongs to the hidden states of a draft that is about to "
-            "change. Train it along with `--correction-head joint`, or a new one on the finished draft with "
-            "`--correction-head frozen`."
+            "The base's correction head is left off, since its hidden states are about to change. Train it along with "
+            "`--correction-head joint`, or a new one on the finished draft with `--correction-head frozen`."
         )
     if addon_settings(settings.base, TRIMMED_VOCABULARY):
-        logger.warning(
-            "The base's trimmed vocabulary is left off: training takes the whole one. Trim the finished draft again "
-            "(`draft.trim_vocabulary`)."
-        )
+        logger.warning("The base's trimmed vocabulary is left off: trim the finished draft (`draft.trim_vocabulary`).")
 
 
 def mask_token_of(settings: TrainingSettings, configs: list[Any], tokenizer: Any) -> int:
-    """Return the named mask token if it is free, that of a base which is a draft already, or choose one."""
+    """Return the named mask token if it is free, that of a base which is a draft, or choose one."""
     named, vocab_size = settings.mask_token_id, configs[0].get_text_config().vocab_size
     if named is None and getattr(configs[0], "pard_token", None) is not None:
         return configs[0].pard_token
@@ -235,9 +206,7 @@ def mask_token_of(settings: TrainingSettings, configs: list[Any], tokenizer: Any
     return named
 
 
-def provenance_of(
-    settings: TrainingSettings, trainer: PardTrainer, counts: dict[str, int], target: Any
-) -> dict[str, Any]:
+def provenance_of(settings: TrainingSettings, trainer: PardTrainer, counts: dict[str, int], target: Any) -> Provenance:
     """Return what `provenance.json` holds of every checkpoint of a run; paths are never recorded."""
     args = trainer.args
     recorded = {
@@ -247,7 +216,11 @@ def provenance_of(
         "lr_scheduler_type": args.lr_scheduler_type,
         "world_size": args.world_size,
     }
-    files = [describe(Path(file)) for file in settings.data]
+    files = []
+    for file in map(Path, settings.data):
+        manifest = manifest_path(file)  # Written by `pard data`.
+        text = manifest.read_text(encoding="utf-8") if manifest.exists() else "null"
+        files.append({"file": file.name, "sha256": sha256_of(file).hexdigest(), "manifest": json.loads(text)})
     models = {"base": shown_model(settings.base), "target": shown_model(settings.target) if settings.target else None}
     identity = {
         "base": models["base"],
@@ -259,20 +232,10 @@ def provenance_of(
     return {**run, "identity": identity, "settings": recorded, "counts": counts, "data": files}
 
 
-def describe(file: Path) -> dict[str, Any]:
-    """Return the name and digest of a file of rows, and the manifest that `pard data` wrote beside it."""
-    manifest = manifest_path(file)
-    return {
-        "file": file.name,
-        "sha256": sha256_of(file).hexdigest(),
-        "manifest": json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else None,
-    }
-
-
 def write_provenance(
-    content: dict[str, Any], make_card: CardMaker | None, folder: Path, step: int, metrics: dict[str, Any]
+    content: Provenance, make_card: CardMaker | None, folder: Path, step: int, metrics: dict[str, Any]
 ) -> None:
-    """Write `provenance.json` and a draft of the model card beside a saved draft."""
+    """Write `provenance.json` and a first model card into the folder of a saved draft."""
     content = {**content, "step": step, "metrics": metrics}
     write_whole(folder / "provenance.json", json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
     if make_card is not None:
@@ -280,17 +243,15 @@ def write_provenance(
 
 
 def checkpoint_to_resume(settings: TrainingSettings, trainer: PardTrainer, identity: dict[str, Any]) -> str | None:
-    """Return the checkpoint to continue from, if there is one; with `settings.restart` move the old ones aside.
+    """Find the checkpoint to continue from, if there is one; with `settings.restart` move the old ones aside.
 
-    Raises:
-        ValueError: The checkpoint was trained with other settings. How a step is spread (batch size, accumulation,
-            devices), the number of steps and the learning rate may change.
+    A `ValueError` names settings that differ from the checkpoint's. How a step is spread (batch size, accumulation,
+    devices), the number of steps and the learning rate may change.
     """
     folder = settings.output / "checkpoints"
     if settings.restart and folder.is_dir() and any(folder.iterdir()) and trainer.is_world_process_zero():
-        folder.rename(
-            next(new for n in itertools.count(1) if not (new := folder.with_name(f"checkpoints.{n}")).exists())
-        )
+        names = (folder.with_name(f"checkpoints.{n}") for n in itertools.count(1))
+        folder.rename(next(name for name in names if not name.exists()))
     trainer.accelerator.wait_for_everyone()
     last = last_checkpoint(folder)
     if last is None:
@@ -301,8 +262,8 @@ def checkpoint_to_resume(settings: TrainingSettings, trainer: PardTrainer, ident
     changed = [f"{name} was {old!r} and is {now.get(name)!r}" for name, old in before.items() if old != now.get(name)]
     if changed:
         raise ValueError(
-            f"Expected the settings of `{Path(last).name}` to continue from it, but {'; '.join(changed)}. Give them "
-            "again, choose another `--output`, or pass `--restart` to move its checkpoints aside."
+            f"Expected the settings of `{Path(last).name}`, but {'; '.join(changed)}. Give them again, choose another "
+            "`--output`, or pass `--restart` to move its checkpoints aside."
         )
     logger.warning("Continuing from %s; pass --restart to begin anew.", last)
     return last

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,9 @@ from ..draft.model import PardDraftModel, check_loadable
 from ..draft.vocabulary import check_head
 from ..generation.stats import DecodingStats
 from ..io import whole_file
-from .collator import DataCollatorForPard, EpochOfCollator
+from .collator import DataCollatorForPard
 from .objective import Objective, check_attention
-from .settings import MethodSettings
+from .settings import MethodSettings, setting
 
 logger = logging.getLogger(__name__)
 
@@ -43,19 +43,17 @@ class PardTrainingArguments(MethodSettings, TrainingArguments):
     """`TrainingArguments` with the settings of PARD; defaults are the paper's."""
 
     # The collator reads columns that no model's forward names.
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Keep False: rows are built of all columns."})
-    restore_callback_states_from_checkpoint: bool = field(
-        default=True, metadata={"help": "A resumed run continues its clock and the patience of early stopping."}
-    )
+    remove_unused_columns: bool = setting(False, "keep False: rows are built of all columns")
+    restore_callback_states_from_checkpoint: bool = setting(True, "continue the clock and patience of a resumed run")
 
     def __post_init__(self) -> None:
-        self.check_method()
+        self.check(MethodSettings)
         if self.label_smoothing_factor:
             raise ValueError("Expected no `label_smoothing_factor`, which these objectives do not have. Leave it out.")
         if self.metric_for_best_model is None:
             self.metric_for_best_model: str | None = "acceptance_length"
             self.greater_is_better = True
-        # transformers wants every save to fall on an evaluation; `SaveBest` saves the best draft when it is found.
+        # transformers wants saves to fall on evaluations; `_determine_best_metric` saves every new best draft.
         keeps_best: bool = self.load_best_model_at_end
         self.load_best_model_at_end: bool = False
         super().__post_init__()
@@ -68,22 +66,19 @@ class PardTrainingArguments(MethodSettings, TrainingArguments):
 
 
 class PardTrainer(Trainer):
-    """Adapt a [`PardDraftModel`] on the kept (anchor, depth) rows.
+    """Adapt a [`PardDraftModel`] on the kept (anchor, depth) rows; everything else is as in [`Trainer`].
 
-    Schedules, mixed precision, distributed training, checkpoints and resuming are those of [`Trainer`].
     `metrics.csv` and `curves.png` beside the checkpoints follow the run. A loss that is not finite ends it and leaves
     the names of the batch's rows in `not_finite.{process}.json`.
 
     Args:
         model ([`PardDraftModel`]):
             The draft; `PardDraftModel.from_causal_lm` makes one of any small causal LM.
-        args ([`PardTrainingArguments`]):
-            Training arguments.
         target ([`PreTrainedModel`], *optional*):
             The teacher, for the objectives `"kd"` and `"cat"`.
         evaluator (`Callable`, *optional*):
-            What `evaluate` measures, such as an [`AcceptanceEvaluator`]: called with the draft and the share `(i, n)`
-            of the prompts that process i of n decodes, returns [`DecodingStats`] of each prompt set.
+            Such as an [`AcceptanceEvaluator`]: called with the draft and the share `(i, n)` of the prompts that
+            process i of n decodes, returns [`DecodingStats`] of each prompt set.
         provenance (`Callable[[Path, int, dict], None]`, *optional*):
             Writes files into the folder of a saved draft, given its step and the metrics of its evaluation.
         train_dataset:
@@ -107,10 +102,8 @@ class PardTrainer(Trainer):
         **kwargs: Any,
     ):
         if not isinstance(model, PardDraftModel):
-            raise ValueError(
-                f"Expected a `PardDraftModel`, got `{type(model).__name__}`. Make one with "
-                "`PardDraftModel.from_causal_lm(model, mask_token_id=…)`."
-            )
+            name = type(model).__name__
+            raise ValueError(f"Expected a `PardDraftModel`, got `{name}`. Take `PardDraftModel.from_causal_lm`.")
         if args.eval_strategy != "no" and evaluator is None:
             raise ValueError("Expected an `evaluator` with an `eval_strategy`, got none. Pass one, or take 'no'.")
         check_loadable(model)
@@ -123,32 +116,32 @@ class PardTrainer(Trainer):
             seed = args.seed if args.data_seed is None else args.data_seed
             method = (args.num_draft_tokens, args.retention_rate, args.min_retention_rate)
             kwargs["data_collator"] = DataCollatorForPard(model.mask_token_id, *method, seed=seed)
-        is_packed = "text_lengths" in next(iter(kwargs.get("train_dataset") or ()), {})
-        check_attention(model, is_packed, device=args.device)
+        check_attention(model, device=args.device)
         check_head(model)
         if target is not None and args.objective != "ce":
-            check_attention(target.eval().requires_grad_(False), is_packed, is_teacher=True)
-            check_head(target)
+            check_head(target.eval().requires_grad_(False))
+            if "text_lengths" in next(iter(kwargs.get("train_dataset") or ()), {}):
+                check_attention(target, is_teacher=True)
         # `Trainer` wants a data set wherever it evaluates; the evaluator has its own.
         super().__init__(model, args, eval_dataset=() if evaluator else None, **kwargs)
         if args.correction_head is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
-                "Expected a correction head to be trained with whole weights on each device, got FSDP or DeepSpeed. "
-                "Take DDP: drafts are small."
+                "Expected whole weights on each device for a correction head, got sharded ones. Take DDP."
             )
         self.model_accepts_loss_kwargs = True  # Labels are counted over the step, and handed to `compute_loss`.
         self._loss_shifts_labels = False
         self.evaluator, self.provenance = evaluator, provenance
-        is_placed = target is None or hasattr(target, "hf_device_map") or any(p.is_meta for p in target.parameters())
-        if target is not None and self.place_model_on_device and not is_placed:
-            target.to(args.device)
+        if target is not None and self.place_model_on_device:
+            if not hasattr(target, "hf_device_map") and not any(p.is_meta for p in target.parameters()):
+                target.to(args.device)
         # The clock comes last: it restarts after tables and plots are written.
-        for callback in (EpochOfCollator(self.data_collator), SaveBest(), MetricsFiles(), TrainingClock()):
-            self.add_callback(callback)
+        for callback in (self.data_collator, MetricsFiles(), TrainingClock()):
+            if isinstance(callback, TrainerCallback):
+                self.add_callback(callback)
 
     @property
     def clock(self) -> TrainingClock:
-        """The clock; a resumed run replaces it by the checkpoint's."""
+        """Find the clock, which a resumed run replaces by the checkpoint's."""
         return next(one for one in self.callback_handler.callbacks if isinstance(one, TrainingClock))
 
     def compute_loss(
@@ -166,13 +159,15 @@ class PardTrainer(Trainer):
 
     def stop_at(self, loss: torch.Tensor, sources: Any) -> None:
         """Save the sources of the batch whose loss is not finite, and end the run."""
-        file = Path(self.args.output_dir) / f"not_finite.{self.args.process_index}.json"
+        file, step = (
+            Path(self.args.output_dir, f"not_finite.{self.args.process_index}.json"),
+            self.state.global_step + 1,
+        )
         file.parent.mkdir(parents=True, exist_ok=True)
-        step = self.state.global_step + 1
         file.write_text(json.dumps({"step": step, "loss": str(loss.item()), "rows": sources}), encoding="utf-8")
         raise FloatingPointError(
-            f"Expected a finite loss in step {step}, got {loss.item()}. The rows of the batch are named in `{file}`. "
-            "Lower the learning rate, or look at these rows; checkpoints before this step are good."
+            f"Expected a finite loss in step {step}, got {loss.item()}. Lower the learning rate, or look at the rows "
+            f"named in `{file}`; checkpoints before this step are good."
         )
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -191,7 +186,7 @@ class PardTrainer(Trainer):
         """Measure acceptance by the evaluator.
 
         Returns:
-            `eval_acceptance_length` (the mean over prompt sets), and of each set `eval_{set}_acceptance_length` and
+            `eval_acceptance_length` (mean over prompt sets), and of each `eval_{set}_acceptance_length` and
             `eval_{set}_position_acceptance_{i}`.
         """
         if self.evaluator is None:
@@ -199,13 +194,23 @@ class PardTrainer(Trainer):
         draft = whole_draft(self.accelerator.unwrap_model(self.model), self.model_wrapped)
         share = self.evaluator(draft, (self.args.process_index, self.args.world_size))
         sets = {name: sum(gather_object([stats]), DecodingStats()) for name, stats in share.items()}
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics_of(sets).items()}
+        lengths = {name: stats.acceptance_length for name, stats in sets.items()}
+        values = {"acceptance_length": sum(lengths.values()) / max(len(sets), 1)}
+        for name, stats in sets.items():
+            values[f"{name}_acceptance_length"] = lengths[name]
+            values |= {f"{name}_position_acceptance_{i}": a for i, a in enumerate(stats.position_acceptance, start=1)}
+        metrics = {f"{metric_key_prefix}_{name}": round(value, 4) for name, value in values.items()}
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        is_best = super()._determine_best_metric(metrics, trial)
+        self.control.should_save |= is_best and self.args.load_best_model_at_end
+        return is_best
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as [`Trainer`] does; `True` resumes from the last checkpoint that was written to its end."""
+        """Train as [`Trainer`] does; `True` resumes from the last complete checkpoint."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
@@ -219,7 +224,7 @@ class PardTrainer(Trainer):
         return output
 
     def load_head(self, folder: str) -> None:
-        """Load the correction head of a checkpoint, in place; `Trainer` loads the draft's own weights."""
+        """Load the weights of a checkpoint's correction head; `Trainer` loads the draft's own."""
         if self.args.correction_head is not None:
             weights = load_file(f"{folder}/{CORRECTION_HEAD}/{WEIGHTS_FILE}")
             self.accelerator.unwrap_model(self.model).correction_head.load_state_dict(weights)
@@ -244,28 +249,24 @@ class PardTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         except (RuntimeError, SafetensorError) as error:  # How torch and safetensors report a disk that is full.
             raise OSError(
-                f"Expected room for a checkpoint in `{self.args.output_dir}`, got: {error}. Make room; the same "
-                "command continues from the checkpoint before."
+                f"Expected room for a checkpoint in `{self.args.output_dir}`, got: {error}. Make room and repeat the "
+                "command."
             ) from error
 
 
 def prepare_head(draft: PardDraftModel, mode: str | None, rank: int) -> None:
-    """Attach the correction head that is to be trained and freeze the draft for `"frozen"`; detach it without `mode`.
-
-    Raises:
-        ValueError: The draft has a head of another rank, or a trimmed vocabulary.
-    """
+    """Attach the correction head that is to be trained, and freeze the draft for `"frozen"`; detach it for `None`."""
     if draft.trimmed_vocabulary is not None:
         raise ValueError(
-            "Expected a draft with its whole vocabulary, got a trimmed one, whose weights would not follow the "
-            "training. Load it with `trimmed_vocabulary=False` and trim it afterwards."
+            "Expected a draft with its whole vocabulary, got a trimmed one. Load it with `trimmed_vocabulary=False` "
+            "and trim it afterwards."
         )
     head = draft.correction_head
     if mode is None:
         if head is not None:
             logger.warning(
-                "The draft's correction head is left off: the hidden states it belongs to are about to change. Train "
-                'it along with `correction_head="joint"`, or a new one on the finished draft.'
+                "The draft's correction head is left off, since the hidden states it belongs to are about to change. "
+                'Train it along with `correction_head="joint"`, or a new one on the finished draft.'
             )
             draft.correction_head = None
         if not any(parameter.requires_grad for parameter in draft.parameters()):
@@ -273,8 +274,8 @@ def prepare_head(draft: PardDraftModel, mode: str | None, rank: int) -> None:
         return
     if head is not None and head.rank != rank:
         raise ValueError(
-            f"Expected the draft's correction head to have the rank {rank}, got {head.rank}. Pass that rank, or load "
-            "the draft with `correction_head=False` to begin a new head."
+            f"Expected a correction head of rank {rank}, got {head.rank}. Pass that rank, or load the draft with "
+            "`correction_head=False` to begin a new one."
         )
     if head is None:
         config = draft.config.get_text_config()
@@ -285,7 +286,7 @@ def prepare_head(draft: PardDraftModel, mode: str | None, rank: int) -> None:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, module: torch.nn.Module, learning_rate: float) -> None:
-    """Move the parameters of a module into groups with a learning rate of their own."""
+    """Give the parameters of a module groups with their own learning rate."""
     own, groups = {id(parameter) for parameter in module.parameters()}, []
     for group in optimizer.param_groups:
         for is_own, rate in ((False, group["lr"]), (True, learning_rate)):
@@ -295,10 +296,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, module: torch.nn.Module,
 
 
 def whole_draft(draft: PardDraftModel, wrapped: Any) -> PardDraftModel:
-    """Return the draft, or a copy with all weights where FSDP has sharded `wrapped`, the wrapper around it.
+    """Return the draft, or a copy with all weights where `wrapped`, the wrapper around it, has sharded them by FSDP.
 
-    Processes decode different prompts in different numbers of rounds, so none may wait for another's shards; only
-    this function must be called by all of them together.
+    All processes call this together; they then decode in different numbers of rounds, without each other's shards.
     """
     is_sharded = isinstance(wrapped, FSDPModule | FullyShardedDataParallel)
     if not is_sharded:
@@ -311,31 +311,12 @@ def whole_draft(draft: PardDraftModel, wrapped: Any) -> PardDraftModel:
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """Find the last checkpoint that was written to its end, which is when `Trainer` writes `trainer_state.json`."""
+    """Find the last complete checkpoint; `Trainer` writes `trainer_state.json` last."""
     steps = []
     for file in Path(folder).glob(f"checkpoint-*/{TRAINER_STATE_NAME}"):
         with suppress(ValueError):  # The file itself was cut short.
             steps.append(json.loads(file.read_text(encoding="utf-8"))["global_step"])
     return f"{folder}/checkpoint-{max(steps)}" if steps else None
-
-
-def metrics_of(sets: dict[str, DecodingStats]) -> dict[str, float]:
-    """Flatten the statistics of prompt sets; their mean weights sets equally."""
-    metrics = {"acceptance_length": sum(stats.acceptance_length for stats in sets.values()) / max(len(sets), 1)}
-    for name, stats in sets.items():
-        metrics[f"{name}_acceptance_length"] = stats.acceptance_length
-        metrics |= {f"{name}_position_acceptance_{i}": a for i, a in enumerate(stats.position_acceptance, start=1)}
-    return {name: round(value, 4) for name, value in metrics.items()}
-
-
-class SaveBest(TrainerCallback):
-    """Save a checkpoint at an evaluation that is the best so far, so that saves need not fall on evaluations."""
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        value = metrics.get(f"eval_{args.metric_for_best_model.removeprefix('eval_')}")
-        if args.load_best_model_at_end and value is not None:
-            sign = 1 if args.greater_is_better else -1
-            control.should_save |= state.best_metric is None or sign * value > sign * state.best_metric
 
 
 class TrainingClock(TrainerCallback, ExportableState):
@@ -387,18 +368,19 @@ class MetricsFiles(TrainerCallback):
         # A step is often both evaluated and saved; the second event adds nothing.
         if state.is_world_process_zero and len(state.log_history) != self.num_written:
             self.num_written = len(state.log_history)
-            write_table(state.log_history, Path(args.output_dir) / "metrics.csv")
-            plot_curves(state.log_history, Path(args.output_dir) / "curves.png")
+            folder = Path(args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_table(state.log_history, folder / "metrics.csv")
+            plot_curves(state.log_history, folder / "curves.png")
 
     on_save = on_train_end = on_evaluate
 
 
 def write_table(history: list[dict[str, Any]], file: Path) -> None:
-    """Write one line for each logging event and one column for each metric, empty where it was not logged."""
+    """Write a row for each logging event and a column for each metric, empty where it was not logged."""
     columns = list(dict.fromkeys(["step", "epoch", *(name for entry in history for name in entry)]))
-    file.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(file) as written, written.open("w", newline="", encoding="utf-8") as out:
-        writer = csv.DictWriter(out, columns, restval="")
+        writer = csv.DictWriter(out, columns)
         writer.writeheader()
         writer.writerows(history)
 
@@ -411,10 +393,11 @@ def plot_curves(history: list[dict[str, Any]], file: Path) -> None:
         logger.warning("No plot at %s: matplotlib is not installed; `metrics.csv` has the numbers.", file)
         return
     ending = "_acceptance_length"
-    lengths = [name for name in dict.fromkeys(sum(map(list, history), [])) if name.endswith(ending)]
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for axis, title, names in zip(axes, ("loss", "acceptance length"), (["loss"], lengths), strict=True):
+    lengths = dict.fromkeys(name for entry in history for name in entry if name.endswith(ending))
+    plot = Figure(figsize=(9, 3.5), layout="constrained")
+    for axis, title, names in zip(
+        plot.subplots(1, 2), ("loss", "acceptance length"), (["loss"], lengths), strict=True
+    ):
         for name in names:
             points = [(entry["step"], entry[name]) for entry in history if name in entry]
             label = name.removeprefix("eval").removesuffix(ending).removeprefix("_") or "mean"
@@ -423,4 +406,4 @@ def plot_curves(history: list[dict[str, Any]], file: Path) -> None:
         if axis.lines:
             axis.legend()
     with whole_file(file) as written:
-        figure.savefig(written, dpi=120, format="png")
+        plot.savefig(written, dpi=120, format="png")
