@@ -473,16 +473,25 @@ class Progress:
         return {"tokens_per_second": round(self.speed, 2), **acceptance}
 
 
-class GroupedHelp(typer.core.TyperCommand):
-    """List flags under the headings of their panels, without the frames of rich, which cut long names."""
+# The first flag of each section of `pard train --help`, and the heading.
+SECTIONS = {
+    "base": "Required", "num_draft_tokens": "Method", "max_length": "Rows", "target": "Evaluation", "epochs": "Run",
+    "help": "Other",
+}  # fmt: skip
+
+
+class HelpInSections(typer.core.TyperCommand):
+    """Show flags under the headings of `SECTIONS`, without the frames of rich, which cut long names."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        flags: dict[str, list[Any]] = {}
+        sections: list[tuple[str, list[Any]]] = []
         for flag in self.get_params(ctx):
-            flags.setdefault(getattr(flag, "rich_help_panel", None) or "Options", []).append(flag)
-        for heading, listed in flags.items():
+            if flag.name in SECTIONS:
+                sections.append((SECTIONS[flag.name], []))
+            sections[-1][1].append(flag.get_help_record(ctx))
+        for heading, records in sections:
             with formatter.section(heading):
-                formatter.write_dl([record for flag in listed if (record := flag.get_help_record(ctx))])
+                formatter.write_dl(records)
 
 
 def train(context: typer.Context, **settings: Any) -> None:
@@ -508,7 +517,6 @@ def _training_flag(setting: dataclasses.Field[Any], kind: Any) -> inspect.Parame
     if get_origin(kind) in (list, dict):
         split = (lambda word: [parse(word)]) if parse else _paths if kind == list[Path] else _words
         kind, option = list[Any], _several(help, split)
-    option.rich_help_panel = "Required" if is_required else setting.metadata.get("group", "method").capitalize()
     default = setting.default
     if default is dataclasses.MISSING:  # Required, or an empty list.
         default = inspect.Parameter.empty if is_required else None
@@ -521,7 +529,7 @@ _kinds = get_type_hints(TrainingSettings)
 _flags = [_training_flag(one, _kinds[one.name]) for one in dataclasses.fields(TrainingSettings) if one.metadata]
 _flags.sort(key=lambda flag: flag.default is not inspect.Parameter.empty)  # The required ones first.
 train.__signature__ = inspect.Signature([inspect.signature(train).parameters["context"], *_flags])  # type: ignore[attr-defined]
-app.command(cls=GroupedHelp)(train)
+app.command(cls=HelpInSections)(train)
 
 
 @app.command()

@@ -100,7 +100,7 @@ def test_bad_input_is_a_sentence(pair_folders, capsys, arguments, message):
 def test_pair_goes_together(pair_folders, capsys):
     assert main(["generate", "hello", *pair_folders[:2]]) == 2
 
-    assert "Expected a draft for the target" in capsys.readouterr().err
+    assert "only a target" in capsys.readouterr().err
 
 
 def test_demo_says_whether_texts_are_identical(pair_folders, capsys):
@@ -234,7 +234,7 @@ def test_help_of_train_has_headings_and_whole_names(capsys):
     assert main(["train", "--help"]) == 0
 
     lines = capsys.readouterr().out.splitlines()
-    headings = ["Required:", "Method:", "Rows:", "Evaluation:", "Run:", "Options:"]
+    headings = ["Required:", "Method:", "Rows:", "Evaluation:", "Run:", "Other:"]
     assert [line for line in lines if line in headings] == headings
     assert any(line.startswith("  --gradient-accumulation-steps <int>") for line in lines)
 
