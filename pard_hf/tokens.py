@@ -12,12 +12,12 @@ Message = dict[str, str]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message], raw: bool = False) -> list[int]:
-    """Encode a prompt, or a conversation up to where its next answer begins.
+    """Encode a prompt, or a conversation up to its next answer.
 
     Args:
         prompt (`str` or `list[dict[str, str]]`):
-            The text of a user, or messages with `role` and `content`. A tokenizer without a chat template gets the
-            contents in order behind its start token, with an end token after each answer.
+            The text of a user, or messages with `role` and `content`. Without a chat template, the contents follow the
+            start token, with an end token after each answer.
         raw (`bool`, *optional*, defaults to `False`):
             Encode a text without the chat template.
     """
@@ -38,18 +38,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mes
 def next_prompt(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], past: list[int], answer: list[int]
 ) -> list[int]:
-    """Encode a conversation up to its next answer and keep the ids of the last one: text encoded again may differ.
+    """Encode a conversation up to its next answer, keeping the ids of the last one: text encoded again may differ.
 
-    Args:
-        messages (`list[dict[str, str]]`):
-            The conversation, the last answer and the messages after it included.
-        past (`list[int]`):
-            Token ids before the last answer.
-        answer (`list[int]`):
-            Token ids of the last answer, with its end token if it has one; empty before the first answer.
-
-    Returns:
-        Ids that begin with `past + answer`; where the template rewrites earlier turns, the ids that it gives.
+    `past` are the ids before the last answer, `answer` its ids with an end token if it has one, or empty before the
+    first. Return ids that begin with `past + answer`, or the template's where it rewrites earlier turns.
     """
     prompt = encode_prompt(tokenizer, messages)
     if not answer:
@@ -71,13 +63,13 @@ def next_prompt(
 
 
 def turn_end_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return the ids that may end a turn: the end token and, for templates that write another, special tokens."""
+    """Return the ids that may end a turn: the end token and, as templates may write another, special tokens."""
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return special if tokenizer.eos_token_id is None else special | {tokenizer.eos_token_id}
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int | None) -> dict[str, torch.Tensor]:
-    """Pad token ids on the left; returns `input_ids` and `attention_mask`, each `[B, longest]`."""
+    """Pad token ids on the left; return `input_ids` and `attention_mask`, each `[B, longest]`."""
     width, pad = max(map(len, rows)), pad_token_id or 0
     return {
         "input_ids": torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows]),
@@ -86,14 +78,14 @@ def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int | None) -> dict[st
 
 
 def until_end(ids: list[int], end_token_ids: Collection[int]) -> list[int]:
-    """Cut ids behind their first end token."""
+    """Cut ids after their first end token."""
     return next((ids[: index + 1] for index, token in enumerate(ids) if token in end_token_ids), ids)
 
 
 class IncrementalDetokenizer:
-    """Decodes tokens as they arrive; the pieces of text, joined, are the text of all.
+    """Decode tokens as they arrive, into pieces whose concatenation is the text of all.
 
-    Tokens are decoded together, and a character whose bytes lie in several tokens is held back until all are there.
+    A character whose bytes are in several tokens is held back until all have arrived.
     """
 
     def __init__(self, tokenizer: Any):
@@ -114,7 +106,7 @@ class IncrementalDetokenizer:
         return new
 
     def rest(self) -> str:
-        """Return what is held back of a text that ends inside a character."""
+        """Return the held-back text, which ends inside a character."""
         return self.decoded()[len(self.shown) :]
 
     def decoded(self) -> str:

@@ -230,6 +230,15 @@ def test_interrupted_command_ends_with_130(monkeypatch, capsys):
     assert capsys.readouterr().err == "pard check: interrupted\n"
 
 
+def test_help_of_train_has_headings_and_whole_names(capsys):
+    assert main(["train", "--help"]) == 0
+
+    lines = capsys.readouterr().out.splitlines()
+    headings = ["Required:", "Method:", "Rows:", "Evaluation:", "Run:", "Other:"]
+    assert [line for line in lines if line in headings] == headings
+    assert any(line.startswith("  --gradient-accumulation-steps <int>") for line in lines)
+
+
 def test_correction_head_without_a_mode_is_frozen():
     words = ["train", "--correction-head", "--base", "b"]
     assert with_head_mode(words) == ["train", "--correction-head=frozen", "--base", "b"]

@@ -1,7 +1,6 @@
 """Optional modules of a draft, saved in subfolders of its checkpoint: correction head and trimmed vocabulary.
 
-Each has a JSON and a safetensors file in a folder of its own. vLLM and TensorRT-LLM take every safetensors file beside
-`config.json` for the draft's weights and do not look into subfolders, so the checkpoint stays an ordinary one.
+vLLM and TensorRT-LLM read every safetensors file next to `config.json` as the draft's weights, but no subfolders.
 """
 
 from __future__ import annotations
@@ -18,27 +17,27 @@ from safetensors.torch import load_file, save_file
 from transformers.utils.hub import cached_file
 
 from .correction_head import CorrectionHead
+from .known_drafts import optional_file
 from .vocabulary import TrimmedVocabulary
 
 CORRECTION_HEAD, TRIMMED_VOCABULARY = ADDONS = "correction_head", "trimmed_vocabulary"
 SETTINGS_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 ADDON_FILES = tuple(f"{addon}/{name}" for addon in ADDONS for name in (SETTINGS_FILE, WEIGHTS_FILE))
 HEAD_SETTINGS = ("vocab_size", "hidden_size", "rank", "num_candidates")
-# Least cosine between hidden states of a draft now and when its head was saved; 16 bit and quantization stay above.
+# Least cosine of a draft's hidden states with those it had when its head was saved; 16 bit and quantization exceed it.
 LEAST_COSINE = 0.97
 HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
-# What reading damaged files raises.
 DAMAGED = (KeyError, IndexError, TypeError, AttributeError, RuntimeError, json.JSONDecodeError, SafetensorError)
 
 
 def is_addon_weight(name: str) -> bool:
-    """Whether a name of the state dict belongs to an add-on and not to the draft's own checkpoint."""
+    """Tell whether a key of the state dict belongs to an add-on."""
     return name.partition(".")[0] in ADDONS
 
 
 @contextmanager
 def without_addons(draft: Any) -> Iterator[None]:
-    """Detach the add-ons inside the context, which leaves the ordinary model."""
+    """Detach the add-ons inside the context."""
     addons = {addon: getattr(draft, addon) for addon in ADDONS}
     for addon in ADDONS:
         setattr(draft, addon, None)
@@ -50,9 +49,9 @@ def without_addons(draft: Any) -> Iterator[None]:
 
 
 def save_addons(draft: Any, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
-    """Write a draft's add-ons into the folder of its checkpoint, and remove the files of those it does not have.
+    """Write a draft's add-ons into the folder of its checkpoint, and remove the files of absent ones.
 
-    `weights` is the state dict given to `save_pretrained`, which holds the head where training has sharded it.
+    `weights` is the state dict given to `save_pretrained`, which holds a head that training has sharded.
     """
     fit_addons(draft)
     head, vocabulary = draft.correction_head, draft.trimmed_vocabulary
@@ -77,7 +76,7 @@ def save_addons(draft: Any, folder: Path, weights: Mapping[str, torch.Tensor]) -
 
 
 def fit_addons(draft: Any) -> None:
-    """Resize the add-ons to the draft's vocabulary, as `resize_token_embeddings` may have changed it."""
+    """Resize the add-ons to the draft's vocabulary, which `resize_token_embeddings` may have changed."""
     num_rows = draft.config.get_text_config().vocab_size
     head, vocabulary = draft.correction_head, draft.trimmed_vocabulary
     if head is not None and head.vocab_size != num_rows:
@@ -87,13 +86,12 @@ def fit_addons(draft: Any) -> None:
 
 
 def addon_settings(name: str, addon: str, **arguments: Any) -> str | None:
-    """The settings file of an add-on beside a checkpoint, a folder or a Hub id; `None` where there is none."""
-    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
-    return cached_file(name, f"{addon}/{SETTINGS_FILE}", **arguments, **quiet)
+    """Find the settings file of an add-on in a folder or Hub repository; `None` where there is none."""
+    return optional_file(name, f"{addon}/{SETTINGS_FILE}", **arguments)
 
 
 def load_addons(draft: Any, name: str, wanted: tuple[str, ...] = ADDONS, **kwargs: Any) -> None:
-    """Load the wanted add-ons beside the checkpoint `name`, a folder or a Hub id; `kwargs` are `from_pretrained`'s.
+    """Load the wanted add-ons of the checkpoint `name`, a folder or a Hub id; `kwargs` are `from_pretrained`'s.
 
     Raises:
         ValueError: An add-on is damaged, or belongs to a draft of another shape, vocabulary or other weights.
@@ -117,14 +115,13 @@ def load_addons(draft: Any, name: str, wanted: tuple[str, ...] = ADDONS, **kwarg
 
 
 def load_head(draft: Any, settings: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    """Attach a saved correction head after comparing its shape and the draft's hidden states with those it had."""
+    """Attach a saved correction head that fits the draft's shape and hidden states."""
     config = draft.config.get_text_config()
     for size in ("vocab_size", "hidden_size"):
         if settings[size] != getattr(config, size):
             raise ValueError(
                 f"Expected a correction head for a {size} of {getattr(config, size)}, got one for {settings[size]}. "
-                "It belongs to another draft: take that draft's folder, remove this one's `correction_head`, or pass "
-                "`correction_head=False`."
+                "Load the draft it belongs to, or pass `correction_head=False`."
             )
     head = CorrectionHead(**{name: settings[name] for name in HEAD_SETTINGS})
     head.load_state_dict(tensors)
@@ -145,7 +142,7 @@ def load_head(draft: Any, settings: dict[str, Any], tensors: dict[str, torch.Ten
 
 @torch.no_grad()
 def signature_of(draft: Any) -> list[float]:
-    """A few last hidden states for fixed tokens and two masks, which tell the draft's weights from others."""
+    """Return a few last hidden states for fixed tokens and two masks, which differ between drafts."""
     was_training = draft.training
     mask = draft.mask_token_id
     ids = torch.tensor([[1, 2, 3, 4, mask, mask]], device=draft.get_input_embeddings().weight.device)
@@ -155,11 +152,11 @@ def signature_of(draft: Any) -> list[float]:
 
 
 def load_vocabulary(draft: Any, settings: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    """Attach a saved trimmed vocabulary; its rows are copied from the draft's LM head."""
+    """Attach a saved trimmed vocabulary with rows of the draft's LM head."""
     vocab_size = draft.config.get_text_config().vocab_size
     if settings["vocab_size"] != vocab_size:
         raise ValueError(
-            f"Expected a trimmed vocabulary of {vocab_size} tokens, got one of {settings['vocab_size']}. It belongs "
-            "to another draft: trim this one's, or pass `trimmed_vocabulary=False`."
+            f"Expected a trimmed vocabulary of {vocab_size} tokens, got one of {settings['vocab_size']}. Trim this "
+            "draft's again, or pass `trimmed_vocabulary=False`."
         )
     draft.trimmed_vocabulary = TrimmedVocabulary(draft, tensors["token_ids"])

@@ -1,8 +1,8 @@
-"""A small sequential head on the parallel draft: logits at a position may depend on the token chosen before it.
+"""A small sequential head on the parallel draft, which makes logits depend on the token chosen before.
 
-The K predictions of one parallel forward are marginals, independent of each other. This head adds to the logits at
-depth k >= 1 a correction `W (E[x] * sigmoid(G h))`, with x the token chosen before (on a tree: the parent), h the
-draft's last hidden state at that position and a rank of 64 to 256: K small products beside the draft's one forward.
+The K predictions of one parallel forward are independent marginals. At depth k >= 1 this head adds to the logits
+`W (E[x] * sigmoid(G h))`, of rank 64 to 256, with x the token before (on a tree: the parent) and h the draft's last
+hidden state at that position.
 Related: Domino (https://huggingface.co/papers/2605.29707), DSpark (https://huggingface.co/papers/2607.05147).
 
 Shapes: B batch size, K positions, V vocabulary size, C `num_candidates`, F tokens that one position may follow.
@@ -19,7 +19,7 @@ DEFAULT_RANK, DEFAULT_NUM_CANDIDATES = 128, 64
 
 
 class CorrectionHead(nn.Module):
-    """The weights of the correction, which is zero until they are trained.
+    """The weights of the correction, which is zero before training.
 
     Args:
         vocab_size (`int`) and hidden_size (`int`):
@@ -27,7 +27,7 @@ class CorrectionHead(nn.Module):
         rank (`int`, *optional*, defaults to 128):
             Width of the head.
         num_candidates (`int`, *optional*, defaults to 64):
-            How many of a position's most likely tokens are corrected while drafting; training corrects all of them.
+            How many of a position's most likely tokens are corrected while drafting; training corrects all tokens.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class CorrectionHead(nn.Module):
         nn.init.zeros_(self.output.weight)
 
     def forward(self, hidden: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
-        """Return what training adds to the logits, `[rows, V]`, for hidden states and the tokens before, `[rows]`."""
+        """Return the correction of all logits, `[rows, V]`, for hidden states and the tokens before, `[rows]`."""
         return self.output(self.previous(previous) * self.gate(hidden).sigmoid())
 
     @torch.no_grad()
@@ -65,24 +65,19 @@ class CorrectionHead(nn.Module):
 
 
 class CorrectedPositions:
-    """The positions of one round, ready to be corrected one by one as the tokens before them are chosen.
+    """The positions of one round, corrected one by one as the tokens before them are chosen.
 
-    Args:
-        hidden (`torch.FloatTensor` of shape `(batch_size, K, hidden_size)`):
-            The draft's last hidden states.
-        scores (`torch.FloatTensor` of shape `(batch_size, K, vocab_size)`):
-            Its logits, with as many columns as the target has.
+    `hidden` `[B, K, hidden_size]` are the draft's last hidden states, `scores` `[B, K, V]` its logits, V the target's.
     """
 
     def __init__(self, head: CorrectionHead, hidden: torch.Tensor, scores: torch.Tensor):
-        weight = head.gate.weight  # A draft may be spread over devices; the head lies on one.
+        weight = head.gate.weight  # A draft may be spread over devices; the head is on one.
         self.head, self.scores = head, scores.to(weight.device, torch.float32)
         self.gates = head.gate(hidden.to(weight)).sigmoid()
         self.best, self.candidates = self.scores.topk(min(head.num_candidates, scores.shape[-1]), dim=-1)
-        # Tokens that only a larger target has are never proposed, and the head has no rows for them.
+        # Tokens that only a larger target has are never proposed; the head has no rows for them.
         self.columns = self.candidates.clamp(max=head.vocab_size - 1)
-        # The uncorrected mass of all other tokens.
-        self.rest = self.scores.scatter(-1, self.candidates, -torch.inf).logsumexp(dim=-1)
+        self.rest = self.scores.scatter(-1, self.candidates, -torch.inf).logsumexp(dim=-1)  # Of all other tokens.
 
     def correction(self, depth: int, previous: torch.Tensor) -> torch.Tensor:
         """Return the corrections `[B, F, C]` of a depth's candidates after each of the tokens `[B, F]`."""
@@ -102,10 +97,7 @@ class CorrectedPositions:
         return scores - torch.logaddexp(scores.logsumexp(dim=-1), rest).unsqueeze(-1)
 
     def chain(self, choose: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Choose position by position; return tokens `[B, K]` and the logits `[B, K, V]` they were chosen from.
-
-        `choose` goes from the logits of a position, `[B, V]`, to tokens `[B]`.
-        """
+        """Choose position by position, from logits `[B, V]`; return tokens `[B, K]` and their logits `[B, K, V]`."""
         tokens, scores = [choose(self.scores[:, 0])], [self.scores[:, 0]]
         for depth in range(1, self.scores.shape[1]):
             correction = self.correction(depth, tokens[-1].unsqueeze(1)).squeeze(1)

@@ -24,10 +24,10 @@ HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only")
 
 @dataclass(frozen=True)
 class KnownDraft:
-    """A published draft, by its Hub id, and the targets it serves.
+    """A published draft and the targets it serves; the last fields are for its card.
 
-    `model_types` and `vocab_sizes` are those of the targets' configs (sizes of one draft differ by padding rows only),
-    `targets` is a regular expression over their Hub ids and `example` one of them. The last fields are for its card.
+    `model_types` and `vocab_sizes` (which differ by padding rows) are those of the targets' configs, `targets` is a
+    regular expression over their Hub ids and `example` one of them.
     """
 
     name: str
@@ -44,7 +44,7 @@ class KnownDraft:
 
     @property
     def needs_export(self) -> bool:
-        """Whether its targets have several vocabulary sizes; vLLM wants a draft with exactly the target's."""
+        """Whether its targets have several vocabulary sizes: vLLM requires the target's."""
         return len(self.vocab_sizes) > 1
 
 
@@ -80,18 +80,17 @@ KNOWN_DRAFTS = (
 def known_draft_for(target: PreTrainedModel | str | Path, **kwargs: Any) -> KnownDraft:
     """Find the published draft that serves a target.
 
-    Where two families share a config, as Qwen2.5 and DeepSeek's distillations of it do, the Hub id or the tokenizer
-    decides.
+    Where two families share a config, such as Qwen2.5 and DeepSeek's distillations, Hub id or tokenizer decides.
 
     Args:
         target ([`PreTrainedModel`] or `str`):
-            A live model, a folder, or a Hub id, of which config and tokenizer are downloaded.
+            A loaded model, a folder, or a Hub id, of which config and tokenizer are downloaded.
         kwargs:
             `token`, `cache_dir` and `local_files_only` as for `from_pretrained`; others are ignored.
 
     Raises:
         OSError: There is no such folder or repository, or the Hub cannot be reached.
-        ValueError: None is known, or several come into question; the message names what comes near and what to do.
+        ValueError: No draft is known, or several fit; the message names the nearest and what to do.
     """
     hub: dict[str, Any] = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
     if isinstance(target, PreTrainedModel):
@@ -120,7 +119,7 @@ def known_draft_for(target: PreTrainedModel | str | Path, **kwargs: Any) -> Know
 
 
 def what_to_load(target: str, fitting: list[KnownDraft], near: list[KnownDraft]) -> str:
-    """Advise on a target without one known draft: of several that fit, of those that come near, of how to train."""
+    """Advise on a target without one known draft: which fit, which are near, how to train one."""
     train = (
         f"train one for this target: `pard data --target {target} --prompts prompts.jsonl --output answers.jsonl`, "
         f"then `pard train --base SMALL-MODEL --target {target} --data answers.jsonl --output my-draft` with a small "
@@ -136,12 +135,17 @@ def what_to_load(target: str, fitting: list[KnownDraft], near: list[KnownDraft])
 
 
 def has_deepseek_turns(name: str, hub: dict[str, Any]) -> bool | None:
-    """Whether the tokenizer of a checkpoint has DeepSeek's turn tokens; `None` where it has no files to read."""
-    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
+    """Tell whether a checkpoint's tokenizer has DeepSeek's turn tokens; `None` where it has no files to read."""
     try:
-        found = [cached_file(name, file, **hub, **quiet) for file in ("tokenizer.json", "tokenizer_config.json")]
-    except (OSError, ValueError):  # The name of a live model may be empty, or that of a folder that is gone.
+        found = [optional_file(name, file, **hub) for file in ("tokenizer.json", "tokenizer_config.json")]
+    except (OSError, ValueError):  # A loaded model may have no name, or that of a deleted folder.
         return None
     texts = [Path(file).read_text(encoding="utf-8") for file in found if file is not None]
     escaped = json.dumps(DEEPSEEK_TURN).strip('"')
     return any(DEEPSEEK_TURN in text or escaped in text for text in texts) if texts else None
+
+
+def optional_file(name: str, file: str, **arguments: Any) -> str | None:
+    """Find a file of a folder or a Hub repository; `None` where it is missing or cannot be fetched."""
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
+    return cached_file(name, file, **arguments, **quiet)

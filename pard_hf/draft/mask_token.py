@@ -6,8 +6,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-# Mask tokens of published drafts, https://huggingface.co/amd. The first is a reserved special token, the others are
-# rows that only pad the vocabulary; in another family any of them may be a word, so each is checked.
+# Mask tokens of published drafts, https://huggingface.co/amd. In another family each may be a word, so it is checked.
 KNOWN_IDS = {128020: "Llama-3", 151665: "Qwen2.5", 151670: "Qwen3"}
 # Conversations that show what a chat template writes.
 MESSAGES = [{"role": role, "content": "x"} for role in ("system", "user", "assistant", "user")]
@@ -17,8 +16,8 @@ RESERVED = re.compile(r"reserved|unused|extra", re.IGNORECASE)
 def choose_mask_token(tokenizer: Any, vocab_size: int, named_ids: Collection[int] = ()) -> tuple[int, str]:
     """Choose an id that no text contains.
 
-    Candidates in order: the ids of published drafts, the first row that only pads the vocabulary, a reserved special
-    token, the last special token without a role that the chat template does not write.
+    Candidates in order: ids of published drafts, the first padding row of the vocabulary, a reserved special token,
+    the last special token that has no role and is not written by the chat template.
 
     Args:
         tokenizer ([`PreTrainedTokenizerBase`]):
@@ -26,13 +25,13 @@ def choose_mask_token(tokenizer: Any, vocab_size: int, named_ids: Collection[int
         vocab_size (`int`):
             Rows of the base model's embedding.
         named_ids (`Collection[int]`, *optional*):
-            Ids that have a role in the model, as [`ids_named_in`] finds them in its configs.
+            Ids that have a role in the model's configs, from [`ids_named_in`].
 
     Returns:
-        The id, and the reason for the choice in words.
+        The id, and the reason for the choice.
 
     Raises:
-        ValueError: Every id is in use; the message tells what to do.
+        ValueError: Every id is in use.
     """
     written = ids_written(tokenizer)
     for known, family in KNOWN_IDS.items():
@@ -54,10 +53,10 @@ def choose_mask_token(tokenizer: Any, vocab_size: int, named_ids: Collection[int
         return last, f"the special token {special[last]!r}, which has no role and which the chat template never writes"
     raise ValueError(
         f"Expected an id below {vocab_size} that no text contains, got none: all {vocab_size} are used. Take a base "
-        "whose vocabulary has rows to spare, or make a token that your texts never contain special in the base's "
-        "tokenizer (`tokenizer.add_special_tokens({'additional_special_tokens': ['…']})`). Enlarging the base "
-        "(`model.resize_token_embeddings(vocab_size + 64)`) comes last: vLLM and assisted generation on an untouched "
-        "target refuse a vocabulary larger than the target's."
+        "with padding rows, or make a token that your texts never contain special in its tokenizer "
+        "(`tokenizer.add_special_tokens({'additional_special_tokens': ['…']})`). Else enlarge the base "
+        "(`model.resize_token_embeddings(vocab_size + 64)`), but then vLLM and assisted generation on an untouched "
+        "target refuse its larger vocabulary."
     )
 
 
@@ -67,13 +66,12 @@ def check_mask_token(tokenizer: Any, mask_token_id: int, named_ids: Collection[i
     if use is not None:
         raise ValueError(
             f"Expected a mask token the tokenizer never produces, got {mask_token_id}, which is {use}. Take a special "
-            f"token that no text contains, or an id from {len(tokenizer)} on where the model's vocabulary is larger; "
-            "`auto` looks for one."
+            f"token that no text contains, an id from {len(tokenizer)} on in a larger vocabulary, or `auto`."
         )
 
 
 def use_of(tokenizer: Any, token_id: int, named_ids: Collection[int], written: Collection[int]) -> str | None:
-    """Describe what an id is used for; `None` for padding rows, and for special tokens without a role."""
+    """Describe the use of an id; `None` for padding rows and special tokens without a role."""
     token = next((token for token, index in tokenizer.get_vocab().items() if index == token_id), None)
     if token is None:
         return None
@@ -91,18 +89,18 @@ def use_of(tokenizer: Any, token_id: int, named_ids: Collection[int], written: C
 
 
 def ids_written(tokenizer: Any) -> set[int]:
-    """Collect the ids that a tokenizer adds to any text and those its chat template writes when it is rendered."""
+    """Collect the ids that a tokenizer adds to any text and that its chat template writes."""
     written = set(tokenizer("")["input_ids"])
     for messages in (MESSAGES, MESSAGES[1:]) if tokenizer.chat_template is not None else ():
         try:
             written.update(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-        except Exception:  # Templates raise errors of any class for roles they do not take.
+        except Exception:  # Templates raise errors of any class for roles that they refuse.
             continue
     return written
 
 
 def ids_named_in(*configs: Any) -> set[int]:
-    """Collect the ids under every `…_token_id` of some configs, one or a list each, except the mask token's."""
+    """Collect the ids under every `…_token_id` of some configs, except the mask token's."""
     named = [
         value
         for config in configs

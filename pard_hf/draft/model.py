@@ -1,7 +1,7 @@
 """The parallel draft model: an ordinary causal LM plus one reserved vocabulary entry, the mask token.
 
-On disk it is the checkpoint of https://huggingface.co/papers/2504.18583 (AMD's drafts): an ordinary directory whose
-config holds `pard_token` and `spd_type: "pard"`; in Python the id is `mask_token_id`.
+On disk it is AMD's checkpoint (https://huggingface.co/papers/2504.18583): an ordinary directory whose config holds
+`pard_token` and `spd_type: "pard"`; in Python the id is `mask_token_id`.
 
 Shapes: B batch size, K `num_assistant_tokens`, V vocabulary size of the draft.
 """
@@ -66,7 +66,7 @@ OTHER_MASK_KEYS = ("mask_token_id", "ptd_token_id", "dspark_noise_token_id", "df
 PUSH_ARGUMENTS = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "revision", "tags")
 # The name in the card of a draft that has not been pushed.
 UNNAMED_DRAFT = "FOLDER-OR-HUB-ID"
-TAGS = ("pard", "speculative-decoding", "parallel-drafting", "draft-model")
+TAGS = ("pard", "speculative-decoding", "parallel-drafting")
 CARD = """
 # {repo_id}
 
@@ -85,9 +85,8 @@ output = with_pard(target).generate(**inputs, assistant_model=draft)
 class PardDraftModel(PreTrainedModel):
     """A causal LM adapted to propose several tokens in one forward pass.
 
-    Feed `K - 1` mask tokens after the last real token and the last `K` positions of the logits are the proposals. An
-    instance is the base model itself under a subclass of its own class: state-dict names, forward and
-    `config.architectures` stay the base model's, and everything `AutoModelForCausalLM` can do with it still works.
+    Fed `K - 1` mask tokens after the last real token, it proposes at the last `K` positions. An instance is the base
+    model under a subclass of its own class: state-dict names, forward and `config.architectures` stay the same.
 
     >>> draft = PardDraftModel.from_pretrained("amd/PARD-Qwen2.5-0.5B", dtype="auto")
     >>> output = target.generate(**inputs, assistant_model=draft, max_new_tokens=64)
@@ -95,8 +94,7 @@ class PardDraftModel(PreTrainedModel):
 
     correction_head: CorrectionHead | None
     trimmed_vocabulary: TrimmedVocabulary | None
-    # Whether the forward takes `logits_to_keep`; an attribute, since compiled steps read it.
-    takes_num_logits: bool
+    takes_num_logits: bool  # Whether the forward takes `logits_to_keep`; an attribute, since compiled steps read it.
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -122,15 +120,15 @@ class PardDraftModel(PreTrainedModel):
                 Overrides the checkpoint's `pard_token`.
             num_assistant_tokens (`int`, *optional*):
                 K, proposals a round; defaults to the checkpoint's, or to 12.
-            correction_head (`bool`, *optional*, defaults to `True`) and trimmed_vocabulary (`bool`, *optional*):
+            correction_head and trimmed_vocabulary (`bool`, *optional*, defaults to `True`):
                 Whether to load these add-ons where the checkpoint has them.
             kwargs:
-                Anything `AutoModelForCausalLM.from_pretrained` takes. `use_safetensors` defaults to `True`, because
-                pickled weights can run code.
+                Go to `AutoModelForCausalLM.from_pretrained`; `use_safetensors` defaults to `True`, since pickled
+                weights can run code.
 
         Raises:
             OSError: There is no such checkpoint, access to it is refused, or the Hub cannot be reached.
-            ValueError: The checkpoint has no mask token, or one outside its vocabulary, or an add-on of another draft.
+            ValueError: The checkpoint has no mask token, one outside its vocabulary, or an add-on of another draft.
         """
         name = pretrained_model_name_or_path
         loaded = AutoModelForCausalLM.from_pretrained(name, *args, **{"use_safetensors": True, **kwargs})
@@ -151,9 +149,9 @@ class PardDraftModel(PreTrainedModel):
 
     @classmethod
     def for_target(cls, target: PreTrainedModel | str, **kwargs: Any) -> PardDraftModel:
-        """Load the published draft of a target: a live model, a folder or a Hub id.
+        """Load the published draft of a target: a loaded model, a folder or a Hub id.
 
-        `kwargs` go to `from_pretrained`. Raises a `ValueError` where none is known, which tells how to train one.
+        `kwargs` go to `from_pretrained`. A `ValueError` where no draft is known tells how to train one.
         """
         return cls.from_pretrained(known_draft_for(target, **kwargs).name, **kwargs)
 
@@ -164,7 +162,7 @@ class PardDraftModel(PreTrainedModel):
         mask_token_id: int,
         num_assistant_tokens: int = DEFAULT_NUM_ASSISTANT_TOKENS,
     ) -> PardDraftModel:
-        """Turn a live causal LM into a draft, in place.
+        """Make a loaded causal LM a draft, in place.
 
         Args:
             model ([`PreTrainedModel`]):
@@ -175,7 +173,7 @@ class PardDraftModel(PreTrainedModel):
                 K, proposals a round, kept in the draft's `generation_config`.
 
         Raises:
-            ValueError: The id lies outside the vocabulary, K is not positive, or the model is an encoder-decoder.
+            ValueError: The id is outside the vocabulary, K is not positive, or the model is an encoder-decoder.
         """
         if not isinstance(model, PreTrainedModel):
             raise ValueError(f"Expected a transformers model, got `{type(model).__name__}`.")
@@ -192,13 +190,12 @@ class PardDraftModel(PreTrainedModel):
             model.config.__dict__.pop(key, None)
         model.config.pard_token = mask_token_id
         model.config.spd_type = "pard"
-        generation_config = model.generation_config
-        generation_config.num_assistant_tokens = num_assistant_tokens
+        config = model.generation_config
+        config.num_assistant_tokens = num_assistant_tokens
         # The stock loop would otherwise change K from round to round and cut proposals by the draft's confidence.
-        generation_config.num_assistant_tokens_schedule = "constant"
-        generation_config.assistant_confidence_threshold = 0.0
-        # A generation config made from the model's config loses keys that transformers does not know when loaded.
-        generation_config._from_model_config = False
+        config.num_assistant_tokens_schedule = "constant"
+        config.assistant_confidence_threshold = 0.0
+        config._from_model_config = False  # Else loading would drop keys that transformers does not have.
         if not isinstance(model, PardDraftModel):
             base: Any = type(model)
             model.__class__ = draft_class(base)
@@ -209,12 +206,12 @@ class PardDraftModel(PreTrainedModel):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go; offloaded weights lie on the meta device between two forwards."""
+        """The device of inputs; offloaded weights are on the meta device between two forwards."""
         return input_device(self)
 
     @property
     def mask_token_id(self) -> int:
-        """The id fed at positions whose token is not known yet (`pard_token` on disk)."""
+        """The id fed at positions to predict (`pard_token` on disk)."""
         return self.config.pard_token
 
     @property
@@ -233,19 +230,16 @@ class PardDraftModel(PreTrainedModel):
         """Propose K tokens in one forward.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
-                The text so far; left-padded where `attention_mask` is 0.
-            attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                1 for text, 0 for padding.
+            input_ids and attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+                The text so far, left-padded where the mask (*optional*) is 0.
             num_assistant_tokens (`int`, *optional*):
                 K; defaults to the draft's own.
             past_key_values ([`DynamicCache`], *optional*):
-                Cache over the first columns of `input_ids`, extended in place. It is left with real tokens only:
-                entries at masks were computed without knowing their neighbours.
+                Cache over the first columns of `input_ids`, extended in place by real tokens only.
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size, K, vocab_size)`: the logits of the K positions after the text,
-            -inf at the mask token. With a correction head each position follows the best tokens before it.
+            -inf at the mask token. With a correction head each position depends on the best tokens before it.
         """
         num_drafts = self.num_assistant_tokens if num_assistant_tokens is None else num_assistant_tokens
         check_num_assistant_tokens(num_drafts, self.config)
@@ -256,12 +250,10 @@ class PardDraftModel(PreTrainedModel):
         past_key_values.activate_past_recording()
         num_past, length = past_key_values.get_seq_length(), input_ids.shape[1]
         masks = input_ids.new_full((len(input_ids), num_drafts - 1), self.mask_token_id)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         # The mask of an earlier call may be shorter or longer than the text; mask tokens are attended like text.
-        visible = torch.nn.functional.pad(
-            attention_mask, (0, length + num_drafts - 1 - attention_mask.shape[1]), value=1
-        )
+        num_missing = length + num_drafts - 1 - attention_mask.shape[1]
+        visible = torch.nn.functional.pad(attention_mask, (0, num_missing), value=1)
         positions = (visible.cumsum(-1) - 1).clamp(min=0, max=num_positions(self.config) - 1)
         logits, hidden = self.position_logits(
             num_drafts,
@@ -274,14 +266,118 @@ class PardDraftModel(PreTrainedModel):
         past_key_values.crop(-(num_drafts - 1))
         return self.chain(self.proposal_scores(logits), hidden, best)[1]
 
+    @torch.no_grad()
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate as the base model does, but propose K tokens to the assisted loop of transformers.
+
+        That loop calls once a round, with `generation_config.is_assistant` set.
+        """
+        generation_config = kwargs.get("generation_config")
+        if isinstance(generation_config, GenerationConfig) and generation_config.is_assistant:
+            return self._generate_as_assistant(*args, **kwargs)
+        return super().generate(*args, **kwargs)
+
+    def trim_vocabulary(self, token_ids: Iterable[int] | str | Path, keep: int | None = None) -> PardDraftModel:
+        """Restrict proposals to some tokens, in place: a smaller product with the LM head, and the same output.
+
+        Args:
+            token_ids (`Iterable[int]` or `str`):
+                The ids that may be proposed, or a file of counts as `pard data` writes it.
+            keep (`int`, *optional*):
+                How many of them, the most frequent first; all by default.
+
+        Raises:
+            ValueError: No id is left, one is outside the vocabulary, or the file holds no counts.
+        """
+        check_head(self)
+        vocab_size = self.config.get_text_config().vocab_size
+        kept = kept_token_ids(token_ids, vocab_size, self.mask_token_id, keep)
+        self.trimmed_vocabulary = TrimmedVocabulary(self, kept)
+        return self
+
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, **kwargs: Any
+    ) -> None:
+        """Save the draft as serving engines load it, with its add-ons in subfolders.
+
+        The config has one mask key, and its rope also under the keys of transformers 4.
+
+        Raises:
+            ValueError: The base model's class would not load these weights (unmerged adapters, say).
+        """
+        weights = state_dict or {}
+        if state_dict is not None:
+            state_dict = {name: tensor for name, tensor in weights.items() if not is_addon_weight(name)}
+        is_pushed = kwargs.pop("push_to_hub", False)  # transformers would upload before the add-ons are written.
+        push = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs}
+        with without_addons(self):
+            if state_dict or state_dict is None:  # DeepSpeed passes an empty one and writes the weights itself.
+                check_loadable(self, state_dict)
+            super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        folder = Path(save_directory)
+        if is_main_process and folder.is_dir():  # transformers logs a path that is a file, and saves nothing.
+            save_addons(self, folder, weights)
+            normalize_config(folder / "config.json")
+            for file in (*folder.glob("*.safetensors"), *(folder / addon / WEIGHTS_FILE for addon in ADDONS)):
+                if file.is_file():  # safetensors writes files that only their owner can read.
+                    file.chmod((folder / "config.json").stat().st_mode)
+            if is_pushed:
+                self.push_to_hub(push.pop("repo_id", folder.name), token=kwargs.get("token"), **push)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        commit_message: str = "Upload PARD draft",
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
+        tags: Iterable[str] | None = None,
+    ) -> CommitInfo:
+        """Upload the draft with its add-ons, tokenizer and card, in one commit.
+
+        A missing repository is created, and `revision` branched from `main`. Files of add-ons that the draft does not
+        have are deleted there, and an existing card is kept. `tokenizer` defaults to that of the checkpoint that the
+        draft was loaded from. `pard check` lists the serving engines that can load the result.
+
+        Raises:
+            OSError: Access is refused.
+            ValueError: The tokenizer produces the mask token; nothing is written.
+        """
+        api = HfApi(library_name="pard_hf", token=token)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            tokenizer = self.own_tokenizer(token) if tokenizer is None else tokenizer
+            if tokenizer is not None:
+                check_mask_token(tokenizer, self.mask_token_id, ids_named_in(self.config, self.generation_config))
+                tokenizer.save_pretrained(folder)
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if revision is not None and not create_pr:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            if not api.file_exists(repo_id, "README.md", revision=revision):
+                self.write_card(Path(folder), repo_id, tags or ())
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+                delete_patterns=[f"{addon}/*" for addon in ADDONS],
+            )
+
     def readable(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Replace ids beyond V, which a target with more padding rows may emit, by mask tokens."""
         return torch.where(input_ids < self.config.get_text_config().vocab_size, input_ids, self.mask_token_id)
 
     def position_logits(self, num_positions: int, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Run the forward and return the logits `[B, num_positions, V]` of the last positions.
+        """Run the forward; return the last positions' logits `[B, num_positions, V]` and hidden states.
 
-        With an add-on their last hidden states `[B, num_positions, hidden_size]` come second, else `None`.
+        The hidden states `[B, num_positions, hidden_size]` are `None` without an add-on.
         """
         if self.correction_head is None and self.trimmed_vocabulary is None:
             if self.takes_num_logits:
@@ -308,23 +404,11 @@ class PardDraftModel(PreTrainedModel):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Choose a token for each of the K positions; return tokens `[B, K]` and their logits `[B, K, V]`.
 
-        `scores` are as [`proposal_scores`] returns them; `choose` goes from logits `[..., V]` to tokens `[...]`.
+        `scores` come from [`proposal_scores`]; `choose` maps logits `[..., V]` to tokens `[...]`.
         """
         if self.correction_head is None or hidden is None:
             return choose(scores), scores
         return CorrectedPositions(self.correction_head, hidden, scores).chain(choose)
-
-    @torch.no_grad()
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Propose where the assisted loop of transformers asks, else generate as the base model does.
-
-        That loop calls its assistant's `generate` once a round with `generation_config.is_assistant` set; it gets K
-        tokens from one forward. A plain `draft.generate(...)` is the base model's.
-        """
-        generation_config = kwargs.get("generation_config")
-        if isinstance(generation_config, GenerationConfig) and generation_config.is_assistant:
-            return self._generate_as_assistant(*args, **kwargs)
-        return super().generate(*args, **kwargs)
 
     def _generate_as_assistant(
         self,
@@ -333,10 +417,10 @@ class PardDraftModel(PreTrainedModel):
         max_new_tokens: int,
         logits_processor: Any = (),
         attention_mask: torch.Tensor | None = None,
-        **others: Any,
+        **kwargs: Any,
     ) -> GenerateDecoderOnlyOutput:
         """Propose `max_new_tokens` tokens; scores are the logits they were drawn from, as the ratio test needs."""
-        past: DynamicCache | None = cache_in(others)
+        past: DynamicCache | None = cache_in(kwargs)
         if past is None:
             past = croppable_cache(self.config)
         drafted = self.draft(input_ids, attention_mask, max_new_tokens, past).float()
@@ -351,128 +435,35 @@ class PardDraftModel(PreTrainedModel):
                 token = step.argmax(dim=-1, keepdim=True)
             scores += (step,)
             input_ids = torch.cat([input_ids, token], dim=1)
-        # Older versions of transformers (5.17) look for an end at the last token of the proposals only.
+        # transformers 5.17 looks for an end token at the last proposal only.
         num_kept = num_until_end(input_ids[:, num_prompt_tokens:], generation_config.eos_token_id)
         input_ids, scores = input_ids[:, : num_prompt_tokens + num_kept], scores[:num_kept]
         return GenerateDecoderOnlyOutput(sequences=input_ids, scores=scores, **{CACHE_NAME: past})
 
-    def trim_vocabulary(self, token_ids: Iterable[int] | str | Path, keep: int | None = None) -> PardDraftModel:
-        """Propose some tokens only, in place: a smaller product with the LM head, and the same output.
-
-        Args:
-            token_ids (`Iterable[int]` or `str`):
-                The ids that may be proposed, or a file of counts as `pard data` writes it.
-            keep (`int`, *optional*):
-                How many of them, the most frequent first; all by default.
-
-        Raises:
-            ValueError: No id is left, one lies outside the vocabulary, or the file holds no counts.
-        """
-        check_head(self)
-        vocab_size = self.config.get_text_config().vocab_size
-        kept = kept_token_ids(token_ids, vocab_size, self.mask_token_id, keep)
-        self.trimmed_vocabulary = TrimmedVocabulary(self, kept)
-        return self
-
-    def save_pretrained(
-        self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, **kwargs: Any
-    ) -> None:
-        """Save the draft as serving engines load it, with its add-ons in subfolders.
-
-        The config has one mask key, and its rope also under the keys of transformers 4.
-
-        Raises:
-            ValueError: The weights are not those that the base model's class would load (live adapters, say).
-        """
-        weights = state_dict or {}
-        if state_dict is not None:
-            state_dict = {name: tensor for name, tensor in weights.items() if not is_addon_weight(name)}
-        is_pushed = kwargs.pop("push_to_hub", False)  # transformers would upload before the add-ons are written.
-        push = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs}
-        with without_addons(self):
-            if state_dict or state_dict is None:  # DeepSpeed passes an empty one and writes the weights itself.
-                check_loadable(self, state_dict)
-            super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
-        folder = Path(save_directory)
-        if is_main_process and folder.is_dir():  # transformers logs a path that is a file, and saves nothing.
-            save_addons(self, folder, weights)
-            normalize_config(folder / "config.json")
-            for file in (*folder.glob("*.safetensors"), *(folder / addon / WEIGHTS_FILE for addon in ADDONS)):
-                if file.is_file():  # safetensors writes files that only their owner may read.
-                    file.chmod((folder / "config.json").stat().st_mode)
-            if is_pushed:
-                self.push_to_hub(push.pop("repo_id", folder.name), token=kwargs.get("token"), **push)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        *,
-        commit_message: str = "Upload PARD draft",
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        max_shard_size: int | str = "50GB",
-        tags: Iterable[str] | None = None,
-    ) -> CommitInfo:
-        """Upload the draft with its add-ons, tokenizer and card, in one commit.
-
-        The repository is created where there is none, and `revision` is branched from `main`. Files of add-ons that
-        the draft does not have are deleted there; a card that is there stays. `tokenizer` defaults to the one beside
-        the checkpoint that the draft was loaded from. `pard check` tells which serving engines can load the result.
-
-        Raises:
-            OSError: Access is refused.
-            ValueError: The mask token is one that the tokenizer produces. Nothing was written then.
-        """
-        api = HfApi(library_name="pard_hf", token=token)
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder, max_shard_size=max_shard_size)
-            tokenizer = self.own_tokenizer(token) if tokenizer is None else tokenizer
-            if tokenizer is not None:
-                check_mask_token(tokenizer, self.mask_token_id, ids_named_in(self.config, self.generation_config))
-                tokenizer.save_pretrained(folder)
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            if revision is not None and not create_pr:
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
-            if not api.file_exists(repo_id, "README.md", revision=revision):
-                self.write_card(Path(folder), repo_id, tags or ())
-            return api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                commit_message=commit_message,
-                commit_description=commit_description,
-                revision=revision,
-                create_pr=create_pr,
-                delete_patterns=[f"{addon}/*" for addon in ADDONS],
-            )
-
     def own_tokenizer(self, token: bool | str | None) -> PreTrainedTokenizerBase | None:
-        """The tokenizer beside the checkpoint that the draft was loaded from, if there is one."""
+        """Load the tokenizer of the checkpoint that the draft was loaded from, if it has one."""
         name, commit = self.config.name_or_path, getattr(self.config, "_commit_hash", None)
         try:
             return AutoTokenizer.from_pretrained(name, revision=commit or "main", token=token, trust_remote_code=False)
         except (OSError, ValueError):
-            logger.warning(
-                "The draft is pushed without a tokenizer, for none lies beside its checkpoint: pass `tokenizer=`."
-            )
+            logger.warning("The draft is pushed without a tokenizer, as its checkpoint has none: pass `tokenizer=`.")
             return None
 
     def write_card(self, folder: Path, repo_id: str, tags: Iterable[str]) -> None:
-        """Write the card and the provenance that `pard train` left beside the checkpoint, else a short card."""
-        source, base = Path(self.config.name_or_path), None
-        if self.config.name_or_path and (source / "provenance.json").is_file():
+        """Write the card and the provenance that `pard train` saved with the checkpoint, else a short card."""
+        source = Path(self.config.name_or_path)
+        is_trained_here = bool(self.config.name_or_path) and (source / "provenance.json").is_file()
+        if is_trained_here:
             shutil.copyfile(source / "provenance.json", folder / "provenance.json")
-            base = json.loads((folder / "provenance.json").read_text(encoding="utf-8")).get("base")
-        if (folder / "provenance.json").is_file() and (source / "README.md").is_file():
+        if is_trained_here and (source / "README.md").is_file():
             card = ModelCard((source / "README.md").read_text(encoding="utf-8").replace(UNNAMED_DRAFT, repo_id))
         else:
-            base = base if base and "/" in base else None  # Not a folder.
             data = ModelCardData(
-                library_name="transformers", pipeline_tag="text-generation", base_model=base, tags=list(TAGS)
+                library_name="transformers", pipeline_tag="text-generation", tags=[*TAGS, "draft-model"]
             )
+            if is_trained_here:
+                base = json.loads((source / "provenance.json").read_text(encoding="utf-8")).get("base")
+                data.base_model = base if base and "/" in base else None  # Not a folder.
             addons = "".join(f", with a {addon.replace('_', ' ')}" for addon in ADDONS if getattr(self, addon))
             text = CARD.format(repo_id=repo_id, num_assistant_tokens=self.num_assistant_tokens, addons=addons)
             card = ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
@@ -481,7 +472,7 @@ class PardDraftModel(PreTrainedModel):
 
 
 def best(scores: torch.Tensor) -> torch.Tensor:
-    """The most likely token of each position."""
+    """Return the most likely token of each position."""
     return scores.argmax(dim=-1)
 
 
@@ -495,10 +486,9 @@ def num_until_end(proposals: torch.Tensor, eos_token_id: torch.Tensor | list[int
 
 @cache
 def draft_class(base: type[PreTrainedModel]) -> type[PardDraftModel]:
-    """Make the drafting subclass of `base`, under the same name, so that a saved config names a known architecture.
+    """Make the drafting subclass of `base` under its name, so that a saved config names a known architecture.
 
-    Its `forward(objective=…)` returns `objective(model, …)`: training computes its loss inside `forward`, which is all
-    that wrappers like DDP and FSDP see. Without an objective the forward is the base model's.
+    Its `forward(objective=…)` returns `objective(model, …)`: DDP and FSDP need the loss computed inside `forward`.
     """
 
     @wraps(base.forward)
@@ -520,7 +510,7 @@ def normalize_config(file: Path) -> None:
 
 
 def legacy_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Return `rope_parameters` as the top-level keys of transformers 4, which has none for a rope that layers vary.
+    """Return `rope_parameters` as the top-level keys of transformers 4, which has none for ropes that vary by layer.
 
     >>> legacy_rope({"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}})
     {'rope_theta': 1000000.0}
@@ -542,11 +532,10 @@ def without_keys(value: Any, keys: tuple[str, ...]) -> Any:
 
 
 def check_loadable(model: PreTrainedModel, weights: Mapping[str, torch.Tensor] | None = None) -> None:
-    """Raise a `ValueError` unless names and shapes of the weights are those that loading the saved config makes.
+    """Raise a `ValueError` unless the weights have the names and shapes of a model made from the config.
 
-    What its class does not have (an adapter, a parametrization) would be left unread, and what the model lacks (a
-    layer taken out) would be filled at random. A quantized model is left to its quantizer; empty tensors, which stand
-    for sharded ones, are compared by name.
+    Others (an adapter, a parametrization) would not be loaded, and missing ones (of a removed layer) would be random.
+    A quantized model is left to its quantizer; empty tensors, which stand for sharded ones, are compared by name.
     """
     if getattr(model, "hf_quantizer", None) is not None:
         return
@@ -571,7 +560,7 @@ def check_loadable(model: PreTrainedModel, weights: Mapping[str, torch.Tensor] |
     ]
     if problems:
         raise ValueError(
-            f"Expected the weights of `{model_class.__name__}` as its config has them, got {' and '.join(problems)}: "
-            "saved and loaded again it would be another draft. Merge adapters first (`merge_and_unload()` of peft), "
-            "remove parametrizations, and correct the config's numbers of layers and rows."
+            f"Expected the weights of `{model_class.__name__}` by its config, got {' and '.join(problems)}: saved, it "
+            "would load as another draft. Merge adapters (`merge_and_unload()` of peft), remove parametrizations, and "
+            "correct the config's sizes."
         )

@@ -1,8 +1,7 @@
 """The LM head apart from a model's forward, and drafting over a part of the vocabulary.
 
-VocabTrim, https://huggingface.co/papers/2506.22694: tokens that a target hardly ever emits need no logit of the
-draft's. A token that is never proposed may cost the rest of a round and is not lost, since the target verifies over
-its whole vocabulary.
+VocabTrim, https://huggingface.co/papers/2506.22694: tokens that a target hardly ever emits need no draft logit.
+One that is never proposed costs the rest of a round, not the token: the target verifies over its whole vocabulary.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 def head_of(model: PreTrainedModel, head: Head | None = None) -> Head:
     """Return the function from last hidden states to logits: the LM head (or `head`), then the family's transform.
 
-    Gemma caps logits, Cohere multiplies and Granite divides them; `check_head` finds families that do otherwise.
+    Gemma caps logits, Cohere multiplies and Granite divides them; `check_head` refuses families that do otherwise.
     """
     config, head = model.config.get_text_config(), head or model.get_output_embeddings()
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
@@ -38,7 +37,7 @@ def head_of(model: PreTrainedModel, head: Head | None = None) -> Head:
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
-    """Raise a `ValueError` where the logits of a model's forward are not those of `head_of`."""
+    """Raise a `ValueError` where the logits of a model's forward differ from those of `head_of`."""
     was_training = model.training
     ids = torch.tensor([[1, 2]], device=input_device(model))
     expected = model.eval()(input_ids=ids, use_cache=False).logits.float()
@@ -47,16 +46,13 @@ def check_head(model: PreTrainedModel) -> None:
     model.train(was_training)
     if not torch.allclose(got, expected, atol=1e-2, rtol=1e-2):
         raise ValueError(
-            f"Expected the logits of `{type(model).__name__}` to be its head's output, got others (largest difference "
-            f"{(got - expected).abs().max():.3g}): its head cannot be run apart from the model. Take another base."
+            f"Expected the logits of `{type(model).__name__}` to be its LM head's output, got others (largest "
+            f"difference {(got - expected).abs().max():.3g}). Take another base."
         )
 
 
 class TrimmedVocabulary(nn.Module):
-    """The kept rows of a draft's LM head: a copy, which does not follow the draft through training.
-
-    `token_ids` (`[num_kept]`, ascending) are the ids that may be proposed.
-    """
+    """A copy of the LM head's rows for `token_ids` (`[num_kept]`, ascending), the ids that may be proposed."""
 
     token_ids: torch.Tensor
 
@@ -85,7 +81,7 @@ def kept_token_ids(
 ) -> torch.Tensor:
     """Return the ids to keep, ascending and without the mask token, which is never proposed.
 
-    `kept` and `keep` are as [`PardDraftModel.trim_vocabulary`] takes them; raises a `ValueError` as that does.
+    `kept`, `keep` and errors are those of [`PardDraftModel.trim_vocabulary`].
     """
     if isinstance(kept, str | Path):
         counts = read_counts(Path(kept))

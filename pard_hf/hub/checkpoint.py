@@ -22,14 +22,9 @@ INDEX_FILE = "model.safetensors.index.json"
 # One of these holds the vocabulary; the other files of a tokenizer only configure it.
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.*", "spiece.model", "*.tiktoken", "tekken.json")
 TOKENIZER_FILES = (
-    *VOCABULARY_FILES,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-    "chat_template.*",
-    "additional_chat_templates/*",
-)
+    *VOCABULARY_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
+    "chat_template.*", "additional_chat_templates/*",
+)  # fmt: skip
 TARGET_FILES = ("config.json", *TOKENIZER_FILES)
 DRAFT_FILES = (*TARGET_FILES, *ADDON_FILES, "generation_config.json", "*.safetensors", INDEX_FILE)
 
@@ -50,7 +45,7 @@ def local_folder(name: str | Path, patterns: tuple[str, ...], **kwargs: Any) -> 
 
 
 def read_json(folder: Path, name: str, missing: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Read a JSON object; return `missing` where there is no such file, or raise a `ValueError` if that is `None`."""
+    """Read a JSON object; without the file, return `missing`, or raise a `ValueError` if that is `None`."""
     if not (folder / name).is_file():
         if missing is not None:
             return missing
@@ -65,16 +60,13 @@ def read_json(folder: Path, name: str, missing: dict[str, Any] | None = None) ->
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of a config that describes the language model, the whole config for most.
-
-    Where that part leaves `vocab_size` to the defaults of its class, as Gemma 3's does, these are filled in.
-    """
+    """Return the part of a config that describes the language model, with defaults where it lacks `vocab_size`."""
     nested = config.get("text_config")
     if not isinstance(nested, dict):
         return config
     if "vocab_size" in nested:
         return nested
-    if "vocab_size" not in config and is_known_model(config):
+    if "vocab_size" not in config and is_known_model(config):  # Gemma 3, for one.
         with suppress(Exception):  # The config may hold anything; `vocab_size` reports what is missing.
             return CONFIG_MAPPING[config["model_type"]].from_dict(config).get_text_config().to_dict()
     return config
@@ -89,22 +81,22 @@ def vocab_size(config: dict[str, Any]) -> int:
 
 
 def is_known_model(config: dict[str, Any]) -> bool:
-    """Tell whether the installed transformers has a config class for the model, not counting code of its own."""
+    """Tell whether the installed transformers has a config class for the model, which has no code of its own."""
     kind = config.get("model_type")
     return isinstance(kind, str) and kind in CONFIG_MAPPING and "auto_map" not in config
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """List the files of a tokenizer; none where no vocabulary is among them."""
+    """List the files of a tokenizer; none without a vocabulary."""
     if not any(path.is_file() for pattern in VOCABULARY_FILES for path in folder.glob(pattern)):
         return []
     return sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()})
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Load the tokenizer beside a checkpoint, without running code of its own."""
+    """Load the tokenizer of a checkpoint, without running its code."""
     if not tokenizer_files(folder):
-        raise ValueError("The checkpoint has no tokenizer. Save the target's beside it.")
+        raise ValueError("The checkpoint has no tokenizer. Save the target's with it.")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # The tokenizers library raises plain `Exception`s.
@@ -114,7 +106,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Name the safetensors files that a loader reads: those of the index file, or else all of the folder."""
+    """Name the safetensors files that a loader reads: those of the index, else all of the folder."""
     if not (folder / INDEX_FILE).is_file():
         return sorted(path.name for path in folder.glob("*.safetensors"))
     weight_map = read_json(folder, INDEX_FILE).get("weight_map")
@@ -124,16 +116,15 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def tensor_shapes(folder: Path) -> dict[str, list[int]]:
-    """Read the shapes of all tensors from the headers of the safetensors files; empty where there are none.
+    """Read the shapes of all tensors from the headers of the safetensors files.
 
-    Raises:
-        ValueError: A file is missing or truncated, or holds no tensor of a name that the index gives it.
+    Raises a `ValueError` where a file or a tensor of the index is missing, or a file is truncated.
     """
     shapes: dict[str, list[int]] = {}
     files = weight_files(folder)
     missing = [name for name in files if not (folder / name).is_file()]
     if missing:
-        raise ValueError(f"{INDEX_FILE} names {', '.join(missing)}, which is not there: download or save it again.")
+        raise ValueError(f"{INDEX_FILE} names {', '.join(missing)}, which is missing: download or save it again.")
     for name in files:
         try:
             with safe_open(folder / name, framework="pt") as tensors:
@@ -147,15 +138,15 @@ def tensor_shapes(folder: Path) -> dict[str, list[int]]:
 
 
 def vocabulary_rows(folder: Path, shapes: dict[str, list[int]]) -> dict[str, int | None]:
-    """Count the rows of the embedding and, unless tied to it, the LM head; `None` where the weights lack one.
+    """Count the rows of the embedding and of an untied LM head, by the names of a model built from the config.
 
-    Their names come from a model that the installed transformers builds from the config, without weights.
+    A count is `None` where the weights lack the tensor.
     """
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # The config may hold anything, and families fail in different ways.
+    except Exception as error:  # The config may hold anything.
         raise ValueError(
             "The transformers installed here builds no causal LM from config.json, so the weights were not compared "
             f"with it ({type(error).__name__}: {first_lines(error)})."

@@ -1,9 +1,9 @@
-"""Would vLLM and TensorRT-LLM load a checkpoint as a parallel draft, and what is wrong if not: the table of rules.
+"""Check whether vLLM and TensorRT-LLM would load a checkpoint as a parallel draft, by a table of rules.
 
 Read in the source of vLLM 0.16.0, 0.32.0 and 0.33.0: `v1/spec_decode/` (mask token, M-RoPE, layers),
-`config/speculative.py` (method, vocabulary, `n_predict`), `transformers_utils/config.py` (what counts as M-RoPE) and
+`config/speculative.py` (method, vocabulary, `n_predict`), `transformers_utils/config.py` (M-RoPE) and
 `config/model.py` (quantization, positions); and of TensorRT-LLM: `_torch/models/modeling_speculative.py`
-(PARDForCausalLM). Neither engine is run here. Which architectures an engine implements is in its own list, not here.
+(PARDForCausalLM). Neither engine is run here, and the architectures that they implement are not checked.
 """
 
 from __future__ import annotations
@@ -60,28 +60,21 @@ POSITION_KEYS = (
 )
 # Ropes whose factor is in the number of positions already.
 SCALED_ROPES = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
-# What config classes of transformers 4 take where the top level of a config has no `rope_theta`.
+# Used by transformers 4 where the top level of a config has no `rope_theta`.
 DEFAULT_ROPE_THETA = 10000.0
 
 Engine = Literal["vLLM", "TensorRT-LLM"]
-# As shown to users, with the releases that the rules hold for.
+# As shown to users, with the releases that the rules cover.
 ENGINES: dict[Engine, str] = {"vLLM": "vLLM >= 0.16", "TensorRT-LLM": "TensorRT-LLM"}
 BOTH: Literal["both"] = "both"
-# Whether a finding is blocking.
-BLOCKING, NOTE = True, False
+BLOCKING, NOTE = True, False  # Whether a finding is blocking.
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing about a checkpoint that an engine's user should know.
+    """A violated rule, with a message that tells what to do and names no folder.
 
-    Args:
-        engine (`str`):
-            `"vLLM"`, `"TensorRT-LLM"` or `"both"`.
-        is_blocking (`bool`):
-            Whether the engine refuses the checkpoint or drafts wrongly from it, at least in some of its releases.
-        message (`str`):
-            What is wrong and what to do, without the names of folders.
+    It is blocking where some release of the engine refuses the checkpoint or drafts wrongly from it.
     """
 
     engine: Engine | Literal["both"]
@@ -90,10 +83,7 @@ class Finding:
 
 
 class Draft:
-    """What the rules look at: the files of a draft and of its target, each read once.
-
-    A `..._problem` is the error message of a reading that failed.
-    """
+    """The files of a draft and its target, each read once; a `…_problem` is the error message of a failed read."""
 
     def __init__(self, config: dict[str, Any], folder: Path, name: str, target_folder: Path | None):
         self.config, self.folder, self.name, self.target_folder = config, folder, name, target_folder
@@ -107,8 +97,7 @@ class Draft:
         found = [part.get("quantization_config", part.get("compression_config")) for part in parts]
         self.quantization = [quantization_method(part) for part in found if part is not None][:1]
         self.shapes, self.weight_problem = tried(tensor_shapes, folder)
-        # Rows of the embedding and the LM head, by the names of their tensors.
-        self.rows: dict[str, int | None] = {}
+        self.rows: dict[str, int | None] = {}  # Of embedding and LM head, by the names of their tensors.
         self.model_problem = None
         if self.shapes and self.vocab_size:
             rows, self.model_problem = tried(vocabulary_rows, folder, self.shapes)
@@ -121,7 +110,7 @@ class Draft:
 
 
 def tried(read: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
-    """Read something; returns it and no problem, or `None` and the problem."""
+    """Return what a function reads, or `None`, and the message of its error, or `None`."""
     try:
         return read(*arguments), None
     except ValueError as error:
@@ -160,7 +149,7 @@ def produced_mask_token(draft: Draft) -> str | None:
 
 
 def architecture(draft: Draft) -> str | None:
-    """Return the class that engines look up; `None` where config.json names none."""
+    """Return the class that engines look up, or `None`."""
     names = draft.config.get("architectures")
     return str(names[0]) if isinstance(names, list) and names else None
 
@@ -171,7 +160,7 @@ def other_architecture(draft: Draft) -> str | None:
 
 
 def rope_of_transformers_5_only(draft: Draft) -> str:
-    """List rope keys without which an engine on transformers 4 silently takes other values than the draft's."""
+    """List the missing rope keys without which an engine on transformers 4 uses other values."""
     missing = {key: value for key, value in legacy_rope(draft.text).items() if key not in draft.text}
     return "" if missing == {"rope_theta": DEFAULT_ROPE_THETA} else ", ".join(f"`{key}`" for key in missing)
 
@@ -186,7 +175,7 @@ def other_number_of_rows(draft: Draft) -> tuple[str, int, int] | None:
 
 
 def method_by_name(text: str) -> tuple[str, str] | None:
-    """Find a word in a name that decides the method in vLLM, and that method."""
+    """Find a word in a name that decides vLLM's method, and that method."""
     return next((found for found in METHODS_BY_NAME.items() if found[0] in text.lower()), None)
 
 
@@ -196,7 +185,7 @@ def method_by_absolute_path(draft: Draft) -> tuple[str, str] | None:
 
 
 def has_mtp_layers(config: dict[str, Any]) -> bool:
-    """Tell whether vLLM takes a model for its layers of multi-token prediction (MTP), a draft of it as well."""
+    """Tell whether vLLM uses a model, also as a draft, for its multi-token prediction (MTP) layers only."""
     kind = str(config.get("model_type"))
     num_layers = config.get("num_nextn_predict_layers")
     return (
@@ -222,7 +211,7 @@ def has_mrope(draft: Draft) -> bool:
 
 
 def ropes(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Iterate over the ropes of a config, as transformers 5 or 4 names them; layers may have several."""
+    """Iterate over the ropes of a config, by the names of transformers 5 and 4; layers may have several."""
     for key in ("rope_parameters", "rope_scaling"):
         rope = config.get(key)
         if isinstance(rope, dict):
@@ -231,7 +220,7 @@ def ropes(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def mixed_layers(draft: Draft) -> tuple[str, str] | None:
-    """Name layers of several kinds, and what helps; with chunked attention vLLM forms no groups of caches."""
+    """List layers of several kinds, and a remedy; with chunked attention vLLM forms no groups of caches."""
     kinds = draft.text.get("layer_types")
     kinds = sorted(set(map(str, kinds))) if isinstance(kinds, list) else []
     if len(kinds) < 2 or "chunked_attention" in kinds:
@@ -242,7 +231,7 @@ def mixed_layers(draft: Draft) -> tuple[str, str] | None:
 
 
 def n_predict(draft: Draft, fits: bool) -> str | None:
-    """Show `n_predict` where K fits it, or where K does not."""
+    """Show an `n_predict` that K fits (or does not)."""
     value, k = draft.config.get("n_predict"), draft.num_drafts
     is_multiple = type(value) is int and value > 1 and k is not None and (k <= value or k % value == 0)
     return None if value is None or (value == 1 or is_multiple) != fits else repr(value)
@@ -275,7 +264,7 @@ def fewer_positions(draft: Draft) -> tuple[float, float] | None:
 
 
 def max_model_len(config: dict[str, Any], tokenizer_folder: Path) -> float:
-    """Count positions as vLLM does, from config and the target's tokenizer; infinite where nothing bounds them."""
+    """Count positions as vLLM does, from config and the target's tokenizer; infinite without a bound."""
     config = text_config(config)
     tokenizer_config = tried(read_json, tokenizer_folder, "tokenizer_config.json")[0] or {}
     numbers = [*(config.get(key) for key in POSITION_KEYS), tokenizer_config.get("model_max_length")]
@@ -291,10 +280,6 @@ def max_model_len(config: dict[str, Any], tokenizer_folder: Path) -> float:
     return min(bounds, default=float("inf")) * factor
 
 
-def lacks_target_tokenizer(draft: Draft) -> bool:
-    return draft.target_folder is not None and draft.tokenizer is not None and draft.difference is None
-
-
 def tokens_of_one_side(draft: Draft) -> str | None:
     difference = draft.difference
     if difference is None or difference.conflict:
@@ -304,25 +289,24 @@ def tokens_of_one_side(draft: Draft) -> str | None:
 
 
 NAME = (
-    f"should hold none of {', '.join(map(repr, METHODS_BY_NAME))}, got one with {{!r}}: vLLM takes the draft for one "
-    "of method {!r}, whatever `method` says. Rename the folder or repository."
+    f"should hold none of {', '.join(map(repr, METHODS_BY_NAME))}, got one with {{!r}}: vLLM takes it for a draft of "
+    "method {!r}, whatever `method` is. Rename the folder or repository."
 )
 MASK_KEY = (
-    "config.json holds {}, which releases of vLLM, 0.33 among them, read before `pard_token`: run `pard export`, or "
-    "remove it."
+    "config.json holds {}, which vLLM (0.33, for one) reads before `pard_token`: run `pard export`, or remove it."
 )
 N_PREDICT = (
-    "Expected no `n_predict` in config.json, got {}: vLLM refuses a larger `num_speculative_tokens` that is no "
-    "multiple of it, and takes it where none is given. Run `pard export`, or remove it."
+    "Expected no `n_predict` in config.json, got {}: vLLM defaults to it and refuses a larger "
+    "`num_speculative_tokens` that is no multiple of it. Run `pard export`, or remove it."
 )
 
-# What engines want of a draft: engine, severity, predicate, message. A predicate returns what fills the gaps of the
-# message, or something falsy where the rule is kept.
+# Engine, severity, predicate, message. A predicate returns what fills the gaps of the message, or something falsy
+# where the rule is met.
 # fmt: off
 RULES: tuple[tuple[Engine | Literal["both"], bool, Callable[[Draft], Any], str], ...] = (
     # Mask token
     (BOTH, BLOCKING, nested_mask_token,
-     "`pard_token` stands in `{}`, and engines read the top level of config.json: move it there."),
+     "`pard_token` stands in `{}`, but engines read the top level of config.json: move it there."),
     (BOTH, BLOCKING, lambda draft: draft.mask_token_id is None and not nested_mask_token(draft),
      "config.json has no `pard_token`, the mask token's id: train a draft with `pard train`, or add it."),
     (BOTH, BLOCKING, lambda draft: type(draft.mask_token_id) not in (int, type(None)) and repr(draft.mask_token_id),
@@ -338,8 +322,7 @@ RULES: tuple[tuple[Engine | Literal["both"], bool, Callable[[Draft], Any], str],
     (BOTH, BLOCKING, lambda draft: architecture(draft) is None,
      "config.json names no architecture: put the base model's class in `architectures`."),
     (BOTH, BLOCKING, other_architecture,
-     "The architecture should be a causal LM (…ForCausalLM), got {}: put the base model's class in "
-     "`architectures`."),
+     "`architectures` should name a causal LM (…ForCausalLM), got {}: put the base model's class there."),
     (BOTH, BLOCKING, lambda draft: draft.vocab_problem, "{}"),
     (BOTH, BLOCKING, rope_of_transformers_5_only,  # https://github.com/vllm-project/vllm/pull/44158
      "config.json has {} in `rope_parameters` only, and engines that run on transformers 4 silently take their "
@@ -359,70 +342,68 @@ RULES: tuple[tuple[Engine | Literal["both"], bool, Callable[[Draft], Any], str],
      "The weights hold no {}: save the checkpoint again."),
     (BOTH, BLOCKING, other_number_of_rows,
      "{} has {} rows, and config.json has `vocab_size` {}: correct the latter."),
-    # What vLLM takes the draft for
+    # vLLM's method and layers
     ("vLLM", BLOCKING, lambda draft: method_by_name(draft.name), f"The draft's name {NAME}"),
     ("vLLM", NOTE, method_by_absolute_path, f"The draft's absolute path, if you pass that, {NAME}"),
     ("vLLM", BLOCKING,
      lambda draft: has_mtp_layers(draft.config) and (draft.config.get("model_type"), architecture(draft)),
-     "Expected a draft of a family that vLLM serves as `draft_model`, got {!r} ({}), of which it takes the layers for "
-     "multi-token prediction (MTP) only, whatever `method` says: use the draft in transformers, or take a base model "
-     "of another family."),
+     "Expected a family that vLLM serves as `draft_model`, got {!r} ({}), of which it uses only the multi-token "
+     "prediction (MTP) layers, whatever `method` is: use the draft in transformers, or a base of another family."),
     ("vLLM", BLOCKING, has_mrope,
-     "Expected a draft with one position a token, got `mrope_section` (M-RoPE) in config.json, which vLLM refuses in "
-     "draft models: take a base model without it."),
+     "Expected a draft with one position a token, got `mrope_section` (M-RoPE) in config.json, which vLLM refuses: "
+     "take a base model without it."),
     ("vLLM", BLOCKING, mixed_layers,
-     "Expected a draft with layers of one kind, got {}: vLLM wants the caches of all its layers in one group and "
-     "stops at its start otherwise. To serve this draft, {}."),
+     "Expected a draft with layers of one kind, got {}: vLLM starts only with the caches of all its layers in one "
+     "group. To serve this draft, {}."),
     ("vLLM", BLOCKING, lambda draft: n_predict(draft, fits=False), N_PREDICT),
     ("vLLM", NOTE, lambda draft: n_predict(draft, fits=True), N_PREDICT),
     ("vLLM", NOTE, lambda draft: draft.quantization in ([None], [""]),
      "`quantization_config` should name a `quant_method`, got none: vLLM reads the weights as not quantized. Name it, "
-     "or remove the key where they are not."),
+     "or remove the key."),
     ("vLLM", BLOCKING,
      lambda draft: ", ".join(repr(method) for method in draft.quantization if method and method not in QUANTIZATIONS),
-     "Expected weights that are not quantized or a `quant_method` that vLLM 0.33 knows, got {}: quantize the draft "
-     "with one of those, such as 'compressed-tensors', 'awq', 'gptq' or 'fp8'."),
+     "Expected no quantization or a `quant_method` that vLLM 0.33 reads, got {}: quantize the draft with one, such as "
+     "'compressed-tensors', 'awq', 'gptq' or 'fp8'."),
     # Draft and target
     ("vLLM", BLOCKING, other_vocab_size,
      "vLLM wants the draft's `vocab_size` to equal the target's {}, got {}: run `pard export --target …`."),
     (BOTH, NOTE, fewer_positions,
      "The draft was made for {0:.0f} positions and the target for {1:.0f}: vLLM drafts for no text of a batch while "
-     "one of them is longer. Serve texts up to {0:.0f} only (vLLM: `--max-model-len {0:.0f}`, TensorRT-LLM: "
-     "`max_seq_len`)."),
+     "one is longer. Limit texts (vLLM: `--max-model-len {0:.0f}`, TensorRT-LLM: `max_seq_len`)."),
     ("vLLM", NOTE, lambda draft: draft.target.keys() & {"vision_config", "audio_config"},
-     "The target reads images or sound: vLLM 0.16 refuses a draft model beside it, and later releases draft from its "
-     "text alone."),
+     "The target reads images or sound: vLLM 0.16 refuses a draft model for it, and later ones draft from text."),
     (BOTH, NOTE, lambda draft: draft.num_drafts is None,
      "generation_config.json names no `num_assistant_tokens`: choose K yourself (`num_speculative_tokens` in vLLM, "
      "`max_draft_len` in TensorRT-LLM), 8 to 12 for most drafts."),
-    # Tokenizers: engines load the target's.
+    # Tokenizers
     (BOTH, NOTE, lambda draft: draft.tokenizer_problem,
-     "{} Engines load the target's, and without the draft's the two cannot be compared."),
-    (BOTH, NOTE, lacks_target_tokenizer,
+     "{} Engines load the target's; the two were not compared."),
+    (BOTH, NOTE,
+     lambda draft: draft.target_folder is not None and draft.tokenizer is not None and draft.difference is None,
      "The target has no tokenizer to compare the draft's with: check it yourself."),
     (BOTH, BLOCKING, lambda draft: draft.difference is not None and draft.difference.conflict,
      "Draft and target must share a tokenizer: {}. Take a draft of the target's family."),
     (BOTH, NOTE, tokens_of_one_side,
-     "{} of one tokenizer, draft's or target's, unknown to the other: drafts stop there."),
+     "{} of one tokenizer, draft's or target's, missing from the other: drafts stop there."),
 )
 # fmt: on
 
 
 def check_draft(draft: str | Path, target: str | Path | None = None, name: str | None = None) -> list[Finding]:
-    """Check whether the engines would load a checkpoint as a parallel draft, from its files and weight headers alone.
+    """Check whether the engines would load a checkpoint as a parallel draft, from its files and weight headers.
 
-    Of the tensors, embedding and LM head are compared with the config; [`export_draft`] loads them all.
+    Of the tensors, only embedding and LM head are compared with the config; [`export_draft`] loads them all.
 
     Args:
         draft (`str`):
             Folder or Hub id of the draft; one on the Hub is downloaded.
         target (`str`, *optional*):
-            Folder or Hub id of the target it is to serve with; only its config and tokenizer are read.
+            Folder or Hub id of its target; only config and tokenizer are read.
         name (`str`, *optional*, defaults to `draft`):
-            Folder or Hub id that vLLM will be given, which decides there what kind of draft it is.
+            Folder or Hub id that vLLM will be given, which may decide its method.
 
     Returns:
-        A list of [`Finding`], the blocking ones first; empty where there is nothing to report.
+        A list of [`Finding`], the blocking ones first.
 
     Raises:
         OSError: There is no such draft or target, or the Hub cannot be reached.

@@ -28,35 +28,31 @@ def export_draft(
 ) -> Path:
     """Write a draft as vLLM (0.16 and later) and TensorRT-LLM load it, and check it; its proposals stay the same.
 
-    vLLM wants exactly the target's number of vocabulary rows. Rows are added at the end of the embedding and of the
-    LM head (see [`pad_vocabulary`]); where the draft has more rows than the target, those that only pad are cut.
-    Tensors keep their dtype, weights are safetensors, and the folder appears whole or not at all.
+    vLLM requires the target's number of vocabulary rows: padding rows are added (see [`pad_vocabulary`]) or cut.
+    Tensors keep their dtype, weights are safetensors, and the folder is written atomically.
 
     Args:
         draft (`str`):
-            Folder or Hub id of the draft; the folder of a training checkpoint does as well.
+            Folder or Hub id of the draft, or folder of a training checkpoint.
         output (`str`):
             Folder to write, not there yet or empty.
         target (`str`, *optional*):
-            Folder or Hub id of the target it is to serve with. Its config gives the number of rows, and its tokenizer
-            is taken where the draft has none.
+            Folder or Hub id of the target, whose config gives the number of rows. A draft without a tokenizer gets
+            the target's.
         pad_vocab_to (`int`, *optional*):
-            Number of rows, where the target is not at hand.
+            Number of rows, without a target.
 
     Returns:
         `Path`: `output`.
 
     Raises:
         OSError: There is no such draft or target, or the Hub cannot be reached.
-        ValueError: The output is in use, rows in use would have to be cut, or no engine would draft with the result,
-            such as for a mask token that the tokenizer produces. What one engine alone would not load is written:
-            [`~engines.check_draft`] reports it.
+        ValueError: The output is in use, rows in use would have to be cut, or neither engine would load the result
+            ([`~engines.check_draft`] reports what one of them would not).
     """
     output = Path(output).absolute()
     if output == Path.cwd():
-        raise ValueError(
-            "Expected an output folder other than the current one, which cannot be renamed. Name a new one."
-        )
+        raise ValueError("Expected an output folder other than the current one, got that. Name a new one.")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"Expected an output folder that is not there yet or empty, got {str(output)!r}.")
     if target is not None and pad_vocab_to is not None:
@@ -70,8 +66,8 @@ def export_draft(
     elif pad_vocab_to is not None:
         pad_vocabulary(model, pad_vocab_to)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as beside:
-        written = Path(beside) / "draft"
+    with TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
+        written = Path(temporary) / "draft"
         model.save_pretrained(written)
         for path in tokenizer_files(tokenizer_folder):
             copy = written / path.relative_to(tokenizer_folder)
@@ -88,7 +84,7 @@ def export_draft(
 
 
 def load_draft(folder: Path) -> PardDraftModel:
-    """Load a draft, or raise a `ValueError` where a tensor is missing, which transformers would draw at random."""
+    """Load a draft; raise a `ValueError` where a tensor is missing, which transformers would initialize at random."""
     if read_json(folder, "config.json").get("quantization_config"):
         raise ValueError("Expected a draft in a floating-point type, got a quantized one: export, then quantize.")
     try:
@@ -104,7 +100,7 @@ def load_draft(folder: Path) -> PardDraftModel:
 
 
 def fit_vocabulary(model: PardDraftModel, num_rows: int, tokenizer_folder: Path) -> None:
-    """Give the draft the target's number of rows; only rows that merely pad are cut."""
+    """Give the draft the target's number of rows; cut padding rows only."""
     if num_rows >= model.config.get_text_config().vocab_size:
         pad_vocabulary(model, num_rows)
         return
@@ -122,16 +118,12 @@ def fit_vocabulary(model: PardDraftModel, num_rows: int, tokenizer_folder: Path)
 def pad_vocabulary(model: PardDraftModel, num_rows: int) -> None:
     """Add rows to embedding and LM head, in place, that never win the argmax and leave all other logits unchanged.
 
-    Each added row is the mean of the existing rows without the mask token's. The head is linear, so its logit is the
-    mean of their logits: never above the largest, and equal to it only where all are equal, when the first wins the
-    argmax. Monotone functions of the logits, such as a soft cap, preserve this. The embedding gets the same mean, so
-    tied weights stay tied. (A row of zeros would win where all other logits are negative, -inf cannot be an embedding,
-    and a copy of a row ties with it.)
-
-    In sampled drafting, by Jensen's inequality, n added rows beside N hold at most n / N of the others' probability.
-    https://nlp.stanford.edu/~johnhew/vocab-expansion.html takes this mean for tokens that are to be trained. In
-    bfloat16 the entries are those of the mean within 0.4 %, which matters only where the largest logit is about as
-    close to the mean of all.
+    Each is the mean of the existing rows without the mask token's, as in
+    https://nlp.stanford.edu/~johnhew/vocab-expansion.html. Its logit is the mean of theirs, also below a soft cap:
+    never above the largest, and equal to it only where all are, when the first wins the argmax. (Zeros would win where
+    all logits are negative, -inf cannot be an embedding, and a copy of a row ties with it.) The embedding gets the
+    same mean, so tied weights stay tied. In sampled drafting, by Jensen's inequality, n rows added to N hold at most
+    n / N of the others' probability. bfloat16 rounds the mean within 0.4 %, which matters only for logits that close.
 
     Raises:
         ValueError: The draft has more than `num_rows` rows.
@@ -144,7 +136,6 @@ def pad_vocabulary(model: PardDraftModel, num_rows: int) -> None:
     model.resize_token_embeddings(num_rows, mean_resizing=False)
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
-    # Tied weights get the same values twice.
     for rows in (embedding.weight, head.weight, getattr(head, "bias", None)):
         if rows is not None:
             others = rows[:size].sum(0, dtype=torch.float64) - rows[model.mask_token_id].double()

@@ -1,8 +1,7 @@
-"""Render model cards from what files hold: config, provenance, results and the table of known drafts.
+"""Render model cards from config, provenance, results and the table of known drafts.
 
-The text is `templates/draft_card.md`. No number in a card is typed by hand, and what was not measured or not stated is
-shown as missing. `templates/published.json` quotes what others published about their drafts; none of it was measured
-here.
+The text is `templates/draft_card.md`. No number is typed by hand, and what was not measured or stated is shown as
+missing. `templates/published.json` quotes what others published about their drafts, not measured here.
 """
 
 from __future__ import annotations
@@ -19,22 +18,18 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..draft.addons import CORRECTION_HEAD, SETTINGS_FILE
 from ..draft.known_drafts import KNOWN_DRAFTS, KnownDraft
-from ..draft.model import UNNAMED_DRAFT
+from ..draft.model import DEFAULT_NUM_ASSISTANT_TOKENS, TAGS, UNNAMED_DRAFT
 from ..loading import bundled_pair
 from .checkpoint import local_folder, read_json, tensor_shapes, text_config
 
 TEMPLATES = Path(__file__).parent / "templates"
 PUBLISHED: dict[str, list[dict[str, str]]] = json.loads((TEMPLATES / "published.json").read_text(encoding="utf-8"))
-TAGS = ("pard", "speculative-decoding", "parallel-drafting")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-DEFAULT_NUM_DRAFTS = 12
 PLACEHOLDER = "YOUR-TARGET"
+HEAD_FILE = f"{CORRECTION_HEAD}/{SETTINGS_FILE}"
 BUNDLED = ("bundled-draft", "bundled-target")
-CARD_FILES = (
-    *("config.json", "generation_config.json", "provenance.json", "README.md"),
-    f"{CORRECTION_HEAD}/{SETTINGS_FILE}",
-)
-# Metadata of a card that files do not hold, so that it is kept when the card is rendered again.
+CARD_FILES = ("config.json", "generation_config.json", "provenance.json", "README.md", HEAD_FILE)
+# Metadata that no other file holds, kept when a card is rendered again.
 STATED = ("license", "license_name", "license_link", "language", "datasets", "base_model")
 ROUTES = {
     "ar_plus": "plain, compiled",
@@ -53,10 +48,9 @@ PARD_ROUTES = ("tier2", "tier2_compiled", "tier1", "adaptive", "adaptive_compile
 class CardSource:
     """What a card is rendered from.
 
-    `config`, `provenance` and `correction_head` are JSON files of the checkpoint, `results` those of result files with
-    their names under `file`, and `known` is the row of a draft that others have published. `metadata` has `license`,
-    `license_name`, `license_link`, `language`, `datasets` and `base_model` as the user states them, which win over
-    files; `tags` come beside those of every card.
+    `config`, `provenance` and `correction_head` are JSON files of the checkpoint, `results` result files with their
+    names under `file`, `known` the entry of a draft published by others. `metadata` has the keys of `STATED`, which
+    win over files; `tags` are added to those of every card.
     """
 
     name: str
@@ -80,19 +74,19 @@ def all_names() -> list[str]:
 
 
 def card_source(name: str, results: Sequence[str | Path] = (), **stated: Any) -> CardSource:
-    """Collect what is known of a checkpoint.
+    """Collect what a checkpoint's card is rendered from.
 
     Args:
         name (`str`):
             `bundled-draft`, `bundled-target`, a known draft (which is not downloaded), a folder, or a Hub id.
         results (`Sequence[str]`, *optional*):
-            Result files, and folders of which those files are taken that name the checkpoint.
+            Result files, and folders, of which the files about the checkpoint are read.
         stated:
-            Fields of [`CardSource`] or of its `metadata`, before what files hold.
+            Fields of [`CardSource`] or of its `metadata`, which win over files.
 
     Raises:
         OSError: There is no such folder, file or repository, or the Hub cannot be reached.
-        ValueError: A file is not what it should be.
+        ValueError: A file is damaged or of another kind.
     """
     fields: dict[str, Any] = {key: stated.pop(key) for key in ("target", "tags") if stated.get(key)}
     metadata = {key: value for key, value in stated.items() if value}
@@ -113,7 +107,7 @@ def card_source(name: str, results: Sequence[str | Path] = (), **stated: Any) ->
         config=read_json(folder, "config.json"),
         num_assistant_tokens=read_json(drafting, "generation_config.json", {}).get("num_assistant_tokens"),
         num_parameters=sum(map(prod, shapes.values())) or None,
-        correction_head=read_json(folder / CORRECTION_HEAD, SETTINGS_FILE, {}),
+        correction_head=read_json(folder, HEAD_FILE, {}),
         provenance=read_json(folder, "provenance.json", {}),
         results=load_results(results, measured),
         metadata={**stated_in(about / "README.md"), **metadata},
@@ -122,7 +116,7 @@ def card_source(name: str, results: Sequence[str | Path] = (), **stated: Any) ->
 
 
 def stated_in(card: Path) -> dict[str, Any]:
-    """Return the metadata of a card that is there already and that no other file holds."""
+    """Read the `STATED` metadata of an existing card."""
     if not card.is_file():
         return {}
     data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
@@ -130,7 +124,7 @@ def stated_in(card: Path) -> dict[str, Any]:
 
 
 def load_results(paths: Sequence[str | Path], name: str) -> tuple[dict[str, Any], ...]:
-    """Read result files, and in folders those about `name`."""
+    """Read result files, and of folders those about `name`."""
     files = [(path, [path] if not path.is_dir() else sorted(path.glob("*.json"))) for path in map(Path, paths)]
     results = [(path, load_result(file)) for path, found in files for file in found]
     return tuple(result for path, result in results if not path.is_dir() or is_about(result, name))
@@ -147,25 +141,21 @@ def load_result(path: Path) -> dict[str, Any]:
 
 
 def is_about(result: dict[str, Any], name: str) -> bool:
-    """Tell whether a result was measured with the checkpoint itself, not with one of random layers added (`scale`).
+    """Tell whether a result is about a checkpoint: by its `draft`, else by its file name (`bundled_pair.json`).
 
-    Files that name no draft are about the one that their own name begins with, such as `bundled_pair.json`.
+    Results with random layers added (`scale`) are not.
     """
     is_measurement = not result.get("scale") and ("cells" in result or "sets" in result)
     return is_measurement and bool(result.get("draft", result["file"].split("_")[0]) == name)
 
 
 def draft_card(provenance: dict[str, Any]) -> str:
-    """Render the card of a training checkpoint from its provenance.json, before it has a name."""
+    """Render the card of a training checkpoint, which has no name yet, from its provenance."""
     return str(model_card(CardSource(name=UNNAMED_DRAFT, provenance=provenance)))
 
 
 def model_card(source: CardSource) -> ModelCard:
-    """Render a card.
-
-    Raises:
-        ValueError: A result is of no known form, or the metadata is not what the Hub takes.
-    """
+    """Render a card; raise a `ValueError` for a result of unknown form or metadata that the Hub refuses."""
     known, provenance = source.known, source.provenance
     base = known.base_model if known else provenance.get("base")
     return ModelCard.from_template(
@@ -176,7 +166,7 @@ def model_card(source: CardSource) -> ModelCard:
         title=f"PARD draft of {base}" if base and not known else source.name,
         base=base,
         target=source.target or (known.example if known else None) or provenance.get("target") or PLACEHOLDER,
-        num_drafts=source.num_assistant_tokens or DEFAULT_NUM_DRAFTS,
+        num_drafts=source.num_assistant_tokens or DEFAULT_NUM_ASSISTANT_TOKENS,
         text=text_config(source.config),
         trained=training_table(provenance.get("metrics") or {}),
         results=[(result, result_table(result)) for result in source.results],
@@ -189,7 +179,7 @@ def card_data(source: CardSource) -> ModelCardData:
     stated, known = source.metadata, source.known
     base = stated.get("base_model") or (known.base_model if known else None) or source.provenance.get("base")
     base_model = base if isinstance(base, str) and HUB_ID.fullmatch(base) else None
-    # What a pair reaches is measured with the draft, and belongs on its card only.
+    # Measurements of a pair belong on the draft's card only.
     results = [] if source.is_target else [one for result in source.results for one in evaluation_results(result)]
     relation: dict[str, Any] = {"base_model_relation": "finetune"} if base_model else {}
     return ModelCardData(
@@ -209,7 +199,7 @@ def card_data(source: CardSource) -> ModelCardData:
 
 
 def datasets_of(provenance: dict[str, Any]) -> Iterator[str]:
-    """Find the Hub ids of the data sets that manifests name, as `hub:org/name:split:field` or by themselves."""
+    """Find the Hub ids of the data sets (`hub:org/name:split:field`) that manifests name."""
     for file in provenance.get("data") or ():
         manifest = file.get("manifest") if isinstance(file, dict) else None
         for entry in (manifest or {}).get("sources") or ():
@@ -219,7 +209,7 @@ def datasets_of(provenance: dict[str, Any]) -> Iterator[str]:
 
 
 def training_table(metrics: dict[str, Any]) -> list[list[str]]:
-    """Tabulate the last evaluation of training, one row a prompt set; empty where none ran."""
+    """Tabulate the last evaluation of training, one row a prompt set."""
     rows = []
     for name in re.findall(r"^eval_(.+)_acceptance_length$", "\n".join(metrics), flags=re.MULTILINE):
         shares: list[str] = []
@@ -258,7 +248,7 @@ def speed_table(cells: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def acceptance_length(routes: dict[str, dict[str, Any]]) -> float | None:
-    """Return τ of the first parallel route there is; all propose the same, but for adaptive K."""
+    """Return τ of the first parallel route; all but adaptive K propose the same."""
     return next((routes[name].get("acceptance_length") for name in PARD_ROUTES if name in routes), None)
 
 
@@ -268,10 +258,8 @@ def acceptance_table(sets: dict[str, Any], num_drafts: int | None) -> list[list[
         found = measured["acceptance"]
         shares = " ".join(f"{share:.2f}" for share in found.get("position_acceptance", ())) or "not measured"
         length, rate = f"{found['acceptance_length']:.2f}", formatted(found.get("acceptance_rate"), ".2f")
-        identical = formatted(found.get("identical_share"), ".0%")
-        rows.append(
-            [f"`{name}`", str(found["num_prompts"]), formatted(num_drafts, "d"), length, rate, shares, identical]
-        )
+        number, identical = str(found["num_prompts"]), formatted(found.get("identical_share"), ".0%")
+        rows.append([f"`{name}`", number, formatted(num_drafts, "d"), length, rate, shares, identical])
     return rows
 
 
@@ -280,7 +268,7 @@ def formatted(value: float | None, form: str) -> str:
 
 
 def evaluation_results(result: dict[str, Any]) -> Iterator[EvalResult]:
-    """Make metadata of the measurements at batch size 1, and of whole prompt sets."""
+    """Make metadata of measurements at batch size 1 and over whole prompt sets."""
     conditions = {key: result.get(key) for key in ("device", "dtype", "decoding", "file")}
     for cell in result.get("cells", ()):
         if cell["batch_size"] != 1:

@@ -119,13 +119,12 @@ class TrainingSettings(MethodSettings):
     data: list[Path] = field(metadata={"help": "training rows, .jsonl or .jsonl.gz"})
     output: Path = field(metadata={"help": "folder for checkpoints and the finished draft"})
 
+    mask_token_id: int | None = setting(None, "id that no text has (default: auto)", none="auto", identity=True)
     max_length: int = setting(512, "tokens of the longest row", identity=True)
     overlong: Literal["truncate", "drop"] = setting("truncate", "cut longer rows, or drop them", identity=True)
     pack: bool = setting(False, "fill sequences with rows that do not see each other", identity=True)
     chat_template: Path | None = setting(None, "file with a chat template, instead of the base model's own")
     skip_bad_rows: bool = setting(False, "leave broken rows out instead of stopping")
-
-    mask_token_id: int | None = setting(None, "id that no text has (default: auto)", none="auto", identity=True)
 
     target: str | None = setting(None, "folder or Hub id: teacher of kd and cat, verifier of evaluations")
     eval_prompts: list[str] = setting(list, "files or hub:org/name of held-out prompts; needs --target")
