@@ -28,14 +28,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from benchmarks.replay import autoregressive, next_token_accuracy, replay
-from benchmarks.script import finish, parser_of, run_metadata, write
 from pard_hf import PardDraftModel, PardTrainer, PardTrainingArguments, bundled_pair
 from pard_hf.draft.mask_token import choose_mask_token
 from pard_hf.evaluation.acceptance import AcceptanceEvaluator
 from pard_hf.evaluation.prompts import choose_rows, load_prompts
 from pard_hf.tokens import encode_prompt
 from pard_hf.training.data import read_rows, tokenize_rows
+from replay import autoregressive, next_token_accuracy, replay
+from script import finish, parser_of, run_metadata, write
 
 EXPERIMENTS: dict[str, dict[str, dict[str, Any]]] = {
     "cod": {

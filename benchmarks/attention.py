@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from benchmarks.script import command, finish, parser_of
 from pard_hf.evaluation.benchmark import now
 from pard_hf.io import commit, device_name
+from script import command, finish, parser_of
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 64
 

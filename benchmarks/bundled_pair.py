@@ -10,13 +10,13 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from benchmarks.script import add_pair, finish, parser_of, run_metadata
 from pard_hf.evaluation.acceptance import AcceptanceEvaluator
 from pard_hf.evaluation.benchmark import Benchmark, BenchmarkSettings, EncodedSet
 from pard_hf.evaluation.metrics import repeated_share
 from pard_hf.evaluation.prompts import load_prompts, make_batches
 from pard_hf.host import end_token_ids, pad_token_id
 from pard_hf.loading import Pair, load_pair
+from script import add_pair, finish, parser_of, run_metadata
 
 
 def acceptance(pair: Pair, prompts: EncodedSet, args: Any) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def compare(checkouts: dict[str, Checkout], kwargs: dict[str, Any], repeats: int
 
 
 def main() -> None:
-    from benchmarks.script import finish, parser_of
+    from script import finish, parser_of
 
     parser = parser_of(__doc__)
     parser.add_argument("folders", nargs=2, type=Path, help="the checkout before and the one after")

@@ -14,10 +14,10 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.scaling import enlarge_pair
-from benchmarks.script import finish, parser_of, run_metadata
 from pard_hf import load_pair
 from pard_hf.evaluation.prompts import DEMO_PROMPTS
+from scaling import enlarge_pair
+from script import finish, parser_of, run_metadata
 
 
 class TimedAttention:

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from benchmarks.script import add_pair, command, finish, parser_of
 from pard_hf.draft.correction_head import CorrectionHead
 from pard_hf.draft.model import PardDraftModel
 from pard_hf.evaluation.benchmark import Benchmark, BenchmarkSettings, run_benchmark, run_metadata
@@ -31,6 +30,7 @@ from pard_hf.evaluation.report import make_console, progress_bar, show_cell
 from pard_hf.generation.mixin import with_pard
 from pard_hf.host import num_positions
 from pard_hf.loading import Pair, check_device, default_device, load_pair, weight_dtype
+from script import add_pair, command, finish, parser_of
 
 # Coordinates of the residual stream that hold a constant where the vocabulary grows: see `widen_vocabulary`.
 NUM_CONSTANTS = 2

@@ -26,9 +26,9 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.script import finish, in_own_process, parser_of, run_metadata
 from pard_hf import PardDraftModel, with_pard
 from pard_hf.generation import compilation
+from script import finish, in_own_process, parser_of, run_metadata
 
 MASK_TOKEN_ID = 99
 NUM_THREADS = 2

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.script import finish, in_own_process, parser_of, run_metadata
 from pard_hf import PardDraftModel, bundled_pair
 from pard_hf.training.cod import attends
 from pard_hf.training.collator import DataCollatorForPard
 from pard_hf.training.objective import Objective
+from script import finish, in_own_process, parser_of, run_metadata
 
 ROUTES = {"kept rows": 0.7, "no dropping": 1.0, "dense mask": 0.7}
 NUM_DRAFT_TOKENS = 8

@@ -11,12 +11,12 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from benchmarks.script import finish, parser_of, run_metadata
 from pard_hf.evaluation.acceptance import AcceptanceEvaluator
 from pard_hf.evaluation.benchmark import Benchmark, BenchmarkSettings, EncodedSet
 from pard_hf.evaluation.metrics import repeated_share
 from pard_hf.evaluation.prompts import load_prompts
 from pard_hf.loading import Pair, load_pair
+from script import finish, parser_of, run_metadata
 
 
 def main() -> None:

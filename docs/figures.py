@@ -15,11 +15,14 @@ import matplotlib
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.plots import draw_speedups
 from pard_hf.training.cod import attention_mask, keep_rows
 
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+from plots import draw_speedups  # noqa: E402
+
 FOLDER = Path(__file__).parent / "figures"
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+RESULTS = BENCHMARKS / "results"
 ACCENT, PALE, GREY, DARK = "#0b7a4b", "#cfe5da", "#8a8a8a", "#303030"
 # Text stays text, and nothing in the file depends on when, where or in which process it was drawn.
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "pard-hf", "font.size": 9, "font.family": "DejaVu Sans"}

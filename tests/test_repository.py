@@ -1,6 +1,9 @@
 """The files around the package: workflows, hooks and templates agree with the Makefile and pyproject.toml."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -50,3 +53,16 @@ def test_an_issue_form_asks_something(name):
 
     assert {"name", "description", "body"} <= form.keys()
     assert all(field["attributes"]["label"] for field in form["body"])
+
+
+def test_benchmarks_run_by_file_from_any_folder(tmp_path):
+    """As `python benchmarks/NAME.py` runs them: their own folder is on the path, the checkout is not."""
+    pytest.importorskip("matplotlib")
+    names = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    program = f"import sys; sys.path[0] = {str(ROOT / 'benchmarks')!r}; import {', '.join(names)}"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+
+    assert done.returncode == 0, done.stderr
