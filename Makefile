@@ -105,4 +105,4 @@ wheel: $(VENV)/installed
 	$(BIN)/python -m build --outdir dist
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest build *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-newest build dist *.egg-info

@@ -1,4 +1,4 @@
-"""The web demo: `make app`. Layout and wiring only; what it shows is made in `pard_hf/web/`."""
+"""The web demo: `make app`. Layout and wiring only; what it shows is made in `demo/`."""
 
 from __future__ import annotations
 

@@ -324,6 +324,8 @@ def main() -> None:
         options: dict[str, Any] = {"type": str if field.name == "routes" else int, "default": field.default}
         parser.add_argument(flag, dest=field.name, nargs="+" if isinstance(field.default, tuple) else None, **options)
     args = parser.parse_args()
+    if args.output and args.output.is_dir():
+        parser.error(f"Expected a file for --output, got the folder {args.output}.")
     chosen = {field.name: getattr(args, field.name) for field in fields(BenchmarkSettings)}
     settings = BenchmarkSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items()})
     sets = load_prompt_sets(args.prompts)

@@ -44,7 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         code = command(with_head_mode(words), prog_name="pard", obj=words, standalone_mode=False) or 0
     except typer.TyperException as error:
-        _warn(f"{name}: {error.format_message().rstrip('.')}. See `pard --help`.")
+        message = error.format_message().replace("Value error, ", "").rstrip(".")
+        _warn(f"{name}: {message}. See `{name} --help`.")
         return error.exit_code
     except (ValueError, OSError, FloatingPointError) as error:
         _warn(f"{name}: {error}")
@@ -68,7 +69,9 @@ def _warn(message: str) -> None:
 
 def _words(text: str) -> list[str]:
     """Split a comma-separated list, unless it is the name of a file."""
-    return [text] if Path(text).exists() else text.split(",")
+    from .io import is_path_there
+
+    return [text] if "," not in text or is_path_there(text) else text.split(",")
 
 
 def _paths(text: str) -> list[Path]:
@@ -76,7 +79,10 @@ def _paths(text: str) -> list[Path]:
 
 
 def _integers(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise ValueError(f"Expected whole numbers separated by commas, got {text!r}") from None
 
 
 def _several(help: str, split: Callable[[str], list[Any]] = _words) -> Any:

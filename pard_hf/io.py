@@ -31,8 +31,11 @@ DECODING_SETTINGS = ("repetition_penalty", "no_repeat_ngram_size", "min_length",
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a path to write to, which is then renamed to `path`: readers see the old file or the new one."""
     written = path.with_name(f"{path.name}.{os.getpid()}.partial")  # Two processes may write one file.
-    yield written
-    written.replace(path)
+    try:
+        yield written
+        written.replace(path)
+    finally:
+        written.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -156,11 +159,19 @@ def shown_command(words: list[str], program: str = "pard") -> str:
     return " ".join(shown)
 
 
+def is_path_there(text: str) -> bool:
+    """Whether a word names an existing file or folder; a long list of names is none."""
+    try:
+        return Path(text).exists()
+    except OSError:  # File name too long.
+        return False
+
+
 def shown_value(flag: str, value: str) -> str:
-    if "," in value and not Path(value).exists():
+    if "," in value and not is_path_there(value):
         return ",".join(shown_value(flag, part) for part in value.split(","))
     prefix, value = ("hub:", value[4:]) if value.startswith("hub:") else ("", value)
-    is_path = (flag in PATH_FLAGS and not prefix) or value.startswith(("/", ".", "~")) or Path(value).exists()
+    is_path = (flag in PATH_FLAGS and not prefix) or value.startswith(("/", ".", "~")) or is_path_there(value)
     return prefix + (Path(value).name if is_path else value)
 
 

@@ -204,7 +204,11 @@ def test_a_target_without_a_draft_is_refused_before_it_is_loaded(command, capsys
         (["tell"], "pard tell", "No such command 'tell'"),
         (["generate", "--max-new", "4"], "pard generate", "No such option: --max-new"),
         (["bench", "--batch-sizes", "1", "4"], "pard bench", "unexpected extra argument"),
-        (["bench", "--batch-sizes", "1,four"], "pard bench", "'--batch-sizes'"),
+        (
+            ["bench", "--batch-sizes", "1,four"],
+            "pard bench",
+            "Expected whole numbers separated by commas, got '1,four'",
+        ),
         (["train", "--base", "base"], "pard train", "Missing option '--data'"),
         (["train", "--objective", "mse"], "pard train", "'--objective'"),
     ],
@@ -218,6 +222,14 @@ def test_wrong_words_end_with_one_line(capsys, words, name, message):
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert captured.err.endswith("--help`.\n")
+
+
+def test_a_long_list_of_names_is_no_file_name(tmp_path, capsys):
+    names = ",".join(f"{'a' * 30}-{number}.jsonl" for number in range(20))
+
+    assert main(["train", "--base", "b", "--output", str(tmp_path / "out"), "--data", names]) == 2
+
+    assert "too long" not in capsys.readouterr().err
 
 
 def test_interrupted_command_ends_with_130(monkeypatch, capsys):

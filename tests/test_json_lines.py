@@ -9,6 +9,7 @@ from families import make_model
 from pard_hf import bundled_pair
 from pard_hf.cli import main
 from pard_hf.evaluation.prompts import load_prompts, read_prompts
+from pard_hf.io import write_whole
 from pard_hf.training.data import PROMPTS, read_rows, tokenize_rows
 from pard_hf.training.responses import write_answers
 
@@ -118,3 +119,12 @@ def test_text_files_that_are_no_text_are_named(tmp_path, capsys):
     for words in (["generate", "--file", tmp_path / "latin.txt"], [*base, "--chat-template", tmp_path / "latin.txt"]):
         assert main(list(map(str, words))) == 2
         assert f"Expected UTF-8 text in `{tmp_path / 'latin.txt'}`, got byte 3 of another" in capsys.readouterr().err
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    (tmp_path / "a").write_text("old")
+
+    with pytest.raises(TypeError):
+        write_whole(tmp_path / "a", None)
+
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "old")]

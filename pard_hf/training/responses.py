@@ -253,9 +253,9 @@ def manifest_path(path: Path) -> Path:
 class AnswerFile:
     """A `.jsonl` file of answers of one `identity`, its shards while it is unfinished, and its manifest.
 
-    Two processes that write to one file lose and double no row: shards have names of their own, and a row that comes
-    twice is taken once. Raises a `ValueError` for rows of another identity or without a manifest; `restart` moves
-    earlier rows aside.
+    One process writes. A second one loses and doubles no row, as shards have names of their own and a row that comes
+    twice is taken once, but the first to finish may end it: the command repeated completes the file. Raises a
+    `ValueError` for rows of another identity or without a manifest; `restart` moves earlier rows aside.
     """
 
     def __init__(self, path: Path, identity: dict[str, Any], end_token_ids: Sequence[int], restart: bool = False):

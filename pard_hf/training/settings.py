@@ -15,7 +15,7 @@ RATES = ("retention_rate", "min_retention_rate")
 # Settings that are at least 1 where they are given.
 COUNTS = (
     "num_draft_tokens", "correction_head_rank", "max_length", "eval_steps", "eval_limit", "eval_batch_size",
-    "eval_max_new_tokens", "batch_size", "gradient_accumulation_steps", "save_steps",
+    "eval_max_new_tokens", "num_assistant_tokens", "batch_size", "gradient_accumulation_steps", "save_steps",
 )  # fmt: skip
 
 
