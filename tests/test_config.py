@@ -71,12 +71,3 @@ def test_unknown_options_are_refused(options):
     with pytest.raises(ValueError, match=f"Expected `{next(iter(options))}` to be"):
         target.generate(**make_prompts(1), **LIMITS, **options)
     assert set(options) <= set(OPTIONS)
-
-
-def test_the_config_of_a_call_can_be_shown():
-    """Code that is handed the config of a call may print it, or save it."""
-    shown = with_pard(make_model("llama")).generate(
-        **make_prompts(1), custom_generate=lambda *_, **call: repr(call["generation_config"]), position_ids=None
-    )
-
-    assert "max_new_tokens" in shown or "max_length" in shown

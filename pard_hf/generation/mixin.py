@@ -137,7 +137,7 @@ class PardGenerationMixin(GenerationMixin):
         for name in OPTIONS:
             value = options.get(name)
             setattr(config, name, getattr(config, name, None) if value is None else value)
-        config._caller_arguments = sorted(model_kwargs)  # A list, as the config may be shown as JSON.
+        config._caller_arguments = sorted(model_kwargs)
         return config, model_kwargs
 
     def _validate_generation_mode(
