@@ -83,7 +83,7 @@ def check_pair(
     """Raise a `ValueError` unless draft and target share a tokenizer and have room for K proposals.
 
     The output is exact either way; with another tokenizer no proposal would be accepted. Tokenizers, passed or saved
-    beside the weights, are compared when a pair is first met. Rows that only pad a vocabulary may differ.
+    with the weights, are compared when a pair is first met. Rows that only pad a vocabulary may differ.
     """
     if keeps_no_cache(draft):
         raise ValueError(
@@ -108,7 +108,7 @@ def keeps_no_cache(model: PreTrainedModel) -> bool:
 
 
 def saved_tokenizer(name_or_path: str | None) -> Any:
-    """Load the tokenizer beside a model's weights, in their folder or the Hub's cache; `None` without one."""
+    """Load the tokenizer saved with a model's weights, in their folder or the Hub's cache; `None` without one."""
     if not name_or_path:
         return None
     folder = Path(name_or_path)

@@ -68,7 +68,7 @@ class PardTrainingArguments(MethodSettings, TrainingArguments):
 class PardTrainer(Trainer):
     """Adapt a [`PardDraftModel`] on the kept (anchor, depth) rows; everything else is as in [`Trainer`].
 
-    `metrics.csv` and `curves.png` beside the checkpoints follow the run. A loss that is not finite ends it and leaves
+    `metrics.csv` and `curves.png` next to the checkpoints follow the run. A loss that is not finite ends it and leaves
     the names of the batch's rows in `not_finite.{process}.json`.
 
     Args:
@@ -360,7 +360,7 @@ class TrainingClock(TrainerCallback, ExportableState):
 
 
 class MetricsFiles(TrainerCallback):
-    """Write `metrics.csv` and `curves.png` beside the checkpoints, from the whole history of the run."""
+    """Write `metrics.csv` and `curves.png` next to the checkpoints, from the whole history of the run."""
 
     num_written = 0
 
