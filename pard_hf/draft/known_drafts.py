@@ -135,7 +135,7 @@ def what_to_load(target: str, fitting: list[KnownDraft], near: list[KnownDraft])
 
 
 def has_deepseek_turns(name: str, hub: dict[str, Any]) -> bool | None:
-    """Tell whether a checkpoint's tokenizer has DeepSeek's turn tokens; `None` where it has no files to read."""
+    """Return whether a checkpoint's tokenizer has DeepSeek's turn tokens; `None` where it has no files to read."""
     try:
         found = [optional_file(name, file, **hub) for file in ("tokenizer.json", "tokenizer_config.json")]
     except (OSError, ValueError):  # A loaded model may have no name, or that of a deleted folder.

@@ -306,7 +306,7 @@ class PardDecoder:
         return self.compiled.run(step, (*self.batch.shape(choice), *key), *arguments)
 
     def is_ready(self, choice: Choice, batch_size: int | None = None) -> bool:
-        """Whether a round runs for a choice without being compiled first, in this batch or a smaller one."""
+        """Return whether a round runs for a choice without being compiled first, in this batch or a smaller one."""
         return self.compiled is None or self.compiled.is_ready(target_step, self.batch.shape(choice, batch_size))
 
     @property
@@ -385,7 +385,7 @@ class Recording:
             self.rows[row_id].append(row[:count].clone())  # The next round writes to a compiled step's results.
 
     def columns(self) -> tuple[torch.Tensor, ...]:
-        """One `[B, V]` a new column, as plain `generate` returns them; zeros after a row's end."""
+        """Return one `[B, V]` a new column, as plain `generate` returns them; zeros after a row's end."""
         return pad_sequence([torch.cat(row) for row in self.rows], batch_first=True).unbind(1)
 
 

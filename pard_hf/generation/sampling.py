@@ -52,9 +52,9 @@ def verify_sample_and_match(
 def verify_ratio_test(
     draft_tokens: torch.Tensor, draft_scores: torch.Tensor, scores: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Speculative sampling: accept x with probability min(1, p(x) / q(x)), else draw from norm(max(0, p - q)).
+    """Accept x with probability min(1, p(x) / q(x)), else draw from norm(max(0, p - q)).
 
-    Algorithm 1 of https://huggingface.co/papers/2211.17192. Each proposal was drawn from its row of `draft_scores`
+    Speculative sampling, https://huggingface.co/papers/2211.17192. Each proposal was drawn from its `draft_scores`
     `[B, K, V]`; that these are independent marginals does not matter, so the output is distributed as plain sampling.
     """
     p, q = scores.softmax(dim=-1), draft_scores.softmax(dim=-1)
