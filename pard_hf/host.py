@@ -32,7 +32,7 @@ warn_once: Any = logging.get_logger(__name__).warning_once
 
 
 def is_tested() -> bool:
-    """Whether the tests have run on this version of transformers, or on a newer one."""
+    """Return whether the tests have run on this version of transformers, or on a newer one."""
     return Version(transformers.__version__).release[:2] <= Version(NEWEST_TESTED).release
 
 
@@ -57,22 +57,22 @@ PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def cache_argument(model: PreTrainedModel) -> str:
-    """The name under which a model's forward takes its cache."""
+    """Return the name under which a model's forward takes its cache."""
     return next((name for name in CACHE_NAMES if name in forward_parameters(model)), CACHE_NAME)
 
 
 def cache_in(arguments: Mapping[str, Any]) -> Any:
-    """The cache among the arguments of a model, under either name; `None` where there is none."""
+    """Return the cache among the arguments of a model, under either name; `None` without one."""
     return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
 
 
 def cache_of(output: Any) -> Any:
-    """The cache in the output of a forward or of `generate()`."""
+    """Return the cache in the output of a forward or of `generate()`."""
     return getattr(output, CACHE_NAME)
 
 
 def with_cache_renamed(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `generate()` with the cache, passed under either name, under the one this version takes.
+    """Rename the cache among arguments of `generate()` to the name that this version takes.
 
     Raises:
         ValueError: A cache came under both names.
@@ -85,12 +85,12 @@ def with_cache_renamed(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_callers(past: Any) -> bool:
-    """Whether a cache was passed to `generate()` by its caller."""
+    """Return whether a cache was passed to `generate()` by its caller."""
     return getattr(past, "_is_user_defined", False)
 
 
 def is_refused_by_stock_loop(past: Any) -> bool:
-    """Whether the assisted loop raises over a cache: some versions cannot crop static ones."""
+    """Return whether the assisted loop raises over a cache: some versions cannot crop static ones."""
     return isinstance(past, StaticCache) and "crop" not in vars(StaticLayer)
 
 
@@ -98,7 +98,7 @@ layers_by_content: dict[str, tuple[Any, ...]] = {}
 
 
 def cache_layers(config: PreTrainedConfig) -> tuple[Any, ...]:
-    """The layers, without entries, of the cache that transformers makes for a config.
+    """Return the layers, without entries, of the cache that transformers makes for a config.
 
     Making them takes a millisecond, so they are kept for as long as the config is the same.
     """
@@ -110,9 +110,9 @@ def cache_layers(config: PreTrainedConfig) -> tuple[Any, ...]:
 
 
 def croppable_cache(config: PreTrainedConfig) -> DynamicCache:
-    """Make a cache that any number of entries can be taken back from.
+    """Make a cache that any number of entries can be cropped from.
 
-    Sliding layers drop what lies before their window, and the stock loop takes back more than was proposed; keeping
+    Sliding layers drop entries before their window, and the stock loop crops more than was proposed; keeping
     every entry costs memory and changes no mask.
     """
     is_plain = all(type(layer) in PLAIN_LAYERS for layer in cache_layers(config))
@@ -121,7 +121,7 @@ def croppable_cache(config: PreTrainedConfig) -> DynamicCache:
 
 @cache
 def names_in_forwards(classes: tuple[Any, ...]) -> frozenset[str]:
-    """Parameters of the first `forward` of some classes, and of the next ones as long as `**kwargs` are passed on."""
+    """Collect parameters of the first `forward` of some classes, and of the next ones while `**kwargs` reach them."""
     names: set[str] = set()
     for forward in (owner.__dict__["forward"] for owner in classes if "forward" in owner.__dict__):
         parameters = inspect.signature(forward).parameters.values()
@@ -132,24 +132,24 @@ def names_in_forwards(classes: tuple[Any, ...]) -> frozenset[str]:
 
 
 def forward_parameters(model: PreTrainedModel) -> frozenset[str]:
-    """The names of what a model's forward takes; hooks that wrap it on the instance take the same."""
+    """Return the names of a model's forward arguments; hooks that wrap it on the instance take the same."""
     return names_in_forwards(type(model).__mro__)
 
 
 def can_compile(model: PreTrainedModel) -> bool:
-    """Whether the forward of a model compiles as one graph."""
+    """Return whether the forward of a model compiles as one graph."""
     return getattr(model, "_can_compile_fullgraph", False)
 
 
 def uses_attention_interface(model: PreTrainedModel) -> bool:
-    """Whether a model, or the class of transformers that it derives from, looks its attention function up by name."""
+    """Return whether a model, or its base class in transformers, looks its attention function up by name."""
     classes = takewhile(lambda owner: owner is not PreTrainedModel, type(model).__mro__)
     modules = {owner.__module__ for owner in classes if issubclass(owner, PreTrainedModel)}
     return any(hasattr(sys.modules.get(module), "ALL_ATTENTION_FUNCTIONS") for module in modules)
 
 
 def masks_by_buffer(model: PreTrainedModel) -> bool:
-    """Whether a model cuts a causal mask of its own, a square buffer, by the length of its cache."""
+    """Return whether a model slices its own causal mask, a square buffer, by the length of its cache."""
     return not uses_attention_interface(model) and any(
         buffer.ndim == 4 and buffer.dtype in (torch.bool, torch.uint8) and buffer.shape[2] == buffer.shape[3]
         for buffer in model.buffers()
@@ -157,7 +157,7 @@ def masks_by_buffer(model: PreTrainedModel) -> bool:
 
 
 def masks_windows(model: PreTrainedModel) -> bool:
-    """Whether the code of a model makes masks for sliding-window or chunked layers."""
+    """Return whether the code of a model makes masks for sliding-window or chunked layers."""
     makers = ("create_sliding_window_causal_mask", "create_chunked_causal_mask")
     modules = {type(module).__module__ for module in model.modules()}
     return any(hasattr(sys.modules.get(module), maker) for module in modules for maker in makers)
@@ -165,7 +165,7 @@ def masks_windows(model: PreTrainedModel) -> bool:
 
 @cache
 def names_cache_layers(function: Callable[..., Any]) -> bool:
-    """Whether the source of a forward names single layers of its cache, which only an ordinary cache has."""
+    """Return whether the source of a forward names single layers of its cache, which only an ordinary cache has."""
     try:
         source = inspect.getsource(inspect.unwrap(function))
     except (OSError, TypeError):  # Code without a file.
@@ -174,7 +174,7 @@ def names_cache_layers(function: Callable[..., Any]) -> bool:
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where a model takes its input ids: where its embedding computes, which a hook of accelerate may choose.
+    """Return the device of a model's input ids: its embedding's, which a hook of accelerate may choose.
 
     Offloaded weights lie on the meta device between two forwards, so `model.device` does not tell.
     """
@@ -187,7 +187,7 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 def num_positions(config: PreTrainedConfig) -> int:
-    """Positions a model was made for; `sys.maxsize` for the few configs that name none, or a number below 1."""
+    """Return the positions a model was made for; `sys.maxsize` for configs that name none, or a number below 1."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     return positions if positions is not None and positions > 0 else sys.maxsize
 
@@ -208,19 +208,19 @@ def check_num_assistant_tokens(num_assistant_tokens: int, *configs: PreTrainedCo
 
 
 def end_token_ids(generation_config: GenerationConfig) -> list[int]:
-    """The end tokens of a generation config, which names one, several or none."""
+    """Return the end tokens of a generation config, which names one, several or none."""
     ends = generation_config.eos_token_id
     return [] if ends is None else torch.as_tensor(ends).flatten().tolist()
 
 
 def pad_token_id(generation_config: GenerationConfig) -> int | None:
-    """The padding token as `generate()` settles on it: the first end token where none is named."""
+    """Return the padding token that `generate()` chooses: the first end token where none is named."""
     pad = generation_config.pad_token_id
     return next(iter(end_token_ids(generation_config)), None) if pad is None else int(pad)
 
 
 class TokenizerDifference(NamedTuple):
-    """How the vocabularies of a draft's and a target's tokenizer differ."""
+    """Differences between the vocabularies of a draft's and a target's tokenizer."""
 
     conflict: str | None  # The first id with two meanings, as "id 35 is 'B' for the draft and 'A' for the target".
     num_draft_only: int  # Ids that only the draft's has.
@@ -284,7 +284,7 @@ def sharing_weights(model: PreTrainedModel, model_class: Any) -> Any:
 
 
 def without_head(draft: Any) -> Any:
-    """The same draft, over the same tensors, without its correction head."""
+    """Copy a draft, over the same tensors, without its correction head."""
     twin = sharing_weights(draft, type(draft))
     twin.correction_head = None
     return twin

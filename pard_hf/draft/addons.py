@@ -31,7 +31,7 @@ DAMAGED = (KeyError, IndexError, TypeError, AttributeError, RuntimeError, json.J
 
 
 def is_addon_weight(name: str) -> bool:
-    """Tell whether a key of the state dict belongs to an add-on."""
+    """Return whether a key of the state dict belongs to an add-on."""
     return name.partition(".")[0] in ADDONS
 
 

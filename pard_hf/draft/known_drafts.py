@@ -1,4 +1,4 @@
-"""Published drafts and the targets they serve, recognised by config, Hub id and tokenizer.
+"""Published drafts and the targets they serve, recognized by config, Hub id and tokenizer.
 
 Sources: the table of weights and the prompt templates in https://github.com/AMD-AGI/PARD; vocabulary sizes of the
 targets' configs. A wrong choice costs time and changes no token, since every token is verified.
@@ -44,7 +44,7 @@ class KnownDraft:
 
     @property
     def needs_export(self) -> bool:
-        """Whether its targets have several vocabulary sizes: vLLM requires the target's."""
+        """Return whether its targets have several vocabulary sizes: vLLM requires the target's."""
         return len(self.vocab_sizes) > 1
 
 
@@ -135,7 +135,7 @@ def what_to_load(target: str, fitting: list[KnownDraft], near: list[KnownDraft])
 
 
 def has_deepseek_turns(name: str, hub: dict[str, Any]) -> bool | None:
-    """Tell whether a checkpoint's tokenizer has DeepSeek's turn tokens; `None` where it has no files to read."""
+    """Return whether a checkpoint's tokenizer has DeepSeek's turn tokens; `None` where it has no files to read."""
     try:
         found = [optional_file(name, file, **hub) for file in ("tokenizer.json", "tokenizer_config.json")]
     except (OSError, ValueError):  # A loaded model may have no name, or that of a deleted folder.

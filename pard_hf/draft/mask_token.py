@@ -1,4 +1,4 @@
-"""The choice of the mask token: a vocabulary id that no text contains."""
+"""Choose the mask token: a vocabulary id that no text contains."""
 
 from __future__ import annotations
 

@@ -206,17 +206,17 @@ class PardDraftModel(PreTrainedModel):
 
     @property
     def device(self) -> torch.device:
-        """The device of inputs; offloaded weights are on the meta device between two forwards."""
+        """Return the device of inputs; offloaded weights are on the meta device between two forwards."""
         return input_device(self)
 
     @property
     def mask_token_id(self) -> int:
-        """The id fed at positions to predict (`pard_token` on disk)."""
+        """Return the id fed at positions to predict (`pard_token` on disk)."""
         return self.config.pard_token
 
     @property
     def num_assistant_tokens(self) -> int:
-        """K, the default number of proposals a round."""
+        """Return K, the default number of proposals a round."""
         return self.generation_config.num_assistant_tokens
 
     @torch.no_grad()

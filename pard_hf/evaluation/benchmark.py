@@ -42,7 +42,7 @@ CLEAR_REFS = Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class BenchmarkSettings:
-    """What is measured, and how often.
+    """Settings of a benchmark: what is measured, and how often.
 
     Every batch size with every K is a cell; without any K, the draft's own. Plain `generate` runs whatever `routes`
     are, as everything is compared with it. `limit` prompts of a set are drawn by `seed`; text of the set is put before
@@ -217,7 +217,7 @@ class Benchmark:
         }
 
     def bytes_per_round(self, num_rows: float, length: float) -> int:
-        """Bytes of weights, keys and values that both models read in a round of `num_rows` texts of mean `length`."""
+        """Count bytes of weights, keys and values that a round reads for `num_rows` texts of mean `length`."""
         models = (self.pair.target, self.pair.draft)
         return round(sum(weight_bytes(model) + num_rows * cache_bytes(model, length) for model in models))
 
@@ -326,7 +326,7 @@ class Measurement:
         self.compare(record, batch.new_texts(sequences, self.ends))
 
     def time_rounds(self, record: RouteRecord) -> None:
-        """Run once more and time the steps of all rounds, which waits for the device after every step."""
+        """Run once more and time the steps of all rounds, waiting for the device after every step."""
         seconds, stats = Counter[str](), DecodingStats()
         options = {"return_dict_in_generate": True, "measure_rounds": True}
         for batch in self.batches:
@@ -345,7 +345,7 @@ class Measurement:
                 record.differing.setdefault(index, text)
 
     def logit_gaps(self, expected: Texts, differing: Texts) -> dict[int, float | None]:
-        """The [`logit_gap`] of every text that differs, by prompt."""
+        """Compute the [`logit_gap`] of every text that differs, by prompt."""
         return {
             index: logit_gap(self.runner.plain, self.prompts[index], expected[index], text)
             for index, text in sorted(differing.items())
@@ -370,18 +370,18 @@ class Measurement:
 
 
 def is_exact(dtype: torch.dtype) -> bool:
-    """Whether texts must be equal: in 16 bit a block and a single token are rounded differently."""
+    """Return whether texts must be equal: in 16 bit a block and a single token are rounded differently."""
     return dtype in (torch.float32, torch.float64)
 
 
 def first_difference(expected: list[int], got: list[int]) -> int:
-    """The first position where two texts differ: the length of the shorter one where the other begins with it."""
+    """Return the first position where two texts differ: the shorter one's length where the other begins with it."""
     pairs = enumerate(zip(expected, got, strict=False))
     return next((position for position, (a, b) in pairs if a != b), min(len(expected), len(got)))
 
 
 def logit_gap(target: Any, prompt: list[int], expected: list[int], got: list[int]) -> float | None:
-    """How far the target prefers its best token to the one in `got` where that first differs from `expected`.
+    """Compute how far the target prefers its best token to that in `got` where it first differs from `expected`.
 
     Takes one forward of the model, in its own dtype, over prompt and common prefix. A near tie that was rounded the
     other way has a gap of a few units in the last place of a logit; a wrong token has a large one. `None` where `got`
@@ -398,7 +398,7 @@ def logit_gap(target: Any, prompt: list[int], expected: list[int], got: list[int
 
 
 def differences(cells: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """Routes with a parallel draft whose texts are not those of plain `generate`, and where they first differ."""
+    """List routes with a parallel draft whose texts are not plain `generate`'s, and where they first differ."""
     routes = (route for cell in cells for route in cell["routes"] if ROUTES[route["route"]].is_pard)
     return [(route["route"], route["difference"]) for route in routes if "difference" in route]
 
@@ -425,7 +425,7 @@ class MemoryGauge:
             pass
 
     def read(self) -> int | None:
-        """Bytes; `None` where the system does not count them."""
+        """Return the bytes; `None` where the system does not count them."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         try:
@@ -437,7 +437,7 @@ class MemoryGauge:
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of weights that one forward reads: every parameter once, but of an input embedding only single rows.
+    """Count bytes of weights that a forward reads: every parameter once, but of an input embedding only single rows.
 
     An embedding tied to the LM head is read whole, as the head. All experts of a mixture count.
     """
@@ -448,7 +448,7 @@ def weight_bytes(model: PreTrainedModel) -> int:
 
 @torch.no_grad()
 def cache_bytes(model: PreTrainedModel, length: float) -> float:
-    """Bytes of keys and values that attention reads for one text of `length` tokens, from a forward over one token."""
+    """Count bytes of keys and values that attention reads for `length` tokens, from a forward over one token."""
     token = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
     total = 0.0
     for layer in cache_of(model(input_ids=token, use_cache=True)).layers:
@@ -459,7 +459,7 @@ def cache_bytes(model: PreTrainedModel, length: float) -> float:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written a second while a tensor too big for any cache is copied on the device."""
+    """Measure bytes read and written a second while copying a tensor too big for any cache on the device."""
     source = torch.ones(NUM_COPIED.get(device.type, 2**28), dtype=torch.uint8, device=device)
     copied = torch.empty_like(source)
     seconds = []
@@ -471,7 +471,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def now(device: torch.device) -> float:
-    """The time, once the device has finished its work."""
+    """Return the time, once the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

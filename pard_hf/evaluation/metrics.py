@@ -1,4 +1,4 @@
-"""What one route did in one cell of a benchmark, and the metrics that follow from it.
+"""Record the runs of one route in one cell of a benchmark, and compute its metrics.
 
 Times are in seconds and sizes in bytes. A ratio is taken in each repeat, in which the routes took turns; results hold
 its median with `[least, most]` as its range. A metric that was not measured is absent from the JSON.
@@ -56,12 +56,12 @@ class RouteRecord:
 
     @property
     def rates(self) -> list[float]:
-        """Tokens a second in each repeat, prefill included."""
+        """Return tokens a second in each repeat, prefill included."""
         return [self.num_new_tokens / seconds for seconds in self.seconds]
 
     @property
     def decode_seconds(self) -> list[float]:
-        """Seconds after the first tokens in each repeat; empty where texts are too short to tell."""
+        """Return seconds after the first tokens in each repeat; empty where texts are too short."""
         seconds = [whole - first for whole, first in zip(self.seconds, self.first_seconds, strict=True)]
         return seconds if self.num_steps and min(seconds) > 0 else []
 
@@ -71,16 +71,16 @@ class RouteRecord:
 
     @property
     def step_seconds(self) -> list[float]:
-        """Of a plain route: seconds of a forward for one token of each batch row, in each repeat."""
+        """Return, for a plain route, seconds of a forward for one token of each batch row, in each repeat."""
         return [seconds / self.num_steps for seconds in self.decode_seconds]
 
     @property
     def acceptance_length(self) -> float:
-        """τ, mean tokens a round with the bonus token; every round of plain decoding is one token."""
+        """Return τ, mean tokens a round with the bonus token; every round of plain decoding is one token."""
         return 1.0 if self.stats is None else self.stats.acceptance_length
 
     def speed(self) -> dict[str, Any]:
-        """Tokens a second, and over those of plain `generate`: with equal texts the ratio of wall times."""
+        """Compute tokens a second, and over those of plain `generate`: with equal texts the ratio of wall times."""
         ar, ar_plus = self.records["ar"], self.records.get("ar_plus")
         over_ar = ratios(self.rates, ar.rates)
         over_ar_plus = ratios(self.rates, ar_plus.rates) if ar_plus else []
@@ -106,7 +106,7 @@ class RouteRecord:
         }
 
     def acceptance(self) -> dict[str, Any]:
-        """How many proposals were accepted; transformers does not report how many prompt lookup makes."""
+        """Count accepted proposals; transformers does not report how many prompt lookup makes."""
         stats = None if self.route.name == "pld" else self.stats
         return {
             "acceptance_length": self.acceptance_length,
@@ -116,9 +116,9 @@ class RouteRecord:
         }
 
     def rounds(self) -> dict[str, Any]:
-        """Cost of a round by step, and the speedup that is possible at this τ and these costs.
+        """Return the cost of a round by step, and the speedup that is possible at this τ and these costs.
 
-        Only where every round has the same K. Steps are timed in runs of their own, in which the device is waited for.
+        Only where every round has the same K. Steps are timed in runs of their own, which wait for the device.
         """
         if self.route.is_adaptive or not self.round_seconds or not self.round_seconds[0]["num_rounds"]:
             return {}
@@ -136,7 +136,7 @@ class RouteRecord:
         }
 
     def ideal(self, draft: list[float], verify: list[float]) -> dict[str, Any]:
-        """τ / (1 + draft / plain step), and the share of it that is reached.
+        """Compute τ / (1 + draft / plain step), and the share of it that is reached.
 
         The baseline is the plain route that runs its forwards as the rounds do: compiled if that was measured.
         """
@@ -155,7 +155,7 @@ class RouteRecord:
         }
 
     def agreement(self) -> dict[str, Any]:
-        """How many texts are those of plain `generate` in every run, and where the others first differ."""
+        """Count the texts equal to plain `generate`'s in every run, and locate where the others first differ."""
         return {
             "identical_share": 1 - len(self.differing) / len(self.texts),
             "difference": self.difference,
@@ -164,7 +164,7 @@ class RouteRecord:
 
 
 def middle(values: Sequence[float]) -> float | None:
-    """The median, or `None` where nothing was measured."""
+    """Return the median, or `None` where nothing was measured."""
     return median(values) if values else None
 
 
@@ -173,7 +173,7 @@ def bounds(values: Sequence[float]) -> list[float] | None:
 
 
 def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
-    """Repeat by repeat, so that what slows both sides of one repeat down cancels; empty where one is not known."""
+    """Divide repeat by repeat, so that what slows both sides of one repeat cancels; empty where one is not known."""
     return [a / b for a, b in zip(numerators, denominators, strict=True)] if numerators and denominators else []
 
 
@@ -182,7 +182,7 @@ def known(gaps: dict[int, float | None]) -> list[float]:
 
 
 def for_json(values: Any) -> Any:
-    """Nested values without the entries that are `None`, floats to six digits."""
+    """Copy nested values without the entries that are `None`, floats to six digits."""
     if isinstance(values, dict):
         return {name: for_json(value) for name, value in values.items() if value is not None}
     if isinstance(values, list):
@@ -191,7 +191,7 @@ def for_json(values: Any) -> Any:
 
 
 def repeated_share(texts: Iterable[Sequence[int]], size: int = 4) -> float:
-    """Share of n-grams of `size` tokens that occur earlier in the same text: a text that loops is easy to draft."""
+    """Compute the share of n-grams that occur earlier in the same text: a text that loops is easy to draft."""
     grams = [[tuple(text[i : i + size]) for i in range(len(text) - size + 1)] for text in texts]
     total = sum(map(len, grams))
     return 1 - sum(len(set(found)) for found in grams) / total if total else 0.0

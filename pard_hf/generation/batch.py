@@ -25,14 +25,14 @@ PREFILL_CHUNK = 4096
 
 
 def cache_size(num_tokens: int) -> int:
-    """The smallest cache that holds `num_tokens`."""
+    """Return the smallest cache size that holds `num_tokens`."""
     return max(SMALLEST_CACHE, 1 << (num_tokens - 1).bit_length())
 
 
 def to_host(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
     """Begin to copy a tensor to the host; the returned function waits for the copy and returns it.
 
-    A look at a value waits for the device, so this is the only way to the host while a call is decoded, once a round.
+    Reading a value waits for the device, so decoding copies values to the host only by this function, once a round.
     """
     if tensor.device.type != "cuda":
         copy = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
@@ -108,7 +108,7 @@ class CachedModel:
 
 
 def additive(mask: Any, dtype: torch.dtype) -> Any:
-    """Turn a boolean mask, or a dict of them, into the additive form of eager attention."""
+    """Convert a boolean mask, or a dict of them, to the additive form of eager attention."""
     if isinstance(mask, dict):
         return {name: additive(one, dtype) for name, one in mask.items()}
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
@@ -132,7 +132,7 @@ class Rows:
 
     @classmethod
     def from_prompt(cls, ids: torch.Tensor, mask: torch.Tensor, budget: int) -> Rows:
-        """Take the padding out of `ids` `[B, columns]`; `mask` may begin with columns that came before."""
+        """Remove the padding from `ids` `[B, columns]`; `mask` may begin with columns of an earlier cache."""
         before, text = mask.tensor_split([mask.shape[1] - ids.shape[1]], dim=1)
         lengths = text.sum(-1)
         # One column more than any text has takes the padding.
@@ -142,7 +142,7 @@ class Rows:
         return cls(tokens, lengths, before.sum(-1), lengths.clone(), torch.full_like(lengths, budget), is_finished)
 
     def last(self, width: int, num_more: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """The last `width` tokens of each row, and their indices with those of `num_more` tokens to come.
+        """Return the last `width` tokens of each row, and their indices with those of `num_more` tokens to come.
 
         An index is negative where a row is shorter than `width`.
         """
@@ -150,15 +150,15 @@ class Rows:
         return self.tokens.gather(1, index[:, :width].clamp(min=0)), index
 
     def positions(self, index: torch.Tensor) -> torch.Tensor:
-        """Logical positions in the target of token indices; negative stays negative."""
+        """Convert token indices to logical positions in the target; negative stays negative."""
         return torch.where(index < 0, -1, index + self.offset.unsqueeze(1))
 
     def num_new(self) -> torch.Tensor:
-        """Tokens each row has emitted, `[B]`."""
+        """Count the tokens each row has emitted, `[B]`."""
         return self.lengths - self.num_prompt_tokens
 
     def remaining(self) -> torch.Tensor:
-        """Tokens each row may still emit, `[B]`; 0 for a finished row."""
+        """Count the tokens each row may still emit, `[B]`; 0 for a finished row."""
         return torch.where(self.is_finished, 0, self.budget - self.num_new())
 
     def append(self, tokens: torch.Tensor, num_emitted: torch.Tensor | int) -> None:
@@ -168,11 +168,11 @@ class Rows:
         self.lengths.add_(num_emitted)
 
     def grow(self, width: int) -> Rows:
-        """The same rows with room for `width` tokens."""
+        """Copy the rows with room for `width` tokens."""
         return replace(self, tokens=torch.nn.functional.pad(self.tokens, (0, width - self.tokens.shape[1])))
 
     def select(self, kept: list[int]) -> Rows:
-        """A copy of some rows."""
+        """Copy some rows."""
         index = torch.tensor(kept, device=self.lengths.device)
         return Rows(*(tensor.index_select(0, index) for tensor in vars(self).values()))
 
@@ -224,19 +224,19 @@ class Batch:
 
     @property
     def cost_key(self) -> tuple[int, int]:
-        """What the time of a round depends on besides K: batch size and cache size."""
+        """Return what the time of a round depends on besides K: batch size and cache size."""
         return len(self.row_ids), self.target.cache.num_slots
 
     def remaining(self, row: int) -> int:
-        """Tokens a row may still emit, by the host's copy of lengths."""
+        """Count the tokens a row may still emit, by the host's copy of lengths."""
         return self.budget - (self.lengths[row] - self.prompt_lengths[row])
 
     def most_remaining(self) -> int:
-        """Tokens that the unfinished row with most left may still emit."""
+        """Return the largest number of tokens that an unfinished row may still emit."""
         return max(self.remaining(row) for row, goes_on in enumerate(self.unfinished) if goes_on)
 
     def shape(self, choice: Choice, batch_size: int | None = None) -> tuple[tuple[str, int], ...]:
-        """The numbers that compiled steps are made for."""
+        """Return the numbers that fix the shapes of compiled steps."""
         return (
             ("batch size", batch_size or len(self)),
             ("K", choice.num_drafts),
@@ -246,7 +246,7 @@ class Batch:
         )
 
     def sizes_for(self, longest: int, choice: Choice) -> tuple[int, int]:
-        """Slots that a round needs in the draft's and the target's cache."""
+        """Count the slots that a round needs in the draft's and the target's cache."""
         num_tokens = longest + max(choice.num_drafts, choice.tree_size) + 1
         return cache_size(num_tokens), cache_size(num_tokens + self.offset)
 
@@ -260,14 +260,14 @@ class Batch:
         return rows if self.compiled is None else self.compiled.rows(rows)
 
     def make_room(self, longest: int, choice: Choice) -> None:
-        """Move to larger caches where those of today would not hold a round."""
+        """Move to larger caches where the current ones would not hold a round."""
         current = self.draft.cache.num_slots, self.target.cache.num_slots
         sizes = tuple(map(max, self.sizes_for(longest, choice), current))
         if sizes != current:
             self.move(list(range(len(self))), *sizes)
 
     def keep(self, kept: list[int]) -> None:
-        """Go on without the other rows."""
+        """Drop all other rows."""
         self.dropped.append((self.rows, self.target.cache if self.keeps_cache else None, kept, self.row_ids))
         self.row_ids, self.lengths, self.prompt_lengths = (
             [values[row] for row in kept] for values in (self.row_ids, self.lengths, self.prompt_lengths)
@@ -295,14 +295,14 @@ class Batch:
                 whole = self.copy_of(cache, self.target.cache.num_slots)
                 whole.copy_rows(self.target.cache, kept, list(range(len(kept))))
                 self.target.cache = whole
-        if self.keeps_cache:  # Rows that ended early go on as padding, maybe further than any text.
+        if self.keeps_cache:  # Rows that ended early continue as padding, maybe beyond any text.
             ends = (self.rows.offset + self.rows.num_prompt_tokens).max() + self.rows.num_new().max()
             last = int(to_host(ends)())
             if last > self.target.cache.num_slots:
                 self.target.cache = self.copy_of(self.target.cache, cache_size(last))
 
     def copy_of(self, cache: SlotCache, num_slots: int) -> SlotCache:
-        """A larger cache of the target with the same entries."""
+        """Copy a cache of the target to a larger one."""
         copy, every_row = SlotCache.of(self.target.model, num_slots), list(range(len(self)))
         copy.copy_rows(cache, every_row, every_row)
         return copy

@@ -1,4 +1,4 @@
-"""The static cache whose batch rows have their own length: slot = logical position.
+"""A static cache whose batch rows have their own length: slot = logical position.
 
 Every row writes at its own positions, and a query sees the slots up to its own position (and inside the window, for
 sliding layers). Rejected entries are overwritten by the next round before anything can see them, so nothing is ever
@@ -22,7 +22,7 @@ from ..host import cache_layers, uses_attention_interface
 
 
 def attention_windows(config: PreTrainedConfig) -> list[int | None]:
-    """The sliding window of each layer, `None` for full attention, as the cache of transformers has it.
+    """Return the sliding window of each layer, `None` for full attention, as the cache of transformers has it.
 
     Raises:
         ValueError: A layer attends in a way a slot cannot express (recurrent, chunked, compressed).
@@ -41,7 +41,7 @@ def attention_windows(config: PreTrainedConfig) -> list[int | None]:
 
 @dataclass
 class Slots:
-    """What a cache shares with its layers, which do not point back at it: a cycle would outlive the call."""
+    """State that a cache shares with its layers, which hold no reference to it: a cycle would outlive the call."""
 
     num_slots: int  # Positions a row may use, without the spare slot.
     num_visible: int  # Slots that attention reads.
@@ -158,7 +158,7 @@ class SlotCache(Cache):
 
     @property
     def has_memory(self) -> bool:
-        """Whether anything was ever written."""
+        """Return whether anything was ever written."""
         return all(layer.is_initialized for layer in self.layers)
 
     def clear(self) -> None:
@@ -171,7 +171,7 @@ class SlotCache(Cache):
     def prepare(
         self, positions: torch.Tensor, num_visible: int, on_path: torch.Tensor | None = None
     ) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Settle where the next forward writes, and return the attention mask it needs.
+        """Set the slots that the next forward writes, and return its attention mask.
 
         Args:
             positions (`torch.LongTensor` of shape `(batch_size, query_length)`):
@@ -201,7 +201,7 @@ class SlotCache(Cache):
         return {"full_attention" if w is None else "sliding_attention": mask for w, mask in masks.items()}
 
     def storage_index(self, slots: torch.Tensor) -> torch.Tensor:
-        """Where slots `[B, n]` of each row lie in a layer's storage, `[B * n]`."""
+        """Compute the indices in a layer's storage, `[B * n]`, of slots `[B, n]` of each row."""
         return (torch.arange(len(slots), device=slots.device).unsqueeze(1) * (self.num_slots + 1) + slots).flatten()
 
     def keep_path(self, roots: torch.Tensor, nodes: torch.Tensor) -> None:
@@ -254,7 +254,7 @@ def tree_slots(
     num_nodes, num_text = on_path.shape[1] - 1, positions.shape[1] - on_path.shape[1] + 1
     root = positions[:, num_text - 1 : num_text]
     slots = torch.cat([positions[:, :num_text], root + torch.arange(1, num_nodes + 1, device=positions.device)], dim=1)
-    # Which node, if any, stands in each slot.
+    # The node, if any, that each slot holds.
     node = slot - root
     is_node = (node >= 1) & (node <= num_nodes)
     node = node.clamp(min=1, max=num_nodes)

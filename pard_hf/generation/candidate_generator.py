@@ -15,10 +15,10 @@ from .stats import DecodingStats
 
 
 class StockSampling(LogitsProcessor):
-    """Draws, inside the stock loop, the tokens that plain `generate` would draw under the same seed.
+    """Draw, inside the stock loop, the tokens that plain `generate` would draw under the same seed.
 
     The loop asks for the scores at every position of a block, accepted or not, and draws noise for all of them. Here a
-    position has its noise however often it is asked about, and the loop, told to be greedy, finds one token to take.
+    position keeps its noise however often it is scored, and the loop, set to greedy, has one token to choose.
     So the call's processors must be stateless.
     """
 
@@ -28,7 +28,7 @@ class StockSampling(LogitsProcessor):
         self.latest: dict[int, torch.Tensor] = {}
 
     def processors(self) -> LogitsProcessorList:
-        """What the stock loop is given in place of the call's own processors."""
+        """Return the processors for the stock loop, in place of the call's own."""
         return LogitsProcessorList([self])
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -50,7 +50,7 @@ class StockSampling(LogitsProcessor):
         return SampledStream(self, streamer)
 
     def scores(self, length: int) -> tuple[torch.Tensor, ...]:
-        """The scores `[1, V]` of every new token; what was asked last about a position was its own text."""
+        """Return the scores `[1, V]` of every new token: the last ones of each position, which follow its own text."""
         return tuple(self.latest[position] for position in range(self.num_prompt_tokens, length))
 
 
@@ -62,13 +62,13 @@ class SampledStream:
         self.end = streamer.end
 
     def put(self, tokens: torch.Tensor) -> None:
-        """Pass a block of tokens `[1, n]` on."""
+        """Stream a block of tokens `[1, n]`."""
         self.sampling.advance(self.sampling.length + tokens.numel())
         self.streamer.put(tokens)
 
 
 class PardCandidateGenerator(CandidateGenerator):
-    """Proposes K tokens from one draft forward under the `CandidateGenerator` contract of transformers (batch size 1).
+    """Propose K tokens from one draft forward under the `CandidateGenerator` contract of transformers (batch size 1).
 
     No candidate logits are returned: without them the stock loop draws the target's tokens and keeps those that match,
     which is lossless for any proposal.
@@ -85,7 +85,7 @@ class PardCandidateGenerator(CandidateGenerator):
         attention_mask (`torch.LongTensor` of shape `(1, sequence_length)`, *optional*):
             0 for the prompt's left padding.
         sampling ([`StockSampling`], *optional*):
-            Of a sampled call; told how far the text has grown.
+            Of a sampled call; advanced as the text grows.
         eos_token_id (`torch.LongTensor` or `list[int]`, *optional*):
             End tokens of the call: nothing is proposed after one.
     """
@@ -122,7 +122,7 @@ class PardCandidateGenerator(CandidateGenerator):
         if mask is not None:
             mask = torch.nn.functional.pad(mask.to(ids.device), (0, length - mask.shape[1]), value=1)
         proposals = self.draft.draft(ids, mask, self.num_drafted, self.cache)[..., : self.vocab_size].argmax(dim=-1)
-        # Older versions of transformers (5.17) have a loop that looks for an end at the last token of a block only.
+        # In older versions of transformers (5.17) the loop checks for an end at the last token of a block only.
         proposals = proposals[:, : num_until_end(proposals, self.eos_token_id)]
         self.num_drafted = proposals.shape[1]
         return torch.cat([ids, proposals], dim=1), None  # type: ignore[return-value]

@@ -63,7 +63,7 @@ class CompileCache:
 
 
 class CompileCaches:
-    """The compile caches of a target, by draft; a copy of the model begins with none."""
+    """The compile caches of a target, by draft; a copy of the model starts with none."""
 
     def __init__(self) -> None:
         self.by_draft: WeakKeyDictionary[PreTrainedModel, CompileCache] = WeakKeyDictionary()
@@ -73,7 +73,7 @@ class CompileCaches:
 
 
 def compile_cache_of(target: PreTrainedModel, draft: PreTrainedModel) -> CompileCache:
-    """The compile cache of a pair, made at the first call."""
+    """Return the compile cache of a pair, made at the first call."""
     caches: CompileCaches = target.__dict__.setdefault("_pard_compile_caches", CompileCaches())
     return caches.by_draft.setdefault(draft, CompileCache())
 
@@ -92,7 +92,7 @@ class CompiledSteps:
         self.kind: tuple[Hashable, ...] = (self.placement, *backend, torch.is_inference_mode_enabled())
 
     def cache(self, name: str, model: PreTrainedModel, batch_size: int, num_slots: int) -> SlotCache:
-        """An empty static cache for one of the two models; `name` tells them apart."""
+        """Return an empty static cache for one of the two models; `name` tells them apart."""
         key = (name, batch_size, num_slots, self.placement)
         if key not in self.kept.caches:
             self.kept.caches[key] = SlotCache.of(model, num_slots, is_static=True)
@@ -100,7 +100,7 @@ class CompiledSteps:
         return self.kept.caches[key]
 
     def rows(self, rows: Any) -> Any:
-        """The same `Rows` in static buffers."""
+        """Copy `Rows` to static buffers."""
         key = (*rows.tokens.shape, self.placement)
         if key not in self.kept.rows:
             with torch.inference_mode(False):  # Later calls outside it write to them too.
@@ -113,7 +113,7 @@ class CompiledSteps:
         return static
 
     def is_ready(self, step: Callable[..., Any], key: Hashable) -> bool:
-        """Whether a step runs for these shapes without being compiled first."""
+        """Return whether a step runs for these shapes without being compiled first."""
         return (step.__name__, key, self.kind) in self.kept.steps
 
     def begin_round(self) -> None:
@@ -150,15 +150,15 @@ class CompiledSteps:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype that autocast computes in on a device; `None` outside of it."""
+    """Return the dtype that autocast computes in on a device; `None` outside of it."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def compile_step(step: Any, config: CompileConfig) -> Callable[..., Any]:
     """Compile a function on its own.
 
-    torch keeps what it compiled beside the code object and gives up after a few variants of one: every step gets code
-    of its own, so that any number of shapes can live side by side and none is looked through for another.
+    torch caches compiled code by code object and gives up after a few variants of one: every step gets a code object
+    of its own, so that any number of shapes can coexist and a call checks the guards of one only.
     """
     own = FunctionType(step.__code__.replace(), step.__globals__, step.__name__, step.__defaults__, step.__closure__)
     finalize(own, forget_code, own.__code__).atexit = False
@@ -168,7 +168,7 @@ def compile_step(step: Any, config: CompileConfig) -> Callable[..., Any]:
 
 
 def forget_code(code: CodeType) -> None:
-    """Free what torch keeps beside a code object that cannot be called any more.
+    """Free what torch caches for a code object that cannot be called any more.
 
     Its entries keep the code alive in turn, and guards live as long as what they watch, a function of torch for one:
     without this, for ever.
@@ -182,7 +182,7 @@ def forget_code(code: CodeType) -> None:
 def schedule_for(
     target: PreTrainedModel, draft: PreTrainedModel, config: GenerationConfig, compiled: CompiledSteps | None
 ) -> Schedule:
-    """The schedule of a call, with the costs that earlier calls of the pair measured."""
+    """Make the schedule of a call, with the costs that earlier calls of the pair measured."""
     costs = None
     if config.num_assistant_tokens_schedule == "adaptive":
         key = target.dtype, target.device, None if compiled is None else compiled.kind
@@ -194,7 +194,7 @@ def schedule_for(
 def compiled_steps(
     target: PreTrainedModel, draft: PreTrainedModel, config: GenerationConfig
 ) -> Iterator[CompiledSteps | None]:
-    """The compiled steps of one call where they are asked for and possible; `None` for eager ones."""
+    """Yield the compiled steps of a call where it asks for them and they are possible; `None` for eager ones."""
     kept = acquire_compile_cache(target, draft) if wants_compilation(target, config) else None
     if kept is None:
         with streamed_linear(target, draft):
@@ -208,7 +208,7 @@ def compiled_steps(
 
 
 def wants_compilation(target: PreTrainedModel, config: GenerationConfig) -> bool:
-    """Whether a call asks for compiled rounds, by the options of transformers; on CUDA it need not ask.
+    """Return whether a call asks for compiled rounds, by the options of transformers; on CUDA it need not ask.
 
     On a CPU they are faster too, but compiling takes longer than most calls do.
     """
@@ -217,7 +217,7 @@ def wants_compilation(target: PreTrainedModel, config: GenerationConfig) -> bool
 
 
 def acquire_compile_cache(target: PreTrainedModel, draft: PreTrainedModel) -> CompileCache | None:
-    """The compile cache of a pair, locked; `None`, with a log message, where it cannot be had."""
+    """Lock and return the compile cache of a pair; `None`, with a log message, where that is impossible."""
     reason = not_compilable_reason(target, draft)
     if reason is not None:
         warn_once(f"{reason}; rounds run without torch.compile.")
@@ -230,7 +230,7 @@ def acquire_compile_cache(target: PreTrainedModel, draft: PreTrainedModel) -> Co
 
 
 def not_compilable_reason(target: PreTrainedModel, draft: PreTrainedModel) -> str | None:
-    """Why the rounds of a pair cannot be compiled; `None` when they can."""
+    """Return why the rounds of a pair cannot be compiled; `None` if they can."""
     for model in (target, draft):
         name, quantizer = type(model).__name__, getattr(model, "hf_quantizer", None)
         devices = {str(device) for device in getattr(model, "hf_device_map", {}).values()}

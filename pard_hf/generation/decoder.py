@@ -1,8 +1,8 @@
 """The decoding loop: draft, verify, accept, synchronize, over rows of different lengths.
 
 A round is one draft forward and one target forward. Both models keep a `SlotCache`, so rows accept different counts
-and nothing is rolled back; what was rejected is overwritten by the next round. Rows are decided on the device and the
-host looks once a round. `lockstep.py` is the same loop for code that looks at the prefix token by token.
+and nothing is rolled back; what was rejected is overwritten by the next round. Verification runs on the device; the
+host reads its outcome once a round. `lockstep.py` is the same loop for code that reads the prefix token by token.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class PardDecoder:
         self.scores = Recording(len(input_ids)) if returns_dict and config.output_scores else None
         self.logits = Recording(len(input_ids)) if returns_dict and config.output_logits else None
         self.times = RoundTimes(input_ids.device) if config.measure_rounds else None
-        # Outcomes of rounds that the host has not looked at yet.
+        # Outcomes of rounds that the host has not read yet.
         self.pending: deque[tuple[Callable[[], torch.Tensor], Choice]] = deque()
         self.num_ahead = int(self.can_overlap() and input_ids.device.type == "cuda")
 
@@ -99,7 +99,7 @@ class PardDecoder:
             self.batch.target.num_unread = int((self.batch.rows.lengths - num_cached).max())
 
     def can_overlap(self) -> bool:
-        """Whether the device may begin a round before the host has seen the outcome of the one before."""
+        """Return whether the device may start a round before the host has the outcome of the previous one."""
         return (
             self.compiled is not None
             and not self.schedule.is_adaptive
@@ -165,7 +165,7 @@ class PardDecoder:
         return choice if self.is_fixed else choice.at_most(self.batch.most_remaining() - 1)
 
     def observed_round(self, choice: Choice) -> None:
-        """Run a round and let the schedule learn its time, where typical, and what it accepted."""
+        """Run a round and record in the schedule its time, where typical, and what it accepted."""
         most_unread = self.schedule.largest.num_drafts + 1
         # A draft with much to catch up on makes a slow round.
         is_typical = not self.is_first and (choice.num_drafts == 0 or self.batch.draft.num_unread <= most_unread)
@@ -228,9 +228,9 @@ class PardDecoder:
         return self.run_step(accept_step, choice, *arguments, key=key)
 
     def synchronize(self, num_ahead: int = 0) -> list[int]:
-        """Learn the outcome of all rounds but the last `num_ahead`: the one wait for the device in a round.
+        """Read the outcome of all rounds but the last `num_ahead`: the one wait for the device in a round.
 
-        Returns how many proposals each unfinished row accepted in the last one it learned of.
+        Returns how many proposals each unfinished row accepted in the last round read.
         """
         accepted: list[int] = []
         while len(self.pending) > num_ahead:
@@ -249,7 +249,7 @@ class PardDecoder:
                 recording.add(values, self.batch.row_ids, counts)
 
     def stream(self, num_emitted: int, columns: list[list[int]]) -> None:
-        """Pass on the first row's tokens, and let the noise of each pass with it."""
+        """Stream the first row's tokens, and use up the noise of each with it."""
         if self.streamer is None:
             self.noise.use(num_emitted)
             return
@@ -258,7 +258,7 @@ class PardDecoder:
             self.put(torch.tensor(column[:1]), is_accepted=number < num_emitted)
 
     def put(self, tokens: torch.Tensor, is_accepted: bool) -> None:
-        """Hand a column to the streamer; one with `put_accepted` is told which tokens the draft proposed."""
+        """Pass a column to the streamer; `put_accepted`, if it has that, gets the tokens that the draft proposed."""
         put = getattr(self.streamer, "put_accepted", self.streamer.put) if is_accepted else self.streamer.put
         put(tokens)
 
@@ -284,7 +284,7 @@ class PardDecoder:
             self.batch.keep(sorted(sorted(range(len(unfinished)), key=lambda row: not unfinished[row])[:size]))
 
     def smaller_batch_size(self) -> int | None:
-        """The power of two that holds the unfinished rows; `None` where a smaller batch does not pay.
+        """Return the power of two that holds the unfinished rows; `None` where a smaller batch does not pay.
 
         Where its steps would have to be compiled first, it pays only with many tokens to come.
         """
@@ -296,7 +296,7 @@ class PardDecoder:
         return size if pays else None
 
     def longest(self) -> int:
-        """An upper bound of the tokens known of any row."""
+        """Return an upper bound of the tokens known of any row."""
         return max(self.batch.lengths) + sum(choice.num_drafts + 1 for _, choice in self.pending)
 
     def run_step(self, step: Callable[..., Any], choice: Choice, *arguments: Any, key: tuple[Any, ...] = ()) -> Any:
@@ -306,7 +306,7 @@ class PardDecoder:
         return self.compiled.run(step, (*self.batch.shape(choice), *key), *arguments)
 
     def is_ready(self, choice: Choice, batch_size: int | None = None) -> bool:
-        """Whether a round runs for a choice without being compiled first, in this batch or a smaller one."""
+        """Return whether a round runs for a choice without being compiled first, in this batch or a smaller one."""
         return self.compiled is None or self.compiled.is_ready(target_step, self.batch.shape(choice, batch_size))
 
     @property
@@ -314,13 +314,13 @@ class PardDecoder:
         return 0.0 if self.compiled is None else self.compiled.compile_seconds
 
     def mark(self, step: str) -> None:
-        """Book the time since the last mark, where the call asks for it; the whole first round is `prefill`."""
+        """Record the time since the last mark, if the call asks for it; the whole first round is `prefill`."""
         if self.times is not None:
             self.times.mark("prefill" if self.is_first else step)
             self.times.num_rounds += step == "loop" and not self.is_first
 
     def sequences(self) -> torch.Tensor:
-        """Prompt columns and new tokens, `[B, num_columns + num_new]`; finished rows filled with `pad_token_id`."""
+        """Return prompt and new tokens, `[B, num_columns + num_new]`; finished rows filled with `pad_token_id`."""
         rows, counts = self.batch.rows, self.batch.rows.num_new()
         columns = torch.arange(int(counts.max()), device=counts.device)
         index = rows.num_prompt_tokens.unsqueeze(1) + columns
@@ -331,7 +331,7 @@ class PardDecoder:
         return torch.cat([self.input_ids, new], dim=1)
 
     def fewest_new_tokens(self) -> int:
-        """New tokens of the row that ended first, its last one included."""
+        """Count the new tokens of the row that ended first, its last one included."""
         return int(self.batch.rows.num_new().min())
 
     def extend(self, cache: Any) -> None:
@@ -385,12 +385,12 @@ class Recording:
             self.rows[row_id].append(row[:count].clone())  # The next round writes to a compiled step's results.
 
     def columns(self) -> tuple[torch.Tensor, ...]:
-        """One `[B, V]` a new column, as plain `generate` returns them; zeros after a row's end."""
+        """Return one `[B, V]` a new column, as plain `generate` returns them; zeros after a row's end."""
         return pad_sequence([torch.cat(row) for row in self.rows], batch_first=True).unbind(1)
 
 
 def on_path(values: torch.Tensor, nodes: torch.Tensor | None) -> torch.Tensor:
-    """Of values `[B, N + 1, V]` at a tree's nodes, those at the root and on the accepted path, `[B, K + 1, V]`."""
+    """Select from values `[B, N + 1, V]` at a tree's nodes those at the root and on the path, `[B, K + 1, V]`."""
     if nodes is None:
         return values
     rows = torch.nn.functional.pad(nodes, (1, 0)).unsqueeze(2)
@@ -398,11 +398,11 @@ def on_path(values: torch.Tensor, nodes: torch.Tensor | None) -> torch.Tensor:
 
 
 def max_length(criteria: StoppingCriteriaList) -> int:
-    """Columns of the longest output, prompt included."""
+    """Return the columns of the longest output, prompt included."""
     return min(criterion.max_length for criterion in criteria if isinstance(criterion, MaxLengthCriteria))
 
 
 def end_tokens(criteria: StoppingCriteriaList, device: torch.device) -> torch.Tensor | None:
-    """The end tokens that criteria name, on a device; `None` without any."""
+    """Return the end tokens that criteria name, on a device; `None` without any."""
     ends = [criterion.eos_token_id.to(device) for criterion in criteria if isinstance(criterion, EosTokenCriteria)]
     return torch.cat(ends) if ends else None

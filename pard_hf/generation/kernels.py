@@ -1,8 +1,8 @@
-"""Attention and products for the few queries of a round.
+"""Compute attention and linear layers for the few queries of a round.
 
 Grouped attention: with a mask, transformers repeats keys and values for each query head before it attends; at 8 k
 tokens and 4 query heads to a key-value head it writes four caches a layer and round. The queries of a group stand side
-by side as queries of one head instead. It is installed behind the name `sdpa`, which models keep: some compare it and
+by side as queries of one head instead. It is installed under the name `sdpa`, which models keep: some compare it and
 attend by code of their own, and those never look the function up. Outside [`grouped_attention`] it is the function
 that was there before.
 
@@ -27,7 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 # Beyond this many queries the repeated mask costs more than the copy saves; a tree of 64 and its root are fewer.
 MAX_QUERIES = 72
 MAX_VECTORS = 32
-# Smaller weights stay in the processor's caches, and every call of torch would pay for being looked at.
+# Smaller weights stay in the processor's caches, and checking every call of torch has a cost.
 MIN_PARAMETERS = 50_000_000
 
 ungrouped_sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]

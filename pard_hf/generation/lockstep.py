@@ -1,6 +1,6 @@
-"""The same loop for rows that advance together, for code that looks at the prefix token by token.
+"""Decode rows that advance together, for code that reads the prefix token by token.
 
-Processors, stopping criteria and streamers may keep state, look at other rows or count their calls. Here each is
+Processors, stopping criteria and streamers may keep state, read other rows or count their calls. Here each is
 called once a column with all rows, in order, on emitted tokens only: the body of plain `generate`'s loop, with logits
 that were computed ahead. A round ends at the first column where an unfinished row leaves its proposals.
 """
@@ -29,7 +29,7 @@ class LockstepDecoder(PardDecoder):
         self.unfinished = torch.ones(len(self.batch), dtype=torch.long, device=self.columns.device)
         # Tokens of each row up to its end, on the host: the padding after it is not their text.
         self.num_new = torch.zeros(len(self.batch), dtype=torch.long)
-        # As in plain `generate`: only where an end token exists do finished rows turn into padding.
+        # As in plain `generate`: finished rows become padding only where an end token exists.
         self.pads_finished = any(hasattr(criterion, "eos_token_id") for criterion in self.stopping_criteria)
         # Scores so far, as plain `generate` shows them to its criteria.
         self.scores_so_far: tuple[torch.Tensor, ...] | None = None if self.scores is None else ()
@@ -73,7 +73,7 @@ class LockstepDecoder(PardDecoder):
         self.accepted = [len(raw) - 1]  # The slowest row decides what a round of this batch is worth.
 
     def choose_tokens(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Choose one token a row from raw `logits` `[B, V]` as plain `generate` does; returns tokens and scores."""
+        """Choose one token a row from raw `logits` `[B, V]` as plain `generate` does; return tokens and scores."""
         scores = self.logits_processor(self.columns, logits)
         if self.do_sample:
             tokens = torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
@@ -99,7 +99,7 @@ class LockstepDecoder(PardDecoder):
         return outcome[1:].bool()
 
     def synchronize(self, num_ahead: int = 0) -> list[int]:
-        """Return what the round accepted: every column was looked at when it was emitted."""
+        """Return what the round accepted: every column was read when it was emitted."""
         return self.accepted if self.batch.has_unfinished else []
 
     def drop_finished_rows(self) -> None:

@@ -68,7 +68,7 @@ class PardGenerationMixin(GenerationMixin):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go; offloaded weights lie on the meta device between two forwards."""
+        """Return the device of inputs; offloaded weights are on the meta device between two forwards."""
         device: torch.device = super().device
         return device if device.type != "meta" else input_device(self)
 
@@ -321,7 +321,7 @@ def decoder_class(
     streamer: Any,
     batch_size: int,
 ) -> type[PardDecoder]:
-    """Rows on their own where nothing looks at the prefix or waits for a whole column, else in lockstep."""
+    """Choose independent rows where nothing reads the prefix or waits for a whole column, else lockstep."""
     is_ragged = (
         {type(criterion) for criterion in stopping_criteria} <= KNOWN_CRITERIA
         and is_prefix_free(logits_processor)
@@ -353,7 +353,7 @@ def warn_unused(reason: str) -> None:
 
 
 def level_of_caller() -> int:
-    """The stack level, as `warnings.warn` counts it, of the code that called `generate()`."""
+    """Return the stack level, as `warnings.warn` counts it, of the code that called `generate()`."""
     packages = (__package__.partition(".")[0], "transformers", "torch")
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in packages:
@@ -401,5 +401,5 @@ def without_pard(target: PreTrainedModel) -> PreTrainedModel:
 
 @cache
 def pard_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The subclass of `base` with the mixin, named as `base`: a saved config names its class."""
+    """Return the subclass of `base` with the mixin, named as `base`: a saved config names its class."""
     return subclass_named_as(base, PardGenerationMixin, pard_class)

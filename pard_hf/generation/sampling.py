@@ -52,9 +52,9 @@ def verify_sample_and_match(
 def verify_ratio_test(
     draft_tokens: torch.Tensor, draft_scores: torch.Tensor, scores: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Speculative sampling: accept x with probability min(1, p(x) / q(x)), else draw from norm(max(0, p - q)).
+    """Accept x with probability min(1, p(x) / q(x)), else draw from norm(max(0, p - q)).
 
-    Algorithm 1 of https://huggingface.co/papers/2211.17192. Each proposal was drawn from its row of `draft_scores`
+    Speculative sampling, https://huggingface.co/papers/2211.17192. Each proposal was drawn from its `draft_scores`
     `[B, K, V]`; that these are independent marginals does not matter, so the output is distributed as plain sampling.
     """
     p, q = scores.softmax(dim=-1), draft_scores.softmax(dim=-1)
@@ -98,8 +98,8 @@ class Noise:
     the next: the same seed gives the same text as plain `generate`, which draws once a token. Rows of a batch advance
     by different counts, so there only the distribution is kept.
 
-    Noise is drawn ahead from a generator of its own. The device's generator only ever passes over the noise of tokens
-    that were emitted, so it stands where plain `generate` would leave it, after an interrupt too.
+    Noise is drawn ahead from a generator of its own. The device's generator only ever advances by the noise of tokens
+    that were emitted, so it has the state that plain `generate` would leave, after an interrupt too.
     """
 
     def __init__(self, device: torch.device, is_ordered: bool):
@@ -116,7 +116,7 @@ class Noise:
         return torch.stack([self.at(position, shape[2]) for position in range(shape[1])], dim=1)
 
     def at(self, position: int, vocab_size: int) -> torch.Tensor:
-        """Noise `[1, V]` of a position, counted from the first that was not used yet."""
+        """Return noise `[1, V]` of a position, counted from the first that was not used yet."""
         if self.ahead is None:
             self.ahead = torch.Generator(self.source.device)
         if not self.kept:  # Others may have drawn since.
@@ -134,7 +134,7 @@ class Noise:
 
 
 def default_generator(device: torch.device) -> torch.Generator:
-    """The generator from which a device draws unless told otherwise."""
+    """Return the default generator of a device."""
     if device.type == "cpu":
         return torch.default_generator
     if device.type == "mps":
@@ -175,17 +175,17 @@ STATELESS = PREFIX_FREE | {
 
 
 def is_prefix_free(processors: LogitsProcessorList) -> bool:
-    """Whether every processor is known to ignore the tokens before a position."""
+    """Return whether every processor is known to ignore the tokens before a position."""
     return PREFIX_FREE.issuperset(map(type, processors))
 
 
 def is_stateless(processors: LogitsProcessorList) -> bool:
-    """Whether every processor is known to be a function of its two arguments."""
+    """Return whether every processor is known to be a function of its two arguments."""
     return STATELESS.issuperset(map(type, processors))
 
 
 def process_positions(processors: LogitsProcessorList, logits: torch.Tensor) -> torch.Tensor:
-    """Apply prefix-free `processors` to `logits` `[B, num_positions, V]` in one go."""
+    """Apply prefix-free `processors` to `logits` `[B, num_positions, V]` in one call each."""
     if not processors:
         return logits
     rows = logits.flatten(0, 1)

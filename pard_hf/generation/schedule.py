@@ -1,7 +1,7 @@
-"""How many tokens to propose in a round, and whether as a chain or as a tree.
+"""Choose how many tokens to propose in a round, and whether as a chain or as a tree.
 
-The adaptive schedule weighs what a round of so many proposals has cost on this machine at this batch size against how
-many of them have been accepted lately; K = 0 is plain decoding.
+The adaptive schedule weighs the cost of a round of so many proposals on this machine at this batch size against how
+many of them were accepted recently; K = 0 is plain decoding.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class Choice(NamedTuple):
 
     @property
     def num_proposals(self) -> int:
-        """Queries of the target beside the last known token."""
+        """Count the target's queries after the last known token."""
         return self.tree_size or self.num_drafts
 
     def at_most(self, num_drafts: int) -> Choice:
-        """The same with paths no longer than that."""
+        """Return the same choice with paths of at most `num_drafts` tokens."""
         return Choice(min(self.num_drafts, num_drafts), self.tree_size if num_drafts > 0 else 0)
 
 
@@ -65,7 +65,7 @@ class Trials:
 
 
 class RoundCosts:
-    """What is known of a pair from call to call: seconds of rounds, and acceptance by tree size and depth."""
+    """Measurements of a pair from call to call: seconds of rounds, and acceptance by tree size and depth."""
 
     def __init__(self) -> None:
         self.trials: dict[tuple[Hashable, Choice], Trials] = {}
@@ -84,9 +84,9 @@ class RoundCosts:
         return self.trials.get((work, choice), Trials())
 
     def cost(self, work: Hashable, choice: Choice) -> float | None:
-        """Seconds of a round: the least of late, for what else runs on the machine only adds to it.
+        """Estimate seconds of a round: the minimum of recent rounds, since other load on the machine only adds.
 
-        Choices that were not measured lie on a line over the number of proposals; `None` before anything was.
+        Unmeasured choices are interpolated over the number of proposals; `None` before anything was measured.
         """
         if self.trials_of(work, choice).seconds:
             return min(self.trials_of(work, choice).seconds)
@@ -103,9 +103,9 @@ class RoundCosts:
             counts[1] = MEMORY * counts[1] + (num_accepted > depth)
 
     def tokens(self, choice: Choice) -> float:
-        """Expected tokens of a round, bonus token included.
+        """Estimate the expected tokens of a round, bonus token included.
 
-        What a doubling of a tree adds falls slowly, so sizes that were not tried lie on a line over their logarithms.
+        The gain of a doubling of the tree falls slowly, so sizes not tried are interpolated over their logarithms.
         """
         sizes = list(self.reached) or [choice.tree_size]
         lengths = {log(1 + size): self.expected_length(size, choice.num_drafts) for size in sizes}
@@ -121,7 +121,7 @@ class RoundCosts:
 
 
 def on_line(known: dict[float, float], x: float) -> float:
-    """The value at `x`: a known one, or that of the line through its neighbours, which does not fall."""
+    """Return the value at `x`: a known one, or that of the line through its neighbors, which does not fall."""
     points = sorted(known)
     if x in known or len(points) == 1:
         return known.get(x, known[points[0]])
@@ -131,7 +131,7 @@ def on_line(known: dict[float, float], x: float) -> float:
 
 
 class Schedule:
-    """Chooses what each round proposes: K and N or, with the costs of a pair, what promises most tokens a second.
+    """Choose what each round proposes: K and N or, with the costs of a pair, what promises most tokens a second.
 
     Costs are wall times of this run, so what is chosen, and with it the noise that a sampled batch draws, can differ
     from run to run; a greedy text, or a single sampled one, cannot. An adaptive schedule stays at or below K and N.
@@ -168,7 +168,7 @@ class Schedule:
         return best
 
     def record(self, work: Hashable, choice: Choice, seconds: float | None, num_accepted: list[int]) -> None:
-        """Learn from a round: its wall time (`None` = not typical) and what unfinished rows accepted."""
+        """Record a round: its wall time (`None` = not typical) and what unfinished rows accepted."""
         if self.costs is None:
             return
         if seconds is not None:

@@ -47,22 +47,22 @@ class DecodingStats:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens emitted by rounds, bonus tokens included."""
+        """Count the tokens emitted by rounds, bonus tokens included."""
         return self.num_accepted + self.num_rounds
 
     @property
     def acceptance_length(self) -> float:
-        """Tau: mean tokens a round, bonus token included; in `[1, K + 1]`, 0 where no round ran."""
+        """Return τ, mean tokens a round with the bonus token; in `[1, K + 1]`, 0 where no round ran."""
         return self.num_tokens / self.num_rounds if self.num_rounds else 0.0
 
     @property
     def acceptance_rate(self) -> float:
-        """Alpha: accepted over drafted tokens."""
+        """Return α, accepted over drafted tokens."""
         return self.num_accepted / self.num_drafted if self.num_drafted else 0.0
 
     @property
     def position_acceptance(self) -> tuple[float, ...]:
-        """Entry `i - 1` is a_i: the share of rounds whose i-th draft token was accepted."""
+        """Return as entry `i - 1` the share of rounds whose i-th draft token was accepted."""
         return tuple(sum(self.histogram[i:]) / self.num_rounds for i in range(1, len(self.histogram)))
 
     def __add__(self, other: DecodingStats) -> DecodingStats:
@@ -82,7 +82,7 @@ class DecodingStats:
         return self + DecodingStats((0,) * num_accepted + (1,), num_drafted)
 
     def to_dict(self) -> dict[str, Any]:
-        """Counts and ratios under the names used in JSON results."""
+        """Return counts and ratios under the names used in JSON results."""
         return {
             "num_rounds": self.num_rounds,
             "num_drafted": self.num_drafted,

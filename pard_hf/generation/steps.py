@@ -1,4 +1,4 @@
-"""The steps of a round as functions of tensors: draft, verify, accept.
+"""Run the steps of a round as functions of tensors: draft, verify, accept.
 
 Shapes are fixed by batch size, K, tree and cache size; buffers change in place and no value is read on the host, so a
 step runs eagerly or compiled (`compilation.py`).
@@ -30,7 +30,7 @@ class Proposals(NamedTuple):
     on_path: torch.Tensor | None = None
 
     def depths(self) -> torch.Tensor:
-        """Steps from the last known token, `[B or 1, num_proposals]`."""
+        """Return the steps from the last known token, `[B or 1, num_proposals]`."""
         if self.tree is not None:
             return self.tree.depths
         return torch.arange(1, self.tokens.shape[1] + 1, device=self.tokens.device).unsqueeze(0)

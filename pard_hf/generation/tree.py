@@ -1,4 +1,4 @@
-"""The most probable prefixes under the draft, as a tree that one target forward verifies.
+"""Find the most probable prefixes under the draft, as a tree that one target forward verifies.
 
 A chain bets the whole round on one guess for each position; a tree spends the same target queries on the most probable
 continuations. The root is the last known token; nodes are counted from 1, and a node's parent always comes before it.

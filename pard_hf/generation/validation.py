@@ -1,4 +1,4 @@
-"""What is refused, what falls back to another loop, and why.
+"""Check what is refused, what falls back to another loop, and why.
 
 Three kinds of functions: `check_*` raise a `ValueError` before anything is touched; `unsupported_by_*` return why a
 loop would not give the text of plain `generate`, or `None`; and where configs and code do not tell (custom code, new
@@ -83,7 +83,7 @@ def check_pair(
     """Raise a `ValueError` unless draft and target share a tokenizer and have room for K proposals.
 
     The output is exact either way; with another tokenizer no proposal would be accepted. Tokenizers, passed or saved
-    beside the weights, are compared when a pair is first met. Rows that only pad a vocabulary may differ.
+    with the weights, are compared when a pair is first met. Rows that only pad a vocabulary may differ.
     """
     if keeps_no_cache(draft):
         raise ValueError(
@@ -103,12 +103,12 @@ def check_pair(
 
 
 def keeps_no_cache(model: PreTrainedModel) -> bool:
-    """Whether a model computes without a cache, as layers under gradient checkpointing do while training."""
+    """Return whether a model computes without a cache, as layers under gradient checkpointing in training do."""
     return model.training and getattr(model, "is_gradient_checkpointing", False)
 
 
 def saved_tokenizer(name_or_path: str | None) -> Any:
-    """Load the tokenizer beside a model's weights, in their folder or the Hub's cache; `None` without one."""
+    """Load the tokenizer saved with a model's weights, in their folder or the Hub's cache; `None` without one."""
     if not name_or_path:
         return None
     folder = Path(name_or_path)
@@ -148,7 +148,7 @@ def check_vocabulary_sizes(draft: PreTrainedModel, target: PreTrainedModel) -> N
 def full_attention_mask(
     input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
 ) -> torch.Tensor:
-    """The 2-D mask over everything the target has or gets to see; transformers drops one that is all ones."""
+    """Return the 2-D mask over all the target has read or will read; transformers drops one that is all ones."""
     mask = model_kwargs.get("attention_mask")
     if mask is not None:
         return mask.long()
@@ -225,7 +225,7 @@ def unsupported_by_any_loop(
 
 
 def smallest_window(model: PreTrainedModel) -> int:
-    """The smallest sliding window of a model's layers; `sys.maxsize` where every layer sees the whole text."""
+    """Return the smallest sliding window of a model's layers; `sys.maxsize` where all attend to the whole text."""
     layers = cache_layers(model.config.get_text_config())
     windows = (layer.sliding_window for layer in layers if type(layer) is DynamicSlidingWindowLayer)
     return min(windows, default=sys.maxsize)
@@ -273,7 +273,7 @@ def unsupported_by_own_loop(
 
 
 def unsupported_by_slots(model: PreTrainedModel) -> str | None:
-    """Return why a model cannot decode over a `SlotCache`, as its config and code tell."""
+    """Return why a model cannot decode over a `SlotCache`, by its config and code."""
     name, attention = type(model).__name__, model.config._attn_implementation
     if "position_ids" not in forward_parameters(model):
         return f"`{name}` takes no `position_ids`: it counts positions by its cache"
@@ -293,7 +293,7 @@ def unsupported_by_slots(model: PreTrainedModel) -> str | None:
 
 
 def has_usual_positions(mask: torch.Tensor, position_ids: torch.Tensor | None) -> bool:
-    """Whether `position_ids` count the text of a 2-D mask from 0, as the slots of our cache do."""
+    """Return whether `position_ids` count the text of a 2-D mask from 0, as the slots of our cache do."""
     if position_ids is None:
         return True
     if position_ids.ndim != 2 or position_ids.shape[1] != mask.shape[1]:
@@ -304,7 +304,7 @@ def has_usual_positions(mask: torch.Tensor, position_ids: torch.Tensor | None) -
 def unsupported_by_stock_loop(model: PreTrainedModel) -> str | None:
     """Return why a model cannot read several tokens after a cache as it reads them one by one.
 
-    Only models that count positions by their cache are tried out.
+    Only models that count positions by their cache are tested.
     """
     if "position_ids" in forward_parameters(model) or passes(model, blocks_passed, logits_over_blocks):
         return None
@@ -323,7 +323,7 @@ blocks_passed: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
 def passes(model: PreTrainedModel, known: WeakKeyDictionary[PreTrainedModel, bool], logits_of: LogitsOf) -> bool:
-    """Try a model out, once; one in training mode has no two forwards alike, and is not."""
+    """Test a model by short forwards, once; one in training mode has no two forwards alike, and is not tested."""
     if model not in known:
         if model.training:
             return False
@@ -356,7 +356,7 @@ def is_close(model: PreTrainedModel, logits_of: LogitsOf) -> bool:
 
 
 def logits_over_slots(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Logits after the first tokens over our cache, with rejected entries in the slots after them."""
+    """Compute logits after the first tokens over our cache, with rejected entries in the slots after them."""
     cached = CachedModel(model, SlotCache.of(model, NUM_SLOTS))
     positions = torch.arange(NUM_TOKENS, device=ids.device).unsqueeze(0)
     cached.forward(positions, NUM_SLOTS, 1, input_ids=ids.flip(1))
@@ -365,7 +365,7 @@ def logits_over_slots(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor
 
 
 def logits_over_blocks(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Logits after the first tokens over an ordinary cache, which a block left with one token too many."""
+    """Compute logits after the first tokens over an ordinary cache, cropped after a block one token too long."""
     past = {cache_argument(model): DynamicCache()}
     model(input_ids=ids[:, : NUM_FIRST + 1], use_cache=True, **past)
     next(iter(past.values())).crop(-1)

@@ -1,1 +1,1 @@
-"""Draft checkpoints on their way to others: what serving engines want of them, checked and written."""
+"""Draft checkpoints for others: checks and exports for serving engines, and model cards."""

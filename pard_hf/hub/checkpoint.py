@@ -81,7 +81,7 @@ def vocab_size(config: dict[str, Any]) -> int:
 
 
 def is_known_model(config: dict[str, Any]) -> bool:
-    """Tell whether the installed transformers has a config class for the model, which has no code of its own."""
+    """Return whether the installed transformers has a config class for the model, which has no code of its own."""
     kind = config.get("model_type")
     return isinstance(kind, str) and kind in CONFIG_MAPPING and "auto_map" not in config
 

@@ -185,7 +185,7 @@ def method_by_absolute_path(draft: Draft) -> tuple[str, str] | None:
 
 
 def has_mtp_layers(config: dict[str, Any]) -> bool:
-    """Tell whether vLLM uses a model, also as a draft, for its multi-token prediction (MTP) layers only."""
+    """Return whether vLLM uses a model, also as a draft, for its multi-token prediction (MTP) layers only."""
     kind = str(config.get("model_type"))
     num_layers = config.get("num_nextn_predict_layers")
     return (
@@ -198,7 +198,7 @@ def has_mtp_layers(config: dict[str, Any]) -> bool:
 
 
 def has_mrope(draft: Draft) -> bool:
-    """Tell whether the config, or one inside it, divides positions into sections."""
+    """Return whether the config, or one inside it, divides positions into sections."""
     thinker = draft.config.get("thinker_config")
     inner = thinker.get("text_config") if isinstance(thinker, dict) else None
     parts = [part for part in (draft.config, draft.text, draft.config.get("text_config"), inner) if part]
@@ -426,5 +426,5 @@ def check_draft(draft: str | Path, target: str | Path | None = None, name: str |
 
 
 def would_load(findings: list[Finding], engine: Engine) -> bool:
-    """Tell whether no finding keeps the engine from drafting with the checkpoint."""
+    """Return whether no finding keeps the engine from drafting with the checkpoint."""
     return not any(finding.is_blocking and finding.engine in (engine, BOTH) for finding in findings)

@@ -141,7 +141,7 @@ def load_result(path: Path) -> dict[str, Any]:
 
 
 def is_about(result: dict[str, Any], name: str) -> bool:
-    """Tell whether a result is about a checkpoint: by its `draft`, else by its file name (`bundled_pair.json`).
+    """Return whether a result is about a checkpoint: by its `draft`, else by its file name (`bundled_pair.json`).
 
     Results with random layers added (`scale`) are not.
     """

@@ -74,7 +74,7 @@ def attention_mask(
 
 
 def attends(row: Sequence[torch.Tensor], anchor: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
-    """Whether a row (anchor, depth, start) attends to `(anchor, depth)`: its text up to its anchor, and its own chain.
+    """Return whether a row (anchor, depth, start) attends to `(anchor, depth)`: its text up to its anchor, its chain.
 
     Anchors count through a packed sequence, so the real tokens of a row's text lie between its start and its anchor.
     """

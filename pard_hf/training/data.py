@@ -140,7 +140,7 @@ def given_messages(row: dict[str, Any]) -> list[Message]:
 
 
 def has_marks(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template marks answers with `{% generation %}`."""
+    """Return whether the chat template marks answers with `{% generation %}`."""
     return ANSWER_MARK.search(str(tokenizer.chat_template)) is not None
 
 

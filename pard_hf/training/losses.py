@@ -18,7 +18,7 @@ CHUNK_SIZE = 2**25
 
 # An LM head: hidden states `[n, hidden_size]` to logits `[n, vocab_size]`.
 Head = Callable[[torch.Tensor], torch.Tensor]
-# A correction head: hidden states of some labelled rows, and which rows they are, to what is added to their logits.
+# A correction head: hidden states of some labeled rows, and which rows they are, to what is added to their logits.
 Correction = Callable[[torch.Tensor, slice], torch.Tensor]
 
 
@@ -90,7 +90,7 @@ def row_losses(
     temperature: float = 1.0,
     correction: Correction | None = None,
 ) -> Losses:
-    """Sum the losses of labelled rows, a chunk at a time; the backward pass computes the logits of each chunk again.
+    """Sum the losses of labeled rows, a chunk at a time; the backward pass computes the logits of each chunk again.
 
     `hidden` is `[num_rows, hidden_size]`, `labels` and `weights` (1 by default) `[num_rows]`; `vocab_size` is that of
     the larger LM head. `target_index` `[num_rows]` is which of `target_hidden` `[num_positions, target_hidden_size]`

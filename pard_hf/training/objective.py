@@ -130,7 +130,7 @@ class Objective:
 
     @torch.no_grad()
     def teacher(self, batch: dict[str, Any], is_label: torch.Tensor) -> dict[str, Any]:
-        """Run the target; return its arguments of `row_losses` and, for `"cat"`, the weights of labelled rows."""
+        """Run the target; return its arguments of `row_losses` and, for `"cat"`, the weights of labeled rows."""
         assert self.target is not None
         hidden, ids = self.target_hidden(batch)
         batch_size, longest = ids.shape
@@ -168,7 +168,7 @@ def predicting_column(batch: dict[str, Any], num_columns: int) -> torch.Tensor:
 
 
 def correction_of(draft: Any, batch: dict[str, Any], is_label: torch.Tensor) -> Correction | None:
-    """Bind the draft's correction head to labelled rows and the gold token before each predicted one."""
+    """Bind the draft's correction head to labeled rows and the gold token before each predicted one."""
     head = getattr(draft, "correction_head", None)
     if head is None:
         return None

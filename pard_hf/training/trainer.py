@@ -53,7 +53,7 @@ class PardTrainingArguments(MethodSettings, TrainingArguments):
         if self.metric_for_best_model is None:
             self.metric_for_best_model: str | None = "acceptance_length"
             self.greater_is_better = True
-        # transformers wants saves to fall on evaluations; `_determine_best_metric` saves every new best draft.
+        # transformers requires saves to fall on evaluations; `_determine_best_metric` saves every new best draft.
         keeps_best: bool = self.load_best_model_at_end
         self.load_best_model_at_end: bool = False
         super().__post_init__()
@@ -68,7 +68,7 @@ class PardTrainingArguments(MethodSettings, TrainingArguments):
 class PardTrainer(Trainer):
     """Adapt a [`PardDraftModel`] on the kept (anchor, depth) rows; everything else is as in [`Trainer`].
 
-    `metrics.csv` and `curves.png` beside the checkpoints follow the run. A loss that is not finite ends it and leaves
+    `metrics.csv` and `curves.png` next to the checkpoints follow the run. A loss that is not finite ends it and leaves
     the names of the batch's rows in `not_finite.{process}.json`.
 
     Args:
@@ -107,7 +107,7 @@ class PardTrainer(Trainer):
         if args.eval_strategy != "no" and evaluator is None:
             raise ValueError("Expected an `evaluator` with an `eval_strategy`, got none. Pass one, or take 'no'.")
         check_loadable(model)
-        set_seed(args.seed)  # The correction head is initialised before `Trainer` sets the seed.
+        set_seed(args.seed)  # The correction head is initialized before `Trainer` sets the seed.
         prepare_head(model, args.correction_head, args.correction_head_rank)
         self.objective = Objective(
             args.objective, args.cross_entropy_weight, args.divergence_weight, args.distillation_temperature, target
@@ -122,7 +122,7 @@ class PardTrainer(Trainer):
             check_head(target.eval().requires_grad_(False))
             if "text_lengths" in next(iter(kwargs.get("train_dataset") or ()), {}):
                 check_attention(target, is_teacher=True)
-        # `Trainer` wants a data set wherever it evaluates; the evaluator has its own.
+        # `Trainer` requires a data set wherever it evaluates; the evaluator has its own.
         super().__init__(model, args, eval_dataset=() if evaluator else None, **kwargs)
         if args.correction_head is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
@@ -360,7 +360,7 @@ class TrainingClock(TrainerCallback, ExportableState):
 
 
 class MetricsFiles(TrainerCallback):
-    """Write `metrics.csv` and `curves.png` beside the checkpoints, from the whole history of the run."""
+    """Write `metrics.csv` and `curves.png` next to the checkpoints, from the whole history of the run."""
 
     num_written = 0
 
