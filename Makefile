@@ -25,13 +25,13 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 # Environments for other versions of transformers, each with whatever else that version asks for.
-.venv-oldest/installed: HOST := transformers==$(OLDEST)
-.venv-newest/installed: HOST := transformers
+.venv-oldest/installed: TRANSFORMERS := transformers==$(OLDEST)
+.venv-newest/installed: TRANSFORMERS := transformers
 .venv-%/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-$*
 	sed '/^transformers\|^huggingface-hub\|^tokenizers/d' constraints.txt > .venv-$*/constraints.txt
 	.venv-$*/bin/pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
-	  -c .venv-$*/constraints.txt '$(HOST)' -e '.[dev,train]'
+	  -c .venv-$*/constraints.txt '$(TRANSFORMERS)' -e '.[dev,train]'
 	touch $@
 
 demo: $(VENV)/installed
@@ -40,7 +40,7 @@ demo: $(VENV)/installed
 app: $(VENV)/installed
 	$(BIN)/python app.py
 
-# Tests use one thread each: as many files at a time as WORKERS says.
+# Tests use one thread each: WORKERS files at a time.
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -q -m "not browser and not families" -n $(WORKERS) --dist loadfile
 
@@ -48,7 +48,7 @@ test: $(VENV)/installed
 test-docs: $(VENV)/installed
 	$(BIN)/python -m pytest -q tests/test_docs.py tests/test_docs_commands.py tests/test_docs_figures.py tests/test_model_cards.py
 
-# Every family of transformers, and what docs/compatibility.md says of it.
+# Every family of transformers, and docs/compatibility.md compared with it.
 test-families: $(VENV)/installed
 	$(BIN)/python -m pytest -q -m families
 

@@ -389,10 +389,10 @@ a draft whose proposals are right in part and with itself as draft, against plai
 {counts}
 
 - **own**: our loop, the text of plain `generate()`.
-- **stock**: the assisted loop of transformers, with a warning that says why, the text of plain `generate()`. It takes
+- **stock**: the assisted loop of transformers, with a warning that tells why, the text of plain `generate()`. It takes
   one text at a time, and chains for trees.
-- **none**: the draft is not used, with a warning that says why.
-- **refused**: a `ValueError` that says why, before anything is touched.
+- **none**: the draft is not used, with a warning that tells why.
+- **refused**: a `ValueError` that tells why, before anything is touched.
 - **not run**: plain `generate()` does not run a tiny model of this class on a text.
 
 | config class | {cases} |

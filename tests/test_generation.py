@@ -320,7 +320,7 @@ def test_cache_holds_an_end_token_that_the_draft_did_not_propose(family):
 @pytest.mark.parametrize("window", [9, 40])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_padding_inside_a_row_counts_in_a_window(batch_size, window):
-    """As a row that ended before others did leaves it for a second turn: the host's windows are of columns."""
+    """As a row that ended before others did leaves it for a second turn: the windows of transformers count columns."""
     target, prompts = make_model("mistral", sliding_window=window), make_prompts(batch_size)
     prompts["attention_mask"][batch_size // 2, 12:16] = 0
     draft = make_self_draft(target)
@@ -523,7 +523,7 @@ def test_padded_vocabulary_works_and_other_vocabularies_do_not():
 
 @pytest.mark.parametrize("arguments", [{}, {"do_sample": True, "top_k": 5}])
 def test_hybrid_target_goes_through_the_stock_loop(arguments, tree_size, caplog):
-    """Convolution states have no slots; the host's own cache can roll them back, one row at a time."""
+    """Convolution states have no slots; the cache of transformers can roll them back, one row at a time."""
     warn_once.cache_clear()
     target, prompts = make_hybrid(), make_prompts(1)
     draft = make_draft(make_model("llama", seed=3))
