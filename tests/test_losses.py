@@ -154,7 +154,7 @@ def test_unknown_head_is_refused():
             return output
 
     model.__class__ = Doubled
-    with pytest.raises(ValueError, match="its head's output"):
+    with pytest.raises(ValueError, match="its LM head's output"):
         check_head(model)
 
 
