@@ -1,6 +1,5 @@
 """The web demo as visitors meet it: a real server, a real browser."""
 
-import hashlib
 import json
 import re
 import threading
@@ -47,8 +46,7 @@ def hub():
         publish(running, "org/slow-target", Path(bundled_pair().target))
         # Downloads come in pieces of ten megabytes, and models of more than one.
         more = save({"unused": torch.zeros(6_000_000)})
-        running.repos["org/slow-target"].add_commit("main", {"more.safetensors": more})
-        running.large_files[hashlib.sha256(more).hexdigest()] = more
+        running.repos["org/slow-target"]["more.safetensors"] = more
         publish(running, "org/draft", Path(bundled_pair().draft))
         publish(running, "org/secret", Path(bundled_pair().draft), is_private=True)
         yield running
