@@ -499,7 +499,7 @@ def test_cache_that_the_text_does_not_go_on_from_is_refused():
     past = DynamicCache(config=target.config)
     target(prompts["input_ids"], past_key_values=past)
 
-    with pytest.raises(ValueError, match="go on after the 18 cached tokens"):
+    with pytest.raises(ValueError, match="continue after the 18 cached tokens"):
         with_pard(target).generate(**prompts, past_key_values=past, max_new_tokens=5, assistant_model=draft)
     assert past.get_seq_length() == 18
 

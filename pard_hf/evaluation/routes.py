@@ -86,7 +86,7 @@ class RouteRunner:
         if route.loop == "stock" and route.name != "pld":
             sizes = [model.config.get_text_config().vocab_size for model in (self.target, self.draft)]
             if sizes[0] != sizes[1]:
-                return f"the stock assisted loop wants equal vocabularies, not {sizes[0]} and {sizes[1]} rows"
+                return f"the stock assisted loop needs equal vocabularies, not {sizes[0]} and {sizes[1]} rows"
         if route.uses_head and not route.is_adaptive and self.draft.correction_head is None:
             return "the draft has no correction head"
         if route.is_adaptive and self.num_assistant_tokens not in COUNTS[1:]:

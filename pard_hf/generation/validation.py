@@ -179,7 +179,7 @@ def check_prompt(
         )
     if num_past and (mask.shape[1] < num_past + 1 or mask.shape[1] not in (num_columns, num_past + num_columns)):
         raise ValueError(
-            f"Expected ids or an `attention_mask` that go on after the {num_past} cached tokens, got {num_columns} "
+            f"Expected ids or an `attention_mask` that continue after the {num_past} cached tokens, got {num_columns} "
             f"ids and a mask of {mask.shape[1]}. Pass the whole text, or the new ids with a mask over everything."
         )
     known = num_columns if embeds is None else embeds.shape[1]
@@ -248,7 +248,7 @@ def unsupported_by_own_loop(
     if target.config.get_text_config() is not target.config or forward_parameters(target) & OTHER_INPUTS:
         return f"`{type(target).__name__}` is more than a text model"
     if synced_gpus:
-        return "`synced_gpus` wants every process to run the same forwards"
+        return "`synced_gpus` requires every process to run the same forwards"
     if generation_config.output_attentions or generation_config.output_hidden_states:
         return "Attentions and hidden states are split by the stock loop only"
     if generation_config.cache_implementation in ("offloaded", "quantized"):
