@@ -94,17 +94,20 @@ def is_refused_by_stock_loop(past: Any) -> bool:
     return isinstance(past, StaticCache) and "crop" not in vars(StaticLayer)
 
 
+MOST_CONFIGS = 64
 layers_by_content: dict[str, tuple[Any, ...]] = {}
 
 
 def cache_layers(config: PreTrainedConfig) -> tuple[Any, ...]:
     """Return the layers, without entries, of the cache that transformers makes for a config.
 
-    Making them takes a millisecond, so they are kept for as long as the config is the same.
+    Making them takes a millisecond, so they are kept, of `MOST_CONFIGS` configs, while the config is the same.
     """
     text_config = config.get_text_config(decoder=True)
     content = f"{type(text_config)} {vars(text_config)}"
     if content not in layers_by_content:
+        if len(layers_by_content) >= MOST_CONFIGS:
+            layers_by_content.clear()
         layers_by_content[content] = tuple(DynamicCache(config=config).layers)
     return layers_by_content[content]
 

@@ -2,9 +2,10 @@
 
 from device import torch
 from families import make_model
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig
 
 from pard_hf.generation.cache import SlotCache, attention_windows
+from pard_hf.host import MOST_CONFIGS, cache_layers, layers_by_content
 
 TRASH = -1
 
@@ -91,3 +92,11 @@ def test_windows_are_those_of_transformers():
     assert attention_windows(make_model("llama").config) == [None, None]
     assert attention_windows(make_model("mistral").config) == [9, 9]
     assert attention_windows(make_model("gemma2").config) == [9, None]
+
+
+def test_layers_are_kept_of_few_configs():
+    """A server that meets many models, or one whose config is changed again and again, keeps a bounded number."""
+    for vocab_size in range(100, 100 + 2 * MOST_CONFIGS):
+        assert len(cache_layers(LlamaConfig(num_hidden_layers=2, vocab_size=vocab_size))) == 2
+
+    assert len(layers_by_content) <= MOST_CONFIGS

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
-from ..host import cache_layers, uses_attention_interface
+from ..host import PLAIN_LAYERS, cache_layers, uses_attention_interface
 
 
 def attention_windows(config: PreTrainedConfig) -> list[int | None]:
@@ -33,7 +33,7 @@ def attention_windows(config: PreTrainedConfig) -> list[int | None]:
         raise ValueError(f"Chunked attention in `{name}` has no window to mask by")
     windows: list[int | None] = []
     for layer in cache_layers(config):
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        if type(layer) not in PLAIN_LAYERS:
             raise ValueError(f"A `{type(layer).__name__}` in `{name}` keeps more than keys and values")
         windows.append(layer.sliding_window if type(layer) is DynamicSlidingWindowLayer else None)
     return windows
