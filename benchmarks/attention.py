@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from pard_hf.evaluation.benchmark import now
+from pard_hf.generation.stats import now
 from pard_hf.io import commit, device_name
 from script import command, finish, parser_of
 

@@ -19,7 +19,7 @@ from transformers.utils.hub import cached_file
 DEEPSEEK_TURN = "<｜User｜>"
 # Vocabularies of one family differ by padding and a few added tokens; those of two families by thousands.
 NEAR_ROWS = 1024
-HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only")
+TARGET_ARGUMENTS = ("token", "cache_dir", "local_files_only")
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def known_draft_for(target: PreTrainedModel | str | Path, **kwargs: Any) -> Know
         OSError: There is no such folder or repository, or the Hub cannot be reached.
         ValueError: No draft is known, or several fit; the message names the nearest and what to do.
     """
-    hub: dict[str, Any] = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+    hub: dict[str, Any] = {key: kwargs[key] for key in TARGET_ARGUMENTS if key in kwargs}
     if isinstance(target, PreTrainedModel):
         config, name = target.config, target.config.name_or_path
     elif isinstance(target, str | Path):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from ..generation.stats import DecodingStats
+from ..generation.stats import DecodingStats, now
 from ..host import cache_of, check_num_assistant_tokens, end_token_ids, input_device, num_positions
 from ..io import conditions_of, shown_command, shown_model, write_whole
 from ..loading import Pair
@@ -468,13 +467,6 @@ def copy_bandwidth(device: torch.device) -> float:
         copied.copy_(source)
         seconds.append(now(device) - start)
     return 2 * source.numel() / median(seconds[1:])  # The first touches new memory.
-
-
-def now(device: torch.device) -> float:
-    """Return the time, once the device has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def run_metadata(

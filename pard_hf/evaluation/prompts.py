@@ -74,7 +74,7 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
     prompts: list[dict[str, Any]] = []
     for number, line in numbered_lines(Path(path)):
         row, problem = parse_line(line)
-        problem = problem or prompt_problem(row, "prompt")
+        problem = problem or field_problem(row, "prompt")
         if problem is not None:
             raise ValueError(
                 f"Expected a JSON object with a `prompt` in line {number} of `{path}`, but {problem}. Fix the line."
@@ -83,7 +83,7 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
     return prompts
 
 
-def prompt_problem(row: Any, field: str) -> str | None:
+def field_problem(row: Any, field: str) -> str | None:
     """Return why a parsed JSONL row has no text in `field`; `None` if it has."""
     if not isinstance(row, dict):
         return f"it is a JSON {type(row).__name__}"
@@ -95,7 +95,7 @@ def read_hub_prompts(source: str) -> tuple[str, list[dict[str, Any]]]:
     name, field, rows = read_hub_rows(source, "test")
     field = field or "prompt"
     for number, row in enumerate(rows, start=1):
-        problem = text_problem(row) or prompt_problem(row, field)
+        problem = text_problem(row) or field_problem(row, field)
         if problem is not None:
             raise ValueError(
                 f"Expected a text field {field!r} in row {number} of {source!r}, but {problem}. Name another field."

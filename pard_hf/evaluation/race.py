@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from ..generation.compilation import not_compilable_reason
-from ..generation.stats import DecodingStats
+from ..generation.stats import DecodingStats, now
 from ..host import end_token_ids, pad_token_id
 from ..loading import Pair
-from .benchmark import is_exact, logit_gap, now
+from .benchmark import is_exact, logit_gap
 from .prompts import REGROUPED_SIZE, PromptBatch, make_batches
 from .routes import compile_anywhere
 

@@ -65,7 +65,7 @@ def verify_ratio_test(
 
     # The residual of the last row is p itself: nothing was proposed there.
     residual = torch.cat([(p[:, :-1] - q).clamp(min=0), p[:, -1:]], dim=1)
-    # p = q leaves no residual; such a row rejects with probability 0 up to rounding, and then p is the right law.
+    # p = q leaves no residual; such a row rejects with probability 0 up to rounding, and then draws from p.
     residual = torch.where(residual.sum(dim=-1, keepdim=True) > 0, residual, p)
     at_stop = residual[torch.arange(len(residual), device=residual.device), num_matched]
     bonus = torch.multinomial(at_stop, 1)

@@ -94,6 +94,13 @@ class DecodingStats:
         }
 
 
+def now(device: torch.device) -> float:
+    """Return the time, once the device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 class RoundTimes:
     """Seconds of each step of a call's rounds: `prefill` is the whole first round, the others sums over the rest.
 
@@ -104,15 +111,10 @@ class RoundTimes:
         self.prefill = self.draft = self.verify = self.loop = 0.0
         self.num_rounds = 0
         self.device = device
-        self.since = self.now()
-
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        self.since = now(device)
 
     def mark(self, step: str) -> None:
         """Add the time since the last mark to a step."""
-        now = self.now()
-        setattr(self, step, getattr(self, step) + now - self.since)
-        self.since = now
+        time_now = now(self.device)
+        setattr(self, step, getattr(self, step) + time_now - self.since)
+        self.since = time_now

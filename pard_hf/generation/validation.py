@@ -239,7 +239,7 @@ def unsupported_by_own_loop(
     generation_config: GenerationConfig,
     synced_gpus: bool,
     model_kwargs: dict[str, Any],
-    keywords: frozenset[str],
+    keywords: list[str],
 ) -> str | None:
     """Return why our loop and its cache cannot serve a call whose caller passed the arguments `keywords`."""
     reason = unsupported_by_slots(target) or unsupported_by_slots(draft)

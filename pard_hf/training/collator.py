@@ -13,7 +13,7 @@ import torch
 from transformers import TrainerCallback
 
 from .cod import build_rows, keep_rows
-from .settings import check_ranges
+from .settings import MethodSettings, check_ranges
 
 # Values of padding rows: they have no label, and no real row attends to them.
 PADDING = {"input_ids": 0, "position_ids": 0, "labels": -100, "anchors": -1, "depths": 0, "starts": 0}
@@ -62,9 +62,9 @@ class DataCollatorForPard(TrainerCallback):
     """
 
     mask_token_id: int
-    num_draft_tokens: int = 8
-    retention_rate: float = 0.7
-    min_retention_rate: float = 0.2
+    num_draft_tokens: int = MethodSettings.num_draft_tokens
+    retention_rate: float = MethodSettings.retention_rate
+    min_retention_rate: float = MethodSettings.min_retention_rate
     seed: int = 0
 
     def __post_init__(self) -> None:

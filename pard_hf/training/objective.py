@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import PreTrainedModel
@@ -13,10 +13,9 @@ from ..generation.cache import attention_windows
 from ..host import input_device
 from .cod import attends, attention_mask
 from .losses import Correction, confidence_weights, gold_logprobs, row_losses
-from .settings import objective_weights
+from .settings import ObjectiveName, objective_weights
 
 ATTENTIONS = ("sdpa", "eager", "flex_attention")
-OBJECTIVES = ("ce", "kd", "cat")
 # Rows of an additive mask that are computed at once, since the boolean mask of all is large.
 MASK_CHUNK_SIZE = 1024
 
@@ -93,8 +92,10 @@ class Objective:
     target: PreTrainedModel | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in OBJECTIVES:
-            raise ValueError(f"Expected the objective to be one of {', '.join(OBJECTIVES)}, got {self.name!r}.")
+        if self.name not in get_args(ObjectiveName):
+            raise ValueError(
+                f"Expected the objective to be one of {', '.join(get_args(ObjectiveName))}, got {self.name!r}."
+            )
         if self.name != "ce" and self.target is None:
             raise ValueError(f"Expected a target for the objective {self.name!r}, got none. Name the target model.")
         self.weights = objective_weights(

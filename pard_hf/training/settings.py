@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+ObjectiveName = Literal["ce", "kd", "cat"]
 RATES = ("retention_rate", "min_retention_rate")
 # Settings that are at least 1 where they are given.
 COUNTS = (
@@ -33,7 +34,7 @@ class MethodSettings:
     num_draft_tokens: int = setting(8, "K_train, the depths that are trained; at inference K may be larger")
     retention_rate: float = setting(0.7, "r of COD: depth d keeps max(r^d, r_min) of its rows; 1 drops nothing")
     min_retention_rate: float = setting(0.2, "r_min of COD, the smallest share that a depth keeps")
-    objective: Literal["ce", "kd", "cat"] = setting(
+    objective: ObjectiveName = setting(
         "ce", "cross-entropy (ce), with the target's distribution (kd), the same weighted by confidence (cat)"
     )
     cross_entropy_weight: float | None = setting(None, "weight of the cross-entropy; by default 1 for ce, else 0.1")
