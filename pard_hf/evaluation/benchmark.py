@@ -36,7 +36,7 @@ ROUND_STEPS = ("prefill", "draft", "verify", "loop", "num_rounds")
 NUM_COPIED = {"cpu": 2**28, "cuda": 2**30}
 NUM_COPIES = 9
 # Writing 5 here resets the peak memory of the process, on Linux.
-CLEAR_REFS = Path("/proc/self/clear_refs")
+CLEAR_REFS, PROCESS_STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -419,7 +419,7 @@ class MemoryGauge:
             return
         try:
             CLEAR_REFS.write_text("5")
-            self.kind = "ru_maxrss of the process, during the route"
+            self.kind = "VmHWM of the process, during the route"
         except OSError:
             pass
 
@@ -427,6 +427,9 @@ class MemoryGauge:
         """Return the bytes; `None` where the system does not count them."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
+        # Not `ru_maxrss`: a process inherits its parent's, and no reset lowers that.
+        if "VmHWM" in self.kind:
+            return 1024 * int(PROCESS_STATUS.read_text().split("VmHWM:")[1].split()[0])
         try:
             import resource
         except ModuleNotFoundError:
