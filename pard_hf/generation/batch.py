@@ -149,6 +149,11 @@ class Rows:
         index = self.lengths.unsqueeze(1) - width + torch.arange(width + num_more, device=self.lengths.device)
         return self.tokens.gather(1, index[:, :width].clamp(min=0)), index
 
+    def known_last(self, width: int) -> torch.Tensor:
+        """Return the last `width` tokens of each row, -1 where a row is shorter."""
+        ids, index = self.last(width)
+        return torch.where(index < 0, -1, ids)
+
     def positions(self, index: torch.Tensor) -> torch.Tensor:
         """Convert token indices to logical positions in the target; negative stays negative."""
         return torch.where(index < 0, -1, index + self.offset.unsqueeze(1))
@@ -193,7 +198,7 @@ class Batch:
     def __init__(
         self,
         target: PreTrainedModel,
-        draft: PreTrainedModel,
+        draft: PreTrainedModel | None,
         rows: Rows,
         budget: int,
         largest: Choice,
@@ -212,7 +217,9 @@ class Batch:
         self.dropped: list[tuple[Rows, SlotCache | None, list[int], list[int]]] = []
         draft_size, target_size = self.sizes_for(max(self.lengths), largest)
         self.rows = self.buffers(rows, draft_size)
-        self.draft = CachedModel(draft, self.new_cache("draft", draft, draft_size), max(self.lengths))
+        self.draft = None
+        if draft is not None:
+            self.draft = CachedModel(draft, self.new_cache("draft", draft, draft_size), max(self.lengths))
         self.target = CachedModel(target, self.new_cache("target", target, target_size), max(self.lengths))
 
     def __len__(self) -> int:
@@ -235,13 +242,18 @@ class Batch:
         """Return the largest number of tokens that an unfinished row may still emit."""
         return max(self.remaining(row) for row, goes_on in enumerate(self.unfinished) if goes_on)
 
+    @property
+    def draft_size(self) -> int:
+        """Return the slots of the draft's cache, and the tokens that a row's buffer has room for."""
+        return self.rows.tokens.shape[1] - 1
+
     def shape(self, choice: Choice, batch_size: int | None = None) -> tuple[tuple[str, int], ...]:
         """Return the numbers that fix the shapes of compiled steps."""
         return (
             ("batch size", batch_size or len(self)),
             ("K", choice.num_drafts),
             ("tree size", choice.tree_size),
-            ("draft cache", self.draft.cache.num_slots),
+            ("draft cache", self.draft_size),
             ("target cache", self.target.cache.num_slots),
         )
 
@@ -261,7 +273,7 @@ class Batch:
 
     def make_room(self, longest: int, choice: Choice) -> None:
         """Move to larger caches where the current ones would not hold a round."""
-        current = self.draft.cache.num_slots, self.target.cache.num_slots
+        current = self.draft_size, self.target.cache.num_slots
         sizes = tuple(map(max, self.sizes_for(longest, choice), current))
         if sizes != current:
             self.move(list(range(len(self))), *sizes)
@@ -273,14 +285,17 @@ class Batch:
             [values[row] for row in kept] for values in (self.row_ids, self.lengths, self.prompt_lengths)
         )
         self.unfinished = [self.unfinished[row] for row in kept]
-        self.move(kept, self.draft.cache.num_slots, self.target.cache.num_slots)
-        self.draft.num_unread = min(self.draft.num_unread, max(self.lengths))
+        self.move(kept, self.draft_size, self.target.cache.num_slots)
+        if self.draft is not None:
+            self.draft.num_unread = min(self.draft.num_unread, max(self.lengths))
 
     def move(self, kept: list[int], draft_size: int, target_size: int) -> None:
         """Copy some rows into buffers of the given sizes."""
         is_smaller = len(kept) < len(self.rows.lengths)
         self.rows = self.buffers(self.rows.select(kept), draft_size)
         for name, model, size in (("draft", self.draft, draft_size), ("target", self.target, target_size)):
+            if model is None:
+                continue
             if is_smaller or size != model.cache.num_slots:  # Else a compiled cache would be this very one.
                 cache = self.new_cache(name, model.model, size)
                 cache.copy_rows(model.cache, list(range(len(kept))), kept)

@@ -23,7 +23,8 @@ from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 from ..host import can_compile, warn_once
 from .cache import SlotCache
 from .kernels import streamed_linear
-from .schedule import RoundCosts, Schedule
+from .schedule import Choice, RoundCosts, Schedule
+from .sources import Tables
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class CompileCache:
         self.steps: dict[tuple[str, Any, tuple[Hashable, ...]], Callable[..., Any]] = {}
         self.caches: dict[Hashable, SlotCache] = {}
         self.rows: dict[tuple[Any, ...], Any] = {}
+        self.tables: dict[Hashable, Tables] = {}
         self.costs: dict[Hashable, RoundCosts] = {}
         # The last error of torch for a step that could not be compiled.
         self.failure: str | None = None
@@ -111,6 +113,16 @@ class CompiledSteps:
         for name, tensor in vars(rows).items():
             getattr(static, name).copy_(tensor)
         return static
+
+    def tables(self, tables: Tables) -> Tables:
+        """Copy the tables of a call to static buffers."""
+        key = (tables.vocab_size, self.placement)
+        if key not in self.kept.tables:
+            self.kept.tables[key] = Tables.empty(tables.vocab_size, tables.pairs.device)
+            for tensor in vars(self.kept.tables[key]).values():
+                torch._dynamo.mark_static_address(tensor)
+        self.kept.tables[key].copy_(tables)
+        return self.kept.tables[key]
 
     def is_ready(self, step: Callable[..., Any], key: Hashable) -> bool:
         """Return whether a step runs for these shapes without being compiled first."""
@@ -180,21 +192,27 @@ def forget_code(code: CodeType) -> None:
 
 
 def schedule_for(
-    target: PreTrainedModel, draft: PreTrainedModel, config: GenerationConfig, compiled: CompiledSteps | None
+    target: PreTrainedModel,
+    draft: PreTrainedModel | None,
+    config: GenerationConfig,
+    compiled: CompiledSteps | None,
+    largest: Choice,
+    has_sources: bool,
 ) -> Schedule:
     """Make the schedule of a call, with the costs that earlier calls of the pair measured."""
     costs = None
     if config.num_assistant_tokens_schedule == "adaptive":
-        key = target.dtype, target.device, None if compiled is None else compiled.kind
-        costs = compile_cache_of(target, draft).costs.setdefault(key, RoundCosts())
-    return Schedule(config.num_assistant_tokens, config.assistant_tree_size or 0, costs)
+        key = target.dtype, target.device, None if compiled is None else compiled.kind, has_sources
+        costs = compile_cache_of(target, draft or target).costs.setdefault(key, RoundCosts())
+    return Schedule(largest.num_drafts, largest.tree_size, costs, has_chains=not has_sources)
 
 
 @contextmanager
 def compiled_steps(
-    target: PreTrainedModel, draft: PreTrainedModel, config: GenerationConfig
+    target: PreTrainedModel, draft: PreTrainedModel | None, config: GenerationConfig
 ) -> Iterator[CompiledSteps | None]:
     """Yield the compiled steps of a call where it asks for them and they are possible; `None` for eager ones."""
+    draft = draft or target  # Without a draft the target stands for both.
     kept = acquire_compile_cache(target, draft) if wants_compilation(target, config) else None
     if kept is None:
         with streamed_linear(target, draft):

@@ -8,12 +8,20 @@ from typing import Any
 from transformers import GenerationConfig
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from .schedule import Choice
 from .stats import DecodingStats, RoundTimes
 
 VERIFICATIONS = ("sample_and_match", "ratio_test")
 MOST_NODES = 1024
 # What `GenerationConfig` lacks; every one may be an argument of `generate()` too.
-OPTIONS = ("assistant_tree_size", "verification", "measure_rounds")
+OPTIONS = ("assistant_tree_size", "assistant_sources", "verification", "measure_rounds")
+# Arguments of a call that no config holds: it is copied, and these belong to the caller.
+CALL_ARGUMENTS = ("assistant_memory", "assistant_reference_texts")
+# What may propose besides the draft.
+TEXT_SOURCES = ("copy", "successors")
+DEFAULT_DEPTH = 10
+# Nodes of a tree for one text without a draft; a batch shares them.
+DEFAULT_TREE_SIZE, MIN_TREE_SIZE = 16, 2
 
 
 class PardGenerationConfig(GenerationConfig):
@@ -23,6 +31,10 @@ class PardGenerationConfig(GenerationConfig):
         assistant_tree_size (`int`, *optional*):
             N, nodes of the tree that the target verifies in a round; 0 for a chain of K proposals. Defaults to the
             draft's, and else to 0.
+        assistant_sources (`list[str]`, *optional*):
+            What proposes besides the draft: `"copy"` (continuations copied from the text so far) and `"successors"`
+            (the target's own likeliest next tokens, remembered from earlier rounds). Both by default with
+            `prompt_lookup_num_tokens`, and none without.
         verification (`str`, *optional*, defaults to `"sample_and_match"`):
             How sampled tokens are verified: `"sample_and_match"` (the tokens of plain `generate` under the same seed)
             or `"ratio_test"` (speculative sampling; the same distribution).
@@ -39,11 +51,13 @@ class PardGenerationConfig(GenerationConfig):
     def __init__(
         self,
         assistant_tree_size: int | None = None,
+        assistant_sources: list[str] | None = None,
         verification: str | None = None,
         measure_rounds: bool | None = None,
         **kwargs: Any,
     ):
         self.assistant_tree_size = assistant_tree_size
+        self.assistant_sources = assistant_sources
         self.verification = verification
         self.measure_rounds = measure_rounds
         super().__init__(**kwargs)
@@ -54,7 +68,10 @@ class PardGenerationConfig(GenerationConfig):
 
 
 def check_options(config: Any) -> None:
-    """Raise a `ValueError` for a verification or a tree size that does not exist."""
+    """Raise a `ValueError` for a verification, a source or a tree size that does not exist."""
+    sources = config.assistant_sources
+    if sources is not None and (isinstance(sources, str) or not set(sources) <= set(TEXT_SOURCES)):
+        raise ValueError(f"Expected `assistant_sources` to be a list of {TEXT_SOURCES}, got {sources!r}.")
     if config.verification not in (None, *VERIFICATIONS):
         raise ValueError(f"Expected `verification` to be one of {VERIFICATIONS}, got {config.verification!r}.")
     size = config.assistant_tree_size
@@ -63,6 +80,27 @@ def check_options(config: Any) -> None:
             f"Expected `assistant_tree_size` to be an integer in [0, {MOST_NODES}], got {size!r}. 0 is a chain; "
             "common sizes are 8 to 64."
         )
+
+
+def text_sources(config: Any) -> tuple[str, ...]:
+    """Return what proposes besides the draft."""
+    if config.assistant_sources is not None:
+        return tuple(config.assistant_sources)
+    return TEXT_SOURCES if config.prompt_lookup_num_tokens is not None else ()
+
+
+def largest_choice(config: Any, has_draft: bool, batch_size: int) -> Choice:
+    """Return the depth and the nodes of a call's rounds.
+
+    With other sources than the draft every round is a tree, since they seldom agree on one path.
+    """
+    depth, size = config.num_assistant_tokens if has_draft else 0, config.assistant_tree_size
+    if not text_sources(config):
+        return Choice(depth, size or 0)
+    depth = max(depth, config.prompt_lookup_num_tokens or (0 if has_draft else DEFAULT_DEPTH))
+    if size is None:
+        size = max(DEFAULT_TREE_SIZE // batch_size, MIN_TREE_SIZE, config.num_assistant_tokens if has_draft else 0)
+    return Choice(depth, size or depth)
 
 
 @dataclass

@@ -19,13 +19,14 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
 from ..draft.model import PardDraftModel
 from ..host import is_callers, pad_token_id
-from .batch import PREFILL_CHUNK, Batch, Rows, to_host
+from .batch import PREFILL_CHUNK, Batch, CachedModel, Rows, to_host
 from .compilation import CompiledSteps
 from .kernels import grouped_attention
 from .sampling import Noise, process_positions, verify_ratio_test
 from .schedule import Choice, Schedule
+from .sources import COMPONENTS, Sources, accepted_by_source
 from .stats import DecodingStats, RoundTimes
-from .steps import Proposals, accept_step, append_step, draft_step, score_step, target_step
+from .steps import Proposals, accept_step, append_step, draft_step, lookup_step, score_step, target_step
 
 # New tokens that justify compiling for fewer rows: that takes longer than a short tail does.
 WORTH_COMPILING = 1024
@@ -48,7 +49,7 @@ class PardDecoder:
     def __init__(
         self,
         target: PreTrainedModel,
-        draft: PardDraftModel,
+        draft: PardDraftModel | None,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         compiled: CompiledSteps | None,
@@ -59,13 +60,15 @@ class PardDecoder:
         streamer: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         past: Cache | None = None,
+        sources: Sources | None = None,
     ):
         config = generation_config
         self.input_ids, self.streamer, self.inputs_embeds = input_ids, streamer, inputs_embeds
         self.logits_processor, self.stopping_criteria = logits_processor, stopping_criteria
         self.do_sample, self.pad_token_id = bool(config.do_sample), pad_token_id(config)
         self.eos_token_id = end_tokens(stopping_criteria, input_ids.device)
-        self.compiled, self.schedule = compiled, schedule
+        self.compiled, self.schedule, self.sources = compiled, schedule, sources
+        self.num_draft_positions = config.num_assistant_tokens if draft is not None else 0
         self.vocab_size = target.config.get_text_config().vocab_size
 
         # As plain `generate`, which asks its criteria after the first token only.
@@ -81,8 +84,9 @@ class PardDecoder:
         # Whether this round reads the prompt, and whether its shapes are those of compiled steps.
         self.is_first, self.is_fixed = True, False
         self.noise = Noise(input_ids.device, is_ordered=len(input_ids) == 1)
-        self.histogram = [0] * (config.num_assistant_tokens + 1)
+        self.histogram = [0] * (self.schedule.largest.num_drafts + 1)
         self.num_drafted = 0
+        self.accepted_by_component = [0] * len(COMPONENTS)
         self.scores = Recording(len(input_ids)) if returns_dict and config.output_scores else None
         self.logits = Recording(len(input_ids)) if returns_dict and config.output_logits else None
         self.times = RoundTimes(input_ids.device) if config.measure_rounds else None
@@ -111,7 +115,8 @@ class PardDecoder:
 
     @property
     def stats(self) -> DecodingStats:
-        return DecodingStats(tuple(self.histogram), self.num_drafted, self.loop)
+        by_source = None if self.sources is None else accepted_by_source(self.accepted_by_component)
+        return DecodingStats(tuple(self.histogram), self.num_drafted, self.loop, accepted_by_source=by_source)
 
     def run(self) -> None:
         """Generate until every row has finished."""
@@ -166,9 +171,9 @@ class PardDecoder:
 
     def observed_round(self, choice: Choice) -> None:
         """Run a round and record in the schedule its time, where typical, and what it accepted."""
-        most_unread = self.schedule.largest.num_drafts + 1
+        most_unread, draft = self.schedule.largest.num_drafts + 1, self.batch.draft
         # A draft with much to catch up on makes a slow round.
-        is_typical = not self.is_first and (choice.num_drafts == 0 or self.batch.draft.num_unread <= most_unread)
+        is_typical = not self.is_first and (not choice.num_drafts or not draft or draft.num_unread <= most_unread)
         start, compile_seconds, cost_key = time.perf_counter(), self.compile_seconds, self.batch.cost_key
         accepted = self.round(choice)
         is_typical &= compile_seconds == self.compile_seconds
@@ -178,22 +183,34 @@ class PardDecoder:
         return Proposals(self.batch.rows.tokens.new_empty(len(self.batch), 0))
 
     def propose(self, choice: Choice, longest: int) -> Proposals:
-        """Draft K tokens, or a tree of them, in one forward; `longest` counts the tokens of the longest text."""
-        draft, num_drafts = self.batch.draft, choice.num_drafts
-        if num_drafts == 0:
+        """Propose K tokens, or a tree of them; `longest` counts the tokens of the longest text."""
+        if choice.num_drafts == 0:
             return self.no_proposals()
+        draft, num_drafts = self.batch.draft, min(choice.num_drafts, self.num_draft_positions)
+        if draft is None:
+            arguments = (self.batch.rows, self.sources, choice.num_drafts, choice.tree_size)
+            return self.run_step(lookup_step, choice, *arguments, key=self.source_key)
         most_unread = num_drafts + 1 if self.is_fixed else PREFILL_CHUNK
         if draft.num_unread > most_unread or (self.is_fixed and not draft.cache.has_memory):
             self.batch.read(draft, longest)
         width, num_visible = draft.num_unread, longest + num_drafts - 1
         if self.is_fixed:  # An entry written twice is the same twice, so one width serves every accepted count.
             width, num_visible = num_drafts + 1, draft.cache.num_slots
-        return self.draft(choice, width, num_visible)
+        return self.draft(draft, choice, width, num_drafts, num_visible)
 
-    def draft(self, choice: Choice, width: int, num_visible: int) -> Proposals:
+    def draft(self, draft: CachedModel, choice: Choice, width: int, num_drafts: int, num_visible: int) -> Proposals:
         """Run the draft over each row's last `width` tokens and choose the best proposals."""
-        arguments = (self.batch.draft, self.batch.rows, width, choice.num_drafts, num_visible, self.vocab_size)
-        return self.run_step(draft_step, choice, *arguments, choice.tree_size)
+        arguments = (draft, self.batch.rows, width, num_drafts, num_visible, self.vocab_size, choice.tree_size)
+        return self.run_step(draft_step, choice, *arguments, choice.num_drafts, self.sources, key=self.source_key)
+
+    @property
+    def source_key(self) -> tuple[Any, ...]:
+        """Return what of the sources fixes the shapes of compiled steps."""
+        sources = self.sources
+        if sources is None:
+            return ()
+        return (("references", sources.references.shape[1]), ("copies", sources.longest_match),
+                ("successors", sources.learns_successors))
 
     def score(self, proposals: Proposals, choice: Choice, longest: int) -> torch.Tensor:
         """Run the target over what its cache lacks and the proposals: float32 logits `[B, num_proposals + 1, V]`.
@@ -223,8 +240,8 @@ class PardDecoder:
         noise, ends = None, self.eos_token_id
         if self.do_sample:
             noise = self.noise.draw(len(scores), choice.num_drafts + 1, scores.shape[-1])
-        arguments = (self.batch.target, self.batch.rows, proposals, choice.num_drafts, scores, ends, noise)
-        key = (("end tokens", 0 if ends is None else len(ends)), ("samples", self.do_sample))
+        arguments = (self.batch.target, self.batch.rows, proposals, choice.num_drafts, scores, ends, noise, self.sources)
+        key = (("end tokens", 0 if ends is None else len(ends)), ("samples", self.do_sample), *self.source_key)
         return self.run_step(accept_step, choice, *arguments, key=key)
 
     def synchronize(self, num_ahead: int = 0) -> list[int]:
@@ -236,7 +253,9 @@ class PardDecoder:
         while len(self.pending) > num_ahead:
             arrived, choice = self.pending.popleft()
             emitted, finished, *columns = arrived().T.tolist()
-            self.stream(emitted[0], columns)
+            columns, components = columns[: choice.num_drafts + 1], columns[choice.num_drafts + 1 :]
+            self.stream(emitted[0], columns, components)
+            self.count_components(emitted, components)
             self.account(emitted, emitted, choice)
             self.batch.unfinished = [not done for done in finished]
             accepted = [count - 1 for count, done in zip(emitted, finished, strict=True) if count and not done]
@@ -248,19 +267,31 @@ class PardDecoder:
             if recording is not None:
                 recording.add(values, self.batch.row_ids, counts)
 
-    def stream(self, num_emitted: int, columns: list[list[int]]) -> None:
+    def count_components(self, emitted: list[int], components: list[list[int]]) -> None:
+        """Count accepted tokens by the component that gave them; column `i` holds that of each row's token `i`."""
+        for depth, column in enumerate(components, start=1):
+            for count, component in zip(emitted, column, strict=True):
+                self.accepted_by_component[component] += depth < count
+
+    def stream(self, num_emitted: int, columns: list[list[int]], components: list[list[int]]) -> None:
         """Stream the first row's tokens, and use up the noise of each with it."""
         if self.streamer is None:
             self.noise.use(num_emitted)
             return
         for number, column in enumerate(columns[:num_emitted], start=1):
             self.noise.use(1)  # A streamer that raises leaves the generator where the text ends.
-            self.put(torch.tensor(column[:1]), is_accepted=number < num_emitted)
+            component = components[number - 1][0] if number <= len(components) else None
+            self.put(torch.tensor(column[:1]), number < num_emitted, component)
 
-    def put(self, tokens: torch.Tensor, is_accepted: bool) -> None:
-        """Pass a column to the streamer; `put_accepted`, if it has that, gets the tokens that the draft proposed."""
-        put = getattr(self.streamer, "put_accepted", self.streamer.put) if is_accepted else self.streamer.put
-        put(tokens)
+    def put(self, tokens: torch.Tensor, is_accepted: bool, component: int | None = None) -> None:
+        """Pass a column to the streamer; `put_accepted`, if it has that, gets proposals, and the source if it is known."""
+        put = getattr(self.streamer, "put_accepted", None)
+        if put is None or not is_accepted:
+            self.streamer.put(tokens)
+        elif component is None:
+            put(tokens)
+        else:
+            put(tokens, source=COMPONENTS[component])
 
     def account(self, grown: list[int], emitted: list[int], choice: Choice) -> None:
         """Update the host's lengths and the statistics after a round."""
@@ -272,7 +303,8 @@ class PardDecoder:
             batch.lengths[row] += grown[row]
         batch.target.num_unread = 1
         # The draft has not read accepted proposals either: their entries were computed from masks.
-        batch.draft.num_unread = max(grown) + (0 if choice.num_drafts else batch.draft.num_unread)
+        if batch.draft is not None:
+            batch.draft.num_unread = max(grown) + (0 if choice.num_drafts else batch.draft.num_unread)
 
     def drop_finished_rows(self) -> None:
         """Shrink the batch when rows have finished."""
@@ -351,10 +383,10 @@ class PardDecoder:
 class RatioTestDecoder(PardDecoder):
     """Speculative sampling: draw a chain from the draft's distributions and accept it by the ratio test."""
 
-    def draft(self, choice: Choice, width: int, num_visible: int) -> Proposals:
-        arguments = (self.batch.draft, self.batch.rows, width, choice.num_drafts, num_visible, self.vocab_size)
+    def draft(self, draft: CachedModel, choice: Choice, width: int, num_drafts: int, num_visible: int) -> Proposals:
+        arguments = (draft, self.batch.rows, width, num_drafts, num_visible, self.vocab_size)
         outputs = self.run_step(score_step, choice, *arguments)
-        model: Any = self.batch.draft.model
+        model: Any = draft.model
         tokens, scores = (values.to(self.input_ids.device) for values in model.chain(*outputs, self.draw))
         return Proposals(tokens, process_positions(self.logits_processor, scores.float()))
 

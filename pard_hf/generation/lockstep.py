@@ -14,8 +14,9 @@ import torch
 from .batch import to_host
 from .decoder import PardDecoder
 from .schedule import Choice
-from .steps import Proposals, keep_step
-from .tree import chain_as_tree, child_with
+from .sources import components_of
+from .steps import Proposals, keep_step, remember_step
+from .tree import Tree, chain_as_tree, child_with
 
 
 class LockstepDecoder(PardDecoder):
@@ -42,6 +43,7 @@ class LockstepDecoder(PardDecoder):
         """Emit column by column until a row leaves its proposals, then append what was emitted."""
         tree = chain_as_tree(proposals.tokens) if proposals.tree is None else proposals.tree
         nodes, processed, raw, path = torch.zeros_like(self.unfinished), [], [], []
+        are_proposed, components = [], []
         going, emitted = torch.tensor(self.batch.unfinished), torch.zeros_like(self.num_new)
         while True:
             # A copy: processors may write in place, and the raw logits are an output of their own.
@@ -50,11 +52,18 @@ class LockstepDecoder(PardDecoder):
             processed.append(scores)
             emitted += going
             nodes, is_proposed = child_with(tree, nodes, tokens)
-            was_proposed, going = self.emit(tokens, scores, is_proposed)
+            are_proposed.append(is_proposed)
+            was_proposed, going, component = self.emit(tokens, scores, is_proposed, component_at(tree, nodes))
+            components.append(component)
             goes_on = going | (not self.pads_finished)
             if not going.any() or (goes_on & ~was_proposed).any():
                 break
             path.append(nodes)
+        if self.sources is not None:
+            self.count_components(emitted.tolist(), components)
+            num_matched = torch.stack(are_proposed, dim=1).long().cumprod(dim=1).sum(dim=1)
+            nodes_BK = torch.stack(path, dim=1) if path else logits.new_empty(len(logits), 0, dtype=torch.long)
+            remember_step(self.sources, self.batch.rows, proposals.tree, logits, nodes_BK, num_matched)
         if proposals.tree is not None and path:
             keep_step(self.batch.target, self.batch.rows, torch.stack(path, dim=1))
         self.append(processed, raw, emitted, choice)
@@ -83,20 +92,23 @@ class LockstepDecoder(PardDecoder):
             tokens = torch.where(self.unfinished == 1, tokens, self.pad_token_id)
         return tokens, scores
 
-    def emit(self, tokens: torch.Tensor, scores: torch.Tensor, is_proposed: torch.Tensor) -> torch.Tensor:
+    def emit(
+        self, tokens: torch.Tensor, scores: torch.Tensor, is_proposed: torch.Tensor, component: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
         """Append a column, ask the criteria which rows end here and show it to the streamer.
 
         Returns:
-            `[2, B]` on the host: whether each token was proposed, and which rows continue.
+            On the host, of each row: whether the token was proposed, whether the row continues, and the component.
         """
         self.columns = torch.cat([self.columns, tokens.unsqueeze(1)], dim=1)
         if self.scores_so_far is not None:
             self.scores_so_far += (scores,)
         self.unfinished = self.unfinished & ~self.stopping_criteria(self.columns, self.scores_so_far)
-        outcome = to_host(torch.stack([tokens, is_proposed.long(), self.unfinished]))()
+        outcome = to_host(torch.stack([tokens, is_proposed.long(), self.unfinished, component]))()
         if self.streamer is not None:
-            self.put(outcome[0], is_accepted=bool(outcome[1].all()))
-        return outcome[1:].bool()
+            source = None if self.sources is None else int(outcome[3][0])
+            self.put(outcome[0], bool(outcome[1].all()), source)
+        return outcome[1].bool(), outcome[2].bool(), outcome[3].tolist()
 
     def synchronize(self, num_ahead: int = 0) -> list[int]:
         """Return what the round accepted: every column was read when it was emitted."""
@@ -110,3 +122,8 @@ class LockstepDecoder(PardDecoder):
 
     def fewest_new_tokens(self) -> int:
         return int(self.num_new.min())
+
+
+def component_at(tree: Tree, nodes: torch.Tensor) -> torch.Tensor:
+    """Return the component that gave the node `[B]` of each row; 0 where only a draft proposed."""
+    return torch.zeros_like(nodes) if tree.shares is None else components_of(tree, nodes.unsqueeze(1)).squeeze(1)

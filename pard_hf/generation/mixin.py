@@ -1,4 +1,4 @@
-"""Where `generate(assistant_model=draft)` of transformers meets our loop.
+"""Where `generate()` of transformers, with a draft or `prompt_lookup_num_tokens`, meets our loop.
 
 Only here are the private methods of transformers overridden.
 """
@@ -38,10 +38,20 @@ from ..host import (
 )
 from .candidate_generator import PardCandidateGenerator, StockSampling
 from .compilation import compiled_steps, schedule_for
-from .config import OPTIONS, PardGenerateOutput, check_options
+from .config import (
+    CALL_ARGUMENTS,
+    DEFAULT_DEPTH,
+    OPTIONS,
+    PardGenerateOutput,
+    check_options,
+    largest_choice,
+    text_sources,
+)
 from .decoder import PardDecoder, RatioTestDecoder, end_tokens, max_length
 from .lockstep import LockstepDecoder
+from .memory import sources_of
 from .sampling import Noise, is_prefix_free, is_stateless
+from .sources import encode_references
 from .stats import DecodingStats
 from .validation import (
     check_mode,
@@ -58,9 +68,9 @@ KNOWN_CRITERIA = {EosTokenCriteria, MaxLengthCriteria}
 
 
 class PardGenerationMixin(GenerationMixin):
-    """Make `generate(assistant_model=draft)` run our loop: batches, sampling, every stopping rule.
+    """Make `generate(assistant_model=draft)` and `generate(prompt_lookup_num_tokens=10)` run our loop.
 
-    With another assistant, or none, `generate` is that of transformers. Put it first among the bases of a model class,
+    Otherwise `generate` is that of transformers. Put it first among the bases of a model class,
     or use [`with_pard`] on a live model.
 
     >>> class MyModel(PardGenerationMixin, LlamaForCausalLM): ...
@@ -84,13 +94,20 @@ class PardGenerationMixin(GenerationMixin):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Generate as transformers does, faster when `assistant_model` is a [`PardDraftModel`].
+        """Generate as transformers does, faster with a [`PardDraftModel`] or `prompt_lookup_num_tokens`, or both.
 
         Args:
             assistant_model ([`PardDraftModel`], *optional*):
                 The draft; the output does not depend on it.
             num_assistant_tokens (`int`, *optional*):
                 K, proposals a round; defaults to the draft's `generation_config`.
+            prompt_lookup_num_tokens (`int`, *optional*):
+                Also, or only, propose what follows in the text so far where its last tokens stood before, and what the
+                target found likeliest after them; at most so many tokens deep.
+            assistant_memory ([`AssistantMemory`], *optional*):
+                What is remembered of the target from call to call; nothing by default.
+            assistant_reference_texts (`list[str]` or `list[list[int]]`, *optional*):
+                Further texts to copy from; strings need `tokenizer`.
             kwargs:
                 Any argument of `generate`, and the options of [`PardGenerationConfig`].
 
@@ -101,6 +118,9 @@ class PardGenerationMixin(GenerationMixin):
             ValueError: The call or the pair of models cannot be served; nothing was changed.
         """
         kwargs = with_cache_renamed(kwargs)
+        if kwargs.get("assistant_reference_texts") is not None:
+            references = encode_references(kwargs["assistant_reference_texts"], kwargs.get("tokenizer"))
+            kwargs["assistant_reference_texts"] = references
         if isinstance(assistant_model, PardDraftModel):
             warn_where_untested()
             generation_config = with_draft_defaults(assistant_model, generation_config, kwargs)
@@ -132,11 +152,16 @@ class PardGenerationMixin(GenerationMixin):
         What is returned is a copy made for the call. Like transformers, which notes the length of the mask there, it
         carries what the decoding method is not told: which model arguments are the caller's, and not transformers'.
         """
-        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        options = {name: kwargs.pop(name) for name in (*OPTIONS, *CALL_ARGUMENTS) if name in kwargs}
         config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         for name in OPTIONS:
             value = options.get(name)
             setattr(config, name, getattr(config, name, None) if value is None else value)
+        for name in CALL_ARGUMENTS:
+            setattr(config, f"_{name}", options.get(name))
+        asks = config.assistant_sources or any(options.get(name) is not None for name in CALL_ARGUMENTS)
+        if asks and config.prompt_lookup_num_tokens is None:
+            config.prompt_lookup_num_tokens = DEFAULT_DEPTH
         config._caller_arguments = sorted(model_kwargs)
         return config, model_kwargs
 
@@ -151,21 +176,29 @@ class PardGenerationMixin(GenerationMixin):
             config.assistant_tree_size = getattr(draft.generation_config, "assistant_tree_size", None)
         if any(getattr(config, name) is not None for name in OPTIONS):
             check_options(config)
-        if not is_drafted:
+        looks_up = draft is None and text_sources(config) and generation_mode == GenerationMode.ASSISTED_GENERATION
+        if not is_drafted and (not looks_up or self.config.is_encoder_decoder):
+            if config._assistant_memory is not None:
+                check_mode(self, config)
             return super()._validate_generation_mode(generation_mode, config, generation_mode_kwargs)
         check_mode(self, config)
+        if config._assistant_memory is not None:
+            config._assistant_memory.check(self)
+        if not is_drafted:
+            return None
         tokenizers = (generation_mode_kwargs.get(name) for name in ("tokenizer", "assistant_tokenizer"))
         check_pair(self, draft, config.num_assistant_tokens, *tokenizers)
-        if config.assistant_tree_size and config.verification == "ratio_test":
-            warn_once("The ratio test is made for one path: a chain is drafted instead of a tree.")
-            config.assistant_tree_size = 0
+        if config.verification == "ratio_test" and (config.assistant_tree_size or text_sources(config)):
+            warn_once("The ratio test is made for one path of the draft: a chain is drafted instead of a tree.")
+            config.assistant_tree_size, config.assistant_sources = 0, []
         if generation_mode != GenerationMode.ASSISTED_GENERATION:
             warn_unused("This way of generating takes no draft")
 
     def _assisted_decoding(
         self, input_ids: torch.Tensor, inputs_tensor: Any = None, assistant_model: Any = None, **kwargs: Any
     ) -> Any:
-        if isinstance(assistant_model, PardDraftModel):
+        is_ours = assistant_model is None and text_sources(kwargs["generation_config"])
+        if isinstance(assistant_model, PardDraftModel) or (is_ours and not self.config.is_encoder_decoder):
             return self._pard_decoding(input_ids, assistant_model, **kwargs)
         models = {"inputs_tensor": inputs_tensor, "assistant_model": assistant_model}
         return super()._assisted_decoding(input_ids, **models, **kwargs)
@@ -173,7 +206,7 @@ class PardGenerationMixin(GenerationMixin):
     def _pard_decoding(
         self,
         input_ids: torch.Tensor,
-        draft: PardDraftModel,
+        draft: PardDraftModel | None,
         generation_config: GenerationConfig,
         logits_processor: Any,
         stopping_criteria: Any,
@@ -206,8 +239,12 @@ class PardGenerationMixin(GenerationMixin):
             and {type(criterion) for criterion in stopping_criteria} <= KNOWN_CRITERIA
             and is_stateless(logits_processor)
         )
-        if stock_is_exact and no_slots is not None:
+        if stock_is_exact and no_slots is not None and draft is not None:
             return self._stock_loop(input_ids, draft, prepared, model_kwargs, no_slots)
+        if stock_is_exact and no_slots is not None and not config.do_sample:
+            warn_once(f"{no_slots}: looking up in the assisted loop of transformers.")
+            output = super()._assisted_decoding(input_ids, **prepared, tokenizer=tokenizer, **model_kwargs)
+            return with_stats(output, DecodingStats(loop="stock", fallback_reason=no_slots))
         reason = no_draft or no_slots or "There is no loop for this call"
         warn_unused(reason)
         output = self._sample(input_ids, **prepared, **model_kwargs)
@@ -216,17 +253,21 @@ class PardGenerationMixin(GenerationMixin):
     def _own_loop(
         self,
         input_ids: torch.Tensor,
-        draft: PardDraftModel,
+        draft: PardDraftModel | None,
         mask: torch.Tensor,
         prepared: dict[str, Any],
         model_kwargs: dict[str, Any],
     ) -> Any:
-        """Decode with both models over our cache."""
+        """Decode over our cache, with a draft, other sources, or both."""
         config, past = prepared["generation_config"], cache_in(model_kwargs)
         decoder_type = decoder_class(**prepared, batch_size=len(input_ids))
-        with compiled_steps(self, draft, config) as compiled:
-            inputs = {"inputs_embeds": model_kwargs.get("inputs_embeds"), "past": past}
-            schedule = schedule_for(self, draft, config, compiled)
+        largest = largest_choice(config, draft is not None, len(input_ids))
+        with (
+            compiled_steps(self, draft, config) as compiled,
+            sources_of(self, draft, config, compiled, input_ids.device) as sources,
+        ):
+            inputs = {"inputs_embeds": model_kwargs.get("inputs_embeds"), "past": past, "sources": sources}
+            schedule = schedule_for(self, draft, config, compiled, largest, sources is not None)
             decoder = decoder_type(self, draft, input_ids, mask, compiled, schedule, **inputs, **prepared)
             decoder.run()
             if prepared["streamer"] is not None:

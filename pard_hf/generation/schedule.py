@@ -26,14 +26,14 @@ EXPLORE_EVERY, EXPLORE_MIN_RATE = 48, 0.7
 MEMORY, PRIOR, FIRST_ACCEPTANCE = 0.98, 2.0, 0.7
 
 
-def check_schedule(name: str, num_assistant_tokens: int) -> None:
-    """Raise a `ValueError` for a schedule we do not have, or a K that it cannot choose."""
+def check_schedule(name: str, num_assistant_tokens: int | None, has_chains: bool = True) -> None:
+    """Raise a `ValueError` for a schedule we do not have, or a K of chains that it cannot choose."""
     if name not in SCHEDULES:
         raise ValueError(
             f"Expected `num_assistant_tokens_schedule` to be one of {SCHEDULES}, got {name!r}. Drop it for a constant "
             "number of proposals."
         )
-    if name == "adaptive" and num_assistant_tokens not in COUNTS:
+    if name == "adaptive" and has_chains and num_assistant_tokens not in COUNTS:
         raise ValueError(
             f"Expected `num_assistant_tokens` to be one of {COUNTS[1:]} with the adaptive schedule, which chooses "
             f"among these up to it, got {num_assistant_tokens}."
@@ -137,9 +137,17 @@ class Schedule:
     from run to run; a greedy text, or a single sampled one, cannot. An adaptive schedule stays at or below K and N.
     """
 
-    def __init__(self, num_assistant_tokens: int, tree_size: int = 0, costs: RoundCosts | None = None):
+    def __init__(
+        self,
+        num_assistant_tokens: int,
+        tree_size: int = 0,
+        costs: RoundCosts | None = None,
+        has_chains: bool = True,
+    ):
         self.largest, self.costs = Choice(num_assistant_tokens, tree_size), costs
-        chains = [Choice(count) for count in COUNTS if count <= num_assistant_tokens]
+        counts = COUNTS if has_chains else COUNTS[:1]
+        chains = [Choice(count) for count in counts if count <= num_assistant_tokens]
+        self.longest_chain = chains[-1]
         depths = [chain.num_drafts for chain in chains if chain.num_drafts >= MIN_TREE_DEPTH]
         sizes = [size for size in TREE_SIZES if size < tree_size] + ([tree_size] if tree_size else [])
         self.choices = chains + [Choice(depth, size) for size in sizes for depth in depths or [num_assistant_tokens]]
@@ -154,7 +162,7 @@ class Schedule:
         if costs is None:
             return self.largest
         # The ends first: everything between them can then be told from a line.
-        for choice in (self.largest, Choice(self.largest.num_drafts), Choice(0)):
+        for choice in (self.largest, self.longest_chain, Choice(0)):
             if costs.trials_of(work, choice).count < NUM_TRIALS:
                 return choice
         rates = {choice: costs.tokens(choice) / (costs.cost(work, choice) or inf) for choice in self.choices}

@@ -30,12 +30,16 @@ class DecodingStats:
             transformers) or `"none"` (plain decoding without the draft); `"mixed"` in a sum of several.
         fallback_reason (`str`, *optional*):
             Why a call left our loop; `None` where it did not.
+        accepted_by_source (`dict[str, int]`, *optional*):
+            Accepted tokens by what proposed them, `"draft"`, `"copy"` or `"successors"`; of a token that several
+            proposed, the one that held it likeliest. `None` where a draft alone proposed.
     """
 
     histogram: tuple[int, ...] = ()
     num_drafted: int = 0
     loop: str | None = None
     fallback_reason: str | None = None
+    accepted_by_source: dict[str, int] | None = None
 
     @property
     def num_rounds(self) -> int:
@@ -75,6 +79,7 @@ class DecodingStats:
             self.num_drafted + other.num_drafted,
             "mixed" if len(loops) > 1 else next(iter(loops), None),
             self.fallback_reason or other.fallback_reason,
+            added(self.accepted_by_source, other.accepted_by_source),
         )
 
     def record(self, num_accepted: int, num_drafted: int) -> DecodingStats:
@@ -91,7 +96,15 @@ class DecodingStats:
             "acceptance_rate": round(self.acceptance_rate, 4),
             "position_acceptance": [round(a, 4) for a in self.position_acceptance],
             "histogram": list(self.histogram),
+            **({} if self.accepted_by_source is None else {"accepted_by_source": self.accepted_by_source}),
         }
+
+
+def added(one: dict[str, int] | None, other: dict[str, int] | None) -> dict[str, int] | None:
+    """Add up counts by name."""
+    if one is None or other is None:
+        return one or other
+    return {name: one.get(name, 0) + other.get(name, 0) for name in {**one, **other}}
 
 
 def now(device: torch.device) -> float:

@@ -14,7 +14,8 @@ from ..draft.correction_head import CorrectedPositions
 from ..draft.model import best
 from .batch import CachedModel, Rows
 from .sampling import count_emitted, verify_greedy, verify_sample_and_match
-from .tree import Tree, ancestors, best_prefixes, choose_at_nodes, tree_of_marginals, walk
+from .sources import NUM_DRAFT_CANDIDATES, DraftCandidates, Mixture, Sources, components_of, find_matches, learn
+from .tree import Tree, ancestors, best_prefixes, choose_at_nodes, grow_tree, tree_of_marginals, walk
 
 
 class Proposals(NamedTuple):
@@ -37,11 +38,37 @@ class Proposals(NamedTuple):
 
 
 def draft_step(
-    draft: CachedModel, rows: Rows, width: int, num_drafts: int, num_visible: int, vocab_size: int, tree_size: int
+    draft: CachedModel,
+    rows: Rows,
+    width: int,
+    num_drafts: int,
+    num_visible: int,
+    vocab_size: int,
+    tree_size: int,
+    num_depths: int,
+    sources: Sources | None,
 ) -> Proposals:
-    """Run the draft once over each row's last `width` tokens and `num_drafts - 1` masks; propose its best tokens."""
+    """Run the draft once over each row's last `width` tokens and `num_drafts - 1` masks; propose its best tokens.
+
+    With other `sources` all propose together, `num_depths` tokens deep.
+    """
     scores, hidden = score_step(draft, rows, width, num_drafts, num_visible, vocab_size)
-    return proposals_from(draft.model, scores, hidden, tree_size, rows.tokens.device)
+    if sources is None:
+        return proposals_from(draft.model, scores, hidden, tree_size, rows.tokens.device)
+    head: Any = draft.model.correction_head
+    corrected = None if head is None or hidden is None else CorrectedPositions(head, hidden, scores)
+    candidates = DraftCandidates(scores, min(NUM_DRAFT_CANDIDATES, vocab_size), corrected, rows.tokens.device)
+    return lookup_step(rows, sources, num_depths, tree_size, candidates)
+
+
+def lookup_step(
+    rows: Rows, sources: Sources, num_depths: int, tree_size: int, draft: DraftCandidates | None = None
+) -> Proposals:
+    """Propose the `tree_size` most probable prefixes under all sources, of which a draft may be one."""
+    matches = find_matches(sources.references, rows.tokens, rows.lengths, num_depths, sources.longest_match)
+    mixture = Mixture(sources.tables, matches, rows.known_last(2), draft)
+    tree = grow_tree(mixture, num_depths, tree_size)
+    return Proposals(tree.tokens.clamp(min=0), tree=tree, on_path=ancestors(tree, num_depths))
 
 
 def score_step(
@@ -94,11 +121,13 @@ def accept_step(
     scores: torch.Tensor,
     eos_token_id: torch.Tensor | None,
     noise: torch.Tensor | None,
+    sources: Sources | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Verify greedily, or by sample-and-match where there is `noise`; append what was accepted and finish rows.
 
     Returns:
         The outcome as [`append_step`] returns it, and of a tree the accepted node of each depth, `[B, num_depths]`.
+        With `sources` the outcome ends with the component that gave each of these nodes.
     """
     nodes = None
     if proposals.tree is not None and proposals.on_path is not None:
@@ -109,7 +138,35 @@ def accept_step(
         tokens, num_matched = verify_greedy(proposals.tokens, scores)
     else:
         tokens, num_matched = verify_sample_and_match(proposals.tokens, scores, noise)
-    return append_step(rows, tokens, num_matched, eos_token_id), nodes
+    if sources is not None:
+        remember_step(sources, rows, proposals.tree, scores, nodes, num_matched)
+    outcome = append_step(rows, tokens, num_matched, eos_token_id)
+    if proposals.tree is not None and nodes is not None and proposals.tree.shares is not None:
+        outcome = torch.cat([outcome, components_of(proposals.tree, nodes)], dim=1)
+    return outcome, nodes
+
+
+def remember_step(
+    sources: Sources,
+    rows: Rows,
+    tree: Tree | None,
+    scores: torch.Tensor,
+    nodes: torch.Tensor | None,
+    num_matched: torch.Tensor,
+) -> None:
+    """Remember what the target found likeliest after each node, and which components gave what it chose.
+
+    Comes before [`append_step`]. `nodes` and `num_matched` are the path that was accepted.
+    """
+    before = rows.known_last(2)
+    previous, tokens = before.split(1, dim=1)
+    if tree is not None:
+        tokens = torch.cat([tokens, tree.tokens], dim=1)
+        previous = torch.cat([previous, tokens.gather(1, tree.parents)], dim=1)
+    if sources.learns_successors:
+        sources.tables.observe(previous, tokens, scores)
+    if tree is not None and nodes is not None:
+        learn(sources.tables, tree, nodes, num_matched, sources.has_draft)
 
 
 def keep_step(target: CachedModel, rows: Rows, nodes: torch.Tensor) -> None:

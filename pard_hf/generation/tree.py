@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
 from .sampling import sample_with_noise
 
@@ -23,13 +24,31 @@ LOG_ZERO = -1e9
 Logprobs = Callable[[int, torch.Tensor | None], torch.Tensor]
 
 
+class Candidates(NamedTuple):
+    """What may follow the nodes of a depth, each field `[B, F, C]`, or `[B, 1, C]` where all have the same.
+
+    A void candidate has the token -1 and `LOG_ZERO`; the others of a node differ.
+    """
+
+    tokens: torch.Tensor
+    logprobs: torch.Tensor
+    shares: torch.Tensor | None = None  # `[B, F, C, S]`, of each component of a mixture in the probability.
+    contexts: torch.Tensor | None = None  # Of the mixture's weights.
+
+
+# From a depth, the nodes there `[B, F]` and their parents as indices of the nodes before (`None` at the root).
+Expand = Callable[[int, torch.Tensor | None, torch.Tensor | None], Candidates]
+
+
 class Tree(NamedTuple):
     """The proposals of a round, each field `[B, N]`; the most probable nodes first."""
 
-    tokens: torch.Tensor
+    tokens: torch.Tensor  # -1 where there was no candidate left: no choice of the target equals it.
     parents: torch.Tensor  # 0 for the root, `i + 1` for the node in column `i`; always an earlier column.
     depths: torch.Tensor  # Steps from the root, from 1.
-    logprobs: torch.Tensor  # Of the path to each node, under the draft.
+    logprobs: torch.Tensor  # Of the path to each node.
+    shares: torch.Tensor | None = None  # `[B, N, S]`, as in [`Candidates`].
+    contexts: torch.Tensor | None = None
 
 
 class Path(NamedTuple):
@@ -39,33 +58,51 @@ class Path(NamedTuple):
     num_matched: torch.Tensor  # `[B]`, the depth of the last accepted node.
 
 
-def best_prefixes(candidates: torch.Tensor, logprobs: Logprobs, num_nodes: int) -> Tree:
-    """Find the `num_nodes` most probable prefixes of distinct candidate tokens `[B, K, C]`, or all where fewer exist.
+def grow_tree(expand: Expand, num_depths: int, num_nodes: int) -> Tree:
+    """Find the `num_nodes` most probable prefixes, or all where fewer exist.
 
     Exact: a prefix is never more probable than its own beginning, so the best of a depth grow from the best of the
-    depth before. Over marginals the best `num_nodes` tokens of each depth are candidates enough. Ties go to the
-    shorter prefix.
+    depth before. Ties go to the shorter prefix.
     """
-    batch_size, num_depths, num_candidates = candidates.shape
     levels: list[tuple[torch.Tensor, ...]] = []
-    scores = candidates.new_zeros(batch_size, 1, dtype=torch.float32)
-    tokens, num_before = None, 0
+    tokens, parents, scores, num_before = None, None, None, 0
     for depth in range(num_depths):
-        steps = logprobs(depth, tokens).float().nan_to_num(nan=LOG_ZERO, neginf=LOG_ZERO).clamp(max=0)
-        totals = (scores.unsqueeze(2) + steps).flatten(1)
+        candidates = expand(depth, tokens, parents)
+        steps = candidates.logprobs.float().nan_to_num(nan=LOG_ZERO, neginf=LOG_ZERO).clamp(max=0)
+        totals = (steps if scores is None else scores.unsqueeze(2) + steps).flatten(1)
         scores, index = totals.topk(min(num_nodes, totals.shape[1]), dim=-1)
-        # Counted through all levels; the root comes first.
-        parents = torch.div(index, num_candidates, rounding_mode="floor") + num_before
-        tokens = candidates[:, depth].gather(1, index % num_candidates)
-        num_before = 1 + sum(level[0].shape[1] for level in levels)
-        levels.append((scores, tokens, parents, torch.full_like(tokens, depth + 1)))
-    pool, tokens, parents, depths = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
+        parents = torch.div(index, steps.shape[2], rounding_mode="floor")
+        index = index % candidates.tokens[0].numel()
+        tokens = candidates.tokens.flatten(1).gather(1, index)
+        more = []
+        if candidates.shares is not None and candidates.contexts is not None:
+            rows = index.unsqueeze(2).expand(-1, -1, candidates.shares.shape[3])
+            more = [candidates.shares.flatten(1, 2).gather(1, rows), candidates.contexts.flatten(1).gather(1, index)]
+        # Parents counted through all levels; the root comes first.
+        levels.append((scores, tokens, parents + num_before, torch.full_like(tokens, depth + 1), *more))
+        num_before = 1 + sum(level[0].shape[1] for level in levels[:-1])
+    pool, tokens, parents, depths, *more = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
     # Stable: equally probable prefixes stay in the order of their lengths, so no node comes before its parent.
     pool, order = (values[:, :num_nodes] for values in pool.sort(dim=-1, descending=True, stable=True))
     rank = torch.arange(1, order.shape[1] + 1, device=order.device).expand_as(order)
-    ranks = torch.nn.functional.pad(torch.zeros_like(tokens).scatter(1, order, rank), (1, 0))
+    ranks = pad(torch.zeros_like(tokens).scatter(1, order, rank), (1, 0))
     tokens, parents, depths = (values.gather(1, order) for values in (tokens, parents, depths))
-    return Tree(tokens, ranks.gather(1, parents), depths, pool)
+    if more:
+        rows = order.unsqueeze(2).expand(-1, -1, more[0].shape[2])
+        more = [more[0].gather(1, rows), more[1].gather(1, order)]
+    return Tree(tokens, ranks.gather(1, parents), depths, pool, *more)
+
+
+def best_prefixes(candidates: torch.Tensor, logprobs: Logprobs, num_nodes: int) -> Tree:
+    """Find the most probable prefixes of distinct candidate tokens `[B, K, C]`, the same for all nodes of a depth.
+
+    Over marginals the best `num_nodes` tokens of each depth are candidates enough.
+    """
+
+    def expand(depth: int, tokens: torch.Tensor | None, parents: torch.Tensor | None) -> Candidates:
+        return Candidates(candidates[:, depth : depth + 1], logprobs(depth, tokens))
+
+    return grow_tree(expand, candidates.shape[1], num_nodes)
 
 
 def tree_of_marginals(scores: torch.Tensor, num_nodes: int) -> Tree:
@@ -82,7 +119,7 @@ def chain_as_tree(tokens: torch.Tensor) -> Tree:
 
 def ancestors(tree: Tree, num_depths: int) -> torch.Tensor:
     """Mark ancestors: `[B, N + 1, N + 1]`, true where the column's node lies on the path to the row's, or is it."""
-    parents = torch.nn.functional.pad(tree.parents, (1, 0))  # The root is its own.
+    parents = pad(tree.parents, (1, 0))  # The root is its own.
     nodes = torch.arange(parents.shape[1], device=parents.device)
     reached = (nodes == nodes.unsqueeze(1)) | (nodes == parents.unsqueeze(2))
     for _ in range((num_depths - 1).bit_length()):  # Paths twice as long each time.
@@ -98,7 +135,7 @@ def choose_at_nodes(tree: Tree, scores: torch.Tensor, noise: torch.Tensor | None
     """
     if noise is None:
         return scores.argmax(dim=-1)
-    depths = torch.nn.functional.pad(tree.depths, (1, 0))
+    depths = pad(tree.depths, (1, 0))
     return sample_with_noise(scores, noise.gather(1, depths.unsqueeze(2).expand(-1, -1, noise.shape[2])))
 
 
@@ -113,7 +150,7 @@ def walk(tree: Tree, on_path: torch.Tensor, choices: torch.Tensor, num_depths: i
     depths = torch.arange(1, num_depths + 1, device=choices.device)
     at_depth = is_accepted.unsqueeze(1) & (tree.depths.unsqueeze(1) == depths.unsqueeze(1))
     nodes = at_depth.long().argmax(dim=-1) + 1
-    tokens = choices.gather(1, torch.nn.functional.pad(nodes, (1, 0)))
+    tokens = choices.gather(1, pad(nodes, (1, 0)))
     return tokens, Path(nodes, is_accepted.sum(dim=-1))
 
 

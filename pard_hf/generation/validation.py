@@ -39,6 +39,7 @@ from ..host import (
 )
 from .batch import CachedModel
 from .cache import SlotCache, attention_windows
+from .config import text_sources
 from .schedule import check_schedule
 
 # Vocabularies of one family are padded to multiples of 64 to 1024 rows; a larger difference is another tokenizer.
@@ -74,7 +75,10 @@ def check_mode(target: PreTrainedModel, generation_config: GenerationConfig) -> 
         )
     if generation_config.use_cache is False and target.config.use_cache is not False:
         raise ValueError("Expected `use_cache=True` with a draft, got False. Drop `use_cache` or `assistant_model`.")
-    check_schedule(generation_config.num_assistant_tokens_schedule, generation_config.num_assistant_tokens)
+    has_chains = not text_sources(generation_config)
+    check_schedule(
+        generation_config.num_assistant_tokens_schedule or "constant", generation_config.num_assistant_tokens, has_chains
+    )
 
 
 def check_pair(
@@ -157,7 +161,7 @@ def full_attention_mask(
 
 def check_prompt(
     target: PreTrainedModel,
-    draft: PardDraftModel,
+    draft: PardDraftModel | None,
     input_ids: torch.Tensor,
     mask: torch.Tensor,
     max_length: int,
@@ -192,6 +196,8 @@ def check_prompt(
     # The draft reads the prompt's columns only; the target has read those of an earlier cache too.
     text_of_draft = mask[:, mask.shape[1] - num_columns :]
     for name, model, text in (("target", target, mask), ("draft", draft, text_of_draft)):
+        if model is None:
+            continue
         needed, positions = int(text.sum(-1).max()) + new, num_positions(model.config)
         if needed > positions:
             raise ValueError(
@@ -219,7 +225,8 @@ def unsupported_by_any_loop(
     for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):
         # Such a model chooses its frequencies by the last position of a forward, a proposal's included.
         original = parameters.get("original_max_position_embeddings", length)
-        if parameters.get("rope_type") == "longrope" and length + generation_config.num_assistant_tokens > original:
+        depth = max(generation_config.num_assistant_tokens or 0, generation_config.prompt_lookup_num_tokens or 0)
+        if parameters.get("rope_type") == "longrope" and length + depth > original:
             return f"`{type(config).__name__}` changes its rotary frequencies at position {original}"
     return None
 
@@ -233,7 +240,7 @@ def smallest_window(model: PreTrainedModel) -> int:
 
 def unsupported_by_own_loop(
     target: PreTrainedModel,
-    draft: PardDraftModel,
+    draft: PardDraftModel | None,
     mask: torch.Tensor,
     length: int,
     generation_config: GenerationConfig,
@@ -242,7 +249,7 @@ def unsupported_by_own_loop(
     keywords: list[str],
 ) -> str | None:
     """Return why our loop and its cache cannot serve a call whose caller passed the arguments `keywords`."""
-    reason = unsupported_by_slots(target) or unsupported_by_slots(draft)
+    reason = unsupported_by_slots(target) or (draft and unsupported_by_slots(draft))
     if reason is not None:
         return reason
     if target.config.get_text_config() is not target.config or forward_parameters(target) & OTHER_INPUTS:
