@@ -209,8 +209,11 @@ class PardDecoder:
         sources = self.sources
         if sources is None:
             return ()
-        return (("references", sources.references.shape[1]), ("copies", sources.longest_match),
-                ("successors", sources.learns_successors))
+        return (
+            ("references", sources.references.shape[1]),
+            ("copies", sources.longest_match),
+            ("successors", sources.learns_successors),
+        )
 
     def score(self, proposals: Proposals, choice: Choice, longest: int) -> torch.Tensor:
         """Run the target over what its cache lacks and the proposals: float32 logits `[B, num_proposals + 1, V]`.
@@ -240,7 +243,16 @@ class PardDecoder:
         noise, ends = None, self.eos_token_id
         if self.do_sample:
             noise = self.noise.draw(len(scores), choice.num_drafts + 1, scores.shape[-1])
-        arguments = (self.batch.target, self.batch.rows, proposals, choice.num_drafts, scores, ends, noise, self.sources)
+        arguments = (
+            self.batch.target,
+            self.batch.rows,
+            proposals,
+            choice.num_drafts,
+            scores,
+            ends,
+            noise,
+            self.sources,
+        )
         key = (("end tokens", 0 if ends is None else len(ends)), ("samples", self.do_sample), *self.source_key)
         return self.run_step(accept_step, choice, *arguments, key=key)
 
@@ -284,7 +296,7 @@ class PardDecoder:
             self.put(torch.tensor(column[:1]), number < num_emitted, component)
 
     def put(self, tokens: torch.Tensor, is_accepted: bool, component: int | None = None) -> None:
-        """Pass a column to the streamer; `put_accepted`, if it has that, gets proposals, and the source if it is known."""
+        """Pass a column to the streamer; `put_accepted`, if it has that, gets accepted proposals and their source."""
         put = getattr(self.streamer, "put_accepted", None)
         if put is None or not is_accepted:
             self.streamer.put(tokens)

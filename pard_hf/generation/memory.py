@@ -28,10 +28,9 @@ FORMAT = "pard_hf.AssistantMemory.1"
 class AssistantMemory:
     """What the target found likeliest after each token, and how far each proposal source was right.
 
-    A call without one begins with nothing. Pass the same memory to every call for one user, or for texts of one kind,
-    as `generate(assistant_memory=memory)`: proposals get better, the output does not change. It holds token ids of what
-    was generated and read, so do not share it between users who may not see each other's texts. One call at a time may
-    use it.
+    A call without a memory begins with nothing. Pass the same one to every call for a user, or for texts of one kind:
+    proposals get better, the output does not change. It holds token ids of what was read and generated, so do not
+    share it between users who may not see each other's texts. One call at a time may use it.
 
     >>> memory = AssistantMemory(target)
     >>> target.generate(**inputs, prompt_lookup_num_tokens=10, assistant_memory=memory)
@@ -81,7 +80,7 @@ class AssistantMemory:
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
         except SafetensorError as error:
             raise ValueError(f"Expected a memory that `AssistantMemory.save` wrote, got `{path}`: {error}.") from error
         shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
@@ -89,7 +88,9 @@ class AssistantMemory:
             raise ValueError(f"Expected a memory that `AssistantMemory.save` wrote, got `{path}`, which is none.")
         check_signature(memory.signature, metadata)
         if shapes != {name: (tensor.shape, tensor.dtype) for name, tensor in vars(memory.tables).items()}:
-            raise ValueError(f"Expected a memory of this version of pard-hf, got `{path}` of another. Begin a new one.")
+            raise ValueError(
+                f"Expected a memory of this version of pard-hf, got `{path}` of another. Begin a new one."
+            )
         memory.tables.copy_(Tables(**tensors))
         return memory
 

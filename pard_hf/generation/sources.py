@@ -1,23 +1,24 @@
-"""Proposals that need no draft: copies from the text, and the target's own likeliest next tokens.
+"""Propose without a draft: copy from the text, and remember the target's own likeliest next tokens.
 
-Copying follows places of the text whose last tokens are those of the row (https://arxiv.org/abs/2304.04487). Successors
-are what the target found likeliest after a token, and after two tokens, when it last read them: every verify says so of
-each node, accepted or not (https://arxiv.org/abs/2408.08696). Where there is a draft as well, all grow one tree.
+Copying continues earlier positions of the text whose last tokens are those of the row (prompt lookup,
+https://arxiv.org/abs/2304.04487). Successors are what the target found likeliest after a token, or after two, when it
+last read them; every verify gives them for each node, accepted or not (https://arxiv.org/abs/2408.08696). With a draft
+all of them grow one tree.
 
-A node's probability is a mixture of the sources: each source gives a distribution over the next token, and weights say
-how far it is to be believed where the text matches so many tokens, or the table has seen the last one or two, at such a
-depth. The weights are expected counts, a prior at first, and learn from every round which source gave what the target
-chose. Everything happens on the device in fixed shapes, so a round may be compiled, and no value is read on the host.
+A node's probability is a mixture: each source gives a distribution over the next token, and weights say how far it is
+to be believed, given how many tokens match, whether the tables have seen the last one or two, and the depth. Weights
+are expected counts, a prior at first, updated every round by what the target chose. All of it runs on the device in
+fixed shapes, so a round can be compiled, and no value is read on the host.
 
-Shapes: B rows, W columns of text, M matches, K depths, F nodes of a depth, N nodes, C candidates of a node, S components
-of the mixture, V tokens.
+Shapes: B rows, W columns of text, M matches, K depths, F nodes of a depth, N nodes, C candidates of a node, S
+components of the mixture, V tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import pad
@@ -37,8 +38,8 @@ LONGEST_VOTE = 12
 # Of the draft's likeliest tokens at a depth, those that may become nodes beside the other sources'.
 NUM_DRAFT_CANDIDATES = 32
 
-# Contexts have weights of their own. They differ in the tokens matched (0 to 5, from 7, from 10; the path included), in
-# whether the table knows the last token or the last two, and in depth where a draft proposes: it becomes less certain.
+# Contexts have weights of their own. They differ in the tokens matched (0 to 5, from 7, from 10; those of the path
+# too), in whether the tables know the last token or the last two, and, where a draft proposes, in depth.
 DEPTH_BOUNDS = (1, 2, 3, 5)
 NUM_DEPTHS = len(DEPTH_BOUNDS) + 1
 NUM_CONTEXTS = 8 * 3 * NUM_DEPTHS
@@ -74,20 +75,24 @@ def encode_references(texts: Sequence[Any], tokenizer: Any) -> torch.Tensor:
     """
     ids: list[int] = [-1]
     if isinstance(texts, str):
-        raise ValueError("Expected `assistant_reference_texts` to be a list of texts, got one string. Put it in a list.")
+        raise ValueError(
+            "Expected `assistant_reference_texts` to be a list of texts, got one string. Put it in a list."
+        )
     for text in texts:
-        if isinstance(text, str) and tokenizer is None:
+        if not isinstance(text, str):
+            ids += [*torch.as_tensor(text).tolist(), -1]
+        elif tokenizer is not None:
+            ids += [*tokenizer.encode(text, add_special_tokens=False), -1]
+        else:
             raise ValueError(
-                "Expected `tokenizer` with `assistant_reference_texts` that are strings, got none. Pass `tokenizer=`, or "
-                "token ids."
+                "Expected `tokenizer` with `assistant_reference_texts` that are strings, got none. Pass `tokenizer=`, "
+                "or token ids."
             )
-        ids += tokenizer.encode(text, add_special_tokens=False) if isinstance(text, str) else torch.as_tensor(text).tolist()
-        ids.append(-1)
     return torch.tensor([ids])
 
 
 class Matches(NamedTuple):
-    """Places of the text that end as a row ends, best first."""
+    """Earlier positions whose last tokens are a row's, best first."""
 
     tokens: torch.Tensor  # `[B, M, K]`, what follows each; -1 where nothing does.
     lengths: torch.Tensor  # `[B, M]`, how many tokens match; 0 where there is no further match.
@@ -96,7 +101,7 @@ class Matches(NamedTuple):
 def find_matches(
     references: torch.Tensor, tokens: torch.Tensor, lengths: torch.Tensor, num_depths: int, longest: int
 ) -> Matches:
-    """Find the places whose last tokens, `longest` at most, are a row's: the longest matches, the latest of equals.
+    """Find the positions whose last tokens, `longest` at most, are a row's: the longest matches, the latest of equals.
 
     Rows `tokens` `[B, width]` hold `lengths` `[B]` known tokens; `references` `[1, R]` are further texts, each ended
     by -1.
@@ -112,9 +117,9 @@ def find_matches(
     for k in range(longest):
         is_match = is_match & (pad(text[:, : width - k], (k, 0), value=-1) == suffix[:, k : k + 1])
         matched = matched + is_match
-    rank, places = (matched * width + columns).topk(min(NUM_MATCHES, width), dim=1)
+    rank, ends = (matched * width + columns).topk(min(NUM_MATCHES, width), dim=1)
     lengths = rank // width
-    following = places.unsqueeze(2) + torch.arange(1, num_depths + 1, device=text.device)
+    following = ends.unsqueeze(2) + torch.arange(1, num_depths + 1, device=text.device)
     is_known = (following <= end.unsqueeze(2)) & (lengths > 0).unsqueeze(2)
     copied = text.gather(1, following.clamp(max=width - 1).flatten(1)).view_as(following)
     return Matches(torch.where(is_known, copied, -1), lengths)
@@ -144,8 +149,14 @@ class Tables:
         with torch.inference_mode(False):  # Later calls outside it write to them too.
             one, two = nothing(vocab_size), nothing(NUM_PAIRS)
             pairs = torch.full((NUM_PAIRS + 1,), -1, dtype=torch.long, device=device)
-            return cls(one, torch.zeros_like(one, dtype=torch.float32), pairs, two,
-                       torch.zeros_like(two, dtype=torch.float32), prior_weights().to(device))
+            return cls(
+                one,
+                torch.zeros_like(one, dtype=torch.float32),
+                pairs,
+                two,
+                torch.zeros_like(two, dtype=torch.float32),
+                prior_weights().to(device),
+            )
 
     @property
     def vocab_size(self) -> int:
@@ -260,9 +271,7 @@ class Mixture:
     `last_two` `[B, 2]` are each row's last tokens, -1 where there is none.
     """
 
-    def __init__(
-        self, tables: Tables, matches: Matches, last_two: torch.Tensor, draft: DraftCandidates | None = None
-    ):
+    def __init__(self, tables: Tables, matches: Matches, last_two: torch.Tensor, draft: DraftCandidates | None = None):
         self.tables, self.matches, self.draft = tables, matches, draft
         self.weights = tables.mixture_weights(draft is not None)
         self.previous, self.tokens = last_two.split(1, dim=1)
@@ -325,7 +334,8 @@ def learn(tables: Tables, tree: Tree, nodes: torch.Tensor, num_matched: torch.Te
     `nodes` `[B, K]` are the path's, `num_matched` `[B]` its length. One step of expectation and maximization: what was
     chosen counts for each component by its share; where the path ends, by the share that it had left for other tokens.
     """
-    assert tree.shares is not None and tree.contexts is not None
+    assert tree.shares is not None
+    assert tree.contexts is not None
     weights = tables.mixture_weights(has_draft)
     batch_size, num_nodes = tree.tokens.shape
     parents = tree.parents.unsqueeze(2).expand(-1, -1, len(COMPONENTS))

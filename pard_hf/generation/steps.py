@@ -95,7 +95,7 @@ def proposals_from(
     else:
         corrected = CorrectedPositions(draft.correction_head, hidden, scores)
         tree = best_prefixes(corrected.candidates, corrected.logprobs, tree_size)
-    tree = Tree(*(values.to(device) for values in tree))
+    tree = Tree(*(values.to(device) for values in tree[:4]))
     return Proposals(tree.tokens, tree=tree, on_path=ancestors(tree, scores.shape[1]))
 
 

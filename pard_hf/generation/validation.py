@@ -77,7 +77,9 @@ def check_mode(target: PreTrainedModel, generation_config: GenerationConfig) -> 
         raise ValueError("Expected `use_cache=True` with a draft, got False. Drop `use_cache` or `assistant_model`.")
     has_chains = not text_sources(generation_config)
     check_schedule(
-        generation_config.num_assistant_tokens_schedule or "constant", generation_config.num_assistant_tokens, has_chains
+        generation_config.num_assistant_tokens_schedule or "constant",
+        generation_config.num_assistant_tokens,
+        has_chains,
     )
 
 
