@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .draft.model import PardDraftModel
     from .generation.candidate_generator import PardCandidateGenerator
     from .generation.config import PardGenerateOutput, PardGenerationConfig
+    from .generation.memory import AssistantMemory
     from .generation.mixin import PardGenerationMixin, with_pard, without_pard
     from .generation.stats import DecodingStats
     from .loading import bundled_pair, load_pair
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 
 # Where each public name is; imported when it is asked for, since torch and transformers take seconds.
 MODULES = {
+    "AssistantMemory": "generation.memory",
     "DataCollatorForPard": "training.collator",
     "DecodingStats": "generation.stats",
     "PardCandidateGenerator": "generation.candidate_generator",
@@ -38,6 +40,7 @@ MODULES = {
 }
 
 __all__ = [
+    "AssistantMemory",
     "DataCollatorForPard",
     "DecodingStats",
     "PardCandidateGenerator",
