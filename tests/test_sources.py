@@ -9,7 +9,6 @@ from families import make_model, make_prompts
 
 from pard_hf import with_pard
 from pard_hf.draft.correction_head import CorrectedPositions, CorrectionHead
-from pard_hf.generation import sources as module
 from pard_hf.generation.sources import (
     COMPONENTS,
     LONGEST_VOTE,
