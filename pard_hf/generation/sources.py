@@ -16,6 +16,7 @@ components of the mixture, V tokens.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -68,28 +69,36 @@ class Sources:
     has_draft: bool
 
 
-def encode_references(texts: Sequence[Any], tokenizer: Any) -> torch.Tensor:
+def encode_references(texts: Sequence[Any], tokenizer: Any, vocab_size: int) -> torch.Tensor:
     """Encode texts to copy from, strings or token ids, as `[1, R]` ids, -1 after each text.
 
     Raises:
-        ValueError: There is a string and no tokenizer, or something else than a list of texts.
+        ValueError: There is a string and no tokenizer, something else than a list of texts, or an id that is none.
     """
-    ids: list[int] = [-1]
     if isinstance(texts, str):
         raise ValueError(
             "Expected `assistant_reference_texts` to be a list of texts, got one string. Put it in a list."
         )
+    encoded = [torch.tensor([-1])]
     for text in texts:
-        if not isinstance(text, str):
-            ids += [*torch.as_tensor(text).tolist(), -1]
-        elif tokenizer is not None:
-            ids += [*tokenizer.encode(text, add_special_tokens=False), -1]
-        else:
+        if isinstance(text, str) and tokenizer is None:
             raise ValueError(
                 "Expected `tokenizer` with `assistant_reference_texts` that are strings, got none. Pass `tokenizer=`, "
                 "or token ids."
             )
-    return torch.tensor([ids])
+        ids = tokenizer.encode(text, add_special_tokens=False) if isinstance(text, str) else text
+        try:
+            row = torch.as_tensor(ids).cpu()
+        except (TypeError, ValueError, RuntimeError):  # Nested lists, or what a tokenizer returns as a dict.
+            row = torch.empty(0, 0)
+        is_text = row.dim() == 1 and not (len(row) and row.is_floating_point())
+        if not is_text or ((row < 0) | (row >= vocab_size)).any():
+            raise ValueError(
+                "Expected each of `assistant_reference_texts` to be a string or a list of token ids in [0, "
+                f"{vocab_size}), got {reprlib.repr(ids)}. Pass `tokenizer(text).input_ids` of each text."
+            )
+        encoded += [row.long(), encoded[0]]
+    return torch.cat(encoded).unsqueeze(0)
 
 
 class Matches(NamedTuple):
@@ -114,8 +123,9 @@ def find_matches(
     back = end - torch.arange(longest, device=text.device)
     # Neither a match nor the row's own text reaches across the beginning of a text.
     suffix = torch.where(back < start, -2, text.gather(1, back.clamp(min=0)))
-    matched, is_match = torch.zeros_like(text), columns < end
-    for k in range(longest):
+    # Of a reference's last token nothing follows.
+    matched, is_match = torch.zeros_like(text), (columns < end) & (text.roll(-1, dims=1) >= 0)
+    for k in range(min(longest, width)):
         is_match = is_match & (pad(text[:, : width - k], (k, 0), value=-1) == suffix[:, k : k + 1])
         matched = matched + is_match
     rank, ends = (matched * width + columns).topk(min(NUM_MATCHES, width), dim=1)
@@ -123,6 +133,7 @@ def find_matches(
     following = ends.unsqueeze(2) + torch.arange(1, num_depths + 1, device=text.device)
     is_known = (following <= end.unsqueeze(2)) & (lengths > 0).unsqueeze(2)
     copied = text.gather(1, following.clamp(max=width - 1).flatten(1)).view_as(following)
+    is_known &= (copied < 0).cumsum(dim=2) == 0  # As far as a reference's end.
     return Matches(torch.where(is_known, copied, -1), lengths)
 
 
@@ -304,8 +315,8 @@ class Mixture:
         is_same = (tokens.unsqueeze(3) == tokens.unsqueeze(2)).float()
         shares = is_same @ (weighted.unsqueeze(3) * self.is_of_CS)
         is_void = (is_same.argmax(dim=3) != self.columns) | (tokens < 0)
-        logprobs = shares.sum(dim=3).masked_fill(is_void, 0).log()
-        return Candidates(tokens.masked_fill(is_void, -1), logprobs, shares, contexts)
+        shares = shares.masked_fill(is_void.unsqueeze(3), 0)
+        return Candidates(tokens.masked_fill(is_void, -1), shares.sum(dim=3).log(), shares, contexts)
 
 
 def depth_number(depth: int) -> int:
