@@ -186,6 +186,14 @@ class Tables:
     def clear(self) -> None:
         self.copy_(Tables.empty(self.vocab_size, self.pairs.device))
 
+    def is_valid(self) -> bool:
+        """Return whether all tokens are of the vocabulary, and probabilities and counts are numbers from 0 on."""
+        tokens = (self.after_one, self.after_two)
+        values = (self.after_one_probs, self.after_two_probs, self.weights)
+        return all(bool(((ids >= -1) & (ids < self.vocab_size)).all()) for ids in tokens) and all(
+            bool(((numbers >= 0) & numbers.isfinite()).all()) for numbers in values
+        )
+
     def mixture_weights(self, has_draft: bool) -> torch.Tensor:
         """Return what each component is to be believed in each context, and none of them, `[NUM_CONTEXTS, S + 1]`."""
         weights = self.weights[int(has_draft)]
