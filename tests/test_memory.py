@@ -138,7 +138,9 @@ def test_other_assistants_take_no_memory(name):
     target = with_pard(make_model("llama"))
     value = AssistantMemory(target) if name == "assistant_memory" else [[5, 6]]
 
-    with pytest.raises(ValueError, match="Expected no `assistant_model`, or a `PardDraftModel`.*got `LlamaForCausalLM`"):
+    with pytest.raises(
+        ValueError, match="Expected no `assistant_model`, or a `PardDraftModel`.*got `LlamaForCausalLM`"
+    ):
         generate(target, make_prompts(1), assistant_model=make_model("llama", seed=3), **{name: value})
 
 

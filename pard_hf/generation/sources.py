@@ -334,7 +334,7 @@ def merged(
     for component, (ids, probs) in enumerate(parts):
         is_same = tokens.unsqueeze(3) == ids.unsqueeze(2)
         given = probs * weights[..., component : component + 1]
-        shares.append((is_same.to(given.dtype) @ given.unsqueeze(3)).squeeze(3))
+        shares.append((is_same * given.unsqueeze(2)).sum(dim=3))  # No product of matrices: autocast would round it.
     shares += [torch.zeros_like(shares[0])] * (len(COMPONENTS) - len(parts))
     columns = torch.arange(tokens.shape[2], device=tokens.device)
     is_earlier = columns < columns.unsqueeze(1)
