@@ -5,9 +5,9 @@ import math
 
 import pytest
 from device import DEVICE, torch
-from families import make_model, make_prompts
+from families import add_head, character_tokenizer, make_draft, make_model, make_prompts, make_self_draft
 
-from pard_hf import with_pard
+from pard_hf import AssistantMemory, with_pard, without_pard
 from pard_hf.draft.correction_head import CorrectedPositions, CorrectionHead
 from pard_hf.generation.sources import (
     COMPONENTS,
@@ -561,3 +561,237 @@ def test_what_is_no_text_is_refused(texts, message):
 
     with pytest.raises(ValueError, match=message):
         target.generate(**make_prompts(1), max_new_tokens=4, assistant_reference_texts=texts)
+
+
+# Whole calls, with a memory of the same text, so that much is accepted.
+
+
+class Streamer:
+    def __init__(self):
+        self.tokens, self.sources = [], []
+
+    def put(self, tokens):
+        self.tokens += tokens.tolist()
+
+    def put_accepted(self, tokens, source):
+        self.put(tokens)
+        self.sources.append(source)
+
+    def end(self):
+        pass
+
+
+SAMPLED = {"do_sample": True, "temperature": 0.7, "top_k": 20}
+CALLS = {
+    "text": (1, {}, {}),
+    "ragged": (4, {}, {}),
+    "depth of one": (2, {}, {"prompt_lookup_num_tokens": 1}),
+    "one node": (2, {}, {"assistant_tree_size": 1}),
+    "more nodes than candidates": (2, {}, {"assistant_tree_size": 1000, "prompt_lookup_num_tokens": 2}),
+    "sampled": (1, SAMPLED, {}),
+    "processor": (3, {"repetition_penalty": 1.1}, {}),
+    "processor, sampled": (2, {"repetition_penalty": 1.1, **SAMPLED}, {}),
+    "stop strings": (3, {"stop_strings": ["zq", "A"]}, {}),
+    "several sequences": (1, {"num_return_sequences": 3, "repetition_penalty": 1.05, **SAMPLED}, {}),
+    "scores": (2, {"output_scores": True, "output_logits": True}, {}),
+    "copies only": (3, {}, {"assistant_sources": ["copy"]}),
+    "successors only": (3, {}, {"assistant_sources": ["successors"]}),
+    "adaptive": (2, {}, {"num_assistant_tokens_schedule": "adaptive"}),
+}
+
+
+@pytest.mark.parametrize("with_draft", [False, True])
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("name", CALLS)
+def test_every_accepted_token_has_a_source(name, ends, with_draft):
+    """Also where an end token lies among the accepted; and what is emitted is what plain `generate` emits."""
+    batch_size, plain, ours = CALLS[name]
+    target, prompts = make_model("llama"), make_prompts(batch_size)
+    arguments = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True, **plain}
+    if "stop_strings" in plain:
+        arguments["tokenizer"] = character_tokenizer("éßø")
+    draft = add_head(make_self_draft(target), 0.3) if with_draft else None
+
+    def run(**more):
+        torch.manual_seed(3)
+        return target.generate(**prompts, **arguments, **more)
+
+    end = int(run().sequences[-1, -12])
+    ours = {"assistant_memory": AssistantMemory(target), "prompt_lookup_num_tokens": 6, **ours}
+    with_pard(target)
+    run(**ours, assistant_model=draft)  # Without ends, so that the memory knows how the text goes on behind them.
+    arguments |= {"eos_token_id": end} if ends else {}
+    without_pard(target)
+    expected = run()
+
+    output = with_pard(target) and run(**ours, assistant_model=draft)
+
+    stats = output.stats
+    assert torch.equal(output.sequences, expected.sequences)
+    assert stats.loop == ("lockstep" if "repetition_penalty" in plain or "stop_strings" in plain else "own")
+    assert set(stats.accepted_by_source) == {"copy", "successors", "draft"}
+    assert sum(stats.accepted_by_source.values()) == stats.num_accepted
+    if name not in ("copies only", "adaptive") and (batch_size > 1 or not ends):
+        assert stats.num_accepted > 0
+    if not with_draft:
+        assert stats.accepted_by_source["draft"] == 0
+    for source in {"copy", "successors"} - set(ours.get("assistant_sources", ("copy", "successors"))):
+        assert stats.accepted_by_source[source] == 0
+    if "stop_strings" not in plain:
+        new = output.sequences[:, prompts["input_ids"].shape[1] :]
+        counts = [row.index(end) + 1 if ends and end in row else len(row) for row in new.tolist()]
+        assert stats.num_tokens == sum(counts)
+
+
+@pytest.mark.parametrize("more", [{}, {"repetition_penalty": 1.1}, {"eos_token_id": [7, 30]}])
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("with_draft", [False, True])
+def test_streamer_is_told_the_source(more, batch_size, with_draft):
+    target, prompts = make_model("llama"), make_prompts(batch_size)
+    draft = make_self_draft(target) if with_draft else None
+    expected = target.generate(**prompts, max_new_tokens=20, do_sample=False, **more)
+    arguments = {"assistant_memory": AssistantMemory(with_pard(target)), "assistant_model": draft, **more}
+    for _ in range(2):
+        streamer = Streamer()
+        output = target.generate(
+            **prompts, **arguments, max_new_tokens=20, do_sample=False, streamer=streamer, return_dict_in_generate=True
+        )
+
+    assert torch.equal(output.sequences, expected)
+    told = {name: streamer.sources.count(name) for name in ("copy", "successors", "draft")}
+    assert sum(told.values()) == len(streamer.sources)
+    if batch_size == 1:
+        assert told == output.stats.accepted_by_source
+        assert streamer.tokens[-20:] == expected[0, -20:].tolist()
+
+
+def test_draft_alone_has_no_sources():
+    target = with_pard(make_model("llama"))
+    draft = make_draft(make_model("llama", seed=5))
+
+    stats = target.generate(
+        **make_prompts(1), max_new_tokens=9, assistant_model=draft, return_dict_in_generate=True, do_sample=False
+    ).stats
+
+    assert stats.accepted_by_source is None
+    assert "accepted_by_source" not in stats.to_dict()
+
+
+@pytest.mark.parametrize("vocab_size", [3, 5, 7])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_vocabulary_smaller_than_a_table(vocab_size, batch_size):
+    special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+    target = make_model("llama", vocab_size=vocab_size, **special)
+    prompts = make_prompts(batch_size)
+    prompts["input_ids"] %= vocab_size
+    expected = target.generate(**prompts, max_new_tokens=20, do_sample=False)
+
+    for size in (None, 1, 500):
+        output = with_pard(target).generate(
+            **prompts, max_new_tokens=20, do_sample=False, prompt_lookup_num_tokens=4, assistant_tree_size=size
+        )
+        assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("with_draft", [False, True])
+def test_embeddings_have_no_text_to_copy(with_draft):
+    """What was generated since is text."""
+    target, ids = make_model("llama"), make_prompts(1)["input_ids"]
+    embeds = target.get_input_embeddings()(ids).detach()
+    draft = make_self_draft(target) if with_draft else None
+    arguments = {"max_new_tokens": 20, "do_sample": False}
+    expected = target.generate(inputs_embeds=embeds, **arguments)
+
+    output = with_pard(target).generate(
+        inputs_embeds=embeds,
+        **arguments,
+        assistant_model=draft,
+        prompt_lookup_num_tokens=5,
+        assistant_reference_texts=[expected[0].tolist()],
+        return_dict_in_generate=True,
+    )
+
+    assert torch.equal(output.sequences, expected)
+    assert output.stats.loop == "own"
+    assert output.stats.accepted_by_source["copy"] > 0
+    assert sum(output.stats.accepted_by_source.values()) == output.stats.num_accepted
+
+
+@pytest.mark.parametrize("with_draft", [False, True])
+def test_second_turn_copies_from_the_whole_conversation(with_draft):
+    """Whose cache is kept, while the text is passed whole."""
+    target, prompts = make_model("llama"), make_prompts(2)
+    draft = make_self_draft(target) if with_draft else None
+    arguments = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
+    texts = []
+    for more in ({}, {"prompt_lookup_num_tokens": 5, "assistant_model": draft}):
+        first = (with_pard if more else without_pard)(target).generate(**prompts, **arguments, **more)
+        ids = torch.cat([first.sequences, first.sequences[:, -6:]], dim=1)
+        mask = torch.cat([prompts["attention_mask"], torch.ones(2, 18, dtype=torch.long)], dim=1)
+        again = {"input_ids": ids, "attention_mask": mask, "past_key_values": first.past_key_values}
+        texts.append(target.generate(**again, **arguments, **more).sequences)
+
+    assert torch.equal(*texts)
+
+
+def test_references_are_copied_from():
+    target, prompts = make_model("llama"), make_prompts(2)
+    arguments = {"max_new_tokens": 20, "do_sample": False}
+    expected = target.generate(**prompts, **arguments)
+    texts = [row[-24:] for row in expected.tolist()]
+
+    def rounds(**more):
+        output = with_pard(target).generate(
+            **prompts, **arguments, assistant_sources=["copy"], return_dict_in_generate=True, **more
+        )
+        assert torch.equal(output.sequences, expected)
+        return output.stats.num_rounds
+
+    assert rounds(assistant_reference_texts=texts) < rounds() / 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sources_work_in_half_precision_and_under_autocast(dtype):
+    target, prompts = make_model("llama"), make_prompts(2)
+    draft = add_head(make_self_draft(target), 0.3)
+    with torch.autocast(DEVICE.type, dtype):
+        for model in (None, draft):
+            with_pard(target).generate(
+                **prompts, max_new_tokens=9, do_sample=False, prompt_lookup_num_tokens=5, assistant_model=model
+            )
+    stats = (
+        target.to(dtype)
+        .generate(
+            **prompts, max_new_tokens=9, do_sample=False, prompt_lookup_num_tokens=5, return_dict_in_generate=True
+        )
+        .stats
+    )
+
+    assert stats.loop == "own"
+
+
+@pytest.mark.parametrize("name", ["prompt_lookup_num_tokens", "max_matching_ngram_size"])
+@pytest.mark.parametrize("value", [0, -3, 2.5, True])
+def test_bad_lookups_are_refused(name, value):
+    arguments = {"prompt_lookup_num_tokens": 4, name: value}
+
+    with pytest.raises(ValueError, match=f"Expected `{name}` to be an integer above 0, got {value}"):
+        with_pard(make_model("llama")).generate(**make_prompts(1), **arguments)
+
+
+@pytest.mark.parametrize("more", [{}, {"repetition_penalty": 1.01}])
+def test_rows_that_have_finished_teach_nothing(more):
+    """Their last node would be verified again and again while others go on."""
+    target, prompts = with_pard(make_model("llama")), make_prompts(2)
+    arguments = {"max_new_tokens": 20, "do_sample": False, "assistant_sources": ["successors"], **more}
+    end = int(target.generate(**prompts, **arguments)[0, -20])
+    alone = {name: tensor[1:] for name, tensor in prompts.items()}
+    alone = {name: tensor[:, alone["attention_mask"][0] > 0] for name, tensor in alone.items()}
+    counts = []
+    for texts in (alone, prompts):
+        memory = AssistantMemory(target)
+        target.generate(**texts, **arguments, eos_token_id=end, assistant_tree_size=8, assistant_memory=memory)
+        counts.append(memory.tables.weights)
+
+    # The first row ends with its first token, when no table had anything to say.
+    torch.testing.assert_close(*counts)

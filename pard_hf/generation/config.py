@@ -68,7 +68,11 @@ class PardGenerationConfig(GenerationConfig):
 
 
 def check_options(config: Any) -> None:
-    """Raise a `ValueError` for a verification, a source or a tree size that does not exist."""
+    """Raise a `ValueError` for a verification, a source, a tree size or a lookup that does not exist."""
+    for name in ("prompt_lookup_num_tokens", "max_matching_ngram_size"):
+        value = getattr(config, name)
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"Expected `{name}` to be an integer above 0, got {value!r}. Pass one, or drop it.")
     sources = config.assistant_sources
     if sources is not None and (isinstance(sources, str) or not set(sources) <= set(TEXT_SOURCES)):
         raise ValueError(f"Expected `assistant_sources` to be a list of {TEXT_SOURCES}, got {sources!r}.")

@@ -49,7 +49,7 @@ from .config import (
 )
 from .decoder import PardDecoder, RatioTestDecoder, end_tokens, max_length
 from .lockstep import LockstepDecoder
-from .memory import sources_of
+from .memory import AssistantMemory, sources_of
 from .sampling import Noise, is_prefix_free, is_stateless
 from .sources import encode_references
 from .stats import DecodingStats
@@ -175,16 +175,15 @@ class PardGenerationMixin(GenerationMixin):
         is_drafted = isinstance(draft, PardDraftModel)
         if is_drafted and config.assistant_tree_size is None:
             config.assistant_tree_size = getattr(draft.generation_config, "assistant_tree_size", None)
-        if any(getattr(config, name) is not None for name in OPTIONS):
-            check_options(config)
+        check_options(config)
         looks_up = draft is None and text_sources(config) and generation_mode == GenerationMode.ASSISTED_GENERATION
         if not is_drafted and (not looks_up or self.config.is_encoder_decoder):
-            if config._assistant_memory is not None:
+            if any(getattr(config, f"_{name}") is not None for name in CALL_ARGUMENTS):
                 check_mode(self, config)
+                check_assistant(draft)
             return super()._validate_generation_mode(generation_mode, config, generation_mode_kwargs)
         check_mode(self, config)
-        if config._assistant_memory is not None:
-            config._assistant_memory.check(self)
+        check_memory(self, config._assistant_memory)
         if not is_drafted:
             return None
         tokenizers = (generation_mode_kwargs.get(name) for name in ("tokenizer", "assistant_tokenizer"))
@@ -378,6 +377,26 @@ def decoder_class(
             "Use the default, `verification='sample_and_match'`."
         )
     return RatioTestDecoder
+
+
+def check_memory(target: PreTrainedModel, memory: Any) -> None:
+    """Raise a `ValueError` if a call's memory is none, or that of another target."""
+    if isinstance(memory, AssistantMemory):
+        memory.check(target)
+    elif memory is not None:
+        raise ValueError(
+            f"Expected `assistant_memory` to be an `AssistantMemory`, got {memory!r}. Load a saved one with "
+            "`AssistantMemory.load(path, target)`."
+        )
+
+
+def check_assistant(assistant: Any) -> None:
+    """Raise a `ValueError` for a model that drafts in the loop of transformers, where other sources cannot join."""
+    if assistant is not None:
+        raise ValueError(
+            "Expected no `assistant_model`, or a `PardDraftModel`, with `assistant_memory` and "
+            f"`assistant_reference_texts`, got `{type(assistant).__name__}`. Drop the one or the others."
+        )
 
 
 def with_stats(output: Any, stats: DecodingStats) -> Any:

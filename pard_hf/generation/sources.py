@@ -182,6 +182,17 @@ class Tables:
     def clear(self) -> None:
         self.copy_(Tables.empty(self.vocab_size, self.weights.device))
 
+    def is_valid(self) -> bool:
+        """Return whether all tokens are of the vocabulary, probabilities at most 1 and counts not negative."""
+        keys, halves = self.after_two[:, 2 * NUM_SUCCESSORS :], (self.after_one, self.after_two)
+        tokens = (keys, *(table[:, :NUM_SUCCESSORS] for table in halves))
+        probs = (table[:, NUM_SUCCESSORS : 2 * NUM_SUCCESSORS] for table in halves)  # -1 beside no token.
+        return (
+            all(bool(((ids >= -1) & (ids < self.vocab_size) & (ids == ids.round())).all()) for ids in tokens)
+            and all(bool(((values >= -1) & (values <= 1)).all()) for values in probs)
+            and bool(((self.weights >= 0) & self.weights.isfinite()).all())
+        )
+
     def mixture_weights(self, has_draft: bool) -> torch.Tensor:
         """Return what each component is to be believed in each context, and none of them, `[NUM_CONTEXTS, S + 1]`."""
         weights = self.weights[int(has_draft)]
