@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from collections import Counter
 
 import pytest
@@ -12,6 +13,8 @@ from families import add_head, make_draft, make_forgetful, make_model, make_self
 from transformers import CompileConfig, LlamaForCausalLM
 from transformers.cache_utils import StaticLayer
 
+from benchmarks.sources import batches_in_order, make_ways, without_docstring
+from benchmarks.sources import measure as measure_set
 from pard_hf import with_pard
 from pard_hf.cli import main
 from pard_hf.evaluation.benchmark import (
@@ -183,6 +186,34 @@ def test_a_kept_memory_begins_empty_in_every_repeat(pair):
     assert kept.stats == once
     assert "emptied before each repeat" in kept.speed()["assistant_memory"]
     assert "assistant_memory" not in cold.to_json()
+
+
+def test_the_copy_set_has_functions_without_their_docstrings():
+    prompt = '@cached\ndef half(x: int) -> float:\n    """Return half.\n\n    Of x.\n    """\n'
+
+    code = without_docstring({"prompt": prompt, "reference": "\n    return x / 2\n"})
+
+    assert code == "@cached\ndef half(x: int) -> float:\n    return x / 2"
+    for row in ({"prompt": "half of x"}, {"prompt": prompt}, {"prompt": "def f():\n    return 1\n    return 2\n"}):
+        assert without_docstring(row) is None
+
+
+def test_the_benchmark_of_sources_keeps_the_order_of_the_prompts_and_one_memory_a_set(pair):
+    args = Namespace(routes=["lookup", "lookup_kept", "tree_head"], tree_sizes=[8], num_assistant_tokens=4)
+    vars(args).update(batch_size=1, prompt_lookup_num_tokens=6, max_new_tokens=20, repeats=1, tau_only=False)
+    ways, not_served = make_ways(args, pair)
+
+    first, again = (measure_set(args, pair, ways, "set", ["ab", "abcabcabc", "ab"]) for _ in range(2))
+
+    routes = first["routes"]
+    assert list(routes) == ["ar", "lookup 8", "lookup_kept 8"]
+    assert not_served == {"tree_head": "the draft has no correction head"}
+    batches = batches_in_order([[5], [6] * 3, [7]], 1, ways[0].runner)
+    assert [batch.num_columns for batch in batches] == [1, 3, 1]
+    assert routes["lookup_kept 8"]["acceptance_length"] > routes["lookup 8"]["acceptance_length"] > 1
+    assert all(route["identical_share"] == 1 for route in routes.values())
+    for way, route in again["routes"].items():
+        assert route["acceptance_length"] == routes[way]["acceptance_length"]
 
 
 def test_plain_generate_always_runs_and_every_combination_is_a_cell(pair):
