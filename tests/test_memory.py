@@ -6,8 +6,8 @@ import threading
 
 import pytest
 from device import IS_FAKE, torch
-from families import make_draft, make_model, make_prompts, make_self_draft
 from fake_device import FakeCuda
+from families import make_draft, make_model, make_prompts, make_self_draft
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig
