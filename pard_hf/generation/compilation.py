@@ -118,7 +118,7 @@ class CompiledSteps:
         """Copy the tables of a call to static buffers."""
         key = (tables.vocab_size, self.placement)
         if key not in self.kept.tables:
-            self.kept.tables[key] = Tables.empty(tables.vocab_size, tables.pairs.device)
+            self.kept.tables[key] = Tables.empty(tables.vocab_size, tables.weights.device)
             for tensor in vars(self.kept.tables[key]).values():
                 torch._dynamo.mark_static_address(tensor)
         self.kept.tables[key].copy_(tables)
