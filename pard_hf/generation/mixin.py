@@ -119,7 +119,8 @@ class PardGenerationMixin(GenerationMixin):
         """
         kwargs = with_cache_renamed(kwargs)
         if kwargs.get("assistant_reference_texts") is not None:
-            references = encode_references(kwargs["assistant_reference_texts"], kwargs.get("tokenizer"))
+            texts, vocab_size = kwargs["assistant_reference_texts"], self.config.get_text_config().vocab_size
+            references = encode_references(texts, kwargs.get("tokenizer"), vocab_size)
             kwargs["assistant_reference_texts"] = references
         if isinstance(assistant_model, PardDraftModel):
             warn_where_untested()

@@ -16,6 +16,7 @@ components of the mixture, V tokens.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ import torch
 from torch.nn.functional import pad
 
 from ..draft.correction_head import CorrectedPositions
-from .tree import LOG_ZERO, Candidates, Tree
+from .tree import Candidates, Tree
 
 # The components of the mixture, in the order of weights and shares, and the sources they belong to.
 COMPONENTS = ("copy", "successors", "successors", "draft")
@@ -42,6 +43,7 @@ NUM_DRAFT_CANDIDATES = 32
 # too), in whether the tables know the last token or the last two, and, where a draft proposes, in depth.
 DEPTH_BOUNDS = (1, 2, 3, 5)
 NUM_DEPTHS = len(DEPTH_BOUNDS) + 1
+LONGEST_CONTEXT = 10
 NUM_CONTEXTS = 8 * 3 * NUM_DEPTHS
 # Rounds' worth of belief in the prior, and the most that a context remembers.
 PRIOR_STRENGTH, MOST_REMEMBERED = 10.0, 100.0
@@ -67,28 +69,36 @@ class Sources:
     has_draft: bool
 
 
-def encode_references(texts: Sequence[Any], tokenizer: Any) -> torch.Tensor:
+def encode_references(texts: Sequence[Any], tokenizer: Any, vocab_size: int) -> torch.Tensor:
     """Encode texts to copy from, strings or token ids, as `[1, R]` ids, -1 after each text.
 
     Raises:
-        ValueError: There is a string and no tokenizer, or something else than a list of texts.
+        ValueError: There is a string and no tokenizer, something else than a list of texts, or an id that is none.
     """
-    ids: list[int] = [-1]
     if isinstance(texts, str):
         raise ValueError(
             "Expected `assistant_reference_texts` to be a list of texts, got one string. Put it in a list."
         )
+    encoded = [torch.tensor([-1])]
     for text in texts:
-        if not isinstance(text, str):
-            ids += [*torch.as_tensor(text).tolist(), -1]
-        elif tokenizer is not None:
-            ids += [*tokenizer.encode(text, add_special_tokens=False), -1]
-        else:
+        if isinstance(text, str) and tokenizer is None:
             raise ValueError(
                 "Expected `tokenizer` with `assistant_reference_texts` that are strings, got none. Pass `tokenizer=`, "
                 "or token ids."
             )
-    return torch.tensor([ids])
+        ids = tokenizer.encode(text, add_special_tokens=False) if isinstance(text, str) else text
+        try:
+            row = torch.as_tensor(ids).cpu()
+        except (TypeError, ValueError, RuntimeError):  # Nested lists, or what a tokenizer returns as a dict.
+            row = torch.empty(0, 0)
+        is_text = row.dim() == 1 and not (len(row) and row.is_floating_point())
+        if not is_text or ((row < 0) | (row >= vocab_size)).any():
+            raise ValueError(
+                "Expected each of `assistant_reference_texts` to be a string or a list of token ids in [0, "
+                f"{vocab_size}), got {reprlib.repr(ids)}. Pass `tokenizer(text).input_ids` of each text."
+            )
+        encoded += [row.long(), encoded[0]]
+    return torch.cat(encoded).unsqueeze(0)
 
 
 class Matches(NamedTuple):
@@ -113,8 +123,9 @@ def find_matches(
     back = end - torch.arange(longest, device=text.device)
     # Neither a match nor the row's own text reaches across the beginning of a text.
     suffix = torch.where(back < start, -2, text.gather(1, back.clamp(min=0)))
-    matched, is_match = torch.zeros_like(text), columns < end
-    for k in range(longest):
+    # Of a reference's last token nothing follows.
+    matched, is_match = torch.zeros_like(text), (columns < end) & (text.roll(-1, dims=1) >= 0)
+    for k in range(min(longest, width)):
         is_match = is_match & (pad(text[:, : width - k], (k, 0), value=-1) == suffix[:, k : k + 1])
         matched = matched + is_match
     rank, ends = (matched * width + columns).topk(min(NUM_MATCHES, width), dim=1)
@@ -122,6 +133,7 @@ def find_matches(
     following = ends.unsqueeze(2) + torch.arange(1, num_depths + 1, device=text.device)
     is_known = (following <= end.unsqueeze(2)) & (lengths > 0).unsqueeze(2)
     copied = text.gather(1, following.clamp(max=width - 1).flatten(1)).view_as(following)
+    is_known &= (copied < 0).cumsum(dim=2) == 0  # As far as a reference's end.
     return Matches(torch.where(is_known, copied, -1), lengths)
 
 
@@ -174,9 +186,9 @@ class Tables:
         What is known is 0 for nothing, 1 for the last token, 2 for the last two.
         """
         one, two = self.after_one[tokens], self.after_two[slots_of(previous, tokens)]  # -1 is the last row.
-        is_pair = (two[..., -2] == previous) & (two[..., -1] == tokens)
-        ids = two[..., :NUM_SUCCESSORS].masked_fill(~is_pair.unsqueeze(2), -1)
-        known = is_pair.long() + (one[..., 0] >= 0)
+        is_other = (two[..., -2] != previous) | (two[..., -1] != tokens)
+        ids = two[..., :NUM_SUCCESSORS].masked_fill(is_other.unsqueeze(2), -1)
+        known = (one[..., 0] >= 0).long() + ~is_other
         return (ids, two[..., NUM_SUCCESSORS:-2]), (one[..., :NUM_SUCCESSORS], one[..., NUM_SUCCESSORS:]), known
 
     def observe(self, previous: torch.Tensor, tokens: torch.Tensor, logits: torch.Tensor) -> None:
@@ -252,58 +264,64 @@ class Mixture:
     """The next tokens of the nodes of one round, depth by depth, under the mixture of all sources.
 
     `last_two` `[B, 2]` are each row's last tokens, -1 where there is none. Tokens are floats here, as in the tables.
+    What does not depend on the nodes is computed once a round.
     """
 
     def __init__(self, tables: Tables, matches: Matches, last_two: torch.Tensor, draft: DraftCandidates | None = None):
-        self.tables, self.draft, self.lengths = tables, draft, matches.lengths.unsqueeze(1).float()
-        self.copies = matches.tokens.float()
-        self.weights = tables.mixture_weights(draft is not None)
+        self.tables, self.draft = tables, draft
         self.previous, self.tokens = last_two.split(1, dim=1)
-        self.is_followed = self.lengths > 0
-        sizes = [self.lengths.shape[2], NUM_SUCCESSORS, NUM_SUCCESSORS, 0 if draft is None else draft.num_candidates]
-        self.component = torch.cat([torch.full((n,), i, device=last_two.device) for i, n in enumerate(sizes)])
-        columns = torch.arange(len(self.component), device=last_two.device)
-        # Of which component each candidate is, `[C, S]`, and which candidates come before it, `[C, C]`.
-        self.is_of = (self.component.unsqueeze(1) == columns[: len(COMPONENTS)]).float()
-        self.is_before = (columns < columns.unsqueeze(1)).float()
+        device, (_, num_matches, num_depths) = last_two.device, matches.tokens.shape
+        self.copies_BKM = matches.tokens.float().transpose(1, 2)
+        self.is_end_BKM = self.copies_BKM < 0
+        self.is_left = self.is_end_BKM[:, :1]  # Which matches the path to a node has left, `[B, F, M]`.
+        self.lengths_BKM = matches.lengths.unsqueeze(1) + torch.arange(num_depths, device=device).unsqueeze(1)
+        self.votes_BKM = self.lengths_BKM.clamp(max=LONGEST_VOTE).float().exp2()
+        sizes = [num_matches, NUM_SUCCESSORS, NUM_SUCCESSORS, 0 if draft is None else draft.num_candidates]
+        self.columns = torch.arange(sum(sizes), device=device)
+        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+        is_below = torch.stack([self.columns < end for end in ends], dim=1)
+        # Of which component each candidate is, `[C, S]`.
+        self.is_of_CS = torch.cat([is_below[:, :1], is_below[:, 1:] & ~is_below[:, :-1]], dim=1).float()
+        self.weights = tables.mixture_weights(draft is not None)[:, :-1] @ self.is_of_CS.T
+        lengths = torch.arange(LONGEST_CONTEXT + 1, device=device)
+        matched = lengths.clamp(max=5) + (lengths >= 7) + (lengths >= LONGEST_CONTEXT)
+        # The number of a context by three times the length of the longest match and what is known.
+        self.contexts = (matched.unsqueeze(1) * 3 + self.columns[:3]).flatten() * NUM_DEPTHS
 
     def __call__(self, depth: int, tokens: torch.Tensor | None, parents: torch.Tensor | None) -> Candidates:
         """Return what may follow a depth's nodes `tokens` `[B, F]`; `parents` index the nodes of the depth before."""
         if tokens is not None and parents is not None:
-            follows = self.copies[:, :, depth - 1].unsqueeze(1) == tokens.unsqueeze(2)
-            index = parents.unsqueeze(2).expand(-1, -1, follows.shape[2])
-            self.is_followed = self.is_followed.expand(-1, self.tokens.shape[1], -1).gather(1, index) & follows
+            leaves = self.copies_BKM[:, depth - 1 : depth] != tokens.unsqueeze(2)
+            index = parents.unsqueeze(2).expand_as(leaves)
+            self.is_left = self.is_left.expand(-1, self.tokens.shape[1], -1).gather(1, index) | leaves
             self.previous, self.tokens = self.tokens.gather(1, parents), tokens.long()
-        copied = self.copies[:, :, depth].unsqueeze(1).masked_fill(~self.is_followed, -1)
-        is_void = copied < 0
-        lengths = self.lengths + depth
-        votes = lengths.clamp(max=LONGEST_VOTE).exp2().masked_fill(is_void, 0)
+        copied = self.copies_BKM[:, depth : depth + 1].expand_as(self.is_left)
+        is_void = self.is_left | self.is_end_BKM[:, depth : depth + 1]
+        longest = self.lengths_BKM[:, depth : depth + 1].masked_fill(is_void, 0).amax(dim=2)
+        votes = self.votes_BKM[:, depth : depth + 1].masked_fill(is_void, 0)
         votes = votes / votes.sum(dim=2, keepdim=True).clamp(min=1)
-        longest = lengths.masked_fill(is_void, 0).amax(dim=2)
         two, one, known = self.tables.successors(self.previous, self.tokens)
         parts = [(copied, votes), two, one]
         if self.draft is not None:
             ids, probs = self.draft(depth, None if tokens is None else self.tokens)
             parts.append((ids.expand(-1, copied.shape[1], -1), probs.expand(-1, copied.shape[1], -1)))
-        contexts = context_of(longest, known, 0 if self.draft is None else depth)
         ids, probs = (torch.cat(values, dim=2) for values in zip(*parts, strict=True))
-        return self.merged(ids, probs, contexts)
+        contexts = self.contexts[torch.add(known, longest.clamp(max=LONGEST_CONTEXT), alpha=3)]
+        return self.merged(ids, probs, contexts if self.draft is None else contexts + depth_number(depth))
 
     def merged(self, tokens: torch.Tensor, probs: torch.Tensor, contexts: torch.Tensor) -> Candidates:
         """Merge what the components give, `[B, F, C]`; a token that several give is one candidate, the first."""
-        weighted = probs * (self.weights[contexts][..., :-1] @ self.is_of.T)
+        weighted = probs * self.weights[contexts]
         is_same = (tokens.unsqueeze(3) == tokens.unsqueeze(2)).float()
-        shares = is_same @ (weighted.unsqueeze(3) * self.is_of)
-        total = shares.sum(dim=3)
-        is_void = ((is_same * self.is_before).amax(dim=3) > 0) | (tokens < 0) | (total <= 0)
-        logprobs = total.clamp(min=1e-30).log().masked_fill(is_void, LOG_ZERO)
-        return Candidates(tokens.masked_fill(is_void, -1), logprobs, shares, contexts)
+        shares = is_same @ (weighted.unsqueeze(3) * self.is_of_CS)
+        is_void = (is_same.argmax(dim=3) != self.columns) | (tokens < 0)
+        shares = shares.masked_fill(is_void.unsqueeze(3), 0)
+        return Candidates(tokens.masked_fill(is_void, -1), shares.sum(dim=3).log(), shares, contexts)
 
 
-def context_of(lengths: torch.Tensor, known: torch.Tensor, depth: int) -> torch.Tensor:
-    """Number the contexts of nodes: by matched `lengths`, by what of the last two tokens is `known`, and by depth."""
-    matched = lengths.clamp(max=5) + (lengths >= 7) + (lengths >= 10)
-    return (matched.long() * 3 + known) * NUM_DEPTHS + sum(depth >= bound for bound in DEPTH_BOUNDS)
+def depth_number(depth: int) -> int:
+    """Return which of the depths that contexts tell apart one belongs to."""
+    return sum(depth >= bound for bound in DEPTH_BOUNDS)
 
 
 def learn(tables: Tables, tree: Tree, nodes: torch.Tensor, num_matched: torch.Tensor, has_draft: bool) -> None:
