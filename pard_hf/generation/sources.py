@@ -80,7 +80,12 @@ def encode_references(texts: Sequence[Any], tokenizer: Any) -> torch.Tensor:
         )
     for text in texts:
         if not isinstance(text, str):
-            ids += [*torch.as_tensor(text).tolist(), -1]
+            if (given := torch.as_tensor(text)).dim() != 1:
+                raise ValueError(
+                    "Expected each text in `assistant_reference_texts` to be a string or a list of token ids, got "
+                    f"{given.dim()} dimensions. Pass one list of ids a text."
+                )
+            ids += [*given.tolist(), -1]
         elif tokenizer is not None:
             ids += [*tokenizer.encode(text, add_special_tokens=False), -1]
         else:
