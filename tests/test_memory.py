@@ -215,7 +215,7 @@ def test_damaged_file_is_refused(tmp_path, damage):
         if damage == "token":
             tensors["after_two"][7, 1] = 100  # No token of this vocabulary: it would stop the device.
         else:
-            tensors["after_one_probs"][7, 1] = float("nan")
+            tensors["after_one"][7, 9] = float("nan")
         save_file(tensors, path, metadata)
     else:
         path.write_bytes(
@@ -241,7 +241,7 @@ def test_other_file_is_refused(tmp_path, other):
     elif other == "other shapes":
         tensors["weights"] = tensors["weights"][:, :-1].contiguous()
     else:
-        del tensors["pairs"]
+        del tensors["after_two"]
     save_file(tensors, path, metadata)
 
     with pytest.raises(ValueError, match="Expected a memory .*, got .*Begin a new one"):
@@ -433,7 +433,7 @@ def test_memory_follows_its_target_to_a_device(monkeypatch, disable_compile, wit
         output = generate(target, prompts, assistant_memory=memory, disable_compile=disable_compile, **more)
 
         assert torch.equal(output.sequences.cpu(), expected)
-        assert memory.tables.pairs.device.type == "cpu"
+        assert memory.tables.weights.device.type == "cpu"
         assert memory.num_tokens >= learned
 
 

@@ -27,7 +27,7 @@ Logprobs = Callable[[int, torch.Tensor | None], torch.Tensor]
 class Candidates(NamedTuple):
     """What may follow the nodes of a depth, each field `[B, F, C]`, or `[B, 1, C]` where all have the same.
 
-    A void candidate has the token -1 and `LOG_ZERO`; the others of a node differ.
+    A void candidate has the token -1, or no probability; the others of a node differ.
     """
 
     tokens: torch.Tensor
