@@ -30,7 +30,7 @@ class PardGenerationConfig(GenerationConfig):
     Args:
         assistant_tree_size (`int`, *optional*):
             N, nodes of the tree that the target verifies in a round; 0 for a chain of K proposals. Defaults to the
-            draft's, and else to 0.
+            draft's, and else to 0; with other sources to 16, shared by a batch, and at least K.
         assistant_sources (`list[str]`, *optional*):
             What proposes besides the draft: `"copy"` (continuations copied from the text so far) and `"successors"`
             (the target's own likeliest next tokens, remembered from earlier rounds). Both by default with

@@ -46,14 +46,14 @@ NUM_DEPTHS = len(DEPTH_BOUNDS) + 1
 LONGEST_CONTEXT = 10
 NUM_CONTEXTS = 8 * 3 * NUM_DEPTHS
 # The prior, in per cent of what is chosen: of each component (copies, successors of two tokens, of one) by what is
-# known and by tokens matched. Fitted to answers of SmolLM2-135M-Instruct to HumanEval and GSM8K prompts; where a draft
-# proposes too, they share what it leaves.
+# known and by tokens matched. Fitted to answers of SmolLM2-135M-Instruct to HumanEval and GSM8K prompts. Where a draft
+# proposes too it has at least `DRAFT_SHARES`, by tokens matched.
 PRIOR_SHARES = (
     ((0, 33, 68, 78, 76, 86, 84, 87), (0, 25, 38, 60, 75, 75, 74, 90), (0, 18, 25, 34, 36, 45, 57, 63)),
     ((0, 0, 0, 0, 0, 0, 0, 0), (0, 0, 0, 0, 0, 0, 0, 0), (60, 53, 37, 37, 38, 31, 28, 26)),
     ((0, 0, 0, 0, 0, 0, 0, 0), (55, 40, 35, 17, 13, 9, 12, 3), (26, 12, 24, 16, 15, 17, 11, 9)),
 )
-DRAFT_SHARE = 0.7
+DRAFT_SHARES = (95, 95, 95, 90, 80, 70, 60, 50)
 # Rounds' worth of belief in the prior, and the most that a context remembers.
 PRIOR_STRENGTH, MOST_REMEMBERED = 10.0, 100.0
 # Vocabularies beyond this size are searched block by block.
@@ -183,11 +183,15 @@ class Tables:
         self.copy_(Tables.empty(self.vocab_size, self.weights.device))
 
     def is_valid(self) -> bool:
-        """Return whether all values are numbers, tokens those of the vocabulary and counts from 0 on."""
-        tokens = torch.cat([self.after_one[:, :NUM_SUCCESSORS], self.after_two[:, :NUM_SUCCESSORS]])
-        are_finite = all(bool(tensor.isfinite().all()) for tensor in vars(self).values())
-        are_tokens = bool(((tokens >= -1) & (tokens < self.vocab_size)).all())
-        return are_finite and are_tokens and bool((self.weights >= 0).all())
+        """Return whether all tokens are of the vocabulary, probabilities at most 1 and counts not negative."""
+        keys, halves = self.after_two[:, 2 * NUM_SUCCESSORS :], (self.after_one, self.after_two)
+        tokens = (keys, *(table[:, :NUM_SUCCESSORS] for table in halves))
+        probs = (table[:, NUM_SUCCESSORS : 2 * NUM_SUCCESSORS] for table in halves)  # -1 beside no token.
+        return (
+            all(bool(((ids >= -1) & (ids < self.vocab_size) & (ids == ids.round())).all()) for ids in tokens)
+            and all(bool(((values >= -1) & (values <= 1)).all()) for values in probs)
+            and bool(((self.weights >= 0) & self.weights.isfinite()).all())
+        )
 
     def mixture_weights(self, has_draft: bool) -> torch.Tensor:
         """Return what each component is to be believed in each context, and none of them, `[NUM_CONTEXTS, S + 1]`."""
@@ -392,8 +396,8 @@ def prior_weights() -> torch.Tensor:
     alone = torch.zeros(8, 3, NUM_DEPTHS, len(COMPONENTS) + 1)
     for component, shares in enumerate(PRIOR_SHARES):
         alone[..., component] = torch.tensor(shares).T.unsqueeze(2) / 100
-    beside = alone * (1 - DRAFT_SHARE)
-    beside[..., COMPONENTS.index("draft")] = DRAFT_SHARE
+    beside = alone * (1 - torch.tensor(DRAFT_SHARES).view(-1, 1, 1, 1) / 100)
+    beside[..., COMPONENTS.index("draft")] = 1 - beside.sum(dim=-1)
     weights = torch.stack([alone, beside]).flatten(1, 3)
     weights[..., -1] = 1 - weights.sum(dim=-1)
     return weights * PRIOR_STRENGTH

@@ -66,8 +66,9 @@ def lookup_step(
 ) -> Proposals:
     """Propose the `tree_size` most probable prefixes under all sources, of which a draft may be one."""
     matches = find_matches(sources.references, rows.tokens, rows.lengths, num_depths, sources.longest_match)
-    mixture = Mixture(sources.tables, matches, rows.known_last(2), draft)
-    tree = grow_tree(mixture, num_depths, tree_size)
+    with torch.autocast(rows.tokens.device.type, enabled=False):  # Which would round probabilities and tokens.
+        mixture = Mixture(sources.tables, matches, rows.known_last(2), draft)
+        tree = grow_tree(mixture, num_depths, tree_size)
     return Proposals(tree.tokens.clamp(min=0), tree=tree, on_path=ancestors(tree, num_depths))
 
 
