@@ -173,7 +173,7 @@ def make_prompts(batch_size: int, longest: int = 18) -> dict[str, torch.Tensor]:
 
 def make_decoder(target, draft, prompts, new_tokens, kind=PardDecoder, eos_token_id=None, **options) -> PardDecoder:
     """A decoder as `generate()` makes it; `options` are those of the decoder, and else of the generation config."""
-    compiled, schedule = options.pop("compiled", None), options.pop("schedule", None)
+    compiled, schedule, sources = (options.pop(name, None) for name in ("compiled", "schedule", "sources"))
     config = PardGenerationConfig(pad_token_id=0, **options)
     schedule = schedule or Schedule(config.num_assistant_tokens, config.assistant_tree_size or 0)
     criteria = StoppingCriteriaList([MaxLengthCriteria(prompts["input_ids"].shape[1] + new_tokens)])
@@ -188,6 +188,7 @@ def make_decoder(target, draft, prompts, new_tokens, kind=PardDecoder, eos_token
         generation_config=config,
         logits_processor=LogitsProcessorList(),
         stopping_criteria=criteria,
+        sources=sources,
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from fake_device import FakeCuda, HostTransferError, MixedDevicesError, watch
 from families import add_head, make_decoder, make_draft, make_model, make_prompts, make_self_draft
 
-from pard_hf import DataCollatorForPard, with_pard, without_pard
+from pard_hf import AssistantMemory, DataCollatorForPard, with_pard, without_pard
 from pard_hf.generation.batch import to_host
 from pard_hf.generation.decoder import PardDecoder
 from pard_hf.training.collator import pack_rows
@@ -45,6 +45,7 @@ class Streamer:
 
 
 SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 20}
+LOOKUP = {"prompt_lookup_num_tokens": 4, "assistant_reference_texts": [[7, 8, 9]]}
 CALLS = {
     "chain": (1, {}),
     "tree": (1, {"assistant_tree_size": 12}),
@@ -59,11 +60,28 @@ CALLS = {
     "lockstep sampled": (3, {**SAMPLED, "repetition_penalty": 1.3}),
     "scores": (2, {"output_scores": True, "output_logits": True}),
     "eager attention": (2, {}),
+    "all sources": (1, LOOKUP),
+    "all sources in a batch": (3, LOOKUP),
+    "all sources sampled": (1, {**SAMPLED, **LOOKUP}),
+    "all sources in lockstep": (3, {**LOOKUP, "repetition_penalty": 1.3, "eos_token_id": [3, 4, 5, 6]}),
+    "lookup without a draft": (3, {**LOOKUP, "eos_token_id": list(range(3, 30))}),
+    "lookup without a draft sampled": (1, {**SAMPLED, **LOOKUP}),
+    "lookup without a draft in lockstep": (2, {**LOOKUP, "repetition_penalty": 1.3}),
+    "adaptive lookup without a draft": (1, {**LOOKUP, "num_assistant_tokens_schedule": "adaptive"}),
     "adaptive": (1, {"num_assistant_tokens": 4, "num_assistant_tokens_schedule": "adaptive"}),
 }
 
 
-AHEAD = ["batch", "tree with a head", "rows that leave", "sampled", "lockstep", "scores"]
+AHEAD = [
+    "batch",
+    "tree with a head",
+    "rows that leave",
+    "sampled",
+    "lockstep",
+    "scores",
+    "all sources",
+    "lookup without a draft",
+]
 
 
 @pytest.mark.parametrize(("name", "disable_compile"), [(n, True) for n in CALLS] + [(n, False) for n in AHEAD])
@@ -73,12 +91,14 @@ def test_decoding_stays_on_the_device(name, disable_compile):
     target, prompts = make_model("llama").cuda(), on_cuda(make_prompts(batch_size))
     if name == "eager attention":
         target.set_attn_implementation("eager")
-    draft = make_self_draft(target)
+    draft = None if "without a draft" in name else make_self_draft(target)
     if "head" in name:
         add_head(draft, 0.3)
+    if "sources" in name or "lookup" in name:
+        arguments = {**arguments, "assistant_memory": AssistantMemory(target)}
     arguments = {"max_new_tokens": 14, "do_sample": False, "disable_compile": disable_compile, **arguments}
     torch.manual_seed(2)
-    plain = {key: arguments[key] for key in arguments if "assistant" not in key}
+    plain = {key: arguments[key] for key in arguments if "assistant" not in key and "lookup" not in key}
     expected = target.generate(**prompts, **plain, return_dict_in_generate=True)
 
     torch.manual_seed(2)

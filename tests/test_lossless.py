@@ -16,7 +16,7 @@ from families import (
     texts_of,
 )
 
-from pard_hf import PardGenerationMixin, with_pard, without_pard
+from pard_hf import AssistantMemory, PardGenerationMixin, with_pard, without_pard
 
 NEW_TOKENS = 30
 COUNTS = [1, 2, 5, 12]
@@ -90,6 +90,97 @@ def test_trees_and_heads_are_identical(family, batch_size, tree_size):
         assert torch.equal(got, expected)
 
 
+def text_sources(target, prompts, expected):
+    """Arguments of calls that propose from texts: all sources and each alone, right and wrong, new and remembered."""
+    script = texts_of(expected, prompts["attention_mask"])
+    wrong = [[token if column % 4 else 3 + token % 90 for column, token in enumerate(text)] for text in script]
+    memory = AssistantMemory(target)
+    yield {"prompt_lookup_num_tokens": 5}
+    copy = {"assistant_sources": ["copy"], "assistant_reference_texts": wrong}
+    yield {**copy, "prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 2}
+    yield {"assistant_sources": ["successors"], "assistant_memory": memory, "prompt_lookup_num_tokens": 2}
+    yield {"assistant_memory": memory, "assistant_reference_texts": [*wrong, *script]}
+
+
+@pytest.mark.parametrize(("batch_size", "tree_size"), [(1, 0), (1, 64), (3, 16)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_sources_without_a_draft_are_identical(family, batch_size, tree_size):
+    target, prompts = make_model(family), make_prompts(batch_size)
+    expected, accepted = plain(target, **prompts, max_new_tokens=14), []
+
+    for arguments in text_sources(target, prompts, expected):
+        got = plain(
+            with_pard(target),
+            **prompts,
+            **arguments,
+            max_new_tokens=14,
+            assistant_tree_size=tree_size,
+            return_dict_in_generate=True,
+        )
+        assert torch.equal(got.sequences, expected)
+        assert got.stats.loop == "own"
+        assert sum(got.stats.accepted_by_source.values()) == got.stats.num_accepted
+        accepted.append(got.stats.num_accepted)
+    assert accepted[-1] > 7 * batch_size
+
+
+@pytest.mark.parametrize(("batch_size", "tree_size"), [(1, None), (3, 32)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_sources_beside_a_draft_are_identical(family, batch_size, tree_size):
+    """One tree of all sources, with drafts and heads of any opinions."""
+    target, prompts = make_model(family), make_prompts(batch_size)
+    expected = plain(target, **prompts, max_new_tokens=14)
+    script = texts_of(expected, prompts["attention_mask"])
+    drafts = [
+        make_draft(make_model("llama", seed=5), 2),
+        add_head(make_self_draft(target), 3.0),
+        make_scripted_draft(script, first_miss=3),
+        add_head(make_draft(make_model("llama", seed=5)), 0.05),
+    ]
+
+    for draft, arguments in zip(drafts, text_sources(target, prompts, expected), strict=True):
+        got = plain(
+            with_pard(target),
+            **prompts,
+            **arguments,
+            max_new_tokens=14,
+            assistant_model=draft,
+            assistant_tree_size=tree_size,
+            return_dict_in_generate=True,
+        )
+        assert torch.equal(got.sequences, expected)
+        assert got.stats.loop == "own"
+        assert sum(got.stats.accepted_by_source.values()) == got.stats.num_accepted
+
+
+@pytest.mark.parametrize("has_draft", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"repetition_penalty": 1.2},
+        {"no_repeat_ngram_size": 3},
+        {"prefix_allowed_tokens_fn": lambda row, ids: range(3, 60 + row)},
+    ],
+    ids=lambda arguments: next(iter(arguments)),
+)
+def test_text_sources_in_lockstep_are_identical(arguments, batch_size, has_draft):
+    """Rows advance together where code reads the prefix; end tokens come at a column of each row's own."""
+    target, prompts = make_model("llama"), make_prompts(batch_size)
+    free = plain(target, **prompts, **arguments, max_new_tokens=20)
+    arguments = {**arguments, "eos_token_id": free[:, 28].tolist(), "max_new_tokens": 20}
+    expected = plain(target, **prompts, **arguments)
+    draft = make_scripted_draft(texts_of(free, prompts["attention_mask"]), first_miss=2) if has_draft else None
+
+    for more in text_sources(target, prompts, free):
+        got = plain(
+            with_pard(target), **prompts, **arguments, **more, assistant_model=draft, return_dict_in_generate=True
+        )
+        assert torch.equal(got.sequences, expected)
+        assert got.stats.loop == "lockstep"
+        assert sum(got.stats.accepted_by_source.values()) == got.stats.num_accepted
+
+
 @pytest.mark.parametrize("strength", [0.05, 3.0])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_untouched_target_is_identical_with_a_head(family, strength):
@@ -106,17 +197,18 @@ def test_untouched_target_is_identical_with_a_head(family, strength):
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("new_tokens", [1, 2, 6, 7, 13])
 def test_trees_end_where_plain_generate_ends(new_tokens, batch_size, tree_size):
-    """At the length asked for, and at end tokens inside a block."""
+    """At the length asked for, and at end tokens inside a block; with a draft, copied texts, and both."""
     target, prompts = make_model("qwen2"), make_prompts(batch_size)
     free = plain(target, **prompts, max_new_tokens=60)
     draft = add_head(make_self_draft(target), 0.05)
     ends = [int(free[row, 18 + new_tokens + row]) for row in range(batch_size)]
     for stop in ({"max_new_tokens": new_tokens}, {"max_new_tokens": 40, "eos_token_id": ends}):
         expected = plain(without_pard(target), **prompts, **stop)
+        copies = {"assistant_reference_texts": texts_of(free, prompts["attention_mask"])}
 
-        got = plain(with_pard(target), **prompts, **stop, assistant_model=draft, assistant_tree_size=tree_size)
-
-        assert torch.equal(got, expected)
+        for sources in ({"assistant_model": draft}, copies, {"assistant_model": draft, **copies}):
+            got = plain(with_pard(target), **prompts, **stop, **sources, assistant_tree_size=tree_size)
+            assert torch.equal(got, expected)
 
 
 def test_head_that_corrects_nothing_changes_no_bit():

@@ -4,7 +4,7 @@ import pytest
 from device import torch
 from families import add_head, make_draft, make_model, make_prompts, make_scripted_draft, make_self_draft, texts_of
 
-from pard_hf import PardDraftModel, with_pard, without_pard
+from pard_hf import AssistantMemory, PardDraftModel, with_pard, without_pard
 
 WARPERS = [
     {},
@@ -54,6 +54,30 @@ def test_same_seed_same_tokens_with_trees_and_heads(arguments, tree_size, family
             assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("arguments", [{}, WARPERS[1], WARPERS[3], WARPERS[-1]], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_same_seed_same_tokens_with_text_sources(arguments, family):
+    """Copied, remembered, and beside drafts: the text, and the generator, of plain `generate`."""
+    target, prompts = make_model(family), make_prompts(1)
+    arguments, memory = {"max_new_tokens": 20, "do_sample": True, **arguments}, AssistantMemory(target)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        expected = without_pard(target).generate(**prompts, **arguments)
+        state = torch.get_rng_state()
+        for sources in (
+            {"prompt_lookup_num_tokens": 5},
+            {"prompt_lookup_num_tokens": 4, "assistant_memory": memory},
+            {"assistant_memory": memory, "assistant_reference_texts": expected},
+            {"prompt_lookup_num_tokens": 3, "assistant_model": add_head(make_self_draft(target), 0.5)},
+        ):
+            torch.manual_seed(seed)
+            got = with_pard(target).generate(**prompts, **arguments, **sources, return_dict_in_generate=True)
+            assert torch.equal(got.sequences, expected)
+            assert torch.equal(torch.get_rng_state(), state)
+            if "assistant_reference_texts" in sources:
+                assert got.stats.num_accepted > 10
+
+
 @pytest.mark.parametrize("tree_size", [0, 16])
 def test_same_seed_same_batch_in_lockstep_with_trees(tree_size):
     target, prompts = make_model("llama"), make_prompts(3)
@@ -62,10 +86,12 @@ def test_same_seed_same_batch_in_lockstep_with_trees(tree_size):
     torch.manual_seed(0)
     expected = target.generate(**prompts, **arguments)
 
-    torch.manual_seed(0)
-    got = with_pard(target).generate(**prompts, **arguments, assistant_model=draft, assistant_tree_size=tree_size)
-
-    assert torch.equal(got, expected)
+    for sources in ({}, {"prompt_lookup_num_tokens": 4, "assistant_reference_texts": expected}):
+        torch.manual_seed(0)
+        got = with_pard(target).generate(
+            **prompts, **arguments, **sources, assistant_model=draft, assistant_tree_size=tree_size
+        )
+        assert torch.equal(got, expected)
 
 
 def test_same_seed_same_batch_in_lockstep():
@@ -100,11 +126,11 @@ def joint_law(target, prompt, temperature):
 
 
 @pytest.mark.parametrize("tier", [1, 2])
-@pytest.mark.parametrize("verification", ["sample_and_match", "ratio_test"])
+@pytest.mark.parametrize("verification", ["sample_and_match", "ratio_test", "text sources"])
 @pytest.mark.parametrize("draft_seed", [None, 8])
 def test_distribution_is_that_of_plain_sampling(tier, verification, draft_seed):
     """Chi-square over the joint law of three tokens; a right implementation fails one seed in 10,000."""
-    if tier == 1 and verification == "ratio_test":
+    if tier == 1 and verification != "sample_and_match":
         pytest.skip("the stock loop has its own test")
     stats = pytest.importorskip("scipy.stats")
     # The stock loop takes one text at a time, and fewer cells need fewer of them.
@@ -121,10 +147,12 @@ def test_distribution_is_that_of_plain_sampling(tier, verification, draft_seed):
         runs = [target.generate(prompt, **arguments, assistant_model=draft) for _ in range(450)]
     else:
         with_pard(target)
-        runs = [
-            target.generate(prompt.expand(500, -1), **arguments, assistant_model=draft, verification=verification)
-            for _ in range(20)
-        ]
+        more = {"verification": verification, "assistant_model": draft}
+        if verification == "text sources":  # Rows copy from what others drew, and learn from it.
+            texts = torch.cartesian_prod(*[torch.arange(vocab_size)] * 2)
+            more = {"assistant_memory": AssistantMemory(target), "assistant_reference_texts": texts}
+            more |= {"assistant_tree_size": 4} if draft_seed is None else {"assistant_model": draft}
+        runs = [target.generate(prompt.expand(500, -1), **arguments, **more) for _ in range(20)]
 
     samples = torch.cat(runs)[:, 3:]
     cells = (samples * torch.tensor([vocab_size**2, vocab_size, 1])).sum(-1)

@@ -78,7 +78,8 @@ def test_every_promise_has_a_call():
 @pytest.mark.parametrize(
     ("row", "index"), [(row, index) for row, calls in CALLS.items() for index in range(len(calls))]
 )
-def test_our_loop_serves_it(row, index):
+@pytest.mark.parametrize("sources", ["draft", "lookup", "draft and lookup"])
+def test_our_loop_serves_it(row, index, sources):
     settings = {"vocab_size": 2000} if "padding rows" in row else {}
     target = make_model(FAMILY.get(row, "llama"), **settings)
     draft = make_self_draft(target)
@@ -87,10 +88,12 @@ def test_our_loop_serves_it(row, index):
     torch.manual_seed(3)
     expected = CALLS[row][index](without_pard(target))
 
+    given = {"assistant_model": draft} if "draft" in sources else {}
+    given |= {"prompt_lookup_num_tokens": 4} if "lookup" in sources else {}
     torch.manual_seed(3)
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*without the draft")
-        got = CALLS[row][index](with_pard(target), assistant_model=draft)
+        warnings.filterwarnings("error", message=".*generating without")
+        got = CALLS[row][index](with_pard(target), **given)
 
     assert got.stats.num_rounds > 0
     assert got.stats.loop in ("own", "lockstep")

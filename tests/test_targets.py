@@ -85,15 +85,17 @@ def free_of_ends(target):
 
 
 def generate_both(target, draft, prompts, **kwargs):
-    """The same call without and with the draft; of a sampled one the same seed."""
+    """The same call without and with the draft, or prompt lookup for `None`; of a sampled one the same seed."""
     kwargs = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "return_dict_in_generate": True, **kwargs}
     torch.manual_seed(5)
     expected = without_pard(target).generate(**prompts, **kwargs)
     torch.manual_seed(5)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        got = with_pard(target).generate(**prompts, **kwargs, assistant_model=draft)
-    is_said = any("without the draft" in str(warning.message) for warning in warned)
+        lookup = {"prompt_lookup_num_tokens": 4} if draft is None else {}
+        got = with_pard(target).generate(**prompts, **kwargs, **lookup, assistant_model=draft)
+    unused = "the draft" if draft is not None else "prompt lookup"
+    is_said = any(f"generating without {unused}" in str(warning.message) for warning in warned)
     assert is_said == (got.stats.loop == "none")
     assert (got.stats.fallback_reason is None) == (got.stats.loop in ("own", "lockstep"))
     assert (got.stats.num_rounds > 0) == (got.stats.loop != "none")
@@ -159,8 +161,9 @@ def test_text_is_that_of_plain_generate(name, batch_size, arguments):
     arguments = {key: value for key, value in arguments.items() if key != "assistant_tree_size"}
     if batch_size > 1 and arguments:
         pytest.skip("rows of a sampled batch keep the distribution only")
-    for draft in (make_draft(make_model("llama", seed=5)), make_self_draft(target)):
-        draft.generation_config.assistant_tree_size = tree_size
+    for draft in (make_draft(make_model("llama", seed=5)), make_self_draft(target), None):
+        if draft is not None:
+            draft.generation_config.assistant_tree_size = tree_size
 
         expected, got = generate_both(target, draft, prompts, **arguments)
 
@@ -179,18 +182,11 @@ def test_text_is_that_of_plain_generate(name, batch_size, arguments):
 )
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_attention_that_slots_cannot_express(make, batch_size):
-    expected, got = generate_both(make(), make_draft(make_model("llama", seed=3)), make_prompts(batch_size))
+    for draft in (make_draft(make_model("llama", seed=3)), None):
+        expected, got = generate_both(make(), draft, make_prompts(batch_size))
 
-    assert torch.equal(got.sequences, expected.sequences)
-    assert got.stats.loop != "own"
-
-
-def test_falcon_runs_in_our_loop():
-    target = make_target("falcon")
-
-    _, got = generate_both(target, make_self_draft(target), make_prompts(3), num_assistant_tokens=4)
-
-    assert got.stats.loop == "own"
+        assert torch.equal(got.sequences, expected.sequences)
+        assert got.stats.loop != "own"
 
 
 class Alternating(LogitsProcessor):
@@ -202,6 +198,131 @@ class Alternating(LogitsProcessor):
     def __call__(self, input_ids, scores):
         self.num_calls += 1
         return scores.index_fill(-1, torch.arange(3, 50) + 40 * (self.num_calls % 2), -torch.inf)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "arguments", "loop"),
+    [
+        (1, {}, "stock"),
+        (1, {"do_sample": True, "top_k": 20, "repetition_penalty": 1.2, "output_scores": True}, "stock"),
+        (1, {"logits_processor": LogitsProcessorList([Alternating()])}, "none"),
+        (1, {"stop_strings": ["x"]}, "none"),
+        (3, {}, "none"),
+    ],
+    ids=str,
+)
+def test_lookup_leaves_our_loop_visibly(batch_size, arguments, loop, tokenizer):
+    target = make_target("falcon_alibi")
+    tokens = {"tokenizer": tokenizer} if "stop_strings" in arguments else {}
+
+    expected, got = generate_both(target, None, make_prompts(batch_size), **arguments, **tokens)
+
+    assert torch.equal(got.sequences, expected.sequences)
+    assert got.stats.loop == loop
+    assert "ALiBi" in got.stats.fallback_reason
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_lookup_in_the_stock_loop_ends_at_an_end_token(seed):
+    """Also where the end token stands inside what is copied."""
+    target, prompts = make_target("falcon_alibi", seed=seed), make_prompts(1)
+    arguments = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+    text = target.generate(**prompts, **arguments)
+    prompts = {"input_ids": torch.cat([text, prompts["input_ids"]], dim=1)}
+    for end in text[0, -NEW_TOKENS:].unique().tolist()[:5]:
+        expected, got = generate_both(target, None, prompts, eos_token_id=end)
+        assert torch.equal(got.sequences, expected.sequences)
+
+
+def test_sources_of_a_draft_that_leaves_our_loop_are_named(caplog):
+    host.warn_once.cache_clear()
+    target, draft = make_target("falcon_alibi"), make_draft(make_model("llama", seed=5))
+
+    expected, got = generate_both(target, draft, make_prompts(1), prompt_lookup_num_tokens=4)
+
+    assert torch.equal(got.sequences, expected.sequences)
+    assert got.stats.loop == "stock"
+    assert any("only the draft proposes" in message for message in caplog.messages)
+
+
+def test_encoder_decoder_keeps_the_lookup_of_transformers():
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        **{**SMALL, "decoder_start_token_id": 0}, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4
+    )
+    target = free_of_ends(transformers.T5ForConditionalGeneration(config).eval().to(DEVICE))
+    arguments = {**make_prompts(1), "max_new_tokens": NEW_TOKENS, "do_sample": False}
+    expected = target.generate(**arguments)
+
+    assert torch.equal(with_pard(target).generate(**arguments, prompt_lookup_num_tokens=4), expected)
+    with pytest.raises(ValueError, match="decoder-only target, .*'assistant_reference_texts'"):
+        target.generate(**arguments, assistant_reference_texts=[[5, 6]])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt_lookup_num_tokens": 0}, "`prompt_lookup_num_tokens` to be a positive integer, got 0"),
+        ({"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": -1}, "`max_matching_ngram_size`"),
+        ({"assistant_reference_texts": [[5, 100]]}, "ids below the target's 100, got 100"),
+        ({"assistant_reference_texts": [5, 6]}, "list of token ids, got 0 dimensions"),
+        ({"assistant_reference_texts": [[5]], "num_beams": 2}, r"greedy or sampled.*beam_search"),
+        ({"assistant_reference_texts": [[5]], "assistant_model": "ordinary"}, "no assistant.*got `LlamaForCausalLM`"),
+        ({"prompt_lookup_num_tokens": 4, "use_cache": False}, "`use_cache=True` with `prompt_lookup_num_tokens`"),
+    ],
+    ids=str,
+)
+def test_lookup_that_cannot_be_served_is_refused(arguments, message):
+    target = with_pard(make_model("llama"))
+    if "assistant_model" in arguments:
+        arguments = {**arguments, "assistant_model": make_model("llama")}
+
+    with pytest.raises(ValueError, match=message):
+        target.generate(**make_prompts(1), max_new_tokens=5, **arguments)
+
+
+@pytest.mark.parametrize("has_draft", [False, True])
+def test_lookup_of_a_stateful_target_is_refused(has_draft):
+    config = transformers.MambaConfig(**SMALL, num_hidden_layers=1)
+    target = with_pard(transformers.MambaForCausalLM(config).eval())
+    draft = make_draft(make_model("llama", seed=5)) if has_draft else None
+
+    with pytest.raises(ValueError, match="assistant_model" if has_draft else "prompt_lookup_num_tokens"):
+        target.generate(**make_prompts(1), max_new_tokens=5, prompt_lookup_num_tokens=4, assistant_model=draft)
+
+
+def test_beams_look_nothing_up():
+    """As in transformers, which tells so."""
+    target = make_model("llama")
+    arguments = {**make_prompts(2), "max_new_tokens": 6, "do_sample": False, "num_beams": 2}
+    expected = target.generate(**arguments)
+
+    assert torch.equal(with_pard(target).generate(**arguments, prompt_lookup_num_tokens=4), expected)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_ratio_test_without_a_draft_is_sample_and_match(batch_size, caplog):
+    """There is no distribution to divide by."""
+    host.warn_once.cache_clear()
+    target, prompts = make_model("llama"), make_prompts(batch_size)
+    arguments = {"do_sample": True, "top_k": 20, "repetition_penalty": 1.2, "verification": "ratio_test"}
+    plain = {key: arguments[key] for key in arguments if key != "verification"}
+    torch.manual_seed(5)
+    expected = target.generate(**prompts, **plain, max_new_tokens=NEW_TOKENS)
+
+    torch.manual_seed(5)
+    got = with_pard(target).generate(**prompts, **arguments, max_new_tokens=NEW_TOKENS, prompt_lookup_num_tokens=4)
+
+    assert torch.equal(got, expected)
+    assert any("sample-and-match" in message for message in caplog.messages)
+
+
+def test_falcon_runs_in_our_loop():
+    target = make_target("falcon")
+
+    _, got = generate_both(target, make_self_draft(target), make_prompts(3), num_assistant_tokens=4)
+
+    assert got.stats.loop == "own"
 
 
 @pytest.mark.parametrize("kind", ["guidance", "own", "prefix_function"])
@@ -274,13 +395,14 @@ def test_stock_loop_ends_at_an_end_token_inside_a_block(is_ours, seed):
 
 
 def test_stock_loop_takes_a_static_cache_on_every_version():
-    target, draft = make_bart(), make_draft(make_model("llama", seed=5))
+    target = make_bart()
     arguments = {"cache_implementation": "static", "disable_compile": True}
 
-    expected, got = generate_both(target, draft, make_prompts(1), **arguments)
+    for draft in (make_draft(make_model("llama", seed=5)), None):
+        expected, got = generate_both(target, draft, make_prompts(1), **arguments)
 
-    assert got.stats.loop == "stock"
-    assert torch.equal(got.sequences, expected.sequences)
+        assert got.stats.loop == "stock"
+        assert torch.equal(got.sequences, expected.sequences)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

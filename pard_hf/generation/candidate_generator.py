@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
-from transformers.generation.candidate_generator import CandidateGenerator
+from transformers.generation.candidate_generator import CandidateGenerator, PromptLookupCandidateGenerator
 
 from ..draft.model import PardDraftModel, num_until_end
 from ..host import croppable_cache, input_device
@@ -129,4 +129,25 @@ class PardCandidateGenerator(CandidateGenerator):
 
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
         """Record the round; K stays as it is."""
+        self.stats = self.stats.record(num_matches, self.num_drafted)
+
+
+class CopyCandidateGenerator(PromptLookupCandidateGenerator):
+    """Propose by the prompt lookup of transformers, not beyond `max_length`, and count what is accepted."""
+
+    def __init__(self, *args: Any, sampling: StockSampling | None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.sampling, self.stats, self.num_drafted = sampling, DecodingStats(loop="stock"), 0
+
+    def get_candidates(self, input_ids: torch.LongTensor, **kwargs: object) -> tuple[torch.LongTensor, None]:
+        """Return `input_ids` of shape `(1, length)` with proposals appended, and no logits."""
+        length = input_ids.shape[1]
+        if self.sampling is not None:
+            self.sampling.advance(length)
+        candidates = super().get_candidates(input_ids)[0][:, : max(self.max_length - 1, length)]
+        self.num_drafted = candidates.shape[1] - length
+        return candidates, None
+
+    def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
+        """Record the round."""
         self.stats = self.stats.record(num_matches, self.num_drafted)

@@ -36,7 +36,7 @@ from ..host import (
     warn_where_untested,
     with_cache_renamed,
 )
-from .candidate_generator import PardCandidateGenerator, StockSampling
+from .candidate_generator import CopyCandidateGenerator, PardCandidateGenerator, StockSampling
 from .compilation import compiled_steps, schedule_for
 from .config import (
     CALL_ARGUMENTS,
@@ -51,9 +51,10 @@ from .decoder import PardDecoder, RatioTestDecoder, end_tokens, max_length
 from .lockstep import LockstepDecoder
 from .memory import AssistantMemory, sources_of
 from .sampling import Noise, is_prefix_free, is_stateless
-from .sources import encode_references
+from .sources import COMPONENTS, accepted_by_source, encode_references
 from .stats import DecodingStats
 from .validation import (
+    check_call_arguments_unused,
     check_mode,
     check_pair,
     check_prompt,
@@ -178,13 +179,14 @@ class PardGenerationMixin(GenerationMixin):
         check_options(config)
         looks_up = draft is None and text_sources(config) and generation_mode == GenerationMode.ASSISTED_GENERATION
         if not is_drafted and (not looks_up or self.config.is_encoder_decoder):
-            if any(getattr(config, f"_{name}") is not None for name in CALL_ARGUMENTS):
-                check_mode(self, config)
-                check_assistant(draft)
+            check_call_arguments_unused(config, draft, generation_mode)
             return super()._validate_generation_mode(generation_mode, config, generation_mode_kwargs)
-        check_mode(self, config)
+        check_mode(self, config, is_drafted)
         check_memory(self, config._assistant_memory)
         if not is_drafted:
+            if config.verification == "ratio_test" and config.do_sample:
+                warn_once("The ratio test needs the distribution of a draft: tokens are verified by sample-and-match.")
+                config.verification = None
             return None
         tokenizers = (generation_mode_kwargs.get(name) for name in ("tokenizer", "assistant_tokenizer"))
         check_pair(self, draft, config.num_assistant_tokens, *tokenizers)
@@ -239,14 +241,10 @@ class PardGenerationMixin(GenerationMixin):
             and {type(criterion) for criterion in stopping_criteria} <= KNOWN_CRITERIA
             and is_stateless(logits_processor)
         )
-        if stock_is_exact and no_slots is not None and draft is not None:
+        if stock_is_exact and no_slots is not None:
             return self._stock_loop(input_ids, draft, prepared, model_kwargs, no_slots)
-        if stock_is_exact and no_slots is not None and not config.do_sample:
-            warn_once(f"{no_slots}: looking up in the assisted loop of transformers.")
-            output = super()._assisted_decoding(input_ids, **prepared, tokenizer=tokenizer, **model_kwargs)
-            return with_stats(output, DecodingStats(loop="stock", fallback_reason=no_slots))
         reason = no_draft or no_slots or "There is no loop for this call"
-        warn_unused(reason)
+        warn_unused(reason, "the draft" if draft is not None else "prompt lookup")
         output = self._sample(input_ids, **prepared, **model_kwargs)
         return with_stats(output, DecodingStats(loop="none", fallback_reason=reason))
 
@@ -291,17 +289,22 @@ class PardGenerationMixin(GenerationMixin):
     def _stock_loop(
         self,
         input_ids: torch.Tensor,
-        draft: PardDraftModel,
+        draft: PardDraftModel | None,
         prepared: dict[str, Any],
         model_kwargs: dict[str, Any],
         reason: str,
     ) -> Any:
-        """Serve by the assisted loop of transformers a call that our cache cannot.
+        """Serve by the assisted loop of transformers a call that our cache cannot; without a draft by its lookup.
 
         Sampled tokens are drawn by us, with the noise plain `generate` would draw: that loop only compares.
         """
         config = copy.copy(prepared["generation_config"])
-        changes = "; a chain is drafted instead of a tree" if config.assistant_tree_size else ""
+        if draft is None:
+            changes = "; one continuation is copied from the text, and nothing else proposes"
+        elif text_sources(config):
+            changes = "; only the draft proposes, a chain"
+        else:
+            changes = "; a chain is drafted instead of a tree" if config.assistant_tree_size else ""
         if config.verification == "ratio_test" and config.do_sample:
             changes += "; tokens are verified by sample-and-match"
         warn_once(f"{reason}: drafting in the assisted loop of transformers{changes}.")
@@ -321,9 +324,13 @@ class PardGenerationMixin(GenerationMixin):
             # Layers as they are written: half of an encoder-decoder leaves some unused, and those cannot be cropped.
             past = DynamicCache()
         model_kwargs = {**model_kwargs, CACHE_NAME: past}
-        sizes = config.num_assistant_tokens, config.max_length, self.config.get_text_config().vocab_size
-        mask, ends = model_kwargs.get("attention_mask"), end_tokens(prepared["stopping_criteria"], input_ids.device)
-        generator = PardCandidateGenerator(draft, *sizes, mask, sampling, ends)
+        ends = end_tokens(prepared["stopping_criteria"], input_ids.device)
+        if draft is None:
+            sizes = config.prompt_lookup_num_tokens, config.max_matching_ngram_size or 2, config.max_length
+            generator: Any = CopyCandidateGenerator(ends, *sizes, sampling=sampling)
+        else:
+            sizes = config.num_assistant_tokens, config.max_length, self.config.get_text_config().vocab_size
+            generator = PardCandidateGenerator(draft, *sizes, model_kwargs.get("attention_mask"), sampling, ends)
         # The loop hands its assistant to `_get_candidate_generator` and does nothing else with it.
         output = super()._assisted_decoding(input_ids, **prepared, assistant_model=generator, **model_kwargs)
         if sampling is not None:
@@ -331,11 +338,16 @@ class PardGenerationMixin(GenerationMixin):
             sampling.advance(sequences.shape[1])
             if not isinstance(output, torch.Tensor) and output.scores is not None:
                 output.scores = sampling.scores(sequences.shape[1])
-        return with_stats(output, replace(generator.stats, fallback_reason=reason))
+        stats = replace(generator.stats, fallback_reason=reason)
+        if text_sources(config):
+            source = "copy" if draft is None else "draft"
+            by_component = [stats.num_accepted if name == source else 0 for name in COMPONENTS]
+            stats = replace(stats, accepted_by_source=accepted_by_source(by_component))
+        return with_stats(output, stats)
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         generator = kwargs.get("assistant_model")
-        if isinstance(generator, PardCandidateGenerator):
+        if isinstance(generator, PardCandidateGenerator | CopyCandidateGenerator):
             return generator
         return super()._get_candidate_generator(*args, **kwargs)
 
@@ -390,15 +402,6 @@ def check_memory(target: PreTrainedModel, memory: Any) -> None:
         )
 
 
-def check_assistant(assistant: Any) -> None:
-    """Raise a `ValueError` for a model that drafts in the loop of transformers, where other sources cannot join."""
-    if assistant is not None:
-        raise ValueError(
-            "Expected no `assistant_model`, or a `PardDraftModel`, with `assistant_memory` and "
-            f"`assistant_reference_texts`, got `{type(assistant).__name__}`. Drop the one or the others."
-        )
-
-
 def with_stats(output: Any, stats: DecodingStats) -> Any:
     """Add statistics to what transformers returned, where that is more than a tensor."""
     if not isinstance(output, GenerateDecoderOnlyOutput):
@@ -406,10 +409,10 @@ def with_stats(output: Any, stats: DecodingStats) -> Any:
     return PardGenerateOutput(**output, stats=stats)
 
 
-def warn_unused(reason: str) -> None:
-    """Warn that a call was given a draft and does without."""
+def warn_unused(reason: str, unused: str = "the draft") -> None:
+    """Warn that a call was given a draft, or asked for prompt lookup, and does without."""
     warnings.warn(
-        f"{reason}; generating without the draft: the same output, only slower.", stacklevel=level_of_caller()
+        f"{reason}; generating without {unused}: the same output, only slower.", stacklevel=level_of_caller()
     )
 
 

@@ -39,7 +39,7 @@ from ..host import (
 )
 from .batch import CachedModel
 from .cache import SlotCache, attention_windows
-from .config import text_sources
+from .config import CALL_ARGUMENTS, text_sources
 from .schedule import check_schedule
 
 # Vocabularies of one family are padded to multiples of 64 to 1024 rows; a larger difference is another tokenizer.
@@ -54,19 +54,19 @@ OTHER_INPUTS = {"pixel_values", "input_features", "input_values"}
 compared: WeakKeyDictionary[PreTrainedModel, WeakSet[PreTrainedModel]] = WeakKeyDictionary()
 
 
-def check_mode(target: PreTrainedModel, generation_config: GenerationConfig) -> None:
-    """Raise a `ValueError` for a target or a way of generating that a draft cannot speed up."""
-    name = type(target).__name__
+def check_mode(target: PreTrainedModel, generation_config: GenerationConfig, has_draft: bool) -> None:
+    """Raise a `ValueError` for a target or a way of generating that neither a draft nor lookup can speed up."""
+    name, option = type(target).__name__, "`assistant_model`" if has_draft else "`prompt_lookup_num_tokens`"
     if target.config.is_encoder_decoder:
         raise ValueError(
-            f"Expected a decoder-only target, got the encoder-decoder `{name}`. Generate without `assistant_model`."
+            f"Expected a decoder-only target, got the encoder-decoder `{name}`. Generate without {option}."
         )
     if target._is_stateful:
         layers = cache_layers(target.config.get_text_config())
         kinds = sorted({type(layer).__name__ for layer in layers if type(layer) not in PLAIN_LAYERS})
         raise ValueError(
             f"Expected a target whose cache can drop rejected tokens, got `{name}`, which keeps a state that no token "
-            f"can be taken out of ({', '.join(kinds) or 'in its own code'}). Generate without `assistant_model`."
+            f"can be taken out of ({', '.join(kinds) or 'in its own code'}). Generate without {option}."
         )
     if (generation_config.num_beams or 1) > 1:
         raise ValueError(
@@ -74,13 +74,28 @@ def check_mode(target: PreTrainedModel, generation_config: GenerationConfig) -> 
             "Drop `num_beams` or `assistant_model`."
         )
     if generation_config.use_cache is False and target.config.use_cache is not False:
-        raise ValueError("Expected `use_cache=True` with a draft, got False. Drop `use_cache` or `assistant_model`.")
+        raise ValueError(f"Expected `use_cache=True` with {option}, got False. Drop `use_cache` or {option}.")
     has_chains = not text_sources(generation_config)
+    for size in ("prompt_lookup_num_tokens", "max_matching_ngram_size"):
+        value = getattr(generation_config, size)
+        if not has_chains and value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"Expected `{size}` to be a positive integer, got {value!r}. Drop it for the default.")
     check_schedule(
         generation_config.num_assistant_tokens_schedule or "constant",
         generation_config.num_assistant_tokens,
         has_chains,
     )
+
+
+def check_call_arguments_unused(generation_config: GenerationConfig, assistant: Any, generation_mode: Any) -> None:
+    """Raise a `ValueError` where a call that is left to transformers has arguments of ours."""
+    names = [name for name in CALL_ARGUMENTS if getattr(generation_config, f"_{name}") is not None]
+    if names:
+        got = generation_mode.value if assistant is None else f"`{type(assistant).__name__}`"
+        raise ValueError(
+            f"Expected a decoder-only target, greedy or sampled, with a `PardDraftModel` or no assistant for {names}, "
+            f"got {got}. Drop {names}."
+        )
 
 
 def check_pair(
