@@ -347,8 +347,9 @@ def depth_number(depth: int) -> int:
 def learn(tables: Tables, tree: Tree, nodes: torch.Tensor, num_matched: torch.Tensor, has_draft: bool) -> None:
     """Count, in the context of each node on the accepted path, which components gave what the target chose.
 
-    `nodes` `[B, K]` are the path's, `num_matched` `[B]` its length, -1 for a row that does not count. One step of expectation and maximization: what was
-    chosen counts for each component by its share; where the path ends, by the share that it had left for other tokens.
+    `nodes` `[B, K]` are the path's, `num_matched` `[B]` its length, -1 for a row that does not count. One step of
+    expectation and maximization: what was chosen counts for each component by its share; where the path ends, by the
+    share that it had left for other tokens.
     """
     assert tree.shares is not None
     assert tree.contexts is not None
