@@ -16,7 +16,8 @@ import gradio as gr
 from demo.bench import FIRST_ROUTES, MOST_PROMPTS, prompt_sets
 from demo.html import conversation
 from demo.pairs import BUNDLED, KINDS, PairName, PairShelf
-from demo.settings import LARGEST_TREE, MOST_DRAFT_TOKENS, MOST_NEW_TOKENS
+from demo.settings import DRAFT, LARGEST_TREE, MOST_DRAFT_TOKENS, MOST_NEW_TOKENS, PROPOSERS
+from demo.visitor import Visitor
 from demo.visits import NO_ROUNDS, Visits
 from pard_hf.evaluation.routes import ROUTES
 
@@ -31,14 +32,17 @@ A small draft model proposes several tokens in **one** forward pass, the target 
 stays what plain `generate` says; it is only there sooner. The bundled models are a stand-in to see how it works: they
 know a little Python and school arithmetic.
 """
-RACE_NOTE = """Plain `generate` and the draft take turns of a tenth of a second, so neither slows the other. Each has a
+RACE_NOTE = """Plain `generate` and ours take turns of a tenth of a second, so neither slows the other. Each has a
 clock of its own, which runs only while it is its turn, reading the prompt included."""
 BENCH_NOTE = """What `pard bench` measures: every way to generate, interleaved, on the same prompts. Always greedy: of
 the settings above, K and Max new tokens count. Stop takes effect behind the run that is being timed."""
 ROUTES_NOTE = """AR is plain generate, AD the same draft token by token, PLD prompt lookup; + and compiled ones compile
 for minutes on a CPU."""
-LEGEND = """<p class="pard-legend"><span class="pard-accepted pard-0">accepted draft tokens</span>
-<span class="pard-accepted pard-1">of the next round</span> <span class="pard-bonus">the target's own token</span>
+LEGEND = """<p class="pard-legend">Accepted: <span class="pard-accepted pard-draft pard-0">from the draft</span>
+<span class="pard-accepted pard-draft pard-1">of the next round</span>
+<span class="pard-accepted pard-copy pard-0">copied from the text</span>
+<span class="pard-accepted pard-successors pard-0">from the target's own habits</span>
+<span class="pard-bonus">the target's own token</span>
 – hover to see the round</p>"""
 
 
@@ -108,6 +112,7 @@ class Page:
     def __init__(self, visits: Visits):
         self.visits = visits
         self.pair, self.race, self.chat = (gr.State(None, time_to_live=3600) for _ in range(3))
+        self.visitor = gr.State(Visitor())  # Every session gets a copy, which it changes in place.
         gr.Markdown(INTRODUCTION)
         self.status = gr.HTML(elem_id="status")
         # One generation at a time on the device: these wait in one queue, and the page says at which place.
@@ -139,7 +144,7 @@ class Page:
             return [kind, target, draft], gr.Button("Load models"), gr.Button("Stop loading")
 
     def lay_out_settings(self) -> list[Any]:
-        """How to generate: K, length, temperature, top-p, seed, tree size."""
+        """How to generate: K, length, temperature, top-p, seed, tree size, what proposes."""
         ends = f"Where a text ends at the latest: 1 to {MOST_NEW_TOKENS}."
         with gr.Row():
             k = slider(1, MOST_DRAFT_TOKENS, 8, "K", "Tokens the draft proposes a round.")
@@ -149,7 +154,13 @@ class Page:
             temperature = gr.Number(0, label="Temperature", info="0 always takes the likeliest token; to 2.")
             top_p = gr.Number(1, label="Top-p", info="Draw from the likeliest tokens of this share only.")
             seed = gr.Number(0, label="Seed", info="The same seed draws the same text.")
-        return [k, length, temperature, top_p, seed, tree]
+        proposer = gr.Radio(
+            PROPOSERS,
+            value=DRAFT,
+            label="Proposals from",
+            info="The text so far, and what the target was likely to say next, which is remembered for your visit.",
+        )
+        return [k, length, temperature, top_p, seed, tree, proposer]
 
     def lay_out_race(self) -> None:
         """Both routes side by side."""
@@ -168,7 +179,7 @@ class Page:
                 gr.Markdown("## Plain generate")
                 plain = gr.HTML(elem_id="plain")
             with gr.Column():
-                gr.Markdown("## With the draft")
+                gr.Markdown("## PARD")
                 ours = gr.HTML(elem_id="pard")
         gr.HTML(LEGEND)
         self.raced = [self.status, banner, plain, ours, self.race]
@@ -191,7 +202,7 @@ class Page:
         """A race begins with the page, and with its button."""
         race = {
             "fn": self.visits.race,
-            "inputs": [self.pair, self.prompt, *self.settings],
+            "inputs": [self.pair, self.visitor, self.prompt, *self.settings],
             "outputs": self.raced,
             **self.queued,
         }
@@ -237,7 +248,7 @@ class Page:
             forget = gr.Button("New conversation")
         turn = {
             "fn": self.visits.chat,
-            "inputs": [self.pair, self.chat, said, *self.settings],
+            "inputs": [self.pair, self.visitor, self.chat, said, *self.settings],
             "outputs": [self.status, dialog, said, self.chat],
             **self.queued,
         }

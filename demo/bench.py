@@ -24,7 +24,7 @@ from .settings import Settings, whole
 
 MOST_PROMPTS = 32
 # What compiles takes minutes on a CPU before it says a word: chosen by who wants to wait.
-FIRST_ROUTES = ("ar", "pld", "ad", "tier1", "tier2", "adaptive")
+FIRST_ROUTES = ("ar", "pld", "ad", "tier1", "tier2", "adaptive", "lookup", "every_source")
 
 
 class BenchJob(Job):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
 import weakref
-from collections import OrderedDict
 from typing import Any
 
 from pard_hf.generation.stats import DecodingStats
@@ -17,8 +15,10 @@ from .generate import generate
 from .job import Job
 from .settings import Settings, check_length, checked_prompt
 from .transcript import Transcript
+from .visitor import Shelf, Visitor
 
 MOST_CACHES = 4
+CACHES = Shelf("cache", MOST_CACHES)
 
 
 class Chat:
@@ -53,27 +53,7 @@ class Chat:
         content = pair.tokenizer.decode(answer, skip_special_tokens=True)
         self.messages = [*self.messages, {"role": "user", "content": text}, {"role": "assistant", "content": content}]
         self.past, self.answer, self.target, self.cache = ids, answer, weakref.ref(pair.target), cache
-        SHELF.keep(self)
-
-
-class CacheShelf:
-    """The conversations whose caches are kept: the last few, for every one takes memory."""
-
-    def __init__(self) -> None:
-        self.chats: OrderedDict[int, weakref.ref[Chat]] = OrderedDict()
-        self.lock = threading.Lock()
-
-    def keep(self, chat: Chat) -> None:
-        with self.lock:
-            self.chats[id(chat)] = weakref.ref(chat)
-            self.chats.move_to_end(id(chat))
-            while len(self.chats) > MOST_CACHES:
-                forgotten = self.chats.popitem(last=False)[1]()
-                if forgotten is not None:
-                    forgotten.cache = None
-
-
-SHELF = CacheShelf()
+        CACHES.keep(self)
 
 
 class ChatTurn(Job):
@@ -83,8 +63,9 @@ class ChatTurn(Job):
         ValueError: There is nothing to answer, or the conversation has become too long.
     """
 
-    def __init__(self, pair: Pair, chat: Chat, text: str, settings: Settings):
+    def __init__(self, pair: Pair, chat: Chat, text: str, settings: Settings, visitor: Visitor | None = None):
         super().__init__(self.generate)
+        self.visitor = visitor
         self.pair, self.chat, self.text, self.settings = pair, chat, checked_prompt(text), settings
         self.ids = chat.prompt(pair, self.text)
         check_length(pair, self.ids, settings, "conversation")
@@ -97,7 +78,8 @@ class ChatTurn(Job):
     def generate(self) -> None:
         output, start = None, time.perf_counter()
         try:
-            output = generate(self.pair, self.ids, self.settings, past_key_values=self.cache, streamer=self.transcript)
+            call = self.pair, self.ids, self.settings, self.visitor
+            output = generate(*call, past_key_values=self.cache, streamer=self.transcript)
             self.stats = output.stats
         finally:
             self.seconds = time.perf_counter() - start

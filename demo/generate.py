@@ -9,18 +9,21 @@ import torch
 from pard_hf.loading import Pair
 
 from .settings import Settings
+from .visitor import Visitor
 
 
-def generate(pair: Pair, ids: list[int], settings: Settings, uses_draft: bool = True, **arguments: Any) -> Any:
-    """What `generate()` returns for token ids, seeded, with or without the draft; `arguments` go to the call."""
+def generate(
+    pair: Pair, ids: list[int], settings: Settings, visitor: Visitor | None, is_ours: bool = True, **arguments: Any
+) -> Any:
+    """Return what our `generate()`, or the plain one, says to token ids, seeded; `arguments` go to the call.
+
+    With `visitor` lookup remembers the target's habits from his earlier calls.
+    """
     torch.manual_seed(settings.seed)
     inputs = torch.tensor([ids], device=pair.target.device)
-    if uses_draft:
-        arguments |= {
-            "assistant_model": pair.draft,
-            "num_assistant_tokens": settings.num_assistant_tokens,
-            "assistant_tree_size": settings.tree_size,
-        }
+    if is_ours:
+        memory = visitor.memory_of(pair.target) if visitor is not None and settings.looks_up else None
+        arguments |= settings.proposing(pair.draft, memory)
     return pair.target.generate(
         input_ids=inputs,
         attention_mask=torch.ones_like(inputs),

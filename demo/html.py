@@ -13,9 +13,12 @@ from pard_hf.tokens import IncrementalDetokenizer
 from .chat import ChatTurn
 from .inside import Node, Proposal
 from .race import Lane, RaceView
+from .transcript import Round
 
 # Share of repeated 4-grams from which a text is said to repeat itself.
 LOOPS = 0.3
+# What proposed a token, in words.
+SOURCES = {"draft": "the draft", "copy": "the text", "successors": "the target's own habits"}
 
 
 def message(text: str, is_error: bool = False) -> str:
@@ -43,17 +46,20 @@ def plain_text(tokenizer: Any, lane: Lane) -> str:
 
 
 def tinted_text(tokenizer: Any, lane: Lane, proposals: str) -> str:
-    """What ours said: each round's accepted run tinted, its bonus token underlined, the round said on hovering."""
-    groups = [group for round_ in lane.rounds for group in (round_.accepted, (round_.bonus,))]
-    texts = pieces(tokenizer, groups)
+    """What ours said: accepted tokens in the colour of their source, bonus tokens underlined; hovering names both."""
+    groups = [group for round_ in lane.rounds for group in (*(run for _, run in round_.runs), (round_.bonus,))]
+    texts = iter(pieces(tokenizer, groups))
     spans = []
     for number, round_ in enumerate(lane.rounds):
-        accepted, bonus = texts[2 * number], texts[2 * number + 1]
         title = f"round {number + 1}: {len(round_.accepted)} of {proposals} accepted"
-        if accepted:
-            spans.append(f'<span class="pard-accepted pard-{number % 2}" title="{title}">{escape(accepted)}</span>')
-        spans.append(f'<span class="pard-bonus" title="{title}, then the target\'s own token">{escape(bonus)}</span>')
-    return f'<pre class="pard-text" tabindex="0" aria-label="text with the draft">{"".join(spans)}</pre>'
+        for source, _ in round_.runs:
+            if accepted := next(texts):
+                kind = f"pard-accepted pard-{source} pard-{number % 2}"
+                by = f"{title}, these from {SOURCES[source]}"
+                spans.append(f'<span class="{kind}" title="{by}">{escape(accepted)}</span>')
+        own = f"{title}, then the target's own token"
+        spans.append(f'<span class="pard-bonus" title="{own}">{escape(next(texts))}</span>')
+    return f'<pre class="pard-text" tabindex="0" aria-label="text of PARD">{"".join(spans)}</pre>'
 
 
 def lane_figures(lane: Lane, more: Sequence[tuple[str, str]] = ()) -> str:
@@ -107,9 +113,16 @@ def turn_figures(turn: ChatTurn) -> str:
     """What an answer took, in words."""
     assert turn.stats is not None
     return (
-        f"{len(turn.transcript.tokens)} tokens in {turn.seconds:.2f} s, τ {turn.stats.acceptance_length:.2f}; "
+        f"{len(turn.transcript.tokens)} tokens in {turn.seconds:.2f} s, τ {turn.stats.acceptance_length:.2f}"
+        f"{shares(turn.stats)}; "
         f"{turn.num_reused} of {len(turn.ids)} tokens of the conversation were in the cache."
     )
+
+
+def shares(stats: DecodingStats) -> str:
+    """The shares of accepted tokens by source, in words; empty with the draft alone."""
+    listed = ", ".join(f"{share:.0%} {SOURCES[source]}" for source, share in stats.accepted_shares.items())
+    return f" (accepted: {listed})" if listed else ""
 
 
 def verdict(text: str, kind: str) -> str:
@@ -129,6 +142,18 @@ def proposals_table(tokenizer: Any, proposals: Sequence[Proposal], number: int, 
         rows.append((f"pard-{p.verdict.replace(' ', '-')}", [str(p.position), *cells]))
     return table(
         f"Round {number} of {num_rounds}: one draft forward proposed, one target forward answered", headings, rows
+    )
+
+
+def accepted_table(tokenizer: Any, round_: Round, number: int, num_rounds: int) -> str:
+    """The tokens of a round and what proposed each; what the others proposed depends on what was remembered then."""
+    rows = [
+        ("pard-accepted", [f"{position}", code(tokenizer, token), SOURCES[source]])
+        for position, (token, source) in enumerate(zip(round_.accepted, round_.sources, strict=True), start=1)
+    ]
+    own = [f"{len(rows) + 1}", code(tokenizer, round_.bonus), "nothing: the target's own token"]
+    return table(
+        f"Round {number} of {num_rounds}: accepted tokens", ("place", "token", "proposed by"), [*rows, ("", own)]
     )
 
 
@@ -181,15 +206,17 @@ def code(tokenizer: Any, token: int) -> str:
 
 
 def stats_bars(stats: DecodingStats | None) -> str:
-    """Position acceptance and the histogram of accepted counts of a race."""
+    """Position acceptance, the histogram of accepted counts, and the sources of a race."""
     if stats is None or not stats.num_rounds:
         return "<p>Run a race first: its rounds are counted here.</p>"
     acceptance = [(f"{place}", a, f"{a:.0%}") for place, a in enumerate(stats.position_acceptance, start=1)]
     counts = [(f"{n}", rounds / stats.num_rounds, f"{rounds}") for n, rounds in enumerate(stats.histogram)]
+    sources = [(SOURCES[s], share, f"{share:.0%}") for s, share in stats.accepted_shares.items()]
     return (
         '<div class="pard-charts">'
         + bars("Position acceptance: rounds that accepted the proposal at this place", "place", "rounds", acceptance)
         + bars("Accepted proposals a round, the bonus token not counted", "accepted", "rounds", counts)
+        + (bars("Accepted tokens by what proposed them", "source", "accepted", sources) if sources else "")
         + "</div>"
     )
 

@@ -83,10 +83,16 @@ def look_inside(
     ]
 
 
-def before_round(rounds: Sequence[Round], number: int, settings: Settings) -> tuple[list[int], int]:
-    """What was said before a round, and how many places it proposed for."""
+def round_of(rounds: Sequence[Round], number: int) -> Round:
+    """A round by its number, from 1, or a `ValueError`."""
     if not 1 <= number <= len(rounds):
         raise ValueError(f"Expected a round from 1 to {len(rounds)}, got {number}. Choose one in this range.")
+    return rounds[number - 1]
+
+
+def before_round(rounds: Sequence[Round], number: int, settings: Settings) -> tuple[list[int], int]:
+    """What was said before a round, and how many places it proposed for."""
+    round_of(rounds, number)
     said = tokens_of(rounds[: number - 1])
     return said, min(settings.num_assistant_tokens, settings.max_new_tokens - len(said) - 1)
 

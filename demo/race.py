@@ -15,6 +15,7 @@ from .generate import generate
 from .job import Job
 from .settings import Settings
 from .transcript import Round, Transcript, tokens_of
+from .visitor import Visitor
 
 PLAIN, PARD = 0, 1
 
@@ -81,11 +82,13 @@ class Race(Job):
     Args:
         ids (`list[int]`):
             Token ids of the prompt.
+        visitor ([`Visitor`], *optional*):
+            Whose race it is.
     """
 
-    def __init__(self, pair: Pair, ids: list[int], settings: Settings):
+    def __init__(self, pair: Pair, ids: list[int], settings: Settings, visitor: Visitor | None = None):
         super().__init__(*(partial(self.run_lane, lane) for lane in (PLAIN, PARD)))
-        self.pair, self.ids, self.settings = pair, ids, settings
+        self.pair, self.ids, self.settings, self.visitor = pair, ids, settings, visitor
         self.baton = Baton(2)
         self.transcripts = [Transcript(partial(self.baton.pause, lane)) for lane in (PLAIN, PARD)]
         self.outputs: list[Any] = [None, None]
@@ -94,9 +97,8 @@ class Race(Job):
         """Generate by one route, whenever it is its turn."""
         try:
             self.baton.take(lane)
-            output = generate(
-                self.pair, self.ids, self.settings, uses_draft=lane == PARD, streamer=self.transcripts[lane]
-            )
+            call = self.pair, self.ids, self.settings, self.visitor
+            output = generate(*call, is_ours=lane == PARD, streamer=self.transcripts[lane])
             output[CACHE_NAME] = None  # Nobody goes on from here, and the race is looked at for a while.
             self.outputs[lane] = output
         finally:

@@ -6,11 +6,16 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from pard_hf.generation.config import DEFAULT_DEPTH, DEFAULT_TREE_SIZE
+from pard_hf.generation.memory import AssistantMemory
 from pard_hf.host import num_positions
 from pard_hf.io import text_problem
 from pard_hf.loading import Pair
 from pard_hf.tokens import encode_prompt
 
+# What proposes: the draft, the text and the target's own habits, or both.
+DRAFT, LOOKUP, BOTH = "the draft", "the text, no draft", "the draft and the text"
+PROPOSERS = (DRAFT, LOOKUP, BOTH)
 MOST_DRAFT_TOKENS = 16
 LARGEST_TREE = 64
 MOST_NEW_TOKENS = 1024
@@ -32,7 +37,9 @@ class Settings:
         seed (`int`):
             For sampling.
         tree_size (`int`):
-            N, nodes of a round's tree; 0 for a chain.
+            N, nodes of a round's tree; 0 for a chain, or with `LOOKUP` or `BOTH` for a tree of the usual size.
+        proposer (`str`):
+            One of `PROPOSERS`.
     """
 
     num_assistant_tokens: int = 8
@@ -41,6 +48,7 @@ class Settings:
     top_p: float = 1.0
     seed: int = 0
     tree_size: int = 0
+    proposer: str = DRAFT
 
     @classmethod
     def checked(
@@ -51,12 +59,17 @@ class Settings:
         top_p: Any,
         seed: Any,
         tree_size: Any = 0,
+        proposer: Any = DRAFT,
     ) -> Settings:
         """Make settings from what a page sent.
 
         Raises:
-            ValueError: A field is empty, no number, or out of its range.
+            ValueError: A field is empty, no number, out of its range, or not among its choices.
         """
+        if proposer not in PROPOSERS:
+            raise ValueError(
+                f"Expected proposals from one of {'; '.join(PROPOSERS)}, got {shown(proposer)}. Choose one."
+            )
         return cls(
             num_assistant_tokens=whole("K", num_assistant_tokens, 1, MOST_DRAFT_TOKENS),
             max_new_tokens=whole("Max new tokens", max_new_tokens, 1, MOST_NEW_TOKENS),
@@ -64,15 +77,34 @@ class Settings:
             top_p=number("Top-p", top_p, 0.01, 1),
             seed=whole("Seed", seed, 0, 2**32 - 1),
             tree_size=whole("Tree", tree_size, 0, LARGEST_TREE),
+            proposer=proposer,
         )
+
+    @property
+    def looks_up(self) -> bool:
+        return self.proposer != DRAFT
+
+    @property
+    def num_nodes(self) -> int:
+        """N, as `generate()` is told: with lookup every round is a tree."""
+        return self.tree_size or (max(DEFAULT_TREE_SIZE, self.num_assistant_tokens) if self.looks_up else 0)
 
     @property
     def proposals(self) -> str:
         """What a round proposes, in words."""
-        return f"{self.tree_size} nodes" if self.tree_size else f"{self.num_assistant_tokens} proposals"
+        return f"{self.num_nodes} nodes" if self.num_nodes else f"{self.num_assistant_tokens} proposals"
+
+    def proposing(self, draft: Any, memory: AssistantMemory | None) -> dict[str, Any]:
+        """Arguments of `generate()` that say what proposes; `memory` is the visitor's own, if he has one."""
+        arguments: dict[str, Any] = {"assistant_tree_size": self.num_nodes}
+        if self.proposer != LOOKUP:
+            arguments |= {"assistant_model": draft, "num_assistant_tokens": self.num_assistant_tokens}
+        if self.looks_up:
+            arguments |= {"prompt_lookup_num_tokens": DEFAULT_DEPTH, "assistant_memory": memory}
+        return arguments
 
     def arguments(self) -> dict[str, Any]:
-        """Arguments of `generate()`, the draft's aside."""
+        """Arguments of `generate()`, what proposes aside."""
         sampling: dict[str, Any] = {"do_sample": False}
         if self.temperature > 0:
             sampling = {
@@ -135,7 +167,7 @@ def encoded_prompt(pair: Pair, prompt: Any, settings: Settings) -> list[int]:
 
 def check_length(pair: Pair, ids: list[int], settings: Settings, what: str = "prompt") -> None:
     """Raise a `ValueError` where ids and the answer need more positions than either model has."""
-    positions = min(num_positions(model.config) for model in (pair.target, pair.draft))
+    positions = min(num_positions(model.config) for model in pair.models)
     longest = positions - settings.max_new_tokens
     if len(ids) > longest:
         raise ValueError(

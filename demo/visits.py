@@ -1,7 +1,7 @@
 """What happens when a visitor presses a button: generators of what the page shows next.
 
-The only module here that knows Gradio. Nothing of one visitor is kept where another could see it: races and
-conversations live in the session's own state, and running jobs under the session's name.
+The only module here that knows Gradio. Nothing of one visitor is kept where another could see it: races,
+conversations and memories live in the session's own state, and running jobs under the session's name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pard_hf.loading import Pair
 from . import html
 from .bench import BenchJob, progress, prompt_file, report
 from .chat import Chat, ChatTurn
-from .inside import look_at_tree, look_inside
+from .inside import look_at_tree, look_inside, round_of
 from .job import Job, Stopped
 from .pairs import PairName, PairShelf
 from .race import Race
@@ -31,6 +31,7 @@ from .running import RunningJobs
 from .sentences import in_words
 from .settings import MOST_DRAFT_TOKENS, Settings, encoded_prompt, whole
 from .transcript import Round
+from .visitor import Visitor
 
 NO_ROUNDS = "<p>Run a race first: its rounds are shown here.</p>"
 
@@ -73,6 +74,11 @@ class LookJob(Job):
 
     def look(self) -> None:
         race, tokenizer = self.race, self.pair.tokenizer
+        if race.settings.looks_up:
+            self.shown = html.accepted_table(
+                tokenizer, round_of(race.rounds, self.number), self.number, len(race.rounds)
+            )
+            return
         looked = self.pair, race.ids, race.rounds, self.number, race.settings
         if race.settings.tree_size:
             self.shown = html.tree_list(tokenizer, look_at_tree(*looked), self.number, len(race.rounds))
@@ -140,7 +146,7 @@ class Visits:
 
     @spoken(8)
     def race(
-        self, name: PairName | None, prompt: str, request: gr.Request, *settings: Any
+        self, name: PairName | None, visitor: Visitor, prompt: str, request: gr.Request, *settings: Any
     ) -> Iterator[tuple[Any, ...]]:
         """Race plain `generate` and ours; yields status, banner, plain, ours, race, round, inside, bars."""
         name = name or PairName()
@@ -148,7 +154,7 @@ class Visits:
         for text in (steps := Returning(self.loaded(name, "race", request))):
             yield text, *skips(7)
         pair = steps.value
-        job = Race(pair, encoded_prompt(pair, prompt, chosen), chosen)
+        job = Race(pair, encoded_prompt(pair, prompt, chosen), chosen, visitor)
         with self.running.keep(job, "race", request.session_hash):
             yield html.message(""), *self.show(job), *skips(4)
             for _ in job.watch():
@@ -205,14 +211,20 @@ class Visits:
 
     @spoken(4)
     def chat(
-        self, name: PairName | None, chat: Chat | None, text: str, request: gr.Request, *settings: Any
+        self,
+        name: PairName | None,
+        visitor: Visitor,
+        chat: Chat | None,
+        text: str,
+        request: gr.Request,
+        *settings: Any,
     ) -> Iterator[tuple[Any, ...]]:
         """Answer a message; yields status, conversation, message field, state."""
         chat = chat or Chat()
         chosen = Settings.checked(*settings)
         for message in (steps := Returning(self.loaded(name or PairName(), "chat", request))):
             yield message, *skips(3)
-        job = ChatTurn(steps.value, chat, text, chosen)
+        job = ChatTurn(steps.value, chat, text, chosen, visitor)
         yield html.message("Answering …"), html.conversation(job.messages()), "", chat
         try:
             with self.running.keep(job, "chat", request.session_hash):

@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from .training.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from .evaluation.race import RaceResult
+    from .generation.stats import DecodingStats
     from .hub.engines import Finding
     from .loading import Pair
 
@@ -33,7 +35,10 @@ app = typer.Typer(
 )
 
 EXIT_DIFFERENT = 3  # A float32 text differs from plain generate's.
-GREEN, UNDERLINE, RESET = "\033[32m", "\033[4m", "\033[0m"
+UNDERLINE, RESET = "\033[4m", "\033[0m"
+TINTS = {"draft": "\033[32m", "copy": "\033[36m", "successors": "\033[33m"}
+# Flags that may stand without a value: what they may be given, and what they mean without.
+OPTIONAL_VALUES = {"--correction-head": (r"frozen|joint", "frozen"), "--lookup": (r"\d+", "10")}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     name = " ".join(["pard", *words[:1]])
     command = typer.main.get_command(app)
     try:
-        code = command(with_head_mode(words), prog_name="pard", obj=words, standalone_mode=False) or 0
+        code = command(with_optional_values(words), prog_name="pard", obj=words, standalone_mode=False) or 0
     except typer.TyperException as error:
         message = error.format_message().replace("Value error, ", "").rstrip(".")
         _warn(f"{name}: {message}. See `{name} --help`.")
@@ -55,12 +60,14 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
-def with_head_mode(words: list[str]) -> list[str]:
+def with_optional_values(words: list[str]) -> list[str]:
     """Write `--correction-head` without a mode as `--correction-head=frozen`: typer has no optional values."""
-    return [
-        f"{word}=frozen" if word == "--correction-head" and following not in ("frozen", "joint") else word
-        for word, following in zip(words, [*words[1:], ""], strict=False)
-    ]
+    written = []
+    for word, following in zip(words, [*words[1:], ""], strict=False):
+        pattern, default = OPTIONAL_VALUES.get(word, ("", None))
+        is_alone = default is not None and not re.fullmatch(pattern, following)
+        written.append(f"{word}={default}" if is_alone else word)
+    return written
 
 
 def _warn(message: str) -> None:
@@ -104,6 +111,14 @@ Device = Annotated[Text, _flag("cpu, cuda, cuda:1 … (default: cuda where there
 MaxNewTokens = Annotated[int, _flag("new tokens at most")]
 NumAssistantTokens = Annotated[int | None, _flag("K, draft tokens proposed a round (default: the draft's own)", min=1)]
 TreeSize = Annotated[int | None, _flag("N, nodes of a tree verified a round; 0 = chain (default: the draft's)")]
+Lookup = Annotated[
+    int | None,
+    _flag(
+        "also, or with no draft only, propose from the text and the target's habits, N tokens deep",
+        min=1,
+        metavar="[N]",
+    ),
+]
 Temperature = Annotated[float, _flag("0 is greedy", min=0)]
 SkipBadRows = Annotated[bool, _flag("leave broken rows out instead of stopping", "--skip-bad-rows")]
 PROMPT_SETS = "a .jsonl or .jsonl.gz file, or a Hub data set as hub:org/name[:split[:field]]"
@@ -122,6 +137,7 @@ def generate(
     max_new_tokens: MaxNewTokens = 128,
     num_assistant_tokens: NumAssistantTokens = None,
     assistant_tree_size: TreeSize = None,
+    lookup: Lookup = None,
     batch_size: Annotated[int, _flag("texts at a time, for several prompts", min=1)] = 8,
     temperature: Temperature = 0.0,
     seed: Annotated[int | None, _flag("seed for sampling")] = None,
@@ -133,26 +149,27 @@ def generate(
     import torch
 
     from .evaluation.prompts import make_batches
+    from .generation.memory import AssistantMemory
     from .generation.stats import DecodingStats
     from .host import end_token_ids, pad_token_id
     from .tokens import encode_prompt
 
     prompts, is_single = _read_prompts(prompt, file or [])
-    pair = _load(target, draft, dtype, device)
-    num_drafts = pair.draft.num_assistant_tokens if num_assistant_tokens is None else num_assistant_tokens
+    pair = _load(target, draft, dtype, device, may_lack_draft=lookup is not None)
+    proposing = _proposing(pair, num_assistant_tokens, assistant_tree_size, lookup)
     if seed is not None:
         torch.manual_seed(seed)
     arguments: dict[str, Any] = {
-        "assistant_model": pair.draft,
-        "num_assistant_tokens": num_drafts,
-        "assistant_tree_size": assistant_tree_size,
+        **proposing,
         "max_new_tokens": max_new_tokens,
         "return_dict_in_generate": True,
         **({"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}),
     }
+    is_tinted = is_single and not as_json and (color == "always" or (color == "auto" and sys.stdout.isatty()))
     if is_single and not as_json:
-        is_tinted = color == "always" or (color == "auto" and sys.stdout.isatty())
         arguments["streamer"] = TintedStreamer(pair.tokenizer, is_tinted)
+    if lookup is not None and not is_single:
+        arguments["assistant_memory"] = AssistantMemory(pair.target)
     encoded = [encode_prompt(pair.tokenizer, prompt, raw) for prompt in prompts]
     config, answers = pair.target.generation_config, dict[int, list[int]]()
     stats, start = DecodingStats(), time.perf_counter()
@@ -167,7 +184,8 @@ def generate(
         row: dict[str, Any] = {"text": text, "num_new_tokens": len(answers[index])}
         if is_single:
             row |= {"seconds": round(seconds, 4), "tokens_per_second": round(num_new_tokens / seconds, 2)}
-            row |= {"num_assistant_tokens": num_drafts, **stats.to_dict()}
+            names = ("num_assistant_tokens", "prompt_lookup_num_tokens")
+            row |= {**{name: proposing[name] for name in names if name in proposing}, **stats.to_dict()}
         if as_json:
             print(json.dumps(row if is_single else {"prompt": prompt, **row}, ensure_ascii=False))
         elif not is_single:
@@ -176,8 +194,38 @@ def generate(
         _warn(
             f"{num_new_tokens} tokens · {num_new_tokens / seconds:.2f} tokens/s (prefill included) · "
             f"τ {stats.acceptance_length:.2f} · α {stats.acceptance_rate:.2f} · "
-            f"{stats.num_rounds} rounds of K = {num_drafts}"
+            f"{stats.num_rounds} rounds of {_depths(proposing)}{_shares(stats, is_tinted)}"
         )
+
+
+def _proposing(
+    pair: Pair, num_assistant_tokens: int | None, assistant_tree_size: int | None, lookup: int | None
+) -> dict[str, Any]:
+    """Return the arguments of `generate` that say what proposes, and how much."""
+    arguments: dict[str, Any] = {"assistant_tree_size": assistant_tree_size}
+    if lookup is not None:
+        arguments["prompt_lookup_num_tokens"] = lookup
+    if pair.draft is not None:
+        num_drafts = pair.draft.num_assistant_tokens if num_assistant_tokens is None else num_assistant_tokens
+        arguments |= {"assistant_model": pair.draft, "num_assistant_tokens": num_drafts}
+    elif num_assistant_tokens is not None:
+        raise ValueError("Expected a draft with `--num-assistant-tokens`, got none. Name one, or pass `--lookup N`.")
+    return arguments
+
+
+def _depths(proposing: dict[str, Any]) -> str:
+    """Describe how deep rounds propose: K of the draft, N of lookup."""
+    titles = {"num_assistant_tokens": "K = {}", "prompt_lookup_num_tokens": "lookup {}"}
+    return " and ".join(title.format(proposing[name]) for name, title in titles.items() if name in proposing)
+
+
+def _shares(stats: DecodingStats, is_tinted: bool = False) -> str:
+    """List the shares of accepted tokens by source, each in the tint of its tokens; empty with a draft alone."""
+    shares = []
+    for name, share in stats.accepted_shares.items():
+        tint, reset = (TINTS[name], RESET) if is_tinted else ("", "")
+        shares.append(f"{tint}{name} {share:.0%}{reset}")
+    return f" · accepted from {', '.join(shares)}" if shares else ""
 
 
 def _load(
@@ -186,15 +234,18 @@ def _load(
     """Load a pair; `may_lack_draft` allows a target alone."""
     from transformers.utils import logging
 
-    from .loading import NAMED_TARGETS, Pair, load_pair, load_target
+    from .loading import Pair, load_pair, load_target
 
     logging.disable_progress_bar()
-    if target is not None and draft is None and may_lack_draft:
-        model, tokenizer = load_target(target, dtype, device)
-        return Pair(model, None, tokenizer)
-    if target in NAMED_TARGETS and draft is None:
-        raise ValueError(f"Expected a draft for the target `{target}`, got none. Name one with --draft.")
-    return load_pair(target, draft, dtype, device)
+    if target is None or draft is not None:
+        return load_pair(target, draft, dtype, device)
+    if not may_lack_draft:
+        raise ValueError(
+            f"Expected a draft for the target `{target}`, got none. Name one with --draft, or pass --lookup to do "
+            "without."
+        )
+    model, tokenizer = load_target(target, dtype, device)
+    return Pair(model, None, tokenizer)
 
 
 def _read_prompts(prompt: str | None, files: list[Path]) -> tuple[list[str], bool]:
@@ -223,13 +274,13 @@ def _read_prompts(prompt: str | None, files: list[Path]) -> tuple[list[str], boo
 
 
 class TintedStreamer:
-    """Print tokens as they arrive, accepted draft tokens tinted."""
+    """Print tokens as they arrive, accepted ones in the tint of what proposed them."""
 
     def __init__(self, tokenizer: Any, is_tinted: bool):
         from .tokens import IncrementalDetokenizer
 
         self.text = IncrementalDetokenizer(tokenizer)
-        self.tint = GREEN if is_tinted else ""
+        self.is_tinted = is_tinted
         self.is_prompt = True
 
     def put(self, value: Any) -> None:
@@ -237,8 +288,8 @@ class TintedStreamer:
             self.show(value)
         self.is_prompt = False
 
-    def put_accepted(self, value: Any) -> None:
-        self.show(value, self.tint)
+    def put_accepted(self, value: Any, source: str = "draft") -> None:
+        self.show(value, TINTS[source] if self.is_tinted else "")
 
     def show(self, value: Any, tint: str = "") -> None:
         new = self.text.add(value.tolist())
@@ -258,6 +309,7 @@ def demo(
     max_new_tokens: MaxNewTokens = 128,
     num_assistant_tokens: NumAssistantTokens = None,
     assistant_tree_size: TreeSize = None,
+    lookup: Lookup = None,
     repeats: Annotated[int, _flag("timed runs a prompt and route", min=1)] = 3,
     compiled: Annotated[
         bool | None, _flag("race compiled plain generate too (default: on a GPU)", "--compiled/--no-compiled")
@@ -270,16 +322,17 @@ def demo(
     from .evaluation.report import GAP
     from .tokens import encode_prompt
 
-    pair = _load(target, draft, dtype, device)
-    num_drafts = pair.draft.num_assistant_tokens if num_assistant_tokens is None else num_assistant_tokens
+    pair = _load(target, draft, dtype, device, may_lack_draft=lookup is not None)
+    ours = _proposing(pair, num_assistant_tokens, assistant_tree_size, lookup)
     on, dtype = pair.target.device, str(pair.target.dtype).removeprefix("torch.")
-    print(f"K = {num_drafts} · {dtype} · {on} · greedy · up to {max_new_tokens} new tokens\n")
+    print(f"{_depths(ours)} · {dtype} · {on} · greedy · up to {max_new_tokens} new tokens\n")
     encoded = [encode_prompt(pair.tokenizer, prompt) for prompt in DEMO_PROMPTS]
     with_compiled = on.type != "cpu" if compiled is None else compiled
     if with_compiled and (reason := compile_plain(pair, max(encoded, key=len), max_new_tokens)) is not None:
         with_compiled = False
         print(f"Compiled plain generate is left out: {reason}.\n")
-    ours = {"num_assistant_tokens": num_drafts, "assistant_tree_size": assistant_tree_size}
+    proposers = ["the draft"] * (pair.draft is not None) + ["lookup"] * (lookup is not None)
+    headings = {PLAIN: PLAIN, PARD: f"with {' and '.join(proposers)}"}
     heading = f"\n{UNDERLINE}{{}}{RESET}" if sys.stdout.isatty() else "\n{}"
     results = []
     for number, (prompt, ids) in enumerate(zip(DEMO_PROMPTS, encoded, strict=True), start=1):
@@ -287,7 +340,7 @@ def demo(
         result = race(pair, ids, max_new_tokens, repeats, with_compiled, **ours)
         results.append(result)
         for way in (PLAIN, PARD):
-            print(heading.format(way), result.texts[way].rstrip(), sep="\n")
+            print(heading.format(headings[way]), result.texts[way].rstrip(), sep="\n")
         identical = "NO" if result.gaps[PARD] else "yes"
         print(f"\n  identical: {identical} · {result.num_new_tokens} tokens · {_speeds(result)}\n", flush=True)
     total = sum(results[1:], results[0])
@@ -315,7 +368,7 @@ def _speeds(result: RaceResult) -> str:
     over_compiled = f" ({speedups[COMPILED]:.2f} over compiled plain)" if COMPILED in speedups else ""
     return (
         f"plain {plain:.0f} tokens/s · PARD {pard:.0f} tokens/s · τ {result.stats.acceptance_length:.2f} · "
-        f"speedup {speedups[PLAIN]:.2f}{over_compiled}"
+        f"speedup {speedups[PLAIN]:.2f}{over_compiled}{_shares(result.stats)}"
     )
 
 
@@ -336,6 +389,7 @@ def bench(
         Integers, _several("K, draft tokens a round (default: the draft's)", _integers)
     ] = None,
     assistant_tree_size: Annotated[int, _flag("N, nodes of a tree where a route drafts one")] = 64,
+    lookup: Annotated[int, _flag("depth of what is proposed without a draft", metavar="[N]")] = 10,
     batch_sizes: Annotated[Integers, _several("texts at a time (default: 1)", _integers)] = None,
     repeats: Annotated[int, _flag("timed runs of each route")] = 3,
     output: Annotated[Path | None, _flag("write the JSON here: a .json file, or a folder")] = None,
@@ -367,9 +421,10 @@ def bench(
         seed=seed,
         context=length,
         tree_size=assistant_tree_size,
+        lookup_num_tokens=lookup,
     )
     logging.set_verbosity_error()  # The stock loop warns of its own defaults in every call.
-    pair, console = _load(target, draft, dtype, device), make_console()
+    pair, console = _load(target, draft, dtype, device, may_lack_draft=True), make_console()
     metadata = run_metadata(pair, settings, context.obj, target, draft)
     with progress_bar(console) as advance:
         benchmark = Benchmark(pair, settings, advance)

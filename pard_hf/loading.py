@@ -38,6 +38,11 @@ class Pair(NamedTuple):
     draft: Any
     tokenizer: Any
 
+    @property
+    def models(self) -> tuple[Any, ...]:
+        """Return the target, and the draft where there is one."""
+        return (self.target,) if self.draft is None else (self.target, self.draft)
+
 
 def load_pair(
     target: str | None = None, draft: str | None = None, dtype: str | torch.dtype = "auto", device: str | None = None

@@ -13,6 +13,7 @@ import pytest
 import torch
 from families import character_tokenizer, make_model
 
+from demo.settings import LOOKUP
 from pard_hf import bundled_pair, load_pair
 from pard_hf.tokens import encode_prompt
 
@@ -218,6 +219,42 @@ def test_bad_fields_get_a_sentence(page, label, value, sentence):
     expect(page.locator("#status [role=alert]")).to_contain_text(sentence)
     assert page.locator("#pard .pard-text").text_content() == before
     assert "Identical texts" in page.locator("#banner").inner_text()
+
+
+def propose_from(page, proposer):
+    unfold(page, "Settings")
+    page.get_by_label(proposer, exact=True).check()
+
+
+def test_without_the_draft_a_text_is_copied_and_coloured(page, pair):
+    propose_from(page, LOOKUP)
+    race_to_the_end(page, pair, LOOPING)
+
+    expect(page.locator("#pard span.pard-copy").first).to_be_visible()
+    assert page.locator("#pard span.pard-draft").count() == 0
+    assert "these from the text" in page.locator("#pard span.pard-copy").first.get_attribute("title")
+    assert colour_of(page, "#pard span.pard-copy") != colour_of(page, ".pard-legend span.pard-draft")
+    assert colour_of(page, "#pard span.pard-copy.pard-0") == colour_of(page, ".pard-legend span.pard-copy")
+    open_tab(page, "Look inside")
+    expect(page.locator("#inside caption")).to_contain_text("accepted tokens")
+    expect(page.locator("#bars")).to_contain_text("Accepted tokens by what proposed them")
+
+
+def colour_of(page, selector):
+    return page.locator(selector).first.evaluate("element => getComputedStyle(element).backgroundColor")
+
+
+def test_what_is_remembered_for_a_visitor_no_other_meets(address):
+    visitors = [Client(address, verbose=False) for _ in range(2)]
+    settings = (8, 64, 0, 1, 0, 16, LOOKUP)
+
+    taus = [tau_of(visitor.predict(LOOPING, *settings, api_name="/race")[3]) for visitor in (*visitors, visitors[0])]
+
+    assert taus[0] == taus[1] < taus[2]
+
+
+def tau_of(shown):
+    return float(re.search(r"<dt>τ</dt><dd>([\d.]+)", shown)[1])
 
 
 def test_k_out_of_range_gets_a_sentence(address):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from collections import Counter
 
 import pytest
@@ -12,6 +13,8 @@ from families import add_head, make_draft, make_forgetful, make_model, make_self
 from transformers import CompileConfig, LlamaForCausalLM
 from transformers.cache_utils import StaticLayer
 
+from benchmarks.sources import batches_in_order, make_ways, without_docstring
+from benchmarks.sources import measure as measure_set
 from pard_hf import with_pard
 from pard_hf.cli import main
 from pard_hf.evaluation.benchmark import (
@@ -140,6 +143,79 @@ def test_routes_that_cannot_run_have_a_reason(bundled_like_tokenizer):
     assert routes_of(cell)["tier2"]["identical_share"] == 1
 
 
+def test_sources_are_measured_with_a_draft_and_without(pair, bundled_like_tokenizer):
+    """A target that has no draft is asked nothing else: the routes that need one say so."""
+    names = ("pld", "tier2", "copy", "successors", "lookup", "lookup_kept", "lookup_adaptive")
+    drafted = ("every_source", "every_source_adaptive")
+    alone = Pair(pair.target, None, bundled_like_tokenizer)
+
+    [cell] = run(pair, routes=(*names, *drafted), tree_size=8)
+    [left] = run(alone, ROWS[:1], routes=(*names, *drafted), tree_size=8, num_assistant_tokens=(), lookup_num_tokens=6)
+
+    routes = routes_of(cell)
+    assert list(routes) == ["ar", *names, *drafted]
+    assert list(routes_of(left)) == ["ar", *(name for name in names if name != "tier2")]
+    assert left["not_served"] == dict.fromkeys(("tier2", *drafted), "it needs a draft")
+    assert left["num_assistant_tokens"] == 6
+    assert all(route["identical_share"] == 1 for found in (cell, left) for route in found["routes"])
+    proposed = {"copy": {"copy"}, "successors": {"successors"}, "lookup": {"copy", "successors"}}
+    for name, sources in {**proposed, "every_source": {"copy", "successors", "draft"}}.items():
+        counts = {source: count for source, count in routes[name]["accepted_by_source"].items() if count}
+        assert set(counts) <= sources
+        accepted = sum(n * rounds for n, rounds in enumerate(routes[name]["histogram"]))
+        assert sum(counts.values()) == accepted
+        assert routes[name]["draft_seconds"] > 0
+    assert "accepted_by_source" not in routes["tier2"]
+
+
+def test_a_kept_memory_begins_empty_in_every_repeat(pair):
+    """Each text is met after another that is the same; a memory from the repeat before would know it already."""
+    runner = RouteRunner(Pair(pair.target, None, pair.tokenizer), tree_size=8)
+    measurement = Measurement(runner, [[5, 6, 7, 5, 6]] * 2, 1, 30)
+
+    measurement.run([ROUTES[name] for name in ("ar", "lookup", "lookup_kept")], repeats=2)
+
+    cold, kept = (measurement.records[name] for name in ("lookup", "lookup_kept"))
+    assert kept.stats.acceptance_length > cold.stats.acceptance_length
+    once = kept.stats
+    runner.memory.clear()
+    for _ in range(2):
+        [batch, _] = measurement.batches
+        runner.generate(ROUTES["lookup_kept"], batch.inputs, 30)
+    measurement.time_rounds(kept)
+    assert kept.stats == once
+    assert "emptied before each repeat" in kept.speed()["assistant_memory"]
+    assert "assistant_memory" not in cold.to_json()
+
+
+def test_the_copy_set_has_functions_without_their_docstrings():
+    prompt = '@cached\ndef half(x: int) -> float:\n    """Return half.\n\n    Of x.\n    """\n'
+
+    code = without_docstring({"prompt": prompt, "reference": "\n    return x / 2\n"})
+
+    assert code == "@cached\ndef half(x: int) -> float:\n    return x / 2"
+    for row in ({"prompt": "half of x"}, {"prompt": prompt}, {"prompt": "def f():\n    return 1\n    return 2\n"}):
+        assert without_docstring(row) is None
+
+
+def test_the_benchmark_of_sources_keeps_the_order_of_the_prompts_and_one_memory_a_set(pair):
+    args = Namespace(routes=["lookup", "lookup_kept", "tree_head"], tree_sizes=[8], num_assistant_tokens=4)
+    vars(args).update(batch_size=1, prompt_lookup_num_tokens=6, max_new_tokens=20, repeats=1, tau_only=False)
+    ways, not_served = make_ways(args, pair)
+
+    first, again = (measure_set(args, pair, ways, "set", ["ab", "abcabcabc", "ab"]) for _ in range(2))
+
+    routes = first["routes"]
+    assert list(routes) == ["ar", "lookup 8", "lookup_kept 8"]
+    assert not_served == {"tree_head": "the draft has no correction head"}
+    batches = batches_in_order([[5], [6] * 3, [7]], 1, ways[0].runner)
+    assert [batch.num_columns for batch in batches] == [1, 3, 1]
+    assert routes["lookup_kept 8"]["acceptance_length"] > routes["lookup 8"]["acceptance_length"] > 1
+    assert all(route["identical_share"] == 1 for route in routes.values())
+    for way, route in again["routes"].items():
+        assert route["acceptance_length"] == routes[way]["acceptance_length"]
+
+
 def test_plain_generate_always_runs_and_every_combination_is_a_cell(pair):
     cells = run(pair, routes=("tier2",), batch_sizes=(1, 2), num_assistant_tokens=(2, 4), limit=2)
 
@@ -211,6 +287,7 @@ def test_regrouped_rows_are_alone_once_and_together_once():
         ({"batch_sizes": (0,)}, "`--batch-sizes` of at least 1, got 0"),
         ({"repeats": 0}, "`--repeats`"),
         ({"limit": 0}, "`--limit`"),
+        ({"lookup_num_tokens": 0}, "`--lookup`"),
         ({"num_assistant_tokens": (0,)}, "`num_assistant_tokens` to be an integer of at least 1"),
     ],
 )
@@ -430,9 +507,10 @@ def measure(runner, prompts, *names):
 def test_compiled_routes_give_the_same_texts(pair):
     runner = compiling_runner(pair, "aot_eager")
 
-    records = measure(runner, [[5, 6, 7, 5, 6], [5, 6, 7]], "ar", "ar_plus", "tier2", "tier2_compiled").records
+    names = ["ar", "ar_plus", "tier2", "tier2_compiled", "lookup_compiled", "every_source_compiled"]
+    records = measure(runner, [[5, 6, 7, 5, 6], [5, 6, 7]], *names).records
 
-    assert list(records) == ["ar", "ar_plus", "tier2", "tier2_compiled"]
+    assert list(records) == names
     assert not any(record.differing for record in records.values())
     assert records["tier2_compiled"].compile_seconds > 0
     assert records["tier2"].compile_seconds == 0

@@ -12,7 +12,7 @@ from documents import ROOT
 from families import make_draft, make_forgetful, make_model
 from transformers import AutoTokenizer
 
-from pard_hf.cli import TintedStreamer, main, with_head_mode
+from pard_hf.cli import TintedStreamer, main, with_optional_values
 
 
 @pytest.fixture
@@ -100,7 +100,67 @@ def test_bad_input_is_a_sentence(pair_folders, capsys, arguments, message):
 def test_pair_goes_together(pair_folders, capsys):
     assert main(["generate", "hello", *pair_folders[:2]]) == 2
 
-    assert "only a target" in capsys.readouterr().err
+    assert "Expected a draft for the target" in capsys.readouterr().err
+
+
+@pytest.fixture
+def target_folder(tmp_path, bundled_like_tokenizer):
+    """A target without a draft."""
+    make_model("llama", max_position_embeddings=256).save_pretrained(tmp_path / "alone")
+    bundled_like_tokenizer.save_pretrained(tmp_path / "alone")
+    return ["--target", str(tmp_path / "alone"), "--device", "cpu", "--max-new-tokens", "40"]
+
+
+SOURCES = {"32": "draft", "36": "copy", "33": "successors"}
+
+
+@pytest.mark.parametrize("with_draft", [False, True])
+def test_lookup_needs_no_draft_and_tells_sources_apart(pair_folders, target_folder, with_draft, capsys):
+    command = ["generate", "hello", *(pair_folders[:6] if with_draft else target_folder[:2])]
+    command += ["--device", "cpu", "--max-new-tokens", "40"]
+    main([*command, "--lookup", "--json"])
+    row = json.loads(capsys.readouterr().out)
+    main([*command, "--lookup", "--color", "always"])
+    tinted, summary = capsys.readouterr()
+    main([*command, "--lookup", "4", "--color", "never"])
+    plain = capsys.readouterr().out
+
+    accepted = {name for name, count in row["accepted_by_source"].items() if count}
+    assert row["prompt_lookup_num_tokens"] == 10
+    assert ("num_assistant_tokens" in row) == with_draft
+    assert sum(row["accepted_by_source"].values()) == row["num_accepted"] > 0
+    assert {SOURCES[code] for code in re.findall(r"\033\[(3\d)m", tinted)} == accepted
+    assert accepted == ({"draft"} if with_draft else {"copy", "successors"})
+    assert {SOURCES[code] for code in re.findall(r"\033\[(3\d)m(?=\w+ \d+%)", summary)} >= accepted
+    assert re.sub(r"\033\[\d+m", "", tinted) == plain == row["text"] + "\n"
+
+
+def test_several_prompts_share_what_is_remembered(target_folder, tmp_path, capsys):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "hello"}\n' * 2)
+    command = ["generate", "--file", str(tmp_path / "prompts.jsonl"), *target_folder, "--lookup", "--batch-size", "1"]
+
+    lengths = []
+    for prompts in (command, ["generate", "hello", *target_folder, "--lookup"]):
+        assert main(prompts) == 0
+        lengths.append(float(re.search(r"τ ([\d.]+)", capsys.readouterr().err)[1]))
+
+    assert lengths[0] > lengths[1]
+
+
+def test_a_draft_is_not_counted_where_there_is_none(target_folder, capsys):
+    assert main(["generate", "hello", *target_folder, "--lookup", "--num-assistant-tokens", "4"]) == 2
+
+    assert "Expected a draft with `--num-assistant-tokens`, got none" in capsys.readouterr().err
+
+
+def test_demo_without_a_draft(target_folder, capsys):
+    assert main(["demo", *target_folder[:4], "--max-new-tokens", "12", "--repeats", "1", "--lookup"]) == 0
+
+    out = capsys.readouterr().out
+    assert out.startswith("lookup 10 · float32")
+    assert out.count("with lookup\n") == 6
+    assert "identical 6/6" in out
+    assert re.search(r"accepted from .*successors \d+%", out)
 
 
 def test_demo_says_whether_texts_are_identical(pair_folders, capsys):
@@ -251,12 +311,14 @@ def test_help_of_train_has_headings_and_whole_names(capsys):
     assert any(line.startswith("  --gradient-accumulation-steps <int>") for line in lines)
 
 
-def test_correction_head_without_a_mode_is_frozen():
+def test_flags_may_stand_without_a_value():
     words = ["train", "--correction-head", "--base", "b"]
-    assert with_head_mode(words) == ["train", "--correction-head=frozen", "--base", "b"]
+    assert with_optional_values(words) == ["train", "--correction-head=frozen", "--base", "b"]
     for mode in ("frozen", "joint"):
-        assert with_head_mode(["--correction-head", mode]) == ["--correction-head", mode]
-    assert with_head_mode(["--correction-head"]) == ["--correction-head=frozen"]
+        assert with_optional_values(["--correction-head", mode]) == ["--correction-head", mode]
+    assert with_optional_values(["--correction-head"]) == ["--correction-head=frozen"]
+    assert with_optional_values(["generate", "--lookup", "hi"]) == ["generate", "--lookup=10", "hi"]
+    assert with_optional_values(["--lookup", "4", "--lookup=6"]) == ["--lookup", "4", "--lookup=6"]
 
 
 def test_help_loads_no_models():

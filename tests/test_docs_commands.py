@@ -21,7 +21,7 @@ from test_docs import PYPROJECT
 
 from benchmarks.plots import main as draw_plots
 from pard_hf import bundled_pair
-from pard_hf.cli import app, main, with_head_mode
+from pard_hf.cli import app, main, with_optional_values
 from pard_hf.draft import model as draft_model
 from pard_hf.draft.known_drafts import KNOWN_DRAFTS
 from pard_hf.hub import checkpoint
@@ -223,7 +223,7 @@ def flags_of_commands():
 
 def parsed(words):
     """What the command of a line is given, once its flags are parsed."""
-    name, *words = with_head_mode(words)
+    name, *words = with_optional_values(words)
     return typer.main.get_command(app).commands[name].make_context(name, words).params
 
 

@@ -6,8 +6,10 @@ import re
 from dataclasses import fields
 
 import pytest
+import torch
 from documents import DOCUMENTS, RESULTS, ROOT, prose_of
 
+from pard_hf.generation.sources import Tables
 from pard_hf.hub.model_card import PUBLISHED
 from pard_hf.training.settings import TrainingSettings
 
@@ -206,6 +208,17 @@ def test_figures_of_the_remeasured_result_are_not_quoted():
 
     assert "bundled_batches.json" in section
     assert set(re.findall(r"\d+\.\d+", NAMES.sub("", section))) == {"3.63", "1.33"}
+
+
+def test_bytes_of_a_memory_are_as_quoted():
+    rows = re.findall(r"^\| ([\d,]+) \(.*\) \| ([\d,]+) \|$", text_of("docs/sources.md"), flags=re.MULTILINE)
+    sizes = {int(v.replace(",", "")): int(size.replace(",", "")) for v, size in rows}
+
+    assert sizes.keys() == {49_152, 151_936}
+    for vocab_size, size in sizes.items():
+        tables = Tables.empty(vocab_size, torch.device("cpu"))
+        assert size == sum(tensor.nbytes for tensor in vars(tables).values())
+        assert f"64 bytes a token, and {size - 64 * vocab_size:,} bytes" in text_of("docs/sources.md")
 
 
 def identical_shares(value):

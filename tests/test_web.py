@@ -19,8 +19,9 @@ from demo.race import Race
 from demo.room import check_disk, check_memory
 from demo.running import MOST_JOBS, RunningJobs
 from demo.sentences import in_words
-from demo.settings import Settings, encoded_prompt
+from demo.settings import BOTH, LOOKUP, Settings, encoded_prompt
 from demo.transcript import Round, Transcript
+from demo.visitor import MEMORIES, MOST_MEMORIES, Visitor
 from pard_hf import load_pair
 from pard_hf.loading import PairPaths
 
@@ -56,6 +57,9 @@ def plain(pair, ids, settings):
     [
         Settings(),
         Settings(tree_size=16),
+        Settings(proposer=LOOKUP),
+        Settings(proposer=BOTH),
+        Settings(4, 60, 0.8, 0.9, 3, tree_size=8, proposer=BOTH),
         Settings(1),
         Settings(16, 40),
         Settings(8, 30, 0.8, 0.9, 3),
@@ -216,9 +220,71 @@ def test_a_transcript_counts_rounds_of_every_loop():
     stock.put(torch.tensor([4, 5, 6]))
     stock.put(torch.tensor([7]))
 
-    assert ours.rounds == [Round((4, 5), 6), Round((), 7), Round((), 8)]
+    draft = ("draft", "draft")
+    assert ours.rounds == [Round((4, 5), 6, draft), Round((), 7, ()), Round((), 8, ())]
     assert ours.tokens == [4, 5, 6, 7, 8]
     assert stock.rounds == ours.rounds[:2]
+
+
+def test_a_round_tells_the_source_of_each_token():
+    transcript = Transcript()
+    transcript.put(torch.tensor([[1, 2, 3]]))
+    for token, source in ((4, "copy"), (5, "copy"), (6, "successors"), (7, "draft")):
+        transcript.put_accepted(torch.tensor([token]), source=source)
+    transcript.put(torch.tensor([8]))
+    transcript.put_accepted(torch.tensor([9]), source="copy")
+    transcript.end()
+
+    first, last = transcript.rounds
+    assert first.runs == [("copy", (4, 5)), ("successors", (6,)), ("draft", (7,))]
+    assert last == Round((), 9, ())
+
+
+@pytest.mark.parametrize("proposer", [LOOKUP, BOTH])
+def test_accepted_tokens_have_the_colour_of_their_source(pair, proposer):
+    settings = Settings(proposer=proposer)
+    race = run(Race(pair, encoded_prompt(pair, CODE, settings), settings))
+    view = race.view()
+
+    shown = html.tinted_text(pair.tokenizer, view.pard, settings.proposals)
+
+    counts = view.stats.accepted_by_source
+    sources = {source for round_ in view.pard.rounds for source in round_.sources}
+    assert sources == {source for source, count in counts.items() if count}
+    assert ("draft" in sources) == (proposer == BOTH)
+    for source in counts:
+        assert (f'class="pard-accepted pard-{source} ' in shown) == (source in sources)
+    assert "of 16 nodes accepted" in shown
+    assert "Accepted tokens by what proposed them" in html.stats_bars(view.stats)
+    number, round_ = max(enumerate(view.pard.rounds, start=1), key=lambda item: len(item[1].accepted))
+    inside = html.accepted_table(pair.tokenizer, round_, number, len(view.pard.rounds))
+    assert inside.count('class="pard-accepted"') == len(round_.accepted) > 0
+
+
+def test_a_visitor_is_remembered_and_alone(pair):
+    settings = Settings(proposer=LOOKUP)
+    ids = encoded_prompt(pair, CODE, settings)
+    visitor, other = Visitor(), Visitor()
+
+    lengths = [run(Race(pair, ids, settings, who)).view().acceptance_length for who in (visitor, visitor, other)]
+
+    assert lengths[1] > lengths[0] == lengths[2]
+    assert visitor.memory is not other.memory
+    run(ChatTurn(pair, Chat(), CODE, Settings(8, 10, proposer=LOOKUP), visitor))
+    kept = visitor.memory
+    assert visitor.memory_of(load_pair(dtype="float32", device="cpu").target) is kept
+    assert visitor.memory_of(make_model("llama")) is not kept
+    assert run(Race(pair, ids, Settings(), third := Visitor())).is_over
+    assert third.memory is None
+
+
+def test_few_memories_are_kept(pair):
+    visitors = [Visitor() for _ in range(MOST_MEMORIES + 1)]
+    for visitor in visitors:
+        visitor.memory_of(pair.target)
+
+    assert [visitor.memory is None for visitor in visitors] == [True] + [False] * MOST_MEMORIES
+    assert len(MEMORIES.owners) == MOST_MEMORIES
 
 
 @pytest.mark.parametrize("settings", [Settings(), Settings(5, 60, 0.7, 0.95, 2)])
@@ -296,6 +362,7 @@ def test_a_round_without_room_had_no_proposals(pair):
         ((8, 128, 1, 1, "seven"), "Expected a number in the field Seed, got 'seven'"),
         ((8, 128, 0, 1, 0, 65), "Expected Tree from 0 to 64, got 65"),
         ((8, 128, 0, 1, 0, None), "Expected a number in the field Tree, got nothing"),
+        ((8, 128, 0, 1, 0, 0, "a guess"), "Expected proposals from one of the draft; the text, no draft; the draft"),
         ((True, 128, 1, 1, 1), "Expected a number in the field K, got True"),
         ((8, 128, 1, 1, 10**400), "Expected Seed from 0 to 4294967295, got one of hundreds of digits"),
     ],
@@ -537,7 +604,10 @@ def test_what_anybody_said_is_escaped(pair):
     bad = "<img src=x onerror=alert(1)> & <script>"
     ids = pair.tokenizer(bad)["input_ids"]
     race = Race(pair, ids, Settings())
-    race.transcripts[1].rounds = [Round(tuple(ids[:5]), ids[5]), *(Round((), token) for token in ids[6:])]
+    race.transcripts[1].rounds = [
+        Round(tuple(ids[:5]), ids[5], ("draft",) * 5),
+        *(Round((), token, ()) for token in ids[6:]),
+    ]
     race.transcripts[0].rounds = race.transcripts[1].rounds
     view = race.view()
 

@@ -22,6 +22,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from ..generation.config import DEFAULT_DEPTH
 from ..generation.stats import DecodingStats, now
 from ..host import cache_of, check_num_assistant_tokens, end_token_ids, input_device, num_positions
 from ..io import conditions_of, shown_command, shown_model, write_whole
@@ -43,7 +44,9 @@ CLEAR_REFS, PROCESS_STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/sta
 class BenchmarkSettings:
     """Settings of a benchmark: what is measured, and how often.
 
-    Every batch size with every K is a cell; without any K, the draft's own. Plain `generate` runs whatever `routes`
+    Every batch size with every K is a cell; without any K, the draft's own, or without a draft `lookup_num_tokens`:
+    that many tokens at most follow each other in what is proposed without a draft, and K in prompt lookup of
+    transformers. Plain `generate` runs whatever `routes`
     are, as everything is compared with it. `limit` prompts of a set are drawn by `seed`; text of the set is put before
     prompts shorter than `context` tokens; `tree_size` is N, for the routes that draft a tree.
     """
@@ -57,6 +60,7 @@ class BenchmarkSettings:
     seed: int = 0
     context: int | None = None
     tree_size: int = DEFAULT_TREE_SIZE
+    lookup_num_tokens: int = DEFAULT_DEPTH
 
     def __post_init__(self) -> None:
         for name in self.routes:
@@ -64,6 +68,7 @@ class BenchmarkSettings:
                 raise ValueError(f"Expected routes among {', '.join(ROUTES)}, got {name!r}. Name one of these.")
         values = {"batch-sizes": min(self.batch_sizes), "assistant-tree-size": self.tree_size, "limit": self.limit}
         values |= {"repeats": self.repeats, "max-new-tokens": self.max_new_tokens, "context": self.context}
+        values["lookup"] = self.lookup_num_tokens
         for flag, value in values.items():
             if value is not None and value < 1:
                 raise ValueError(f"Expected `--{flag}` of at least 1, got {value}. Raise it.")
@@ -98,11 +103,13 @@ class Benchmark:
         advance: Callable[[float, str], None] = lambda share, text: None,
     ):
         self.pair, self.settings, self.advance = pair, settings, advance
-        self.runner = RouteRunner(pair, tree_size=settings.tree_size)
-        self.counts = settings.num_assistant_tokens or (pair.draft.num_assistant_tokens,)
+        self.runner = RouteRunner(pair, tree_size=settings.tree_size, lookup_num_tokens=settings.lookup_num_tokens)
+        default = settings.lookup_num_tokens if pair.draft is None else pair.draft.num_assistant_tokens
+        self.counts = settings.num_assistant_tokens or (default,)
+        configs = [model.config for model in pair.models]
         for num_assistant_tokens in self.counts:
-            check_num_assistant_tokens(num_assistant_tokens, pair.target.config, pair.draft.config)
-        self.longest = min(num_positions(m.config) for m in (pair.target, pair.draft)) - settings.max_new_tokens
+            check_num_assistant_tokens(num_assistant_tokens, *configs)
+        self.longest = min(map(num_positions, configs)) - settings.max_new_tokens
         if (settings.context or 1) > self.longest:
             raise ValueError(
                 f"Expected prompts of at most {self.longest} tokens before {settings.max_new_tokens} new ones, the "
@@ -160,7 +167,7 @@ class Benchmark:
 
     def measure(self, prompts: EncodedSet, batch_size: int, num_assistant_tokens: int, share: float) -> dict[str, Any]:
         """Measure one cell, `share` of the whole run, and return it as results hold it."""
-        runner, repeats = self.runner, self.settings.repeats
+        runner, repeats, target = self.runner, self.settings.repeats, self.pair.target
         runner.num_assistant_tokens = num_assistant_tokens
         routes = [route for name, route in ROUTES.items() if name == "ar" or name in self.settings.routes]
         served = [route for route in routes if runner.unsupported_reason(route, batch_size) is None]
@@ -174,9 +181,10 @@ class Benchmark:
         measurement.run(routes, repeats)
         ar = measurement.records["ar"]
         mean_prompt, mean_new = (sum(map(len, t)) / len(t) for t in (prompts.ids, ar.texts.values()))
-        num_bytes = self.bytes_per_round(len(ar.texts) / ar.num_batches, mean_prompt + mean_new / 2)
+        num_rows, mean_length = len(ar.texts) / ar.num_batches, mean_prompt + mean_new / 2
+        target_bytes, num_bytes = (bytes_per_round(m, num_rows, mean_length) for m in ((target,), self.pair.models))
         for record in measurement.records.values():
-            record.copy_seconds = num_bytes / self.bandwidth
+            record.copy_seconds = (num_bytes if record.route.is_drafted else target_bytes) / self.bandwidth
             record.difference = self.difference(prompts, ar, record)
         cell = {
             "prompts": prompts.name,
@@ -215,11 +223,6 @@ class Benchmark:
             "logit_gap": record.logit_gaps[index],
         }
 
-    def bytes_per_round(self, num_rows: float, length: float) -> int:
-        """Count bytes of weights, keys and values that a round reads for `num_rows` texts of mean `length`."""
-        models = (self.pair.target, self.pair.draft)
-        return round(sum(weight_bytes(model) + num_rows * cache_bytes(model, length) for model in models))
-
     @cached_property
     def bandwidth(self) -> float:
         return copy_bandwidth(self.pair.target.device)
@@ -257,6 +260,7 @@ class Measurement:
                 self.not_served[route.name] = reason
         records = list(self.records.values())
         for repeat in range(repeats):
+            self.runner.memory.clear()
             for record in records:
                 record.seconds.append(0.0)
                 record.first_seconds.append(0.0)
@@ -272,6 +276,7 @@ class Measurement:
 
     def warm_up(self, route: Route) -> str | None:
         """Run a route on every batch and record its texts; return the reason if it cannot run."""
+        self.runner.memory.clear()
         record = RouteRecord(route, self.records, len(self.batches))
         try:
             for batch in self.batches:
@@ -326,6 +331,7 @@ class Measurement:
 
     def time_rounds(self, record: RouteRecord) -> None:
         """Run once more and time the steps of all rounds, waiting for the device after every step."""
+        self.runner.memory.clear()
         seconds, stats = Counter[str](), DecodingStats()
         options = {"return_dict_in_generate": True, "measure_rounds": True}
         for batch in self.batches:
@@ -397,7 +403,7 @@ def logit_gap(target: Any, prompt: list[int], expected: list[int], got: list[int
 
 
 def differences(cells: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """List routes with a parallel draft whose texts are not plain `generate`'s, and where they first differ."""
+    """List routes of ours whose texts are not plain `generate`'s, and where they first differ."""
     routes = (route for cell in cells for route in cell["routes"] if ROUTES[route["route"]].is_pard)
     return [(route["route"], route["difference"]) for route in routes if "difference" in route]
 
@@ -436,6 +442,11 @@ class MemoryGauge:
             return None
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+def bytes_per_round(models: Sequence[PreTrainedModel], num_rows: float, length: float) -> int:
+    """Count bytes of weights, keys and values that a round reads for `num_rows` texts of mean `length`."""
+    return round(sum(weight_bytes(model) + num_rows * cache_bytes(model, length) for model in models))
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
@@ -480,10 +491,11 @@ def run_metadata(
     metadata = {
         "command": shown_command(words),
         "target": shown_model(target),
-        "draft": shown_model(draft),
+        "draft": None if pair.draft is None else shown_model(draft),
         **conditions_of(pair.target),
         **{name: getattr(settings, name) for name in names},
         "assistant_tree_size": settings.tree_size,
+        "prompt_lookup_num_tokens": settings.lookup_num_tokens,
         "routes": None if settings.routes == tuple(ROUTES) else list(settings.routes),
     }
     return {name: value for name, value in metadata.items() if value is not None}

@@ -15,6 +15,7 @@ from typing import Any
 from ..generation.stats import DecodingStats
 from .routes import Route
 
+MEMORY_NOTE = "kept from batch to batch; emptied before each repeat"
 # New tokens by the index of the prompt.
 Texts = dict[int, list[int]]
 
@@ -89,6 +90,7 @@ class RouteRecord:
             compile_seconds = max(self.warm_up_seconds - median(self.seconds), 0.0)
         return {
             "route": self.route.name,
+            "assistant_memory": MEMORY_NOTE if self.route.keeps_memory else None,
             "tokens_per_second": median(self.rates),
             "tokens_per_second_range": bounds(self.rates),
             "time_to_first_token": median(self.first_seconds) / self.num_batches,
@@ -113,6 +115,7 @@ class RouteRecord:
             "acceptance_rate": stats.acceptance_rate if stats and self.route.is_pard else None,
             "position_acceptance": list(stats.position_acceptance) if stats else None,
             "histogram": list(stats.histogram) if stats else None,
+            "accepted_by_source": stats.accepted_by_source if stats else None,
         }
 
     def rounds(self) -> dict[str, Any]:

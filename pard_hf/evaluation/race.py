@@ -17,7 +17,7 @@ from .prompts import REGROUPED_SIZE, PromptBatch, make_batches
 from .routes import compile_anywhere
 
 # The ways to generate; the last two are plain `generate` too, computed otherwise.
-PLAIN, PARD = "plain generate", "with the draft"
+PLAIN, PARD = "plain generate", "PARD"
 COMPILED, BATCHED = "eager against compiled", f"one row against a batch of {REGROUPED_SIZE}"
 COMPILED_ARGUMENTS = {"cache_implementation": "static", "compile_config": compile_anywhere()}
 
@@ -54,11 +54,11 @@ def race(
     """Run each way on the token ids of a prompt in turns; the first run of each is not timed.
 
     Compiled plain `generate` is a way of its own; the first prompt of a length compiles. `ours` are further arguments
-    of our `generate`.
+    of our `generate`, what proposes among them.
     """
     target, batch = pair.target, prompt_batch(pair, ids)
     common = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": True}
-    ways = {PLAIN: {}, PARD: {"assistant_model": pair.draft, **ours}}
+    ways = {PLAIN: {}, PARD: ours}
     if with_compiled:
         ways[COMPILED] = COMPILED_ARGUMENTS
     seconds: dict[str, list[float]] = {name: [] for name in ways}

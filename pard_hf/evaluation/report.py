@@ -110,7 +110,7 @@ def rounding_sentence(cell: dict[str, Any]) -> str:
 
 
 def table(headings: tuple[str, ...], rows: dict[str, list[str]], caption: str | None = None) -> Any:
-    """Make a table of routes by name, those with a parallel draft in green."""
+    """Make a table of routes by name, ours in green."""
     from rich import box
     from rich.table import Table
 

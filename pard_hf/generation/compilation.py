@@ -114,11 +114,11 @@ class CompiledSteps:
             getattr(static, name).copy_(tensor)
         return static
 
-    def tables(self, tables: Tables) -> Tables:
-        """Copy the tables of a call to static buffers."""
-        key = (tables.vocab_size, self.placement)
+    def tables(self, tables: Tables, device: torch.device) -> Tables:
+        """Copy the tables of a call to static buffers on a device."""
+        key = (tables.vocab_size, device, self.placement)
         if key not in self.kept.tables:
-            self.kept.tables[key] = Tables.empty(tables.vocab_size, tables.pairs.device)
+            self.kept.tables[key] = Tables.empty(tables.vocab_size, device)
             for tensor in vars(self.kept.tables[key]).values():
                 torch._dynamo.mark_static_address(tensor)
         self.kept.tables[key].copy_(tables)

@@ -30,7 +30,7 @@ class PardGenerationConfig(GenerationConfig):
     Args:
         assistant_tree_size (`int`, *optional*):
             N, nodes of the tree that the target verifies in a round; 0 for a chain of K proposals. Defaults to the
-            draft's, and else to 0.
+            draft's, and else to 0; with other sources to 16, shared by a batch, and at least K.
         assistant_sources (`list[str]`, *optional*):
             What proposes besides the draft: `"copy"` (continuations copied from the text so far) and `"successors"`
             (the target's own likeliest next tokens, remembered from earlier rounds). Both by default with
@@ -68,7 +68,11 @@ class PardGenerationConfig(GenerationConfig):
 
 
 def check_options(config: Any) -> None:
-    """Raise a `ValueError` for a verification, a source or a tree size that does not exist."""
+    """Raise a `ValueError` for a verification, a source, a tree size or a lookup that does not exist."""
+    for name in ("prompt_lookup_num_tokens", "max_matching_ngram_size"):
+        value = getattr(config, name)
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"Expected `{name}` to be an integer above 0, got {value!r}. Pass one, or drop it.")
     sources = config.assistant_sources
     if sources is not None and (isinstance(sources, str) or not set(sources) <= set(TEXT_SOURCES)):
         raise ValueError(f"Expected `assistant_sources` to be a list of {TEXT_SOURCES}, got {sources!r}.")

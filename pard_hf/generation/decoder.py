@@ -311,7 +311,7 @@ class PardDecoder:
         for row, count in enumerate(emitted):
             if count:
                 self.histogram[count - 1] += 1
-                self.num_drafted += choice.tree_size or min(choice.num_drafts, batch.remaining(row) - 1)
+                self.num_drafted += choice.at_most(batch.remaining(row) - 1).num_proposals
             batch.lengths[row] += grown[row]
         batch.target.num_unread = 1
         # The draft has not read accepted proposals either: their entries were computed from masks.

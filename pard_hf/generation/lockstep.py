@@ -68,6 +68,7 @@ class LockstepDecoder(PardDecoder):
             keep_step(self.batch.target, self.batch.rows, torch.stack(path, dim=1))
         self.append(processed, raw, emitted, choice)
         self.batch.unfinished = going.tolist()
+        self.batch.rows.is_finished.copy_(self.unfinished == 0)
 
     def append(
         self, processed: list[torch.Tensor], raw: list[torch.Tensor], emitted: torch.Tensor, choice: Choice

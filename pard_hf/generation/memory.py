@@ -77,21 +77,24 @@ class AssistantMemory:
             ValueError: The file is no memory, or that of another target.
         """
         memory = cls(target)
+        expected = f"Expected a memory that `AssistantMemory.save` wrote, got `{path}`"
+        advice = "Begin a new one with `AssistantMemory(target)`."
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except SafetensorError as error:
-            raise ValueError(f"Expected a memory that `AssistantMemory.save` wrote, got `{path}`: {error}.") from error
-        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+            raise ValueError(f"{expected}, which cannot be read ({error}). {advice}") from error
         if metadata.pop("format", None) != FORMAT:
-            raise ValueError(f"Expected a memory that `AssistantMemory.save` wrote, got `{path}`, which is none.")
+            raise ValueError(f"{expected}, which is none, or of another version of pard-hf. {advice}")
         check_signature(memory.signature, metadata)
-        if shapes != {name: (tensor.shape, tensor.dtype) for name, tensor in vars(memory.tables).items()}:
-            raise ValueError(
-                f"Expected a memory of this version of pard-hf, got `{path}` of another. Begin a new one."
-            )
-        memory.tables.copy_(Tables(**tensors))
+        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in vars(memory.tables).items()}
+        if shapes != {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}:
+            raise ValueError(f"{expected}, whose tensors are others. {advice}")
+        tables = Tables(**tensors)
+        if not tables.is_valid():
+            raise ValueError(f"{expected}, which is damaged. {advice}")
+        memory.tables.copy_(tables)
         return memory
 
     def check(self, target: PreTrainedModel) -> None:
@@ -126,8 +129,8 @@ def signature_of(target: PreTrainedModel) -> dict[str, str]:
 
 def check_signature(expected: dict[str, str], got: dict[str, str]) -> None:
     """Raise a `ValueError` where two targets differ in what both tell."""
-    for name in expected.keys() & got.keys():
-        if expected[name] != got[name]:
+    for name in expected:
+        if name in got and expected[name] != got[name]:
             raise ValueError(
                 f"Expected an `assistant_memory` of this target ({name} {expected[name]}), got one of another ({name} "
                 f"{got[name]}). Keep a memory for each target."
@@ -149,7 +152,7 @@ def sources_of(
         return
     memory = config._assistant_memory or AssistantMemory(target)
     with memory.in_use() as kept:
-        tables = kept.to(device) if compiled is None else compiled.tables(kept)
+        tables = kept.to(device) if compiled is None else compiled.tables(kept, device)
         references = config._assistant_reference_texts
         if references is None:
             references = torch.full((1, 1), -1)

@@ -49,7 +49,7 @@ from .config import (
 )
 from .decoder import PardDecoder, RatioTestDecoder, end_tokens, max_length
 from .lockstep import LockstepDecoder
-from .memory import sources_of
+from .memory import AssistantMemory, sources_of
 from .sampling import Noise, is_prefix_free, is_stateless
 from .sources import COMPONENTS, accepted_by_source, encode_references
 from .stats import DecodingStats
@@ -58,7 +58,6 @@ from .validation import (
     check_mode,
     check_pair,
     check_prompt,
-    check_references,
     full_attention_mask,
     unsupported_by_any_loop,
     unsupported_by_own_loop,
@@ -121,7 +120,8 @@ class PardGenerationMixin(GenerationMixin):
         """
         kwargs = with_cache_renamed(kwargs)
         if kwargs.get("assistant_reference_texts") is not None:
-            references = encode_references(kwargs["assistant_reference_texts"], kwargs.get("tokenizer"))
+            texts, vocab_size = kwargs["assistant_reference_texts"], self.config.get_text_config().vocab_size
+            references = encode_references(texts, kwargs.get("tokenizer"), vocab_size)
             kwargs["assistant_reference_texts"] = references
         if isinstance(assistant_model, PardDraftModel):
             warn_where_untested()
@@ -176,17 +176,13 @@ class PardGenerationMixin(GenerationMixin):
         is_drafted = isinstance(draft, PardDraftModel)
         if is_drafted and config.assistant_tree_size is None:
             config.assistant_tree_size = getattr(draft.generation_config, "assistant_tree_size", None)
-        if any(getattr(config, name) is not None for name in OPTIONS):
-            check_options(config)
+        check_options(config)
         looks_up = draft is None and text_sources(config) and generation_mode == GenerationMode.ASSISTED_GENERATION
         if not is_drafted and (not looks_up or self.config.is_encoder_decoder):
             check_call_arguments_unused(config, draft, generation_mode)
             return super()._validate_generation_mode(generation_mode, config, generation_mode_kwargs)
         check_mode(self, config, is_drafted)
-        if config._assistant_memory is not None:
-            config._assistant_memory.check(self)
-        if config._assistant_reference_texts is not None:
-            check_references(config._assistant_reference_texts, self.config.get_text_config().vocab_size)
+        check_memory(self, config._assistant_memory)
         if not is_drafted:
             if config.verification == "ratio_test" and config.do_sample:
                 warn_once("The ratio test needs the distribution of a draft: tokens are verified by sample-and-match.")
@@ -393,6 +389,17 @@ def decoder_class(
             "Use the default, `verification='sample_and_match'`."
         )
     return RatioTestDecoder
+
+
+def check_memory(target: PreTrainedModel, memory: Any) -> None:
+    """Raise a `ValueError` if a call's memory is none, or that of another target."""
+    if isinstance(memory, AssistantMemory):
+        memory.check(target)
+    elif memory is not None:
+        raise ValueError(
+            f"Expected `assistant_memory` to be an `AssistantMemory`, got {memory!r}. Load a saved one with "
+            "`AssistantMemory.load(path, target)`."
+        )
 
 
 def with_stats(output: Any, stats: DecodingStats) -> Any:

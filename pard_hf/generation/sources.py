@@ -16,6 +16,7 @@ components of the mixture, V tokens.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -42,7 +43,17 @@ NUM_DRAFT_CANDIDATES = 32
 # too), in whether the tables know the last token or the last two, and, where a draft proposes, in depth.
 DEPTH_BOUNDS = (1, 2, 3, 5)
 NUM_DEPTHS = len(DEPTH_BOUNDS) + 1
+LONGEST_CONTEXT = 10
 NUM_CONTEXTS = 8 * 3 * NUM_DEPTHS
+# The prior, in per cent of what is chosen: of each component (copies, successors of two tokens, of one) by what is
+# known and by tokens matched. Fitted to answers of SmolLM2-135M-Instruct to HumanEval and GSM8K prompts. Where a draft
+# proposes too it has at least `DRAFT_SHARES`, by tokens matched.
+PRIOR_SHARES = (
+    ((0, 33, 68, 78, 76, 86, 84, 87), (0, 25, 38, 60, 75, 75, 74, 90), (0, 18, 25, 34, 36, 45, 57, 63)),
+    ((0, 0, 0, 0, 0, 0, 0, 0), (0, 0, 0, 0, 0, 0, 0, 0), (60, 53, 37, 37, 38, 31, 28, 26)),
+    ((0, 0, 0, 0, 0, 0, 0, 0), (55, 40, 35, 17, 13, 9, 12, 3), (26, 12, 24, 16, 15, 17, 11, 9)),
+)
+DRAFT_SHARES = (95, 95, 95, 90, 80, 70, 60, 50)
 # Rounds' worth of belief in the prior, and the most that a context remembers.
 PRIOR_STRENGTH, MOST_REMEMBERED = 10.0, 100.0
 # Vocabularies beyond this size are searched block by block.
@@ -67,33 +78,36 @@ class Sources:
     has_draft: bool
 
 
-def encode_references(texts: Sequence[Any], tokenizer: Any) -> torch.Tensor:
+def encode_references(texts: Sequence[Any], tokenizer: Any, vocab_size: int) -> torch.Tensor:
     """Encode texts to copy from, strings or token ids, as `[1, R]` ids, -1 after each text.
 
     Raises:
-        ValueError: There is a string and no tokenizer, or something else than a list of texts.
+        ValueError: There is a string and no tokenizer, something else than a list of texts, or an id that is none.
     """
-    ids: list[int] = [-1]
     if isinstance(texts, str):
         raise ValueError(
             "Expected `assistant_reference_texts` to be a list of texts, got one string. Put it in a list."
         )
+    encoded = [torch.tensor([-1])]
     for text in texts:
-        if not isinstance(text, str):
-            if (given := torch.as_tensor(text)).dim() != 1:
-                raise ValueError(
-                    "Expected each text in `assistant_reference_texts` to be a string or a list of token ids, got "
-                    f"{given.dim()} dimensions. Pass one list of ids a text."
-                )
-            ids += [*given.tolist(), -1]
-        elif tokenizer is not None:
-            ids += [*tokenizer.encode(text, add_special_tokens=False), -1]
-        else:
+        if isinstance(text, str) and tokenizer is None:
             raise ValueError(
                 "Expected `tokenizer` with `assistant_reference_texts` that are strings, got none. Pass `tokenizer=`, "
                 "or token ids."
             )
-    return torch.tensor([ids])
+        ids = tokenizer.encode(text, add_special_tokens=False) if isinstance(text, str) else text
+        try:
+            row = torch.as_tensor(ids).cpu()
+        except (TypeError, ValueError, RuntimeError):  # Nested lists, or what a tokenizer returns as a dict.
+            row = torch.empty(0, 0)
+        is_text = row.dim() == 1 and not (len(row) and row.is_floating_point())
+        if not is_text or ((row < 0) | (row >= vocab_size)).any():
+            raise ValueError(
+                "Expected each of `assistant_reference_texts` to be a string or a list of token ids in [0, "
+                f"{vocab_size}), got {reprlib.repr(ids)}. Pass `tokenizer(text).input_ids` of each text."
+            )
+        encoded += [row.long(), encoded[0]]
+    return torch.cat(encoded).unsqueeze(0)
 
 
 class Matches(NamedTuple):
@@ -118,8 +132,9 @@ def find_matches(
     back = end - torch.arange(longest, device=text.device)
     # Neither a match nor the row's own text reaches across the beginning of a text.
     suffix = torch.where(back < start, -2, text.gather(1, back.clamp(min=0)))
-    matched, is_match = torch.zeros_like(text), columns < end
-    for k in range(longest):
+    # Of a reference's last token nothing follows.
+    matched, is_match = torch.zeros_like(text), (columns < end) & (text.roll(-1, dims=1) >= 0)
+    for k in range(min(longest, width)):
         is_match = is_match & (pad(text[:, : width - k], (k, 0), value=-1) == suffix[:, k : k + 1])
         matched = matched + is_match
     rank, ends = (matched * width + columns).topk(min(NUM_MATCHES, width), dim=1)
@@ -127,6 +142,7 @@ def find_matches(
     following = ends.unsqueeze(2) + torch.arange(1, num_depths + 1, device=text.device)
     is_known = (following <= end.unsqueeze(2)) & (lengths > 0).unsqueeze(2)
     copied = text.gather(1, following.clamp(max=width - 1).flatten(1)).view_as(following)
+    is_known &= (copied < 0).cumsum(dim=2) == 0  # As far as a reference's end.
     return Matches(torch.where(is_known, copied, -1), lengths)
 
 
@@ -134,34 +150,20 @@ def find_matches(
 class Tables:
     """What is remembered of a target; changed in place, so that compiled steps find it where it was.
 
-    Of each token, and of each pair of tokens that a slot holds, the target's likeliest next tokens, -1 for none, and
-    their probabilities. The last row of each takes what is to be dropped. `weights` are the expected counts of each
-    component in each context, and of none of them.
+    A row holds the target's likeliest next tokens, -1 for none, and their probabilities, all as floats: a round looks
+    up many rows, one by one depth. The last row of each table takes what is to be dropped.
     """
 
-    after_one: torch.Tensor  # `[V + 1, NUM_SUCCESSORS]`
-    after_one_probs: torch.Tensor
-    pairs: torch.Tensor  # `[NUM_PAIRS + 1]`
-    after_two: torch.Tensor  # `[NUM_PAIRS + 1, NUM_SUCCESSORS]`
-    after_two_probs: torch.Tensor
-    weights: torch.Tensor  # `[2, NUM_CONTEXTS, S + 1]`, without a draft and with one.
+    after_one: torch.Tensor  # `[V + 1, 2 * NUM_SUCCESSORS]`, by the last token.
+    after_two: torch.Tensor  # `[NUM_PAIRS + 1, 2 * NUM_SUCCESSORS + 2]`, by the last two, which end the row.
+    weights: torch.Tensor  # `[2, NUM_CONTEXTS, S + 1]`, expected counts without a draft and with one.
 
     @classmethod
     def empty(cls, vocab_size: int, device: torch.device) -> Tables:
-        def nothing(num_rows: int) -> torch.Tensor:
-            return torch.full((num_rows + 1, NUM_SUCCESSORS), -1, dtype=torch.int32, device=device)
-
         with torch.inference_mode(False):  # Later calls outside it write to them too.
-            one, two = nothing(vocab_size), nothing(NUM_PAIRS)
-            pairs = torch.full((NUM_PAIRS + 1,), -1, dtype=torch.long, device=device)
-            return cls(
-                one,
-                torch.zeros_like(one, dtype=torch.float32),
-                pairs,
-                two,
-                torch.zeros_like(two, dtype=torch.float32),
-                prior_weights().to(device),
-            )
+            one = torch.full((vocab_size + 1, 2 * NUM_SUCCESSORS), -1.0, device=device)
+            two = torch.full((NUM_PAIRS + 1, 2 * NUM_SUCCESSORS + 2), -1.0, device=device)
+            return cls(one, two, prior_weights().to(device))
 
     @property
     def vocab_size(self) -> int:
@@ -173,23 +175,24 @@ class Tables:
 
     def to(self, device: torch.device) -> Tables:
         """Return these tables, or a copy where they are on another device."""
-        if self.pairs.device == device:
+        if self.weights.device == device:
             return self
         return Tables(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
     def clear(self) -> None:
-        self.copy_(Tables.empty(self.vocab_size, self.pairs.device))
+        self.copy_(Tables.empty(self.vocab_size, self.weights.device))
+
+    def is_valid(self) -> bool:
+        """Return whether all values are numbers, tokens those of the vocabulary and counts from 0 on."""
+        tokens = torch.cat([self.after_one[:, :NUM_SUCCESSORS], self.after_two[:, :NUM_SUCCESSORS]])
+        are_finite = all(bool(tensor.isfinite().all()) for tensor in vars(self).values())
+        are_tokens = bool(((tokens >= -1) & (tokens < self.vocab_size)).all())
+        return are_finite and are_tokens and bool((self.weights >= 0).all())
 
     def mixture_weights(self, has_draft: bool) -> torch.Tensor:
         """Return what each component is to be believed in each context, and none of them, `[NUM_CONTEXTS, S + 1]`."""
         weights = self.weights[int(has_draft)]
         return weights / weights.sum(dim=-1, keepdim=True)
-
-    def key_of(self, previous: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the keys of pairs of tokens and the slots where they are kept; the last slot where one is unknown."""
-        keys = previous * self.vocab_size + tokens
-        slots = (previous * 1_000_003 + tokens * 7_919) % NUM_PAIRS
-        return keys, torch.where((previous < 0) | (tokens < 0), NUM_PAIRS, slots)
 
     def successors(
         self, previous: torch.Tensor, tokens: torch.Tensor
@@ -198,50 +201,51 @@ class Tables:
 
         What is known is 0 for nothing, 1 for the last token, 2 for the last two.
         """
-        keys, slots = self.key_of(previous, tokens)
-        is_pair = ((self.pairs[slots] == keys) & (slots < NUM_PAIRS)).unsqueeze(2)
-        row = torch.where(tokens < 0, self.vocab_size, tokens)
-        one, two = self.after_one[row], torch.where(is_pair, self.after_two[slots], -1)
-        known = torch.where(is_pair[..., 0], 2, (one[..., 0] >= 0).long())
-        return (two.long(), self.after_two_probs[slots]), (one.long(), self.after_one_probs[row]), known
+        one, two = self.after_one[tokens], self.after_two[slots_of(previous, tokens)]  # -1 is the last row.
+        is_other = (two[..., -2] != previous) | (two[..., -1] != tokens)
+        ids = two[..., :NUM_SUCCESSORS].masked_fill(is_other.unsqueeze(2), -1)
+        known = (one[..., 0] >= 0).long() + ~is_other
+        return (ids, two[..., NUM_SUCCESSORS:-2]), (one[..., :NUM_SUCCESSORS], one[..., NUM_SUCCESSORS:]), known
 
     def observe(self, previous: torch.Tensor, tokens: torch.Tensor, logits: torch.Tensor) -> None:
         """Remember the likeliest next tokens after `[B, N]` tokens, of which -1 are none, from logits `[B, N, V]`."""
         likeliest, probs = likeliest_tokens(logits)
-        # Of equal keys the first, which is the likelier node, is written last.
-        previous, tokens, likeliest, probs = (
-            values.flip(1).flatten(0, 1) for values in (previous, tokens, likeliest.int(), probs)
-        )
-        keys, slots = self.key_of(previous, tokens)
-        row = torch.where(tokens < 0, self.vocab_size, tokens)
-        width = likeliest.shape[1]
-        for table, index, values in (
-            (self.after_one[:, :width], row, likeliest),
-            (self.after_one_probs[:, :width], row, probs),
-            (self.after_two[:, :width], slots, likeliest),
-            (self.after_two_probs[:, :width], slots, probs),
-            (self.pairs, slots, keys),
-        ):
-            table.index_copy_(0, index, values)
+        missing = NUM_SUCCESSORS - likeliest.shape[2]
+        pairs = torch.stack([previous, tokens], dim=2)
+        rows = torch.cat([pad(likeliest, (0, missing), value=-1), pad(probs, (0, missing)), pairs], dim=2)
+        slots = slots_of(previous, tokens).masked_fill((previous < 0) | (tokens < 0), NUM_PAIRS)
+        tokens = tokens.masked_fill(tokens < 0, self.vocab_size)
+        # Of equal ones the first, which is the likelier node, is written last.
+        rows, slots, tokens = rows.flip(1).flatten(0, 1), slots.flip(1).flatten(), tokens.flip(1).flatten()
+        self.after_one.index_copy_(0, tokens, rows[:, :-2])
+        self.after_two.index_copy_(0, slots, rows)
         self.after_one[-1].fill_(-1)
-        self.after_two[-1].fill_(-1)
+
+
+def slots_of(previous: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the rows that pairs of tokens share by a hash."""
+    return (previous * 1_000_003 + tokens * 7_919) & (NUM_PAIRS - 1)
 
 
 def likeliest_tokens(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the likeliest tokens of logits `[..., V]` and their probabilities, `NUM_SUCCESSORS` of each at most."""
+    """Return the likeliest tokens of logits `[..., V]` and their probabilities, `NUM_SUCCESSORS` of each at most.
+
+    A large vocabulary is not summed over: probabilities are those among the blocks that hold the likeliest tokens.
+    """
     vocab_size = logits.shape[-1]
     if vocab_size <= LARGE_VOCABULARY:
-        best, tokens = logits.topk(min(NUM_SUCCESSORS, vocab_size), dim=-1)
-    else:  # The likeliest are in the blocks that have the likeliest of a block.
+        searched, index = logits.float(), None
+    else:
         num_blocks = vocab_size // BLOCK
         peaks = logits[..., : num_blocks * BLOCK].unflatten(-1, (num_blocks, BLOCK)).amax(dim=-1)
         blocks = peaks.topk(NUM_SUCCESSORS, dim=-1).indices.unsqueeze(-1) * BLOCK
         inside = (blocks + torch.arange(BLOCK, device=logits.device)).flatten(-2)
         rest = torch.arange(num_blocks * BLOCK, vocab_size, device=logits.device).expand(*inside.shape[:-1], -1)
-        searched = torch.cat([inside, rest], dim=-1)
-        best, index = logits.gather(-1, searched).topk(NUM_SUCCESSORS, dim=-1)
-        tokens = searched.gather(-1, index)
-    return tokens, (best - logits.logsumexp(dim=-1, keepdim=True)).exp().nan_to_num(0.0)
+        index = torch.cat([inside, rest], dim=-1)
+        searched = logits.gather(-1, index).float()
+    best, tokens = searched.topk(min(NUM_SUCCESSORS, vocab_size), dim=-1)
+    probs = (best - searched.logsumexp(dim=-1, keepdim=True)).exp().nan_to_num(0.0)
+    return tokens if index is None else index.gather(-1, tokens), probs
 
 
 class DraftCandidates:
@@ -250,93 +254,96 @@ class DraftCandidates:
     def __init__(
         self, scores: torch.Tensor, num_candidates: int, corrected: CorrectedPositions | None, device: torch.device
     ):
-        self.corrected, self.device = corrected, device
+        self.corrected = corrected
         if corrected is None:
-            self.logprobs, self.candidates = scores.float().log_softmax(dim=-1).topk(num_candidates, dim=-1)
+            logprobs, candidates = scores.float().log_softmax(dim=-1).topk(num_candidates, dim=-1)
+            self.probs = logprobs.exp().nan_to_num(0.0).to(device)
         else:
-            self.candidates = corrected.candidates[:, :, :num_candidates]
+            candidates = corrected.candidates[:, :, :num_candidates]
+        self.candidates, self.num_candidates = candidates.to(device).float(), candidates.shape[2]
 
-    def __call__(self, depth: int, tokens: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a depth's tokens `[B, 1, C]` and their probabilities after each of `tokens`, `[B, F or 1, C]`."""
+    def __call__(self, depth: int, previous: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a depth's tokens `[B, 1, C]` and their probabilities `[B, F or 1, C]` after the tokens `previous`."""
         if depth >= self.candidates.shape[1]:  # The draft does not see so far.
-            nothing = torch.full_like(self.candidates[:, :1], -1, device=self.device)
-            return nothing, torch.zeros_like(nothing, dtype=torch.float32)
-        ids = self.candidates[:, depth : depth + 1]
+            nothing = torch.full_like(self.candidates[:, :1], -1)
+            return nothing, torch.zeros_like(nothing)
+        tokens = self.candidates[:, depth : depth + 1]
         if self.corrected is None:
-            logprobs = self.logprobs[:, depth : depth + 1]
-        else:  # A void node has the token -1.
-            previous = None if tokens is None else tokens.clamp(min=0).to(ids.device)
-            logprobs = self.corrected.logprobs(depth, previous)[:, :, : ids.shape[2]]
-        return ids.to(self.device), logprobs.to(self.device).exp().nan_to_num(0.0)
+            return tokens, self.probs[:, depth : depth + 1]
+        if previous is not None:  # A void node has the token -1.
+            previous = previous.clamp(min=0).to(self.corrected.scores.device)
+        logprobs = self.corrected.logprobs(depth, previous)[..., : self.num_candidates]
+        return tokens, logprobs.exp().nan_to_num(0.0).to(tokens.device)
 
 
 class Mixture:
     """The next tokens of the nodes of one round, depth by depth, under the mixture of all sources.
 
-    `last_two` `[B, 2]` are each row's last tokens, -1 where there is none.
+    `last_two` `[B, 2]` are each row's last tokens, -1 where there is none. Tokens are floats here, as in the tables.
+    What does not depend on the nodes is computed once a round.
     """
 
     def __init__(self, tables: Tables, matches: Matches, last_two: torch.Tensor, draft: DraftCandidates | None = None):
-        self.tables, self.matches, self.draft = tables, matches, draft
-        self.weights = tables.mixture_weights(draft is not None)
+        self.tables, self.draft = tables, draft
         self.previous, self.tokens = last_two.split(1, dim=1)
-        self.is_followed = (matches.lengths > 0).unsqueeze(1)
+        device, (_, num_matches, num_depths) = last_two.device, matches.tokens.shape
+        self.copies_BKM = matches.tokens.float().transpose(1, 2)
+        self.is_end_BKM = self.copies_BKM < 0
+        self.is_left = self.is_end_BKM[:, :1]  # Which matches the path to a node has left, `[B, F, M]`.
+        self.lengths_BKM = matches.lengths.unsqueeze(1) + torch.arange(num_depths, device=device).unsqueeze(1)
+        self.votes_BKM = self.lengths_BKM.clamp(max=LONGEST_VOTE).float().exp2()
+        sizes = [num_matches, NUM_SUCCESSORS, NUM_SUCCESSORS, 0 if draft is None else draft.num_candidates]
+        self.columns = torch.arange(sum(sizes), device=device)
+        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+        is_below = torch.stack([self.columns < end for end in ends], dim=1)
+        # Of which component each candidate is, `[C, S]`.
+        self.is_of_CS = torch.cat([is_below[:, :1], is_below[:, 1:] & ~is_below[:, :-1]], dim=1).float()
+        self.weights = tables.mixture_weights(draft is not None)[:, :-1] @ self.is_of_CS.T
+        lengths = torch.arange(LONGEST_CONTEXT + 1, device=device)
+        matched = lengths.clamp(max=5) + (lengths >= 7) + (lengths >= LONGEST_CONTEXT)
+        # The number of a context by three times the length of the longest match and what is known.
+        self.contexts = (matched.unsqueeze(1) * 3 + self.columns[:3]).flatten() * NUM_DEPTHS
 
     def __call__(self, depth: int, tokens: torch.Tensor | None, parents: torch.Tensor | None) -> Candidates:
         """Return what may follow a depth's nodes `tokens` `[B, F]`; `parents` index the nodes of the depth before."""
         if tokens is not None and parents is not None:
-            follows = self.matches.tokens[:, :, depth - 1].unsqueeze(1) == tokens.unsqueeze(2)
-            index = parents.unsqueeze(2).expand(-1, -1, follows.shape[2])
-            self.is_followed = self.is_followed.expand(-1, self.tokens.shape[1], -1).gather(1, index) & follows
-            self.previous, self.tokens = self.tokens.gather(1, parents), tokens
-        copied = torch.where(self.is_followed, self.matches.tokens[:, :, depth].unsqueeze(1), -1)
-        lengths = torch.where(copied < 0, 0, self.matches.lengths.unsqueeze(1) + depth)
-        votes = torch.where(copied < 0, 0.0, 2.0 ** lengths.clamp(max=LONGEST_VOTE))
-        votes = votes / votes.sum(dim=2, keepdim=True).clamp(min=1.0)
+            leaves = self.copies_BKM[:, depth - 1 : depth] != tokens.unsqueeze(2)
+            index = parents.unsqueeze(2).expand_as(leaves)
+            self.is_left = self.is_left.expand(-1, self.tokens.shape[1], -1).gather(1, index) | leaves
+            self.previous, self.tokens = self.tokens.gather(1, parents), tokens.long()
+        copied = self.copies_BKM[:, depth : depth + 1].expand_as(self.is_left)
+        is_void = self.is_left | self.is_end_BKM[:, depth : depth + 1]
+        longest = self.lengths_BKM[:, depth : depth + 1].masked_fill(is_void, 0).amax(dim=2)
+        votes = self.votes_BKM[:, depth : depth + 1].masked_fill(is_void, 0)
+        votes = votes / votes.sum(dim=2, keepdim=True).clamp(min=1)
         two, one, known = self.tables.successors(self.previous, self.tokens)
         parts = [(copied, votes), two, one]
         if self.draft is not None:
-            ids, probs = self.draft(depth, tokens)
+            ids, probs = self.draft(depth, None if tokens is None else self.tokens)
             parts.append((ids.expand(-1, copied.shape[1], -1), probs.expand(-1, copied.shape[1], -1)))
-        contexts = context_of(lengths.amax(dim=2), known, 0 if self.draft is None else depth)
-        return merged(parts, self.weights[contexts], contexts)
+        ids, probs = (torch.cat(values, dim=2) for values in zip(*parts, strict=True))
+        contexts = self.contexts[torch.add(known, longest.clamp(max=LONGEST_CONTEXT), alpha=3)]
+        return self.merged(ids, probs, contexts if self.draft is None else contexts + depth_number(depth))
+
+    def merged(self, tokens: torch.Tensor, probs: torch.Tensor, contexts: torch.Tensor) -> Candidates:
+        """Merge what the components give, `[B, F, C]`; a token that several give is one candidate, the first."""
+        weighted = probs * self.weights[contexts]
+        is_same = (tokens.unsqueeze(3) == tokens.unsqueeze(2)).float()
+        shares = is_same @ (weighted.unsqueeze(3) * self.is_of_CS)
+        is_void = (is_same.argmax(dim=3) != self.columns) | (tokens < 0)
+        shares = shares.masked_fill(is_void.unsqueeze(3), 0)
+        return Candidates(tokens.masked_fill(is_void, -1), shares.sum(dim=3).log(), shares, contexts)
 
 
-def context_of(lengths: torch.Tensor, known: torch.Tensor, depth: int) -> torch.Tensor:
-    """Number the contexts of nodes: by matched `lengths`, by what of the last two tokens is `known`, and by depth."""
-    matched = lengths.clamp(max=5) + (lengths >= 7) + (lengths >= 10)
-    return (matched * 3 + known) * NUM_DEPTHS + sum(depth >= bound for bound in DEPTH_BOUNDS)
-
-
-def merged(
-    parts: list[tuple[torch.Tensor, torch.Tensor]], weights: torch.Tensor, contexts: torch.Tensor
-) -> Candidates:
-    """Merge the tokens and probabilities, `[B, F, C]` each, of some components under their `weights` `[B, F, S + 1]`.
-
-    A token that several name is one candidate, the first, with all their shares.
-    """
-    tokens = torch.cat([ids for ids, _ in parts], dim=2)
-    shares = []
-    for component, (ids, probs) in enumerate(parts):
-        is_same = tokens.unsqueeze(3) == ids.unsqueeze(2)
-        given = probs * weights[..., component : component + 1]
-        shares.append((is_same.to(given.dtype) @ given.unsqueeze(3)).squeeze(3))
-    shares += [torch.zeros_like(shares[0])] * (len(COMPONENTS) - len(parts))
-    columns = torch.arange(tokens.shape[2], device=tokens.device)
-    is_earlier = columns < columns.unsqueeze(1)
-    is_repeated = ((tokens.unsqueeze(3) == tokens.unsqueeze(2)) & is_earlier).any(dim=3)
-    shares_BFCS = torch.stack(shares, dim=3)
-    total = shares_BFCS.sum(dim=3)
-    is_void = is_repeated | (tokens < 0) | (total <= 0)
-    logprobs = total.clamp(min=1e-30).log().masked_fill(is_void, LOG_ZERO)
-    contexts = contexts.unsqueeze(2).expand_as(tokens)
-    return Candidates(tokens.masked_fill(is_void, -1), logprobs, shares_BFCS, contexts)
+def depth_number(depth: int) -> int:
+    """Return which of the depths that contexts tell apart one belongs to."""
+    return sum(depth >= bound for bound in DEPTH_BOUNDS)
 
 
 def learn(tables: Tables, tree: Tree, nodes: torch.Tensor, num_matched: torch.Tensor, has_draft: bool) -> None:
     """Count, in the context of each node on the accepted path, which components gave what the target chose.
 
-    `nodes` `[B, K]` are the path's, `num_matched` `[B]` its length. One step of expectation and maximization: what was
+    `nodes` `[B, K]` are the path's, `num_matched` `[B]` its length, -1 for a row that does not count. One step of expectation and maximization: what was
     chosen counts for each component by its share; where the path ends, by the share that it had left for other tokens.
     """
     assert tree.shares is not None
@@ -346,7 +353,7 @@ def learn(tables: Tables, tree: Tree, nodes: torch.Tensor, num_matched: torch.Te
     parents = tree.parents.unsqueeze(2).expand(-1, -1, len(COMPONENTS))
     spent = tree.shares.new_zeros(batch_size, num_nodes + 1, len(COMPONENTS)).scatter_add(1, parents, tree.shares)
     contexts = tree.contexts.new_zeros(batch_size, num_nodes + 1).scatter(1, tree.parents, tree.contexts)
-    offers = torch.zeros_like(contexts).scatter_add(1, tree.parents, (tree.tokens >= 0).long())
+    offers = torch.zeros_like(contexts).scatter_add(1, tree.parents, (tree.logprobs > LOG_ZERO / 2).long())
 
     path = pad(nodes, (1, 0))  # `[B, K + 1]`, from the root on.
     contexts, offers = contexts.gather(1, path), offers.gather(1, path)
@@ -382,10 +389,11 @@ def accepted_by_source(by_component: Sequence[int]) -> dict[str, int]:
 
 def prior_weights() -> torch.Tensor:
     """Return the expected counts before anything was seen, `[2, NUM_CONTEXTS, S + 1]`."""
-    weights = torch.ones(2, 8, 3, NUM_DEPTHS, len(COMPONENTS) + 1)
-    weights[0, ..., 3] = 0
-    weights[1, ..., 3] = 6
-    weights[:, 0, ..., 0] = 0
-    weights[:, :, 0, :, 1:3] = 0
-    weights[:, :, 1, :, 1] = 0
-    return (weights / weights.sum(dim=-1, keepdim=True) * PRIOR_STRENGTH).flatten(1, 3)
+    alone = torch.zeros(8, 3, NUM_DEPTHS, len(COMPONENTS) + 1)
+    for component, shares in enumerate(PRIOR_SHARES):
+        alone[..., component] = torch.tensor(shares).T.unsqueeze(2) / 100
+    beside = alone * (1 - torch.tensor(DRAFT_SHARES).view(-1, 1, 1, 1) / 100)
+    beside[..., COMPONENTS.index("draft")] = 1 - beside.sum(dim=-1)
+    weights = torch.stack([alone, beside]).flatten(1, 3)
+    weights[..., -1] = 1 - weights.sum(dim=-1)
+    return weights * PRIOR_STRENGTH

@@ -69,6 +69,13 @@ class DecodingStats:
         """Return as entry `i - 1` the share of rounds whose i-th draft token was accepted."""
         return tuple(sum(self.histogram[i:]) / self.num_rounds for i in range(1, len(self.histogram)))
 
+    @property
+    def accepted_shares(self) -> dict[str, float]:
+        """Return the shares of accepted tokens by source; empty where a draft alone proposed, or none was accepted."""
+        counts = self.accepted_by_source or {}
+        total = sum(counts.values())
+        return {name: count / total for name, count in counts.items()} if total else {}
+
     def __add__(self, other: DecodingStats) -> DecodingStats:
         if not isinstance(other, DecodingStats):
             return NotImplemented

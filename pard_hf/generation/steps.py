@@ -66,8 +66,9 @@ def lookup_step(
 ) -> Proposals:
     """Propose the `tree_size` most probable prefixes under all sources, of which a draft may be one."""
     matches = find_matches(sources.references, rows.tokens, rows.lengths, num_depths, sources.longest_match)
-    mixture = Mixture(sources.tables, matches, rows.known_last(2), draft)
-    tree = grow_tree(mixture, num_depths, tree_size)
+    with torch.autocast(rows.tokens.device.type, enabled=False):  # Which would round probabilities and tokens.
+        mixture = Mixture(sources.tables, matches, rows.known_last(2), draft)
+        tree = grow_tree(mixture, num_depths, tree_size)
     return Proposals(tree.tokens.clamp(min=0), tree=tree, on_path=ancestors(tree, num_depths))
 
 
@@ -156,7 +157,8 @@ def remember_step(
 ) -> None:
     """Remember what the target found likeliest after each node, and which components gave what it chose.
 
-    Comes before [`append_step`]. `nodes` and `num_matched` are the path that was accepted.
+    Comes before [`append_step`]. `nodes` and `num_matched` are the path that was accepted. Rows that have finished
+    would say the same again and again.
     """
     before = rows.known_last(2)
     previous, tokens = before.split(1, dim=1)
@@ -164,9 +166,9 @@ def remember_step(
         tokens = torch.cat([tokens, tree.tokens], dim=1)
         previous = torch.cat([previous, tokens.gather(1, tree.parents)], dim=1)
     if sources.learns_successors:
-        sources.tables.observe(previous, tokens, scores)
+        sources.tables.observe(previous, tokens.masked_fill(rows.is_finished.unsqueeze(1), -1), scores)
     if tree is not None and nodes is not None:
-        learn(sources.tables, tree, nodes, num_matched, sources.has_draft)
+        learn(sources.tables, tree, nodes, num_matched.masked_fill(rows.is_finished, -1), sources.has_draft)
 
 
 def keep_step(target: CachedModel, rows: Rows, nodes: torch.Tensor) -> None:

@@ -27,13 +27,13 @@ Logprobs = Callable[[int, torch.Tensor | None], torch.Tensor]
 class Candidates(NamedTuple):
     """What may follow the nodes of a depth, each field `[B, F, C]`, or `[B, 1, C]` where all have the same.
 
-    A void candidate has the token -1 and `LOG_ZERO`; the others of a node differ.
+    A void candidate has the token -1, or no probability; the others of a node differ.
     """
 
     tokens: torch.Tensor
     logprobs: torch.Tensor
     shares: torch.Tensor | None = None  # `[B, F, C, S]`, of each component of a mixture in the probability.
-    contexts: torch.Tensor | None = None  # Of the mixture's weights.
+    contexts: torch.Tensor | None = None  # `[B, F]`, of the mixture's weights.
 
 
 # From a depth, the nodes there `[B, F]` and their parents as indices of the nodes before (`None` at the root).
@@ -65,32 +65,43 @@ def grow_tree(expand: Expand, num_depths: int, num_nodes: int) -> Tree:
     depth before. Ties go to the shorter prefix.
     """
     levels: list[tuple[torch.Tensor, ...]] = []
-    tokens, parents, scores, num_before = None, None, None, 0
+    pool: list[Candidates] = []
+    tokens, parents, scores, num_before, num_candidates = None, None, None, 0, 0
     for depth in range(num_depths):
         candidates = expand(depth, tokens, parents)
         steps = candidates.logprobs.float().nan_to_num(nan=LOG_ZERO, neginf=LOG_ZERO).clamp(max=0)
         totals = (steps if scores is None else scores.unsqueeze(2) + steps).flatten(1)
         scores, index = totals.topk(min(num_nodes, totals.shape[1]), dim=-1)
         parents = torch.div(index, steps.shape[2], rounding_mode="floor")
-        index = index % candidates.tokens[0].numel()
-        tokens = candidates.tokens.flatten(1).gather(1, index)
-        more = []
-        if candidates.shares is not None and candidates.contexts is not None:
-            rows = index.unsqueeze(2).expand(-1, -1, candidates.shares.shape[3])
-            more = [candidates.shares.flatten(1, 2).gather(1, rows), candidates.contexts.flatten(1).gather(1, index)]
-        # Parents counted through all levels; the root comes first.
-        levels.append((scores, tokens, parents + num_before, torch.full_like(tokens, depth + 1), *more))
+        tokens = candidates.tokens.flatten(1).gather(1, index % candidates.tokens[0].numel())
+        # Parents counted through all levels, and candidates; the root comes first.
+        levels.append(
+            (scores, tokens, parents + num_before, torch.full_like(index, depth + 1), index + num_candidates)
+        )
         num_before = 1 + sum(level[0].shape[1] for level in levels[:-1])
-    pool, tokens, parents, depths, *more = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
+        num_candidates += totals.shape[1]
+        pool.append(candidates)
+    scores, tokens, parents, depths, index = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
     # Stable: equally probable prefixes stay in the order of their lengths, so no node comes before its parent.
-    pool, order = (values[:, :num_nodes] for values in pool.sort(dim=-1, descending=True, stable=True))
+    scores, order = (values[:, :num_nodes] for values in scores.sort(dim=-1, descending=True, stable=True))
     rank = torch.arange(1, order.shape[1] + 1, device=order.device).expand_as(order)
-    ranks = pad(torch.zeros_like(tokens).scatter(1, order, rank), (1, 0))
-    tokens, parents, depths = (values.gather(1, order) for values in (tokens, parents, depths))
-    if more:
-        rows = order.unsqueeze(2).expand(-1, -1, more[0].shape[2])
-        more = [more[0].gather(1, rows), more[1].gather(1, order)]
-    return Tree(tokens, ranks.gather(1, parents), depths, pool, *more)
+    ranks = pad(torch.zeros_like(depths).scatter(1, order, rank), (1, 0))
+    tokens, parents, depths, index = (values.gather(1, order) for values in (tokens, parents, depths, index))
+    return Tree(tokens.long(), ranks.gather(1, parents), depths, scores, *mixture_of(pool, index))
+
+
+def mixture_of(pool: list[Candidates], index: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return shares and contexts of the candidates `index` `[B, N]`, counted through all depths, if they have any."""
+    shares = [candidates.shares.flatten(1, 2) for candidates in pool if candidates.shares is not None]
+    contexts = [
+        candidates.contexts.unsqueeze(2).expand_as(candidates.tokens).flatten(1)
+        for candidates in pool
+        if candidates.contexts is not None
+    ]
+    if not shares:
+        return ()
+    rows = index.unsqueeze(2).expand(-1, -1, shares[0].shape[2])
+    return torch.cat(shares, dim=1).gather(1, rows), torch.cat(contexts, dim=1).gather(1, index)
 
 
 def best_prefixes(candidates: torch.Tensor, logprobs: Logprobs, num_nodes: int) -> Tree:

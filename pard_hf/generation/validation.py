@@ -98,15 +98,6 @@ def check_call_arguments_unused(generation_config: GenerationConfig, assistant: 
         )
 
 
-def check_references(references: torch.Tensor, vocab_size: int) -> None:
-    """Raise a `ValueError` for texts to copy from `[1, R]` with ids that the target cannot read."""
-    if (largest := int(references.max())) >= vocab_size:
-        raise ValueError(
-            f"Expected `assistant_reference_texts` of ids below the target's {vocab_size}, got {largest}. Encode them "
-            "with the target's tokenizer."
-        )
-
-
 def check_pair(
     target: PreTrainedModel, draft: PardDraftModel, num_assistant_tokens: int, tokenizer: Any, draft_tokenizer: Any
 ) -> None:
