@@ -435,6 +435,22 @@ def test_memory_follows_its_target_to_a_device(monkeypatch, disable_compile, wit
         assert memory.num_tokens >= learned
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a real device has tests of its own")
+@pytest.mark.parametrize("disable_compile", [True, False])
+def test_ids_may_lie_beside_the_target(monkeypatch, disable_compile):
+    """As `generate` allows; buffers of calls whose ids lay on the device are no others' then."""
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    target, prompts = make_model("llama"), make_prompts(1)
+    expected = plain(target, prompts)
+    with FakeCuda():
+        memory = AssistantMemory(target.cuda())
+        for device in ("cuda", "cpu", "cuda"):
+            inputs = {name: tensor.to(device) for name, tensor in prompts.items()}
+            for more in ({}, {"assistant_memory": memory}, {"assistant_reference_texts": [[5, 6]]}):
+                output = generate(target, inputs, disable_compile=disable_compile, **more)
+                assert torch.equal(output.sequences.cpu(), expected)
+
+
 def test_tables_begin_with_nothing():
     tables = Tables.empty(7, torch.device("cpu"))
 
