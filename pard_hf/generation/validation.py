@@ -91,10 +91,11 @@ def check_call_arguments_unused(generation_config: GenerationConfig, assistant: 
     """Raise a `ValueError` where a call that is left to transformers has arguments of ours."""
     names = [name for name in CALL_ARGUMENTS if getattr(generation_config, f"_{name}") is not None]
     if names:
+        unused = " and ".join(f"`{name}`" for name in names)
         got = generation_mode.value if assistant is None else f"`{type(assistant).__name__}`"
         raise ValueError(
-            f"Expected a decoder-only target, greedy or sampled, with a `PardDraftModel` or no assistant for {names}, "
-            f"got {got}. Drop {names}."
+            "Expected a decoder-only target, greedy or sampled, with a `PardDraftModel` or no assistant for "
+            f"{unused}, got {got}. Drop {unused}."
         )
 
 
