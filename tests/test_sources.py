@@ -9,6 +9,7 @@ from families import add_head, character_tokenizer, make_draft, make_model, make
 
 from pard_hf import AssistantMemory, with_pard, without_pard
 from pard_hf.draft.correction_head import CorrectedPositions, CorrectionHead
+from pard_hf.generation.batch import Rows
 from pard_hf.generation.sources import (
     COMPONENTS,
     LARGE_VOCABULARY,
@@ -23,6 +24,7 @@ from pard_hf.generation.sources import (
     DraftCandidates,
     Matches,
     Mixture,
+    Sources,
     Tables,
     accepted_by_source,
     components_of,
@@ -32,6 +34,7 @@ from pard_hf.generation.sources import (
     learn,
     likeliest_tokens,
 )
+from pard_hf.generation.steps import lookup_step, remember_step
 from pard_hf.generation.tree import LOG_ZERO, ancestors, child_with, grow_tree
 
 NUM_DEPTHS = 4
@@ -800,18 +803,35 @@ def test_bad_lookups_are_refused(name, value):
         with_pard(make_model("llama")).generate(**make_prompts(1), **arguments)
 
 
-@pytest.mark.parametrize(("batch_size", "more"), [(4, {}), (2, {"repetition_penalty": 1.01})])
-def test_rows_that_have_finished_teach_nothing(batch_size, more):
-    """Their last node would be verified again and again while others go on."""
-    target, prompts = with_pard(make_model("llama")), make_prompts(batch_size)
-    arguments = {"max_new_tokens": 20, "do_sample": False, "assistant_sources": ["successors"], **more}
-    end = int(target.generate(**prompts, **arguments)[0, -20])
-    alone = {name: tensor[1:] for name, tensor in prompts.items()}
-    counts = []
-    for texts in (alone, prompts):
-        memory = AssistantMemory(target)
-        target.generate(**texts, **arguments, eos_token_id=end, assistant_tree_size=8, assistant_memory=memory)
-        counts.append(memory.tables.weights)
+def test_rows_that_have_finished_teach_nothing():
+    """Their last node is verified again and again while others go on."""
+    torch.manual_seed(0)
+    ids, logits = torch.randint(9, (2, 12)), torch.randn(2, 9, 9)
+    learned = []
+    for kept in ([0, 1], [1]):
+        tables, _ = observed(9)
+        rows = Rows.from_prompt(ids[kept], torch.ones_like(ids[kept]), 20)
+        rows.is_finished[: len(kept) - 1] = True
+        sources = Sources(tables, reference_ids([]), 8, True, False)
+        tree = lookup_step(rows, sources, 3, 8).tree
+        before = tables.weights.clone()
 
-    # The first row ends with its first token, when no table had anything to say.
-    torch.testing.assert_close(*counts)
+        nodes, num_matched = torch.zeros(len(kept), 3, dtype=torch.long), torch.zeros(len(kept), dtype=torch.long)
+        remember_step(sources, rows, tree, logits[kept], nodes, num_matched)
+
+        assert not torch.equal(tables.weights, before)
+        learned.append((tables.weights, tables.after_one, tables.after_two[:-1]))
+
+    assert all(torch.equal(*tensors) for tensors in zip(*learned, strict=True))
+
+
+def test_finished_rows_teach_nothing_in_lockstep():
+    """What they are padded with is no text."""
+    target, prompts = with_pard(make_model("llama")), make_prompts(2)
+    arguments = {"max_new_tokens": 20, "do_sample": False, "repetition_penalty": 1.01}
+    end, memory = int(target.generate(**prompts, **arguments)[0, -20]), AssistantMemory(target)
+
+    output = target.generate(**prompts, **arguments, eos_token_id=end, assistant_memory=memory)
+
+    assert output[0, -3:].tolist() == [0, 0, 0]
+    assert memory.tables.after_one[0, 0] == -1

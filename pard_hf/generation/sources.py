@@ -183,11 +183,15 @@ class Tables:
         self.copy_(Tables.empty(self.vocab_size, self.weights.device))
 
     def is_valid(self) -> bool:
-        """Return whether all values are numbers, tokens those of the vocabulary and counts from 0 on."""
-        tokens = torch.cat([self.after_one[:, :NUM_SUCCESSORS], self.after_two[:, :NUM_SUCCESSORS]])
-        are_finite = all(bool(tensor.isfinite().all()) for tensor in vars(self).values())
-        are_tokens = bool(((tokens >= -1) & (tokens < self.vocab_size)).all())
-        return are_finite and are_tokens and bool((self.weights >= 0).all())
+        """Return whether all tokens are of the vocabulary, probabilities at most 1 and counts not negative."""
+        keys, halves = self.after_two[:, 2 * NUM_SUCCESSORS :], (self.after_one, self.after_two)
+        tokens = (keys, *(table[:, :NUM_SUCCESSORS] for table in halves))
+        probs = (table[:, NUM_SUCCESSORS : 2 * NUM_SUCCESSORS] for table in halves)  # -1 beside no token.
+        return (
+            all(bool(((ids >= -1) & (ids < self.vocab_size) & (ids == ids.round())).all()) for ids in tokens)
+            and all(bool(((values >= -1) & (values <= 1)).all()) for values in probs)
+            and bool(((self.weights >= 0) & self.weights.isfinite()).all())
+        )
 
     def mixture_weights(self, has_draft: bool) -> torch.Tensor:
         """Return what each component is to be believed in each context, and none of them, `[NUM_CONTEXTS, S + 1]`."""
@@ -343,8 +347,9 @@ def depth_number(depth: int) -> int:
 def learn(tables: Tables, tree: Tree, nodes: torch.Tensor, num_matched: torch.Tensor, has_draft: bool) -> None:
     """Count, in the context of each node on the accepted path, which components gave what the target chose.
 
-    `nodes` `[B, K]` are the path's, `num_matched` `[B]` its length, -1 for a row that does not count. One step of expectation and maximization: what was
-    chosen counts for each component by its share; where the path ends, by the share that it had left for other tokens.
+    `nodes` `[B, K]` are the path's, `num_matched` `[B]` its length, -1 for a row that does not count. One step of
+    expectation and maximization: what was chosen counts for each component by its share; where the path ends, by the
+    share that it had left for other tokens.
     """
     assert tree.shares is not None
     assert tree.contexts is not None
