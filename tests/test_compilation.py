@@ -100,7 +100,7 @@ def test_compiled_sources_are_eager(family, batch_size, has_draft):
         kept = {"assistant_memory": memory, "prompt_lookup_num_tokens": 4, "max_new_tokens": 14, **how}
         for number in range(2):
             before = graphs()
-            texts = [[number + 3, *expected[0].tolist()]]
+            texts = [[3] * number + expected[0].tolist()]
             output = pard(target, draft, prompts, **kept, assistant_reference_texts=texts)
             assert torch.equal(output.sequences, expected)
             assert output.stats.loop == "own"
@@ -113,7 +113,7 @@ def test_compiled_sources_are_eager(family, batch_size, has_draft):
     assert compile_cache_of(target, draft or target).steps
     for number in range(2):  # Eager trees are less deep near the end of a text.
         assert abs(rounds[number] - rounds[2 + number]) <= batch_size
-    assert max(rounds) < 9 * batch_size
+    assert max(rounds) < 11 * batch_size
     assert all(memory.num_tokens > 5 for memory in memories)
 
 

@@ -190,7 +190,7 @@ class PardDecoder:
         if draft is None:
             arguments = (self.batch.rows, self.sources, choice.num_drafts, choice.tree_size)
             return self.run_step(lookup_step, choice, *arguments, key=self.source_key)
-        # Other sources may be deeper than the draft, and as much may be accepted in a round that the host has not read.
+        # Other sources go deeper than the draft, and a round that the host has not read may have accepted as much.
         most_unread = choice.num_drafts + 1 if self.is_fixed else PREFILL_CHUNK
         if draft.num_unread > most_unread or (self.is_fixed and not draft.cache.has_memory):
             self.batch.read(draft, longest)
