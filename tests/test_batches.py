@@ -21,18 +21,20 @@ def record(model, what):
     return seen
 
 
+@pytest.mark.parametrize("sources", ["draft", "lookup", "draft and lookup"])
 @pytest.mark.parametrize("returns_dict", [False, True])
-def test_finished_rows_leave(returns_dict):
+def test_finished_rows_leave(returns_dict, sources):
     """8 rows shrink to 1, and every output a caller may ask for is that of plain `generate`."""
     target, prompts = make_model("llama"), make_prompts(8)
-    draft = make_draft(make_model("llama", seed=5))
+    given = {"assistant_model": make_draft(make_model("llama", seed=5))} if "draft" in sources else {}
+    given |= {"prompt_lookup_num_tokens": 4} if "lookup" in sources else {}
     kwargs = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": ends_for(target, prompts, range(2, 16, 2))}
     if returns_dict:
         kwargs |= {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     expected = target.generate(**prompts, **kwargs)
     sizes = record(target, lambda kwargs: len(kwargs["position_ids"]))
 
-    got = with_pard(target).generate(**prompts, **kwargs, assistant_model=draft)
+    got = with_pard(target).generate(**prompts, **kwargs, **given)
 
     assert sizes[0] == 8
     assert {4, 2}.issubset(sizes)
@@ -126,10 +128,12 @@ def test_long_prompts_are_read_in_parts(batch_size, monkeypatch):
     monkeypatch.setattr(batch_module, "PREFILL_CHUNK", 4)
     widths = record(target, lambda kwargs: kwargs["input_ids"].shape[1])
 
-    got = with_pard(target).generate(**prompts, max_new_tokens=20, do_sample=False, assistant_model=draft)
+    for sources in ({"assistant_model": draft}, {"prompt_lookup_num_tokens": 4}):
+        widths.clear()
+        got = with_pard(target).generate(**prompts, max_new_tokens=20, do_sample=False, **sources)
 
-    assert torch.equal(got, expected)
-    assert widths[:5] == [4, 4, 4, 4, 2]
+        assert torch.equal(got, expected)
+        assert widths[:5] == [4, 4, 4, 4, 2]
 
 
 def test_memory_that_is_not_there_is_named():

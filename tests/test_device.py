@@ -60,13 +60,11 @@ CALLS = {
     "lockstep sampled": (3, {**SAMPLED, "repetition_penalty": 1.3}),
     "scores": (2, {"output_scores": True, "output_logits": True}),
     "eager attention": (2, {}),
-    "all sources": (1, LOOKUP),
     "all sources in a batch": (3, LOOKUP),
     "all sources sampled": (1, {**SAMPLED, **LOOKUP}),
     "all sources in lockstep": (3, {**LOOKUP, "repetition_penalty": 1.3, "eos_token_id": [3, 4, 5, 6]}),
     "lookup without a draft": (3, {**LOOKUP, "eos_token_id": list(range(3, 30))}),
     "lookup without a draft sampled": (1, {**SAMPLED, **LOOKUP}),
-    "lookup without a draft in lockstep": (2, {**LOOKUP, "repetition_penalty": 1.3}),
     "adaptive lookup without a draft": (1, {**LOOKUP, "num_assistant_tokens_schedule": "adaptive"}),
     "adaptive": (1, {"num_assistant_tokens": 4, "num_assistant_tokens_schedule": "adaptive"}),
 }
@@ -79,8 +77,7 @@ AHEAD = [
     "sampled",
     "lockstep",
     "scores",
-    "all sources",
-    "lookup without a draft",
+    "all sources in a batch",
 ]
 
 

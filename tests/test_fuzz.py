@@ -40,7 +40,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from pard_hf import PardDraftModel, with_pard
+from pard_hf import AssistantMemory, PardDraftModel, with_pard
 from pard_hf.generation.cache import attention_windows
 from pard_hf.generation.sampling import Noise, count_emitted
 
@@ -129,11 +129,17 @@ class Call:
     prompt_lengths: tuple[int, ...] = (1,)
     new_tokens: int = 1
     num_assistant_tokens: int = 1
-    tree_size: int = 0
+    tree_size: int | None = 0
     is_adaptive: bool = False
-    # "self", the family of a random one, or the first wrong proposal of one that knows the text.
-    draft: str | int = "self"
+    # "self", the family of a random one, the first wrong proposal of one that knows the text, or none.
+    draft: str | int | None = "self"
     head: float | None = None
+    # What copies and remembers: the depth of lookup (or none), its sources, whether the memory is that of calls
+    # before, and the row of the text, made wrong here and there, to copy from.
+    lookup: int | None = None
+    sources: tuple[str, ...] | None = None
+    keeps_memory: bool = False
+    reference: int | None = None
     # (row, column) of the tokens in the text without an end that are made end tokens.
     ends_at: tuple[tuple[int, int], ...] = ()
     processors: tuple[str, ...] = ()
@@ -150,6 +156,12 @@ class Call:
     cache_keyword: str = "past_key_values"
     brings_cache: bool = False
     only_new_ids: bool = False
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether anything but a draft proposes."""
+        asks = self.lookup is not None or self.keeps_memory or self.reference is not None
+        return bool(self.sources) or (self.sources is None and asks)
 
     @property
     def is_lockstep(self) -> bool:
@@ -183,7 +195,9 @@ def calls(draw: Any) -> Call:
     lengths = draw(st.lists(st.integers(1, LONGEST_PROMPT), min_size=1, max_size=4))
     new_tokens = draw(st.integers(1, MOST_TOKENS))
     places = st.tuples(st.integers(0, len(lengths) - 1), st.integers(0, new_tokens - 1))
-    draft = draw(st.one_of(st.just("self"), st.sampled_from(["llama", "gpt2", "mistral"]), st.integers(0, 8)))
+    draft = draw(
+        st.one_of(st.none(), st.just("self"), st.sampled_from(["llama", "gpt2", "mistral"]), st.integers(0, 8))
+    )
     names = st.sampled_from([None, None, *PREFIX_FREE, *LOOKING])
     processors = st.tuples(names, names).map(lambda pair: tuple(name for name in dict.fromkeys(pair) if name))
     warpers = st.sampled_from([(), (("temperature", 0.6),), (("top_k", 0),), (("top_p", 0.8), ("temperature", 1.5))])
@@ -193,10 +207,14 @@ def calls(draw: Any) -> Call:
         prompt_lengths=tuple(lengths),
         new_tokens=new_tokens,
         num_assistant_tokens=draw(st.sampled_from([1, 2, 3, 4, 5, 8])),
-        tree_size=draw(st.sampled_from([0, 0, 1, 4, 9])),
+        tree_size=draw(st.sampled_from([None, 0, 1, 4, 9, 33])),
         is_adaptive=draw(st.integers(0, 9)) == 9,
         draft=draft,
-        head=None if isinstance(draft, int) else draw(st.sampled_from([None, 0.05, 3.0])),
+        head=None if draft is None or isinstance(draft, int) else draw(st.sampled_from([None, 0.05, 3.0])),
+        lookup=draw(st.one_of(st.none(), st.integers(1, 12))),
+        sources=draw(st.sampled_from([None, None, ("copy",), ("successors",), ("copy", "successors")])),
+        keeps_memory=draw(st.booleans()),
+        reference=draw(st.one_of(st.none(), st.integers(0, 3))),
         ends_at=tuple(draw(st.lists(places, max_size=3, unique=True))),
         processors=draw(st.one_of(st.just(()), processors)),
         criteria=draw(st.one_of(st.none(), st.none(), st.sampled_from(sorted(CRITERIA)))),
@@ -211,6 +229,8 @@ def calls(draw: Any) -> Call:
         brings_cache=draw(st.booleans()),
         only_new_ids=draw(st.booleans()),
     )
+    if call.draft is None and not call.looks_up:
+        call = replace(call, lookup=5)
     if call.num_assistant_tokens not in (2, 4, 8):
         call = replace(call, is_adaptive=False)
     if "forced_eos_token_id" in call.processors:  # Another may forbid that token: nothing is left to sample then.
@@ -305,7 +325,29 @@ def said_freely(call: Call, plain: PreTrainedModel, prompts: dict[str, torch.Ten
     return generate(call, plain, **prompts, **arguments, **{HOST_KEYWORD: copy.deepcopy(past)})
 
 
-def draft_for(call: Call, plain: PreTrainedModel, prompts: dict[str, torch.Tensor], past: Any) -> PardDraftModel:
+@cache
+def memory_of(family: str, sizes: tuple[tuple[str, Any], ...]) -> AssistantMemory:
+    """What all calls of a target remember."""
+    return AssistantMemory(models(family, sizes)[1])
+
+
+def sources_of(call: Call, plain: PreTrainedModel, prompts: dict[str, torch.Tensor], past: Any) -> dict[str, Any]:
+    """Arguments of a call that proposes from texts."""
+    arguments: dict[str, Any] = {"prompt_lookup_num_tokens": call.lookup, "assistant_sources": call.sources}
+    if call.keeps_memory:
+        arguments["assistant_memory"] = memory_of(call.family, call.sizes)
+    if call.reference is not None:
+        text = said_freely(call, plain, prompts, past)[call.reference % len(call.prompt_lengths)]
+        text[5::7] = 3
+        arguments["assistant_reference_texts"] = [text, [7, 8, 9], []]
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def draft_for(
+    call: Call, plain: PreTrainedModel, prompts: dict[str, torch.Tensor], past: Any
+) -> PardDraftModel | None:
+    if call.draft is None:
+        return None
     if call.draft == "self":
         return parallel_draft(call.family, call.sizes, call.head)
     if isinstance(call.draft, str):
@@ -363,31 +405,33 @@ def check_turn(
     """Compare one turn; returns its text, and the caches of both where they are to be had."""
     draft = draft_for(call, plain, prompts, pasts[0])
     ours = {
+        **sources_of(call, plain, prompts, pasts[0]),
         "assistant_model": draft,
         "num_assistant_tokens": call.num_assistant_tokens,
         "assistant_tree_size": call.tree_size,
         **({"num_assistant_tokens_schedule": "adaptive"} if call.is_adaptive else {}),
     }
     given = {name: tensor.clone() for name, tensor in prompts.items()}
-    before = [state_of(model) for model in (target, draft)]
+    changeable = [model for model in (target, draft) if model is not None]
+    before = [state_of(model) for model in changeable]
     if call.broken_at is not None:
         broken, past = Recorder(call.broken_at), {call.cache_keyword: copy.deepcopy(pasts[1])}
         with suppress(KeyboardInterrupt):
             generate(call, target, **given, **arguments_of(call, ends), **ours, **past, streamer=broken)
-        assert [state_of(model) for model in (target, draft)] == before, "changed by a call that was interrupted"
+        assert [state_of(model) for model in changeable] == before, "changed by a call that was interrupted"
 
     streamers = [Recorder() if call.has_streamer else None for _ in range(2)]
     past = {HOST_KEYWORD: pasts[0]}
     expected = generate(call, plain, **prompts, **arguments_of(call, ends), **past, streamer=streamers[0])
     expected_noise, past = torch.get_rng_state(), {call.cache_keyword: pasts[1]}
-    refusal = pytest.warns(UserWarning, match="without the draft") if is_refused(call, prompts) else nullcontext()
+    refusal = pytest.warns(UserWarning, match="generating without") if is_refused(call, prompts) else nullcontext()
     with warnings.catch_warnings(), refusal:
         if not is_refused(call, prompts):
-            warnings.filterwarnings("error", "(?s).*without the draft")
+            warnings.filterwarnings("error", "(?s).*generating without")
         got = generate(call, target, **given, **arguments_of(call, ends), **ours, **past, streamer=streamers[1])
 
     assert torch.equal(torch.get_rng_state(), expected_noise), "another random state"
-    assert [state_of(model) for model in (target, draft)] == before, "a model was changed"
+    assert [state_of(model) for model in changeable] == before, "a model was changed"
     assert all(torch.equal(given[name], prompts[name]) for name in prompts), "the inputs were changed"
     if call.has_streamer:
         assert streamers[1].puts == streamers[0].puts
@@ -397,6 +441,9 @@ def check_turn(
         loop = "lockstep" if call.is_lockstep else "own"
         assert got.stats.loop == ("none" if is_refused(call, prompts) else loop)
         assert got.stats.num_rounds > 0 or got.stats.loop == "none"
+        assert (got.stats.accepted_by_source is not None) == (call.looks_up and got.stats.loop != "none")
+        if got.stats.accepted_by_source is not None:
+            assert sum(got.stats.accepted_by_source.values()) == got.stats.num_accepted
         pasts = [expected[HOST_KEYWORD], got[HOST_KEYWORD]]
         # What a processor wrote in place is in the raw logits of plain `generate`, and not in ours.
         names = ("scores",) if "remembering" in call.processors else ("scores", "logits")

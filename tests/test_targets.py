@@ -262,7 +262,7 @@ def test_encoder_decoder_keeps_the_lookup_of_transformers():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prompt_lookup_num_tokens": 0}, "`prompt_lookup_num_tokens` to be a positive integer, got 0"),
+        ({"prompt_lookup_num_tokens": 0}, "`prompt_lookup_num_tokens` to be an integer above 0, got 0"),
         ({"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": -1}, "`max_matching_ngram_size`"),
         ({"assistant_reference_texts": [[5, 100]]}, "ids below the target's 100, got 100"),
         ({"assistant_reference_texts": [5, 6]}, "list of token ids, got 0 dimensions"),

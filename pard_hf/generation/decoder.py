@@ -190,12 +190,13 @@ class PardDecoder:
         if draft is None:
             arguments = (self.batch.rows, self.sources, choice.num_drafts, choice.tree_size)
             return self.run_step(lookup_step, choice, *arguments, key=self.source_key)
-        most_unread = num_drafts + 1 if self.is_fixed else PREFILL_CHUNK
+        # Other sources go deeper than the draft, and a round that the host has not read may have accepted as much.
+        most_unread = choice.num_drafts + 1 if self.is_fixed else PREFILL_CHUNK
         if draft.num_unread > most_unread or (self.is_fixed and not draft.cache.has_memory):
             self.batch.read(draft, longest)
         width, num_visible = draft.num_unread, longest + num_drafts - 1
         if self.is_fixed:  # An entry written twice is the same twice, so one width serves every accepted count.
-            width, num_visible = num_drafts + 1, draft.cache.num_slots
+            width, num_visible = most_unread, draft.cache.num_slots
         return self.draft(draft, choice, width, num_drafts, num_visible)
 
     def draft(self, draft: CachedModel, choice: Choice, width: int, num_drafts: int, num_visible: int) -> Proposals:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..host import input_device
 from ..io import whole_file
+from .batch import cache_size
 from .compilation import CompiledSteps
 from .config import text_sources
 from .sources import MAX_MATCH_LENGTH, Sources, Tables
@@ -156,6 +157,9 @@ def sources_of(
         references = config._assistant_reference_texts
         if references is None:
             references = torch.full((1, 1), -1)
+        elif compiled is not None:  # Texts of other lengths need not be compiled for.
+            size = cache_size(references.shape[1])
+            references = torch.nn.functional.pad(references, (0, size - references.shape[1]), value=-1)
         longest = config.max_matching_ngram_size or MAX_MATCH_LENGTH
         try:
             yield Sources(
