@@ -1,8 +1,8 @@
 """What is remembered from call to call: by its owner only, for one target, in a file that is whole or refused."""
 
 import copy
-import json
 import threading
+from pathlib import Path
 
 import pytest
 from device import IS_FAKE, torch
@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig
 
 from pard_hf import AssistantMemory, bundled_pair, with_pard, without_pard
 from pard_hf.generation.compilation import compile_cache_of
-from pard_hf.generation.sources import Tables
 
 NEW_TOKENS = 24
 LOOKUP = {"prompt_lookup_num_tokens": 6}
@@ -138,7 +137,7 @@ def test_other_assistants_take_no_memory(name):
     target = with_pard(make_model("llama"))
     value = AssistantMemory(target) if name == "assistant_memory" else [[5, 6]]
 
-    with pytest.raises(ValueError, match="with a `PardDraftModel` or no assistant.*got `LlamaForCausalLM`"):
+    with pytest.raises(ValueError, match=f"a `PardDraftModel` or no assistant for `{name}`, got `LlamaForCausalLM`"):
         generate(target, make_prompts(1), assistant_model=make_model("llama", seed=3), **{name: value})
 
 
@@ -183,11 +182,12 @@ def test_file_is_whole_or_not_written(tmp_path, monkeypatch):
     memory.save(path)
     before = path.read_bytes()
 
-    def fail(tensors, written, metadata):
-        written.write_bytes(b"half")
+    def fail(path, data):
+        with path.open("wb") as file:
+            file.write(data[:99])
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("pard_hf.generation.memory.save_file", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     generate(target, make_prompts(2), assistant_memory=memory)
     with pytest.raises(OSError, match="No space"):
         memory.save(path)
@@ -198,8 +198,11 @@ def test_file_is_whole_or_not_written(tmp_path, monkeypatch):
 
 
 def test_missing_file_is_an_os_error(tmp_path):
+    target = make_model("llama")
     with pytest.raises(OSError, match="missing"):
-        AssistantMemory.load(tmp_path / "missing", make_model("llama"))
+        AssistantMemory.load(tmp_path / "missing", target)
+    with pytest.raises(OSError, match="missing"):
+        AssistantMemory(target).save(tmp_path / "missing" / "memory")
 
 
 @pytest.mark.parametrize("damage", ["cut", "garbage", "empty", "header", "token", "probability"])
@@ -435,9 +438,17 @@ def test_memory_follows_its_target_to_a_device(monkeypatch, disable_compile, wit
         assert memory.num_tokens >= learned
 
 
-def test_tables_begin_with_nothing():
-    tables = Tables.empty(7, torch.device("cpu"))
-
-    assert (tables.after_one < 0).all()
-    assert (tables.after_two < 0).all()
-    assert json.dumps(tables.mixture_weights(False).sum(-1).round().unique().tolist()) == "[1.0]"
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a real device has tests of its own")
+@pytest.mark.parametrize("disable_compile", [True, False])
+def test_ids_may_lie_beside_the_target(monkeypatch, disable_compile):
+    """As `generate` allows; buffers of calls whose ids lay on the device are no others' then."""
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    target, prompts = make_model("llama"), make_prompts(1)
+    expected = plain(target, prompts)
+    with FakeCuda():
+        memory = AssistantMemory(target.cuda())
+        for device in ("cuda", "cpu", "cuda"):
+            inputs = {name: tensor.to(device) for name, tensor in prompts.items()}
+            for more in ({"assistant_memory": memory}, {"assistant_reference_texts": [[5, 6]]}):
+                output = generate(target, inputs, disable_compile=disable_compile, max_new_tokens=6, **more)
+                assert torch.equal(output.sequences.cpu(), expected[:, : output.sequences.shape[1]])

@@ -803,6 +803,12 @@ def test_bad_lookups_are_refused(name, value):
         with_pard(make_model("llama")).generate(**make_prompts(1), **arguments)
 
 
+@pytest.mark.parametrize("value", ["copy", ["draft"], [["copy"]], True])
+def test_bad_sources_are_refused(value):
+    with pytest.raises(ValueError, match="Expected `assistant_sources` to be a list of"):
+        with_pard(make_model("llama")).generate(**make_prompts(1), assistant_sources=value)
+
+
 def test_rows_that_have_finished_teach_nothing():
     """Their last node is verified again and again while others go on."""
     torch.manual_seed(0)

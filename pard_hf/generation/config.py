@@ -74,7 +74,9 @@ def check_options(config: Any) -> None:
         if value is not None and (type(value) is not int or value < 1):
             raise ValueError(f"Expected `{name}` to be an integer above 0, got {value!r}. Pass one, or drop it.")
     sources = config.assistant_sources
-    if sources is not None and (isinstance(sources, str) or not set(sources) <= set(TEXT_SOURCES)):
+    if sources is not None and not (
+        isinstance(sources, list | tuple) and all(name in TEXT_SOURCES for name in sources)
+    ):
         raise ValueError(f"Expected `assistant_sources` to be a list of {TEXT_SOURCES}, got {sources!r}.")
     if config.verification not in (None, *VERIFICATIONS):
         raise ValueError(f"Expected `verification` to be one of {VERIFICATIONS}, got {config.verification!r}.")

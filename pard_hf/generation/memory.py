@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from transformers import PreTrainedModel
 
 from ..host import input_device
@@ -67,7 +67,7 @@ class AssistantMemory:
         with self.in_use():
             tensors = {name: tensor.cpu().contiguous() for name, tensor in vars(self.tables).items()}
             with whole_file(Path(path)) as written:
-                save_file(tensors, written, {"format": FORMAT, **self.signature})
+                written.write_bytes(save(tensors, {"format": FORMAT, **self.signature}))
 
     @classmethod
     def load(cls, path: str | Path, target: PreTrainedModel) -> AssistantMemory:
