@@ -372,7 +372,7 @@ def test_a_benchmark_is_measured_and_can_be_taken_home(page, tmp_path):
     open_tab(page, "Benchmark")
     fill(page, "number input for Prompts", 1)
     fill(page, "number input for Repeats", 1)
-    for name in ("AD", "PARD tier 1", "PARD tier 2, adaptive K"):
+    for name in ("AD", "PARD tier 1", "PARD tier 2, adaptive K", "Every source"):
         page.get_by_label(name, exact=True).uncheck()
     page.locator("#start-bench").click()
 
@@ -384,7 +384,7 @@ def test_a_benchmark_is_measured_and_can_be_taken_home(page, tmp_path):
     download.value.save_as(tmp_path / "bench.json")
     result = json.loads((tmp_path / "bench.json").read_text())
     assert result["command"].startswith("pard bench --prompts demo --limit 1 --repeats 1")
-    assert [route["route"] for route in result["cells"][0]["routes"]] == ["ar", "pld", "tier2"]
+    assert [route["route"] for route in result["cells"][0]["routes"]] == ["ar", "pld", "tier2", "lookup"]
 
 
 def test_a_benchmark_can_be_stopped(page):

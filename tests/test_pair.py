@@ -64,6 +64,25 @@ def test_commands_measure_in_float32_on_a_cpu(folders, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["dtype"] == "float32"
 
 
+def test_commands_do_without_a_draft(folders, capsys, monkeypatch):
+    """By its folder, or by its name: nothing else is downloaded, and a result tells of no draft."""
+    monkeypatch.setitem(loading.NAMED_TARGETS, "smollm2", lambda: folders[0])
+    settings = ["--device", "cpu", "--max-new-tokens", "8"]
+
+    for target in (folders[0], "smollm2"):
+        assert main(["generate", "abcabcabc", "--target", target, "--lookup", "--json", *settings]) == 0
+        assert json.loads(capsys.readouterr().out)["num_new_tokens"] == 8
+    measured = ["--limit", "1", "--repeats", "1", "--routes", "tier2,lookup", "--lookup", "6"]
+    assert main(["bench", "--target", "smollm2", *settings, *measured]) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    [cell] = result["cells"]
+    assert (result["target"], result["prompt_lookup_num_tokens"]) == ("smollm2", 6)
+    assert "draft" not in result
+    assert [route["route"] for route in cell["routes"]] == ["ar", "lookup"]
+    assert "PARD tier 2: not served: it needs a draft" in captured.err
+
+
 @pytest.mark.parametrize(("device", "bytes_per_weight"), [("cpu", 4), ("meta", 2)])
 def test_the_web_demo_counts_the_bytes_that_will_be_loaded(monkeypatch, device, bytes_per_weight):
     room = pytest.importorskip("demo.room")

@@ -1,8 +1,10 @@
 """Trees of proposals: the right prefixes, seen by the right nodes, walked by the target's own choices."""
 
 import itertools
+import math
 
 import pytest
+import torch as real_torch
 from device import DEVICE, torch
 from families import FAMILIES, make_draft, make_model, make_prompts, make_self_draft
 from transformers import GenerationConfig
@@ -12,12 +14,15 @@ from pard_hf.draft.correction_head import CorrectedPositions, CorrectionHead
 from pard_hf.generation.cache import SlotCache
 from pard_hf.generation.sampling import sample_with_noise, verify_greedy
 from pard_hf.generation.tree import (
+    LOG_ZERO,
+    Candidates,
     Tree,
     ancestors,
     best_prefixes,
     chain_as_tree,
     child_with,
     choose_at_nodes,
+    grow_tree,
     tree_of_marginals,
     walk,
 )
@@ -114,6 +119,59 @@ def test_few_candidates_keep_their_probabilities():
 
         torch.testing.assert_close(few.logprobs(1, tokens)[0, 0], wanted.log_softmax(-1)[few.candidates[0, 1]])
     assert whole.candidates.shape[-1] == 50
+
+
+@pytest.mark.parametrize("num_nodes", [1, 3, 12, 60, 500])
+@pytest.mark.parametrize("num_void", [0, 1, 3])
+@pytest.mark.parametrize("tokens_are_shared", [False, True])
+def test_grown_tree_is_the_heaps(num_nodes, num_void, tokens_are_shared):
+    """Candidates that depend on the whole path, some void: the best prefixes, in order, each with its own share."""
+    num_depths, num_rows = 3, 2
+
+    def after(path, row):
+        """Tokens and log-probabilities; behind every other path the first are void."""
+        generator = real_torch.Generator().manual_seed(hash(path) % 1000 + row)
+        tokens = real_torch.randperm(9, generator=generator)[:5].tolist()
+        logprobs = real_torch.randn(5, generator=generator).log_softmax(-1).tolist()
+        num_left_out = num_void if sum(path) % 2 else 0
+        if tokens_are_shared:
+            return [3, 1, 4, 2, 5], [math.nan] * num_left_out + logprobs[num_left_out:]
+        return [-1] * num_left_out + tokens[num_left_out:], [-math.inf] * num_left_out + logprobs[num_left_out:]
+
+    paths = {}
+
+    def expand(depth, tokens, parents):
+        for row in range(num_rows):
+            pairs = [] if depth == 0 else zip(parents[row].tolist(), tokens[row].tolist(), strict=True)
+            paths[row] = [(*paths[row][parent], token) for parent, token in pairs] or [()]
+        found = [[after(path, row) for path in paths[row]] for row in range(num_rows)]
+        ids = torch.tensor([[tokens for tokens, _ in row] for row in found])
+        logprobs = torch.tensor([[logprobs for _, logprobs in row] for row in found])
+        if tokens_are_shared:
+            return Candidates(ids[:, :1], logprobs)
+        shares = torch.stack([logprobs.exp(), ids.float()], dim=3)
+        return Candidates(ids, logprobs, shares, torch.tensor([[sum(path) for path in paths[row]] for row in paths]))
+
+    tree = grow_tree(expand, num_depths, num_nodes)
+
+    for row in range(num_rows):
+        found, frontier = {}, [()]
+        for path in frontier:
+            for token, logprob in zip(*after(path, row), strict=True):
+                if math.isfinite(logprob):
+                    found[(*path, token)] = found.get(path, 0.0) + logprob
+                    frontier += [(*path, token)] if len(path) + 1 < num_depths else []
+        num_real = min(num_nodes, len(found))
+        scores = tree.logprobs[row].tolist()
+        assert [score > LOG_ZERO / 2 for score in scores] == [node < num_real for node in range(len(scores))]
+        assert scores[:num_real] == pytest.approx(sorted(found.values(), reverse=True)[:num_real], abs=1e-4)
+        reached = paths_of(tree, row)
+        assert [found[path] for path in reached[:num_real]] == pytest.approx(scores[:num_real], abs=1e-4)
+        assert [len(path) for path in reached] == tree.depths[row].tolist()
+        assert all(parent < node for node, parent in enumerate(tree.parents[row].tolist(), 1))
+        if not tokens_are_shared:
+            assert tree.shares[row, :num_real, 1].tolist() == [path[-1] for path in reached[:num_real]]
+            assert tree.contexts[row, :num_real].tolist() == [sum(path[:-1]) for path in reached[:num_real]]
 
 
 @pytest.mark.parametrize("values", ["nan", "equal", "certain", "infinite"])

@@ -103,7 +103,7 @@ class CompiledSteps:
 
     def rows(self, rows: Any) -> Any:
         """Copy `Rows` to static buffers."""
-        key = (*rows.tokens.shape, self.placement)
+        key = (*rows.tokens.shape, self.placement, rows.tokens.device)
         if key not in self.kept.rows:
             with torch.inference_mode(False):  # Later calls outside it write to them too.
                 self.kept.rows[key] = replace(rows, **{name: tensor.clone() for name, tensor in vars(rows).items()})

@@ -76,10 +76,6 @@ def check_mode(target: PreTrainedModel, generation_config: GenerationConfig, has
     if generation_config.use_cache is False and target.config.use_cache is not False:
         raise ValueError(f"Expected `use_cache=True` with {option}, got False. Drop `use_cache` or {option}.")
     has_chains = not text_sources(generation_config)
-    for size in ("prompt_lookup_num_tokens", "max_matching_ngram_size"):
-        value = getattr(generation_config, size)
-        if not has_chains and value is not None and (type(value) is not int or value < 1):
-            raise ValueError(f"Expected `{size}` to be a positive integer, got {value!r}. Drop it for the default.")
     check_schedule(
         generation_config.num_assistant_tokens_schedule or "constant",
         generation_config.num_assistant_tokens,
@@ -91,10 +87,11 @@ def check_call_arguments_unused(generation_config: GenerationConfig, assistant: 
     """Raise a `ValueError` where a call that is left to transformers has arguments of ours."""
     names = [name for name in CALL_ARGUMENTS if getattr(generation_config, f"_{name}") is not None]
     if names:
+        unused = " and ".join(f"`{name}`" for name in names)
         got = generation_mode.value if assistant is None else f"`{type(assistant).__name__}`"
         raise ValueError(
-            f"Expected a decoder-only target, greedy or sampled, with a `PardDraftModel` or no assistant for {names}, "
-            f"got {got}. Drop {names}."
+            "Expected a decoder-only target, greedy or sampled, with a `PardDraftModel` or no assistant for "
+            f"{unused}, got {got}. Drop {unused}."
         )
 
 
