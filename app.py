@@ -46,7 +46,7 @@ LEGEND = """<p class="pard-legend">Accepted: <span class="pard-accepted pard-dra
 – hover to see the round</p>"""
 
 
-# Fonts of the visitor's own machine: the page asks nobody but this server. The theme's own greys and buttons are
+# Fonts of the visitor's own machine: the page asks no other server. The theme's own greys and buttons are
 # too pale for many eyes.
 THEME = gr.themes.Default(
     primary_hue="emerald",

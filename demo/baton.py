@@ -13,7 +13,7 @@ TURN_SECONDS = 0.1
 
 
 class Baton:
-    """Whoever holds it runs; it goes to the runner that has run for the least time.
+    """The runner that holds it runs; it goes to the runner that has run for the least time.
 
     A runner's random state goes with it, so that both may draw from torch's generators as if alone.
 

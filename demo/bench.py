@@ -23,7 +23,7 @@ from .pairs import BUNDLED, PairName, PairShelf
 from .settings import Settings, whole
 
 MOST_PROMPTS = 32
-# What compiles takes minutes on a CPU before it says a word: chosen by who wants to wait.
+# What compiles takes minutes on a CPU before anything is shown: left to visitors who want to wait.
 FIRST_ROUTES = ("ar", "pld", "ad", "tier1", "tier2", "adaptive", "lookup", "every_source")
 
 

@@ -15,9 +15,9 @@ from .visitor import Visitor
 def generate(
     pair: Pair, ids: list[int], settings: Settings, visitor: Visitor | None, is_ours: bool = True, **arguments: Any
 ) -> Any:
-    """Return what our `generate()`, or the plain one, says to token ids, seeded; `arguments` go to the call.
+    """Return what our `generate()`, or the plain one, gives for token ids, seeded; `arguments` go to the call.
 
-    With `visitor` lookup remembers the target's habits from his earlier calls.
+    With `visitor` lookup remembers the target's habits from earlier calls.
     """
     torch.manual_seed(settings.seed)
     inputs = torch.tensor([ids], device=pair.target.device)

@@ -22,7 +22,7 @@ SOURCES = {"draft": "the draft", "copy": "the text", "successors": "the target's
 
 
 def message(text: str, is_error: bool = False) -> str:
-    """A line of status, read out by screen readers; empty where there is nothing to say."""
+    """A line of status, read out by screen readers; empty where there is no message."""
     role, kind = ("alert", "error") if is_error else ("status", "note")
     return f'<div class="pard-message pard-{kind}" role="{role}">{escape(text)}</div>'
 
@@ -133,7 +133,7 @@ def proposals_table(tokenizer: Any, proposals: Sequence[Proposal], number: int, 
     """The K proposals of a round."""
     if not proposals:
         return f"<p>Round {number} of {num_rounds} had room for the target's own token alone: nothing proposed.</p>"
-    headings = "place", "draft proposed", "draft's probability", "verdict", "target wanted", "target's probability"
+    headings = "position", "draft proposed", "draft's probability", "verdict", "target wanted", "target's probability"
     rows = []
     for p in proposals:
         cells = [code(tokenizer, p.token), f"{p.probability:.1%}", p.verdict, "–", "–"]
@@ -153,7 +153,7 @@ def accepted_table(tokenizer: Any, round_: Round, number: int, num_rounds: int) 
     ]
     own = [f"{len(rows) + 1}", code(tokenizer, round_.bonus), "nothing: the target's own token"]
     return table(
-        f"Round {number} of {num_rounds}: accepted tokens", ("place", "token", "proposed by"), [*rows, ("", own)]
+        f"Round {number} of {num_rounds}: accepted tokens", ("position", "token", "proposed by"), [*rows, ("", own)]
     )
 
 
@@ -209,12 +209,14 @@ def stats_bars(stats: DecodingStats | None) -> str:
     """Position acceptance, the histogram of accepted counts, and the sources of a race."""
     if stats is None or not stats.num_rounds:
         return "<p>Run a race first: its rounds are counted here.</p>"
-    acceptance = [(f"{place}", a, f"{a:.0%}") for place, a in enumerate(stats.position_acceptance, start=1)]
+    acceptance = [(f"{position}", a, f"{a:.0%}") for position, a in enumerate(stats.position_acceptance, start=1)]
     counts = [(f"{n}", rounds / stats.num_rounds, f"{rounds}") for n, rounds in enumerate(stats.histogram)]
     sources = [(SOURCES[s], share, f"{share:.0%}") for s, share in stats.accepted_shares.items()]
     return (
         '<div class="pard-charts">'
-        + bars("Position acceptance: rounds that accepted the proposal at this place", "place", "rounds", acceptance)
+        + bars(
+            "Position acceptance: rounds that accepted the proposal at this position", "position", "rounds", acceptance
+        )
         + bars("Accepted proposals a round, the bonus token not counted", "accepted", "rounds", counts)
         + (bars("Accepted tokens by what proposed them", "source", "accepted", sources) if sources else "")
         + "</div>"

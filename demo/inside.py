@@ -20,7 +20,7 @@ class Proposal:
 
     Args:
         position (`int`):
-            Its place in the block, from 1.
+            Its position in the block, from 1.
         token (`int`) and probability (`float`):
             What the draft proposed, and how sure it was.
         target_token (`int`) and target_probability (`float`):
@@ -72,14 +72,14 @@ def look_inside(
     choices[: len(this.tokens)] = this.tokens[:num_drafts]
     return [
         Proposal(
-            position=place + 1,
+            position=index + 1,
             token=token,
-            probability=float(drafted[place, token]),
-            target_token=choices[place],
-            target_probability=float(wanted[place, choices[place]]),
-            verdict=verdict_of(place, token, this),
+            probability=float(drafted[index, token]),
+            target_token=choices[index],
+            target_probability=float(wanted[index, choices[index]]),
+            verdict=verdict_of(index, token, this),
         )
-        for place, token in enumerate(tokens.tolist())
+        for index, token in enumerate(tokens.tolist())
     ]
 
 
@@ -91,7 +91,7 @@ def round_of(rounds: Sequence[Round], number: int) -> Round:
 
 
 def before_round(rounds: Sequence[Round], number: int, settings: Settings) -> tuple[list[int], int]:
-    """What was said before a round, and how many places it proposed for."""
+    """What was said before a round, and how many positions it proposed for."""
     round_of(rounds, number)
     said = tokens_of(rounds[: number - 1])
     return said, min(settings.num_assistant_tokens, settings.max_new_tokens - len(said) - 1)
@@ -149,9 +149,9 @@ def look_at_tree(
     return nodes[0].children
 
 
-def verdict_of(place: int, token: int, this: Round) -> str:
-    if place < len(this.accepted):
+def verdict_of(index: int, token: int, this: Round) -> str:
+    if index < len(this.accepted):
         return "accepted"
-    if place > len(this.accepted):
+    if index > len(this.accepted):
         return "not reached"
     return "rejected" if token != this.bonus else "bonus token"

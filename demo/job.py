@@ -1,4 +1,4 @@
-"""Work that is watched while it runs, one piece at a time, and ends when nobody watches any more."""
+"""Work that is watched while it runs, one piece at a time, and ends when it is not watched any more."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DEVICE = threading.Lock()
 
 
 class Stopped(Exception):
-    """Raised inside work that nobody waits for any more."""
+    """Raised inside work that is not waited for any more."""
 
 
 class Job:
@@ -37,7 +37,7 @@ class Job:
             part()
         except Stopped:
             pass
-        except BaseException as error:  # Told to whoever watches.
+        except BaseException as error:  # Raised again in `watch`.
             self.errors.append(error)
             self.stop()
         finally:
@@ -66,7 +66,7 @@ class Job:
         The device is free again when the last part has ended.
 
         Raises:
-            Stopped: The job was stopped; whoever did that says how it ended.
+            Stopped: The job was stopped.
             Exception: What a part raised.
         """
         while self.needs_device and not DEVICE.acquire(timeout=TICK_SECONDS):

@@ -29,7 +29,7 @@ HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 class PairName(NamedTuple):
-    """Which pair: a kind of place, and there a target and its draft."""
+    """Which pair: where the models are, and there a target and its draft."""
 
     kind: str = BUNDLED
     target: str = ""
@@ -47,7 +47,7 @@ class PairName(NamedTuple):
             if len(text) > MOST_NAME_CHARACTERS or not text.isprintable():
                 raise ValueError(
                     f"Expected a name of at most {MOST_NAME_CHARACTERS} characters on one line, got {len(text)}. "
-                    "Mend it."
+                    "Shorten it, on one line."
                 )
         if not target or (not draft and kind == FOLDER):
             missing = "target" if not target else "draft"
@@ -155,18 +155,18 @@ class PairShelf:
             DEVICE.release()
 
     def settled(self, name: PairName) -> PairName:
-        """A name as it is kept: folders by their place below the start folder, however they were written."""
+        """A name as it is kept: folders by their path below the start folder, however they were written."""
         if name.kind != FOLDER:
             return name
-        places = (self.local_path(model).relative_to(str(self.folder)) for model in (name.target, name.draft))
-        return PairName(FOLDER, *map(str, places))
+        paths = (self.local_path(model).relative_to(str(self.folder)) for model in (name.target, name.draft))
+        return PairName(FOLDER, *map(str, paths))
 
     def local_path(self, name: str) -> Path:
         """A folder below the start folder; what lies elsewhere is refused like what does not exist."""
         if self.folder is None:
             raise ValueError(
                 "Expected models of the Hub or the bundled pair, got a local folder: the demo was started without a "
-                "folder of models. Start it with `--folder`, or choose another place."
+                "folder of models. Start it with `--folder`, or choose another kind."
             )
         path = (self.folder / name).resolve()
         if not path.is_relative_to(self.folder) or not (path / "config.json").is_file():
@@ -179,7 +179,7 @@ class PairShelf:
     def hub_path(self, name: str, report: Callable[[str], None]) -> Path:
         """The folder of a model of the Hub in the cache, downloaded if need be."""
         if not HUB_ID.fullmatch(name):
-            raise ValueError(f"Expected a Hub id such as `Qwen/Qwen2.5-7B-Instruct`, got {name!r}. Mend the id.")
+            raise ValueError(f"Expected a Hub id such as `Qwen/Qwen2.5-7B-Instruct`, got {name!r}. Correct the id.")
         patterns = list(DRAFT_FILES)
         bars = bar_class(name, report)
         if not is_offline_mode():
@@ -196,7 +196,7 @@ class PairShelf:
 
 @contextmanager
 def named(name: PairName, paths: PairPaths) -> Iterator[None]:
-    """Speak of models by the names a visitor gave: in which folders they lie is nobody's business."""
+    """Name models in errors as the visitor did, not by their folders."""
     try:
         yield
     except (ValueError, OSError) as error:

@@ -99,7 +99,7 @@ class Race(Job):
             self.baton.take(lane)
             call = self.pair, self.ids, self.settings, self.visitor
             output = generate(*call, is_ours=lane == PARD, streamer=self.transcripts[lane])
-            output[CACHE_NAME] = None  # Nobody goes on from here, and the race is looked at for a while.
+            output[CACHE_NAME] = None  # Not continued from here, and the race is shown for a while.
             self.outputs[lane] = output
         finally:
             self.baton.release(lane, has_finished=True)

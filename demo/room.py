@@ -51,7 +51,7 @@ def num_weights(folder: Path) -> int:
 
 
 def available_memory(device: str) -> int:
-    """Bytes that can be taken on a device; without bound where the system does not say."""
+    """Bytes that can be taken on a device; without bound where the system does not tell."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")

@@ -16,11 +16,11 @@ FOLDERS = re.compile(r"(?<![\w:/.])/(?:[^\s'\"`,:/]+/)+([^\s'\"`,:/]*)")
 
 
 def in_words(error: BaseException) -> str:
-    """A sentence for whatever went wrong; what nobody foresaw goes to the log in full."""
+    """A sentence for whatever went wrong; the unexpected goes to the log in full."""
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "The disk of the machine is full. Make room, or take a model that is already there."
     if isinstance(error, OSError) and error.errno is not None:  # Its own text names folders of the machine.
-        return f"The machine refused: {error.strerror}. Choose another model or file, or ask whoever runs the demo."
+        return f"The machine refused: {error.strerror}. Choose another model or file, or ask who runs the demo."
     if "trust_remote_code" in str(error):
         return "This model brings code of its own, which the demo does not run. Choose another model."
     if isinstance(error, SafetensorError):
@@ -30,4 +30,4 @@ def in_words(error: BaseException) -> str:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return "The device has no memory left for this. Choose a smaller model, or fewer new tokens."
     logger.error("a visitor's request failed", exc_info=error)
-    return f"Nobody foresaw this ({type(error).__name__}): the server's log says more. Try other settings."
+    return f"An unexpected error ({type(error).__name__}): the server's log says more. Try other settings."

@@ -95,7 +95,7 @@ class Settings:
         return f"{self.num_nodes} nodes" if self.num_nodes else f"{self.num_assistant_tokens} proposals"
 
     def proposing(self, draft: Any, memory: AssistantMemory | None) -> dict[str, Any]:
-        """Arguments of `generate()` that say what proposes; `memory` is the visitor's own, if he has one."""
+        """Arguments of `generate()` that say what proposes; `memory` is the visitor's own, `None` for an empty one."""
         arguments: dict[str, Any] = {"assistant_tree_size": self.num_nodes}
         if self.proposer != LOOKUP:
             arguments |= {"assistant_model": draft, "num_assistant_tokens": self.num_assistant_tokens}

@@ -121,7 +121,7 @@ def begin_long_race(page):
     expect(page.locator("#banner")).to_contain_text("Racing")
 
 
-def test_whoever_opens_the_page_sees_a_race(page, address):
+def test_an_opened_page_shows_a_race(page, address):
     plain, ours = (page.locator(f"{lane} .pard-text").text_content() for lane in ("#plain", "#pard"))
 
     assert plain.strip()
@@ -184,7 +184,7 @@ def test_a_closed_page_leaves_the_device_to_others(browser, address):
 
 
 def test_a_cancelled_request_does_not_hold_up_the_server(address):
-    """Whoever cancels is not waited for: a page is served while the run in progress ends."""
+    """A cancelled run is not waited for: a page is served while the run in progress ends."""
     client = Client(address, verbose=False)
     job = client.submit("demo", None, ["ar", "tier2"], 6, 5, 8, 1000, 0, 1, 0, api_name="/bench")
     while not job.outputs():

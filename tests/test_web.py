@@ -163,7 +163,7 @@ def test_what_ends_one_lane_ends_the_race(pair):
     assert not DEVICE.locked()
 
 
-def test_the_baton_goes_to_whoever_has_run_less():
+def test_the_baton_goes_to_the_runner_that_has_run_less():
     baton = Baton(2, turn_seconds=0)
     order = []
 
@@ -762,5 +762,5 @@ def test_errors_become_sentences(caplog):
     assert "/srv" not in in_words(PermissionError(errno.EACCES, "Permission denied", "/srv/models/config.json"))
     assert "no memory left" in in_words(torch.OutOfMemoryError("CUDA out of memory"))
     assert not caplog.records
-    assert in_words(KeyError("x")) == "Nobody foresaw this (KeyError): the server's log says more. Try other settings."
+    assert in_words(KeyError("x")) == "An unexpected error (KeyError): the server's log says more. Try other settings."
     assert caplog.records[0].exc_info
