@@ -209,7 +209,7 @@ class Alternating(LogitsProcessor):
         (1, {"stop_strings": ["x"]}, "none"),
         (3, {}, "none"),
     ],
-    ids=str,
+    ids=["greedy", "sampled", "stateful", "stop string", "batch"],
 )
 def test_lookup_leaves_our_loop_visibly(batch_size, arguments, loop, tokenizer):
     target = make_target("falcon_alibi")
