@@ -209,7 +209,7 @@ class Alternating(LogitsProcessor):
         (1, {"stop_strings": ["x"]}, "none"),
         (3, {}, "none"),
     ],
-    ids=str,
+    ids=["greedy", "sampled", "stateful", "stop string", "batch"],
 )
 def test_lookup_leaves_our_loop_visibly(batch_size, arguments, loop, tokenizer):
     target = make_target("falcon_alibi")
@@ -255,7 +255,7 @@ def test_encoder_decoder_keeps_the_lookup_of_transformers():
     expected = target.generate(**arguments)
 
     assert torch.equal(with_pard(target).generate(**arguments, prompt_lookup_num_tokens=4), expected)
-    with pytest.raises(ValueError, match="decoder-only target, .*'assistant_reference_texts'"):
+    with pytest.raises(ValueError, match="decoder-only target, .*`assistant_reference_texts`"):
         target.generate(**arguments, assistant_reference_texts=[[5, 6]])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -151,8 +151,12 @@ def sources_of(
     if not names:
         yield None
         return
-    memory = config._assistant_memory or AssistantMemory(target)
-    with memory.in_use() as kept:
+    memory = config._assistant_memory
+    if memory is None:
+        held: Any = nullcontext(Tables.empty(target.config.get_text_config().vocab_size, device))
+    else:
+        held = memory.in_use()
+    with held as kept:
         tables = kept.to(device) if compiled is None else compiled.tables(kept, device)
         references = config._assistant_reference_texts
         if references is None:
