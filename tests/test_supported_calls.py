@@ -54,6 +54,7 @@ def call(batch_size=1, **arguments):
 CALLS = {
     "greedy, sampling": [call(), call(do_sample=True, top_k=9)],
     "batches, left padding, `num_return_sequences`": [call(3), call(num_return_sequences=2, do_sample=True, top_k=1)],
+    "prompt lookup, `prompt_lookup_num_tokens`": [call(3)],
     "`num_assistant_tokens` on the call": [call(num_assistant_tokens=3)],
     "logits processors": [call(3, suppress_tokens=[5, 6]), call(3, repetition_penalty=1.3)],
     "end tokens, `max_length`": [call(3, eos_token_id=list(range(3, 20))), call(max_new_tokens=None, max_length=25)],
