@@ -6,6 +6,7 @@ Texts lie in buffers of fixed shape, which compiled steps read and write again a
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from ..host import cache_argument, forward_parameters, input_device, num_positions
 from .cache import SlotCache
 from .compilation import CompiledSteps
+from .kernels import streamed_linear
 from .schedule import Choice
 
 # Cache sizes are this one doubled again and again: attention never reads more than twice the text, and a long run
@@ -54,6 +56,8 @@ class CachedModel:
 
     def __init__(self, model: PreTrainedModel, cache: SlotCache, num_unread: int = 0):
         self.model, self.cache, self.num_unread = model, cache, num_unread
+        # A mode of torch, which compiled steps have no need of.
+        self.streamed = nullcontext() if cache.slots.is_static else streamed_linear(model)
         self.device, self.cache_name = input_device(model), cache_argument(model)
         self.takes_num_logits = "logits_to_keep" in forward_parameters(model)
         self.last_position = num_positions(model.config) - 1
@@ -74,7 +78,8 @@ class CachedModel:
         arguments = self.prepare(positions, num_visible, on_path, inputs)
         if self.takes_num_logits:
             arguments["logits_to_keep"] = num_logits
-        logits = self.model(**arguments).logits
+        with self.streamed:
+            logits = self.model(**arguments).logits
         self.cache.slots.flat_rows = None  # Compiled code would keep it as a result.
         return logits[:, -num_logits:]
 
@@ -83,9 +88,9 @@ class CachedModel:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run a draft; return logits of the last `num_drafts` positions, and hidden states for a correction head."""
         model: Any = self.model
-        outputs = model.position_logits(
-            num_drafts, **self.prepare(positions, num_visible, None, {"input_ids": input_ids})
-        )
+        arguments = self.prepare(positions, num_visible, None, {"input_ids": input_ids})
+        with self.streamed:
+            outputs = model.position_logits(num_drafts, **arguments)
         self.cache.slots.flat_rows = None
         return outputs
 

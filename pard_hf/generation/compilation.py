@@ -22,7 +22,6 @@ from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 
 from ..host import can_compile, warn_once
 from .cache import SlotCache
-from .kernels import streamed_linear
 from .schedule import Choice, RoundCosts, Schedule
 from .sources import Tables
 
@@ -215,8 +214,7 @@ def compiled_steps(
     draft = draft or target  # Without a draft the target stands for both.
     kept = acquire_compile_cache(target, draft) if wants_compilation(target, config) else None
     if kept is None:
-        with streamed_linear(target, draft):
-            yield None
+        yield None
         return
     try:
         yield CompiledSteps(kept, config.compile_config or CompileConfig(), target)
