@@ -119,6 +119,22 @@ def rows_of_tree_batches():
             yield row(f"`{name}`", title, *speedups)
 
 
+def rows_of_lookup():
+    for name, found in result("sources_smollm2")["sets"].items():
+        routes = [found["routes"][route] for route in ("pld", "lookup 16", "lookup_kept 16")]
+        assert {route["identical_share"] for route in routes} == {1.0}
+        figures = (route[key] for key in ("acceptance_length", "speedup") for route in routes)
+        yield row(f"`{name}`", found["repeated_4gram_share"], *figures)
+
+
+def rows_of_sources():
+    for name, found in result("sources_bundled")["sets"].items():
+        sizes = (f"{route} {size}" for size in (16, 32) for route in ("tree_head", "every_source"))
+        routes = [found["routes"][route] for route in ("pld", "lookup 16", "lookup 32", "head", *sizes)]
+        assert {route["identical_share"] for route in routes} == {1.0}
+        yield row(f"`{name}`", *(route["acceptance_length"] for route in routes))
+
+
 def rows_published():
     targets = (("Llama 3.1 8B", "A100"), ("Llama 3.3 70B", "H20"), ("Qwen3 8B", "A100"))
     figures = [figure for part in PUBLISHED.values() for figure in part if "V1 engine" in figure["engine"]]
@@ -138,6 +154,8 @@ TABLES = {
     rows_of_tree_routes: "docs/trees.md",
     rows_of_compiled_trees: "docs/trees.md",
     rows_of_tree_batches: "docs/trees.md",
+    rows_of_lookup: "docs/sources.md",
+    rows_of_sources: "docs/sources.md",
     rows_published: "docs/limits.md",
 }
 

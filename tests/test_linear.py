@@ -6,7 +6,9 @@ from families import make_draft, make_model, make_prompts
 
 from pard_hf import with_pard
 from pard_hf.generation import kernels as linear
-from pard_hf.generation.kernels import StreamedLinear, streamed_linear
+from pard_hf.generation.batch import CachedModel
+from pard_hf.generation.cache import SlotCache
+from pard_hf.generation.kernels import StreamedLinear, can_stream
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 16), (1, 9, 16), (3, 7, 16), (4, 40, 16), (5, 16)])
@@ -29,9 +31,10 @@ def test_only_large_float32_models_take_part(monkeypatch):
 
     for fewest, dtype in ((10**9, torch.float32), (1, torch.float64), (1, torch.float32)):
         monkeypatch.setattr(linear, "MIN_PARAMETERS", fewest)
-        with torch.no_grad(), streamed_linear(model.to(dtype)):
-            model(ids)
-        assert bool(calls) == (fewest == 1 and dtype == torch.float32)
+        cached = CachedModel(model.to(dtype), SlotCache.of(model, 16))
+        with torch.no_grad():
+            cached.forward(torch.arange(5).unsqueeze(0), 16, 1, input_ids=ids)
+        assert bool(calls) == can_stream(model) == (fewest == 1 and dtype == torch.float32)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])

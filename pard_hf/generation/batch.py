@@ -6,7 +6,6 @@ Texts lie in buffers of fixed shape, which compiled steps read and write again a
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel
 from ..host import cache_argument, forward_parameters, input_device, num_positions
 from .cache import SlotCache
 from .compilation import CompiledSteps
-from .kernels import streamed_linear
+from .kernels import StreamedLinear, can_stream
 from .schedule import Choice
 
 # Cache sizes are this one doubled again and again: attention never reads more than twice the text, and a long run
@@ -56,8 +55,7 @@ class CachedModel:
 
     def __init__(self, model: PreTrainedModel, cache: SlotCache, num_unread: int = 0):
         self.model, self.cache, self.num_unread = model, cache, num_unread
-        # A mode of torch, which compiled steps have no need of.
-        self.streamed = nullcontext() if cache.slots.is_static else streamed_linear(model)
+        self.is_streamed = not cache.slots.is_static and can_stream(model)  # Compiled steps do without.
         self.device, self.cache_name = input_device(model), cache_argument(model)
         self.takes_num_logits = "logits_to_keep" in forward_parameters(model)
         self.last_position = num_positions(model.config) - 1
@@ -78,8 +76,7 @@ class CachedModel:
         arguments = self.prepare(positions, num_visible, on_path, inputs)
         if self.takes_num_logits:
             arguments["logits_to_keep"] = num_logits
-        with self.streamed:
-            logits = self.model(**arguments).logits
+        logits = self.call(self.model, arguments).logits
         self.cache.slots.flat_rows = None  # Compiled code would keep it as a result.
         return logits[:, -num_logits:]
 
@@ -89,10 +86,16 @@ class CachedModel:
         """Run a draft; return logits of the last `num_drafts` positions, and hidden states for a correction head."""
         model: Any = self.model
         arguments = self.prepare(positions, num_visible, None, {"input_ids": input_ids})
-        with self.streamed:
-            outputs = model.position_logits(num_drafts, **arguments)
+        outputs = self.call(model.position_logits, {"num_positions": num_drafts, **arguments})
         self.cache.slots.flat_rows = None
         return outputs
+
+    def call(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """Call a forward, its linear layers streamed where that is faster."""
+        if not self.is_streamed:
+            return forward(**arguments)
+        with StreamedLinear():
+            return forward(**arguments)
 
     def prepare(
         self, positions: torch.Tensor, num_visible: int, on_path: torch.Tensor | None, inputs: dict[str, torch.Tensor]

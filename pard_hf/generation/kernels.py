@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -102,10 +102,10 @@ class StreamedLinear(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def streamed_linear(model: PreTrainedModel) -> AbstractContextManager[Any]:
-    """Stream the linear layers that this thread runs inside, where a model is large, in float32 and on a CPU.
+def can_stream(model: PreTrainedModel) -> bool:
+    """Return whether streaming pays in forwards of a model: it is large, in float32 and on a CPU.
 
-    For forwards only: the mode costs every other function of torch a few microseconds.
+    In forwards only: the mode costs every function of torch a few microseconds.
     """
     is_cpu = model.device.type == "cpu" and model.dtype == torch.float32
-    return StreamedLinear() if is_cpu and model.num_parameters() >= MIN_PARAMETERS else nullcontext()
+    return is_cpu and model.num_parameters() >= MIN_PARAMETERS
