@@ -627,13 +627,14 @@ def test_random_state_after_an_interrupt_is_that_of_the_emitted_tokens(stops_by)
     assert torch.equal(*states)
 
 
-def test_newer_transformers_than_tested_is_warned_of_once(caplog, monkeypatch):
+@pytest.mark.parametrize("source", ["draft", "lookup"])
+def test_newer_transformers_than_tested_is_warned_of_once(source, caplog, monkeypatch):
     monkeypatch.setattr(transformers, "__version__", "5.99.0")
     host.warn_once.cache_clear()
+    draft = {"assistant_model": make_draft(make_model("llama", seed=5))}
     for _ in range(2):
-        with_pard(make_model("llama")).generate(
-            **make_prompts(1), max_new_tokens=3, assistant_model=make_draft(make_model("llama", seed=5))
-        )
+        proposing = draft if source == "draft" else {"prompt_lookup_num_tokens": 4}
+        with_pard(make_model("llama")).generate(**make_prompts(1), max_new_tokens=3, **proposing)
     host.warn_once.cache_clear()
 
     assert sum("tested on transformers up to" in message for message in caplog.messages) == 1

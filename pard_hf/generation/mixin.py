@@ -103,8 +103,8 @@ class PardGenerationMixin(GenerationMixin):
             num_assistant_tokens (`int`, *optional*):
                 K, proposals a round; defaults to the draft's `generation_config`.
             prompt_lookup_num_tokens (`int`, *optional*):
-                Also, or only, propose what follows in the text so far where its last tokens stood before, and what the
-                target found likeliest after them; at most so many tokens deep.
+                Propose, with the draft or alone, what followed the last tokens earlier in the text, and what the
+                target found likeliest after them; paths have at most this many tokens.
             assistant_memory ([`AssistantMemory`], *optional*):
                 What is remembered of the target from call to call; nothing by default.
             assistant_reference_texts (`list[str]` or `list[list[int]]`, *optional*):
@@ -124,7 +124,6 @@ class PardGenerationMixin(GenerationMixin):
             references = encode_references(texts, kwargs.get("tokenizer"), vocab_size)
             kwargs["assistant_reference_texts"] = references
         if isinstance(assistant_model, PardDraftModel):
-            warn_where_untested()
             generation_config = with_draft_defaults(assistant_model, generation_config, kwargs)
             if kwargs.get("custom_generate") is not None:
                 warn_unused("This way of generating takes no draft")
@@ -219,6 +218,7 @@ class PardGenerationMixin(GenerationMixin):
         **model_kwargs: Any,
     ) -> Any:
         """Choose the loop: ours, that of transformers, or plain decoding where neither is exact."""
+        warn_where_untested()
         config, prepared = generation_config, {"logits_processor": logits_processor, "streamer": streamer}
         prepared |= {"stopping_criteria": stopping_criteria, "generation_config": config}
         mask, longest = full_attention_mask(input_ids, config, model_kwargs), max_length(stopping_criteria)
