@@ -2,13 +2,14 @@
 
     python benchmarks/lookup_cost.py --target smollm2 --output lookup_cost.json
 
-Matching is timed alone, on a text of random tokens of each length. A round is timed on a real model, whose prompt is
-copied text: `propose` finds matches and grows the tree, `rest` accepts, remembers and streams. Medians of repeats.
+Matching is timed alone, on a text of random tokens of each length. A round is timed on a model that answers a short
+prompt: `propose` finds matches and grows the tree, `rest` accepts and remembers. Medians of repeats.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -17,9 +18,8 @@ import torch
 from pard_hf.generation.memory import AssistantMemory
 from pard_hf.generation.sources import MAX_MATCH_LENGTH, find_matches
 from pard_hf.generation.stats import now
-from pard_hf.loading import load_pair, load_target
 from pard_hf.tokens import encode_prompt
-from script import add_pair, finish, parser_of, run_metadata
+from script import add_pair, finish, load_pair_of, parser_of, run_metadata
 
 PROMPT = "Write a Python function that returns the n-th Fibonacci number, then explain it line by line."
 
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    target, tokenizer = load_pair()[::2] if args.target is None else load_target(args.target, args.dtype)
+    target, _, tokenizer = load_pair_of(args)
     inputs = torch.tensor([encode_prompt(tokenizer, PROMPT)], device=target.device)
     rounds = {
         str(size): round_shares(
@@ -62,7 +62,7 @@ def matching_ms(length: int, num_depths: int, device: torch.device) -> float:
     """Time one search of a text whose tokens often match."""
     tokens = torch.randint(50, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
     lengths, none = torch.tensor([length], device=device), torch.full((1, 1), -1, device=device)
-    search = lambda: find_matches(none, tokens, lengths, num_depths, MAX_MATCH_LENGTH)  # noqa: E731
+    search = partial(find_matches, none, tokens, lengths, num_depths, MAX_MATCH_LENGTH)
     return round(1000 * median(seconds(search, device) for _ in range(31)), 4)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pard_hf.io import conditions_of, shown_command, write_whole
+from pard_hf.loading import Pair, load_models, load_pair
 
 
 def parser_of(docstring: str) -> argparse.ArgumentParser:
@@ -25,6 +26,13 @@ def add_pair(parser: argparse.ArgumentParser, dtype: str = "auto") -> None:
     parser.add_argument("--target", help="default: the bundled target")
     parser.add_argument("--draft", help="default: the bundled draft")
     parser.add_argument("--dtype", default=dtype)
+
+
+def load_pair_of(args: argparse.Namespace) -> Pair:
+    """Load the pair that the flags of `add_pair` name, or a target alone."""
+    if args.target is None:
+        return load_pair(None, args.draft, args.dtype)
+    return load_models(args.target, args.draft, args.dtype)
 
 
 def run_metadata(model: Any) -> dict[str, Any]:

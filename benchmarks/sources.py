@@ -23,9 +23,9 @@ from pard_hf.evaluation.prompts import PromptBatch, choose_rows, load_prompts, m
 from pard_hf.evaluation.routes import ROUTES, RoundStreamer, Route, RouteRunner
 from pard_hf.generation.stats import DecodingStats, now
 from pard_hf.host import end_token_ids, num_positions
-from pard_hf.loading import Pair, load_pair, load_target
+from pard_hf.loading import Pair
 from pard_hf.tokens import encode_prompt
-from script import add_pair, finish, parser_of, run_metadata, write
+from script import add_pair, finish, load_pair_of, parser_of, run_metadata, write
 
 DEFAULT_ROUTES = (
     *("ar", "pld", "copy", "successors", "lookup", "lookup_kept"),
@@ -88,7 +88,7 @@ class Way:
 
 def main() -> None:
     args = parse()
-    pair = load(args.target, args.draft, args.dtype)
+    pair = load_pair_of(args)
     ways, not_served = make_ways(args, pair)
     names = ("limit", "max_new_tokens", "batch_size", "prompt_lookup_num_tokens")
     result = {
@@ -125,14 +125,6 @@ def parse() -> Any:
     parser.add_argument("--repeats", type=int, default=3, help="timed passes")
     parser.add_argument("--tau-only", action="store_true", help="one pass, and no times in the JSON")
     return parser.parse_args()
-
-
-def load(target: str | None, draft: str | None, dtype: str) -> Pair:
-    """Load a pair, or a target alone."""
-    if target is None or draft is not None:
-        return load_pair(target, draft, dtype)
-    model, tokenizer = load_target(target, dtype)
-    return Pair(model, None, tokenizer)
 
 
 def make_ways(args: Any, pair: Pair) -> tuple[list[Way], dict[str, str]]:

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def with_optional_values(words: list[str]) -> list[str]:
-    """Write `--correction-head` without a mode as `--correction-head=frozen`: typer has no optional values."""
+    """Write flags of `OPTIONAL_VALUES` that stand alone with their value: typer has no optional values."""
     written = []
     for word, following in zip(words, [*words[1:], ""], strict=False):
         pattern, default = OPTIONAL_VALUES.get(word, ("", None))
@@ -234,7 +234,7 @@ def _load(
     """Load a pair; `may_lack_draft` allows a target alone."""
     from transformers.utils import logging
 
-    from .loading import Pair, load_pair, load_target
+    from .loading import load_models, load_pair
 
     logging.disable_progress_bar()
     if target is None or draft is not None:
@@ -244,8 +244,7 @@ def _load(
             f"Expected a draft for the target `{target}`, got none. Name one with --draft, or pass --lookup to do "
             "without."
         )
-    model, tokenizer = load_target(target, dtype, device)
-    return Pair(model, None, tokenizer)
+    return load_models(target, None, dtype, device)
 
 
 def _read_prompts(prompt: str | None, files: list[Path]) -> tuple[list[str], bool]:

@@ -72,6 +72,13 @@ def load_pair(
             f"Expected a target and its draft, got only {'a draft' if target is None else 'a target'}. Name both, or "
             "neither for the bundled pair."
         )
+    return load_models(target, draft, dtype, device)
+
+
+def load_models(
+    target: str, draft: str | None = None, dtype: str | torch.dtype = "auto", device: str | None = None
+) -> Pair:
+    """Load a target and, where one is named, its draft; arguments are those of [`load_pair`]."""
     model, tokenizer = load_target(target, dtype, device)
     if draft is None:
         return Pair(model, None, tokenizer)
