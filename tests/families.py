@@ -198,6 +198,15 @@ def texts_of(sequences: torch.Tensor, attention_mask: torch.Tensor) -> list[list
     return [row[start:] for row, start in zip(sequences.tolist(), num_padding, strict=True)]
 
 
+def path_of(tree, row, node):
+    """Tokens from the root to a node, counted from 1."""
+    path = []
+    while node:
+        path.append(int(tree.tokens[row, node - 1]))
+        node = int(tree.parents[row, node - 1])
+    return tuple(reversed(path))
+
+
 def character_tokenizer(more="", first="!", **kwargs):
     """One token a character: three special ones, 94 characters from `first` on, and `more`."""
     alphabet = ["<pad>", "<s>", "</s>", *(chr(ord(first) + i) for i in range(94)), *more]

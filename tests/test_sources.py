@@ -5,7 +5,7 @@ import math
 
 import pytest
 from device import DEVICE, torch
-from families import add_head, character_tokenizer, make_draft, make_model, make_prompts, make_self_draft
+from families import add_head, character_tokenizer, make_draft, make_model, make_prompts, make_self_draft, path_of
 
 from pard_hf import AssistantMemory, with_pard, without_pard
 from pard_hf.draft.correction_head import CorrectedPositions, CorrectionHead
@@ -321,14 +321,6 @@ def mixtures(vocab_size, draft_kind, seed, num_rounds=6):
         for row in range(3)
     ]
     return tables, (lambda: Mixture(tables, matches, last_two, draft)), twins
-
-
-def path_of(tree, row, node):
-    path = []
-    while node:
-        path.append(int(tree.tokens[row, node - 1]))
-        node = int(tree.parents[row, node - 1])
-    return tuple(reversed(path))
 
 
 @pytest.mark.parametrize("num_nodes", [1, 6, 40, 300])

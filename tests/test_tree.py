@@ -6,7 +6,7 @@ import math
 import pytest
 import torch as real_torch
 from device import DEVICE, torch
-from families import FAMILIES, make_draft, make_model, make_prompts, make_self_draft
+from families import FAMILIES, make_draft, make_model, make_prompts, make_self_draft, path_of
 from transformers import GenerationConfig
 
 from pard_hf import with_pard, without_pard
@@ -29,15 +29,6 @@ from pard_hf.generation.tree import (
 from pard_hf.host import warn_once
 
 NEW_TOKENS = 30
-
-
-def path_of(tree, row, node):
-    """Tokens from the root to a node, counted from 1."""
-    path = []
-    while node:
-        path.append(int(tree.tokens[row, node - 1]))
-        node = int(tree.parents[row, node - 1])
-    return tuple(reversed(path))
 
 
 def paths_of(tree, row):
