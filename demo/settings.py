@@ -87,7 +87,7 @@ class Settings:
     @property
     def num_nodes(self) -> int:
         """N, as `generate()` is told: with lookup every round is a tree."""
-        return self.tree_size or (max(DEFAULT_TREE_SIZE, self.num_assistant_tokens) if self.looks_up else 0)
+        return self.tree_size or (DEFAULT_TREE_SIZE if self.looks_up else 0)
 
     @property
     def proposals(self) -> str:

@@ -44,11 +44,10 @@ CLEAR_REFS, PROCESS_STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/sta
 class BenchmarkSettings:
     """Settings of a benchmark: what is measured, and how often.
 
-    Every batch size with every K is a cell; without any K, the draft's own, or without a draft `lookup_num_tokens`:
-    that many tokens at most follow each other in what is proposed without a draft, and K in prompt lookup of
-    transformers. Plain `generate` runs whatever `routes`
-    are, as everything is compared with it. `limit` prompts of a set are drawn by `seed`; text of the set is put before
-    prompts shorter than `context` tokens; `tree_size` is N, for the routes that draft a tree.
+    Every batch size with every K is a cell; without any K, the draft's own. Paths that are proposed without a draft
+    have at most `lookup_num_tokens` tokens, which is K too where there is no draft. Plain `generate` runs whatever
+    `routes` are, as everything is compared with it. `limit` prompts of a set are drawn by `seed`; text of the set is
+    put before prompts shorter than `context` tokens; `tree_size` is N, for the routes that draft a tree.
     """
 
     routes: tuple[str, ...] = tuple(ROUTES)

@@ -1,6 +1,6 @@
 """Propose without a draft: copy from the text, and remember the target's own likeliest next tokens.
 
-Copying continues earlier positions of the text whose last tokens are those of the row (prompt lookup,
+Copying continues earlier positions of the text whose last tokens are those of the row (inference with reference,
 https://arxiv.org/abs/2304.04487). Successors are what the target found likeliest after a token, or after two, when it
 last read them; every verify gives them for each node, accepted or not (https://arxiv.org/abs/2408.08696). With a draft
 all of them grow one tree.
@@ -132,7 +132,7 @@ def find_matches(
     back = end - torch.arange(longest, device=text.device)
     # Neither a match nor the row's own text reaches across the beginning of a text.
     suffix = torch.where(back < start, -2, text.gather(1, back.clamp(min=0)))
-    # Of a reference's last token nothing follows.
+    # Nothing follows a reference's last token.
     matched, is_match = torch.zeros_like(text), (columns < end) & (text.roll(-1, dims=1) >= 0)
     for k in range(min(longest, width)):
         is_match = is_match & (pad(text[:, : width - k], (k, 0), value=-1) == suffix[:, k : k + 1])
@@ -150,8 +150,8 @@ def find_matches(
 class Tables:
     """What is remembered of a target; changed in place, so that compiled steps find it where it was.
 
-    A row holds the target's likeliest next tokens, -1 for none, and their probabilities, all as floats: a round looks
-    up many rows, one by one depth. The last row of each table takes what is to be dropped.
+    A row holds the target's likeliest next tokens, -1 for none, and their probabilities, all as floats, so that a
+    round looks up both at once. The last row of each table takes what is to be dropped.
     """
 
     after_one: torch.Tensor  # `[V + 1, 2 * NUM_SUCCESSORS]`, by the last token.
@@ -298,10 +298,9 @@ class Mixture:
         self.votes_BKM = self.lengths_BKM.clamp(max=LONGEST_VOTE).float().exp2()
         sizes = [num_matches, NUM_SUCCESSORS, NUM_SUCCESSORS, 0 if draft is None else draft.num_candidates]
         self.columns = torch.arange(sum(sizes), device=device)
-        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-        is_below = torch.stack([self.columns < end for end in ends], dim=1)
-        # Of which component each candidate is, `[C, S]`.
-        self.is_of_CS = torch.cat([is_below[:, :1], is_below[:, 1:] & ~is_below[:, :-1]], dim=1).float()
+        # Of which component each candidate is.
+        components = torch.eye(len(COMPONENTS), device=device)
+        self.is_of_CS = torch.cat([one.expand(size, -1) for one, size in zip(components, sizes, strict=True)])
         self.weights = tables.mixture_weights(draft is not None)[:, :-1] @ self.is_of_CS.T
         lengths = torch.arange(LONGEST_CONTEXT + 1, device=device)
         matched = lengths.clamp(max=5) + (lengths >= 7) + (lengths >= LONGEST_CONTEXT)
