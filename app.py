@@ -148,7 +148,9 @@ class Page:
         ends = f"Where a text ends at the latest: 1 to {MOST_NEW_TOKENS}."
         with gr.Row():
             k = slider(1, MOST_DRAFT_TOKENS, 8, "K", "Tokens the draft proposes a round.")
-            tree = slider(0, LARGEST_TREE, 0, "Tree", "Continuations checked a round; 0: one chain of K.")
+            tree = slider(
+                0, LARGEST_TREE, 0, "Tree", "Continuations checked a round; 0: one chain of K, or 16 with the text."
+            )
             length = gr.Number(128, label="Max new tokens", info=ends)
         with gr.Row():
             temperature = gr.Number(0, label="Temperature", info="0 always takes the likeliest token; to 2.")
