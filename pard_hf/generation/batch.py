@@ -16,6 +16,7 @@ from ..host import cache_argument, forward_parameters, input_device, num_positio
 from .cache import SlotCache
 from .compilation import CompiledSteps
 from .kernels import StreamedLinear, can_stream
+from .layers import CutModel
 from .schedule import Choice
 
 # Cache sizes are this one doubled again and again: attention never reads more than twice the text, and a long run
@@ -55,6 +56,7 @@ class CachedModel:
 
     def __init__(self, model: PreTrainedModel, cache: SlotCache, num_unread: int = 0):
         self.model, self.cache, self.num_unread = model, cache, num_unread
+        self.cut: CutModel | None = None  # See [`cut_of`].
         self.is_streamed = not cache.slots.is_static and can_stream(model)  # Compiled steps do without.
         self.device, self.cache_name = input_device(model), cache_argument(model)
         self.takes_num_logits = "logits_to_keep" in forward_parameters(model)

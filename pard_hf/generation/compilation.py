@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from types import CodeType, FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, finalize
 
 import torch
@@ -22,8 +22,12 @@ from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 
 from ..host import can_compile, warn_once
 from .cache import SlotCache
+from .layers import Step, after_layers, before_layers, cut_of, run_layer
 from .schedule import Choice, RoundCosts, Schedule
 from .sources import Tables
+
+if TYPE_CHECKING:
+    from .batch import CachedModel
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +50,8 @@ class CompileCache:
         self.rows: dict[tuple[Any, ...], Any] = {}
         self.tables: dict[Hashable, Tables] = {}
         self.costs: dict[Hashable, RoundCosts] = {}
+        # Whether a step may be cut at the layers of its model, by the step's name and kind.
+        self.can_cut: dict[tuple[str, tuple[Hashable, ...]], bool] = {}
         # The last error of torch for a step that could not be compiled.
         self.failure: str | None = None
         self.lock = threading.Lock()
@@ -123,7 +129,7 @@ class CompiledSteps:
         self.kept.tables[key].copy_(tables)
         return self.kept.tables[key]
 
-    def is_ready(self, step: Callable[..., Any], key: Hashable) -> bool:
+    def is_ready(self, step: Step, key: Hashable) -> bool:
         """Return whether a step runs for these shapes without being compiled first."""
         return (step.__name__, key, self.kind) in self.kept.steps
 
@@ -131,33 +137,65 @@ class CompiledSteps:
         """Let CUDA graphs reuse the results of earlier rounds."""
         torch.compiler.cudagraph_mark_step_begin()
 
-    def run(self, step: Callable[..., Any], key: Hashable, *args: Any) -> Any:
-        """Call a step with `args`, compiled; `key` holds every number among them that fixes a shape."""
+    def run(self, step: Step, key: Hashable, *args: Any, has_layers: bool = False) -> Any:
+        """Call a step with `args`, compiled; `key` holds every number among them that fixes a shape.
+
+        With `has_layers` it runs a forward of the model that is its first argument.
+        """
         name = (step.__name__, key, self.kind)
         compiled = self.kept.steps.pop(name, None)
         if compiled is None:
-            return self.compile_and_run(step, name, *args)
+            return self.compile_and_run(step, name, has_layers, *args)
         self.kept.steps[name] = compiled
         return compiled(*args)
 
-    def compile_and_run(self, step: Callable[..., Any], name: tuple[str, Any, Any], *args: Any) -> Any:
+    def compile_and_run(self, step: Step, name: tuple[str, Any, Any], has_layers: bool, *args: Any) -> Any:
         """Compile a step and call it; one that cannot be compiled runs eagerly from now on."""
         logger.warning("Compiling `%s` for %s: once for this shape, then kept in torch's cache.", *name[:2])
         start = time.perf_counter()
-        compiled = self.kept.steps[name] = compile_step(step, self.config)
         try:
-            return compiled(*args)
-        except COMPILE_ERRORS as error:  # Raised before anything ran, so buffers are unchanged.
-            reason = str(error).strip().partition("\n")[0]
+            if has_layers and not self.config.fullgraph and self.can_cut(step, *args):
+                ways: tuple[Any, ...] = (LayeredStep, compile_step)
+            else:
+                ways = (compile_step,)
+            for make in ways:
+                compiled = self.kept.steps[name] = make(step, self.config)
+                try:
+                    return compiled(*args)
+                except COMPILE_ERRORS as error:  # Raised before anything ran but layers, which write the same again.
+                    reason = str(error).strip().partition("\n")[0]
             logger.warning("`%s` cannot be compiled (%s); it runs without torch.compile.", name[0], reason)
             self.kept.steps[name] = step
             self.kept.failure = reason
             return step(*args)
         except BaseException:
-            del self.kept.steps[name]
+            self.kept.steps.pop(name, None)
             raise
         finally:
             self.compile_seconds += time.perf_counter() - start
+
+    def can_cut(self, step: Step, model: CachedModel, *args: Any) -> bool:
+        """Return whether one layer of a model may be compiled for all; tried once, eagerly."""
+        key = step.__name__, self.kind
+        if key not in self.kept.can_cut:
+            cut = cut_of(model)
+            self.kept.can_cut[key] = cut is not None and cut.check(step, *args)
+        return self.kept.can_cut[key]
+
+
+class LayeredStep:
+    """A compiled step whose decoder layers share a graph, with one for what is before them and one for what is after.
+
+    Compiling takes as long for two layers as for eighty. `CompileConfig(fullgraph=True)` compiles a step as a whole.
+    """
+
+    def __init__(self, step: Step, config: CompileConfig):
+        self.step = step
+        self.parts = [compile_step(part, config) for part in (before_layers, run_layer, after_layers)]
+
+    def __call__(self, model: CachedModel, *args: Any) -> Any:
+        cut = cut_of(model)
+        return self.step(model, *args) if cut is None else cut.call(self.step, *self.parts, *args)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

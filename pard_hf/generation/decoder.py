@@ -22,6 +22,7 @@ from ..host import is_callers, pad_token_id
 from .batch import PREFILL_CHUNK, Batch, CachedModel, Rows, to_host
 from .compilation import CompiledSteps
 from .kernels import grouped_attention
+from .layers import Step
 from .sampling import Noise, process_positions, verify_ratio_test
 from .schedule import Choice, Schedule
 from .sources import COMPONENTS, Sources, accepted_by_source
@@ -202,7 +203,8 @@ class PardDecoder:
     def draft(self, draft: CachedModel, choice: Choice, width: int, num_drafts: int, num_visible: int) -> Proposals:
         """Run the draft over each row's last `width` tokens and choose the best proposals."""
         arguments = (draft, self.batch.rows, width, num_drafts, num_visible, self.vocab_size, choice.tree_size)
-        return self.run_step(draft_step, choice, *arguments, choice.num_drafts, self.sources, key=self.source_key)
+        arguments = (*arguments, choice.num_drafts, self.sources)
+        return self.run_step(draft_step, choice, *arguments, key=self.source_key, has_layers=True)
 
     @property
     def source_key(self) -> tuple[Any, ...]:
@@ -226,7 +228,7 @@ class PardDecoder:
             self.batch.read(target, longest)
         num_visible = target.cache.num_slots if self.is_fixed else longest + proposals.tokens.shape[1]
         arguments = (target, self.batch.rows, proposals, target.num_unread, num_visible)
-        return self.run_step(target_step, choice, *arguments)
+        return self.run_step(target_step, choice, *arguments, has_layers=True)
 
     def accept(self, proposals: Proposals, logits: torch.Tensor, choice: Choice) -> None:
         """Verify the proposals, append what was accepted and begin to copy the outcome to the host."""
@@ -344,11 +346,16 @@ class PardDecoder:
         """Return an upper bound of the tokens known of any row."""
         return max(self.batch.lengths) + sum(choice.num_drafts + 1 for _, choice in self.pending)
 
-    def run_step(self, step: Callable[..., Any], choice: Choice, *arguments: Any, key: tuple[Any, ...] = ()) -> Any:
-        """Call a step, compiled or eagerly; `key` holds what fixes its shapes besides batch, caches and choice."""
+    def run_step(
+        self, step: Step, choice: Choice, *arguments: Any, key: tuple[Any, ...] = (), has_layers: bool = False
+    ) -> Any:
+        """Call a step, compiled or eagerly; `key` holds what fixes its shapes besides batch, caches and choice.
+
+        With `has_layers` it runs a forward of the model that is its first argument.
+        """
         if self.compiled is None or not self.is_fixed:
             return step(*arguments)
-        return self.compiled.run(step, (*self.batch.shape(choice), *key), *arguments)
+        return self.compiled.run(step, (*self.batch.shape(choice), *key), *arguments, has_layers=has_layers)
 
     def is_ready(self, choice: Choice, batch_size: int | None = None) -> bool:
         """Return whether a round runs for a choice without being compiled first, in this batch or a smaller one."""
@@ -398,7 +405,7 @@ class RatioTestDecoder(PardDecoder):
 
     def draft(self, draft: CachedModel, choice: Choice, width: int, num_drafts: int, num_visible: int) -> Proposals:
         arguments = (draft, self.batch.rows, width, num_drafts, num_visible, self.vocab_size)
-        outputs = self.run_step(score_step, choice, *arguments)
+        outputs = self.run_step(score_step, choice, *arguments, has_layers=True)
         model: Any = draft.model
         tokens, scores = (values.to(self.input_ids.device) for values in model.chain(*outputs, self.draw))
         return Proposals(tokens, process_positions(self.logits_processor, scores.float()))
