@@ -15,12 +15,15 @@ import pytest
 from device import IS_FAKE, torch
 from families import add_head, make_decoder, make_draft, make_model, make_prompts, make_self_draft
 from torch._dynamo.utils import counters
-from transformers import CompileConfig
+from transformers import CompileConfig, LlamaModel
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from pard_hf import AssistantMemory, with_pard
 from pard_hf.generation.compilation import CompiledSteps, compile_cache_of
 from pard_hf.generation.schedule import Choice, Schedule
 from pard_hf.generation.sources import Sources, Tables, encode_references
+from pard_hf.host import CACHE_NAME
 
 pytestmark = pytest.mark.skipif(IS_FAKE, reason="there is nothing to compile for")
 TRACED = {"compile_config": CompileConfig(backend="eager", mode="default"), "disable_compile": False}
@@ -142,6 +145,68 @@ def test_inductor_is_eager_without_a_draft():
     assert torch.equal(output.sequences, expected)
     assert output.compile_seconds > 0
     assert output.stats.num_accepted > 5
+
+
+@pytest.mark.parametrize(
+    ("family", "num_kinds"), [("llama", 1), ("qwen3", 1), ("mistral", 1), ("gemma3", 2), ("qwen3_moe", 1)]
+)
+def test_one_graph_serves_all_layers(family, num_kinds):
+    """The graphs of a target: one before the layers, one for each kind of layer, one after; however many layers."""
+    kinds = ["sliding_attention", "full_attention"] * 3
+    for num_layers in (2, 6):
+        torch._dynamo.reset()
+        counters.clear()
+        changes = {"layer_types": kinds[:num_layers]} if family == "gemma3" else {}
+        target = make_model(family, num_hidden_layers=num_layers, **changes)
+        draft, prompts = make_draft(make_llama(seed=5)), make_prompts(2)
+        expected = target.generate(**prompts, max_new_tokens=9, do_sample=False)
+
+        got = pard(target, draft, prompts, max_new_tokens=9)
+
+        assert torch.equal(got.sequences, expected)
+        kept = compile_cache_of(target, draft)
+        assert kept.failure is None
+        of_draft, of_target, of_acceptance = 3, 2 + num_kinds, 1
+        assert graphs() == of_draft + of_target + of_acceptance
+
+
+@pytest.mark.parametrize("tree_size", [0, 6])
+def test_whole_model_is_one_graph_for_those_who_ask(tree_size):
+    target, prompts = make_llama(num_hidden_layers=3), make_prompts(2)
+    draft = add_head(make_self_draft(target), 0.3)
+    expected = target.generate(**prompts, max_new_tokens=9, do_sample=False)
+    whole = CompileConfig(backend="eager", mode="default", fullgraph=True)
+
+    for config, num_graphs in ((whole, 3), (TRACED["compile_config"], 3 + 7)):
+        got = pard(target, draft, prompts, max_new_tokens=9, assistant_tree_size=tree_size, compile_config=config)
+        assert torch.equal(got.sequences, expected)
+        assert graphs() == num_graphs
+
+
+class ScalingModel(LlamaModel):
+    """Scales the states between its layers, where no stand-in looks."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
+        states, cache = self.embed_tokens(input_ids), {CACHE_NAME: kwargs[CACHE_NAME]}
+        given = {"attention_mask": attention_mask, "position_ids": position_ids, **cache}
+        given["attention_mask"] = create_causal_mask(config=self.config, inputs_embeds=states, **given)
+        given["position_embeddings"] = self.rotary_emb(states, position_ids=position_ids)
+        for layer in self.layers:
+            states = layer(states * 0.5, **given)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(states), **cache)
+
+
+def test_model_that_cannot_be_cut_is_compiled_whole():
+    target, prompts = make_llama(num_hidden_layers=2), make_prompts(2)
+    target.model.__class__ = ScalingModel
+    draft = make_draft(make_llama(seed=5))
+    expected = target.generate(**prompts, max_new_tokens=9, do_sample=False)
+
+    got = pard(target, draft, prompts, max_new_tokens=9)
+
+    assert torch.equal(got.sequences, expected)
+    assert compile_cache_of(target, draft).failure is None
+    assert graphs() == 3 + 1 + 1
 
 
 def test_nothing_is_compiled_twice():
@@ -296,8 +361,9 @@ def test_shapes_used_long_ago_make_room(monkeypatch):
     gc.collect()
     assert len(dropped) == 4
     assert all(states() is None for states in dropped)
-    assert len(made) == 12
-    assert sum(graph() is not None for graph in made) == len(kept.steps)
+    # Steps with layers are three graphs: before, a layer and after.
+    assert len(made) == 4 * 7
+    assert sum(graph() is not None for graph in made) == 2 * 7
 
 
 def sizes_of(kept):

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
 
 from ..host import cache_argument, forward_parameters, input_device, num_positions
 from .cache import SlotCache
-from .compilation import CompiledSteps
 from .kernels import StreamedLinear, can_stream
-from .layers import CutModel
 from .schedule import Choice
+
+if TYPE_CHECKING:
+    from .compilation import CompiledSteps
+    from .layers import CutModel
 
 # Cache sizes are this one doubled again and again: attention never reads more than twice the text, and a long run
 # crosses few of them.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from types import CodeType, FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary, finalize
 
 import torch
@@ -21,13 +21,11 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 
 from ..host import can_compile, warn_once
+from .batch import CachedModel
 from .cache import SlotCache
 from .layers import Step, after_layers, before_layers, cut_of, run_layer
 from .schedule import Choice, RoundCosts, Schedule
 from .sources import Tables
-
-if TYPE_CHECKING:
-    from .batch import CachedModel
 
 logger = logging.getLogger(__name__)
 
@@ -88,14 +86,15 @@ def compile_cache_of(target: PreTrainedModel, draft: PreTrainedModel) -> Compile
 class CompiledSteps:
     """The compiled steps of one call over the locked cache of its pair; a target that was moved gets other buffers.
 
-    Of the config backend, mode and options count: shapes are fixed and graphs whole whatever it holds.
+    Of the config backend, mode and options count, and `fullgraph`, which compiles a model as one graph instead of one
+    layer for all; shapes are fixed whatever it holds.
     """
 
     def __init__(self, kept: CompileCache, config: CompileConfig, target: PreTrainedModel):
         self.kept, self.config, self.compile_seconds = kept, config, 0.0
         self.placement = (target.dtype, str(target.device), autocast_dtype(target.device))
         # What steps belong to besides their shape.
-        backend = (str(config.backend), config.mode, str(config.options))
+        backend = (str(config.backend), config.mode, str(config.options), config.fullgraph)
         self.kind: tuple[Hashable, ...] = (self.placement, *backend, torch.is_inference_mode_enabled())
 
     def cache(self, name: str, model: PreTrainedModel, batch_size: int, num_slots: int) -> SlotCache:

@@ -202,8 +202,8 @@ class PardDecoder:
 
     def draft(self, draft: CachedModel, choice: Choice, width: int, num_drafts: int, num_visible: int) -> Proposals:
         """Run the draft over each row's last `width` tokens and choose the best proposals."""
-        arguments = (draft, self.batch.rows, width, num_drafts, num_visible, self.vocab_size, choice.tree_size)
-        arguments = (*arguments, choice.num_drafts, self.sources)
+        sizes = width, num_drafts, num_visible, self.vocab_size, choice.tree_size, choice.num_drafts
+        arguments = draft, self.batch.rows, *sizes, self.sources
         return self.run_step(draft_step, choice, *arguments, key=self.source_key, has_layers=True)
 
     @property

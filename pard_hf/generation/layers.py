@@ -11,16 +11,14 @@ import copy
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .batch import CachedModel, to_host
 from .cache import SlotCache, SlotLayer
-
-if TYPE_CHECKING:
-    from .batch import CachedModel
 
 logger = logging.getLogger(__name__)
 Step = Callable[..., Any]
@@ -104,9 +102,11 @@ def is_same(one: Any, other: Any, tolerance: float) -> bool:
     """Return whether two results are equal up to rounding: tensors, `None` or tuples of these."""
     if isinstance(one, tuple):
         return all(is_same(*pair, tolerance) for pair in zip(one, other, strict=True))
-    if one is None or not one.is_floating_point():
-        return one is other or torch.equal(one, other)
-    return torch.allclose(one, other, tolerance, tolerance, equal_nan=True)
+    if one is None:
+        return other is None
+    is_float = one.is_floating_point()
+    is_equal = torch.isclose(one, other, tolerance, tolerance, equal_nan=True) if is_float else one == other
+    return bool(to_host(is_equal.all())())
 
 
 def before_layers(step: Step, model: CachedModel, visit: Visit, *args: Any) -> tuple[list[Any], torch.Tensor | None]:
@@ -157,7 +157,7 @@ def is_layer_list(module: torch.nn.Module) -> bool:
 def with_module(model: Any, name: str, module: torch.nn.Module) -> Any:
     """Copy a model, over the same tensors and submodules, with one of these replaced."""
     first, _, rest = name.partition(".")
-    twin = type(model).__new__(type(model))
+    twin: Any = object.__new__(type(model))
     twin.__dict__.update(model.__dict__)
     twin.__dict__["_modules"] = dict(model._modules)
     twin._modules[first] = with_module(model._modules[first], rest, module) if rest else module
