@@ -254,7 +254,9 @@ def compiled_steps(
         yield None
         return
     try:
-        yield CompiledSteps(kept, config.compile_config or CompileConfig(), target)
+        # Calls of one layer after the other were not measured on CUDA yet: only those who pass a config get them.
+        default = CompileConfig(fullgraph=target.device.type == "cuda")
+        yield CompiledSteps(kept, config.compile_config or default, target)
     finally:
         kept.evict()
         kept.lock.release()
