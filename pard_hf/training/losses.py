@@ -75,6 +75,7 @@ def without_cast_cache(device_type: str) -> AbstractContextManager[Any]:
 
 def logits_loss(
     logits: torch.Tensor,
+    correction: torch.Tensor | None,
     labels: torch.Tensor,
     row_weights: torch.Tensor,
     target_logits: torch.Tensor | None,
@@ -82,7 +83,7 @@ def logits_loss(
     temperature: float,
 ) -> torch.Tensor:
     """Sum the weighted loss of rows: `loss_weights` of the cross-entropy and of the divergence, in float32."""
-    logits = logits.float()
+    logits = logits.float() if correction is None else logits.float() + correction.float()
     loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none") * loss_weights[0]
     if target_logits is not None:
         loss = loss + divergence(logits, target_logits, temperature) * loss_weights[1]
@@ -157,13 +158,12 @@ def row_loss(
     def loss_of(rows: slice, chunk: torch.Tensor) -> torch.Tensor:
         with without_cast_cache(chunk.device.type):
             logits = head(chunk)
-            if correction is not None:
-                logits = logits.float() + correction(chunk, rows).float()
+            corrected = None if correction is None else correction(chunk, rows)
         target_logits = None
         if target_head is not None and target_hidden is not None and target_index is not None:
             with torch.no_grad():
                 target_logits = target_head(target_hidden[target_index[rows]]).to(logits.device)
-        return of_logits(logits, labels[rows], weights[rows], target_logits, loss_weights, temperature)
+        return of_logits(logits, corrected, labels[rows], weights[rows], target_logits, loss_weights, temperature)
 
     trained = [one for one in parameters if one.requires_grad]
     return SumOverChunks.apply(loss_of, vocab_size, hidden, *trained)

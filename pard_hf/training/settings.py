@@ -45,6 +45,10 @@ class MethodSettings:
     )
     correction_head_rank: int = setting(128, "rank of the correction head")
     correction_head_learning_rate: float = setting(3e-3, "learning rate of the correction head, which starts at zero")
+    freeze_embeddings: bool = setting(False, "keep the embedding and the LM head as they are")
+    max_minutes: float | None = setting(
+        None, "minutes of training instead of epochs; the learning rate follows the time, a cosine after the warm-up"
+    )
 
     def label(self, name: str) -> str:
         """Name a setting in a message."""
@@ -60,6 +64,8 @@ class MethodSettings:
                 choices = ", ".join(get_args(literal))
                 raise ValueError(f"Expected {self.label(name)} to be one of {choices}, got {value!r}.")
         check_ranges({name: getattr(self, name) for name in kinds}, self.label)
+        if self.max_minutes is not None and self.max_minutes <= 0:
+            raise ValueError(f"Expected {self.label('max_minutes')} above 0, got {self.max_minutes}.")
         objective_weights(
             self.objective, self.cross_entropy_weight, self.divergence_weight, self.distillation_temperature
         )
@@ -189,7 +195,7 @@ METHOD = tuple(one.name for one in fields(MethodSettings))
 METADATA = {one.name: one.metadata for one in fields(TrainingSettings)}
 # A resumed run must not change these: they decide what is learned.
 IDENTITY = (
-    *(name for name in METHOD if not name.endswith("learning_rate")),
+    *(name for name in METHOD if name not in ("correction_head_learning_rate", "max_minutes")),
     *(name for name, metadata in METADATA.items() if "identity" in metadata),
 )
 RECORDED = (*METHOD, *(name for name, metadata in METADATA.items() if {"record", "identity"} & metadata.keys()))
