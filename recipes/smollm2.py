@@ -120,10 +120,21 @@ def train(args: Any, stage: str, start: Path, out: Path, share: float) -> None:
     prepare_trained(draft, arguments)
     optimizer = Muon(draft, args.learning_rate, args.adam_learning_rate)
     trainer = PardTrainer(draft, arguments, target, train_dataset=rows, optimizers=(optimizer, None))
+    if args.device == "cuda" or args.warm_up:
+        warm_up(trainer)
     trainer.train()
     draft.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     (out / "log.json").write_text(json.dumps(trainer.state.log_history))
+
+
+def warm_up(trainer: PardTrainer) -> None:
+    """Compile what a step compiles, before the clock runs."""
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.model.to(trainer.args.device).train()
+    with trainer.compute_loss_context_manager():
+        trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch), num_items_in_batch=1).backward()
+    trainer.model.zero_grad()
 
 
 def write_parts(draft: Path, out: Path, megabytes: float) -> None:
@@ -178,6 +189,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32, help=f"sequences of {LENGTH} tokens a step")
     parser.add_argument("--learning-rate", type=float, default=8e-3, help="of matrices")
     parser.add_argument("--adam-learning-rate", type=float, default=2e-3, help="of everything else")
+    parser.add_argument("--warm-up", action="store_true", help="run one step before the clock, as a GPU does")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--logging-steps", type=int, default=20)
     parser.add_argument("--split-files", type=float, help="write what was trained into files of so many MB")
