@@ -31,8 +31,8 @@ from pard_hf.draft.layers import base_from_layers
 from pard_hf.loading import default_device, smollm2_folder
 from pard_hf.training.collator import pack_rows
 from pard_hf.training.data import read_rows, tokenize_rows
-from pard_hf.training.trainer import prepare_trained
 from pard_hf.training.token_file import TokenFile, write_token_file
+from pard_hf.training.trainer import prepare_trained
 
 PROMPTS, TEXTS = ("code_functions", "code_instruct", "math_gsm8k"), ("code_files", "code_leetcode", "stories")
 MASK_TOKEN_ID = 16
@@ -73,7 +73,10 @@ def as_chat(row: Any) -> dict[str, Any]:
     """Put a prompt and its response in the form of a chat; code goes into a fence, as the target writes it."""
     prompt, response = row["prompt"], row["response"]
     if prompt.lstrip().startswith(("def ", "class ", "@", "async ")):
-        prompt, response = f"Complete this Python function:\n```python\n{prompt}\n```", f"```python\n{prompt}{response}\n```"
+        prompt, response = (
+            f"Complete this Python function:\n```python\n{prompt}\n```",
+            f"```python\n{prompt}{response}\n```",
+        )
     return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]}
 
 
@@ -96,8 +99,9 @@ class LearnedWhole(TokenFile):
         return {**example, "loss_mask": [1] * len(example["input_ids"])}
 
 
-def train(args: Any, stage: str, start: Path, out: Path, share: float) -> None:
+def train(args: Any, stage: str, start: Path, out: Path, share: float, choice: str = "") -> None:
     """Run one of the two stages that train, `healing` or `draft`, in a share of the minutes."""
+    choice = choice or json.loads((args.work / "choice.json").read_text(encoding="utf-8"))["choice"]
     is_healing = stage == "healing"
     file = LearnedWhole if is_healing else TokenFile
     answers, prompts, texts = (file(args.work / f"{name}.safetensors") for name in ("answers", "prompts", "texts"))
@@ -118,7 +122,7 @@ def train(args: Any, stage: str, start: Path, out: Path, share: float) -> None:
         use_cpu=args.device == "cpu",
     )  # fmt: skip
     prepare_trained(draft, arguments)
-    optimizer = Muon(draft, args.learning_rate, args.adam_learning_rate)
+    optimizer = Muon(draft, float(choice.partition("@")[2]), args.adam_learning_rate)
     trainer = PardTrainer(draft, arguments, target, train_dataset=rows, optimizers=(optimizer, None))
     if args.device == "cuda" or args.warm_up:
         warm_up(trainer)
@@ -155,19 +159,25 @@ def write_parts(draft: Path, out: Path, megabytes: float) -> None:
         save_file(part, out / f"draft-{number}.safetensors")
 
 
-def probe(args: Any, choices: list[list[int]], out: Path) -> None:
-    """Heal a base of each choice of layers for a short time; keep the one with the least loss at the end."""
+def probe(args: Any, out: Path) -> None:
+    """Heal a base of each choice for a short time; go on with the one that has the least loss at the end."""
     model = AutoModelForCausalLM.from_pretrained(args.target, dtype=torch.bfloat16)
     found = {}
-    for chosen in choices:
-        folder = args.work / f"probe-{'-'.join(map(str, chosen))}"
+    for choice in args.probes:
+        folder = args.work / f"probe-{choice}"
         if not (folder / "healed" / "log.json").exists():
-            base_from_layers(model, chosen).save_pretrained(folder / "base")
-            train(args, "healing", folder / "base", folder / "healed", PROBE_SHARE)
+            base_from_layers(model, layers_of(choice)).save_pretrained(folder / "base")
+            train(args, "healing", folder / "base", folder / "healed", PROBE_SHARE, choice)
         losses = [float(entry["loss"]) for entry in read_log(folder / "healed") if "loss" in entry]
-        found[folder / "healed"] = sum(losses[-3:]) / len(losses[-3:])
-        print(f"layers {chosen}: loss {found[folder / 'healed']:.3f}", flush=True)
-    min(found, key=found.__getitem__).rename(out)
+        found[choice] = sum(losses[-3:]) / len(losses[-3:])
+        print(f"probe {choice}: loss {found[choice]:.3f}", flush=True)
+    best = min(found, key=found.__getitem__)
+    (args.work / "choice.json").write_text(json.dumps({"choice": best, "losses": found}), encoding="utf-8")
+    (args.work / f"probe-{best}" / "healed").rename(out)
+
+
+def layers_of(choice: str) -> list[int]:
+    return [int(layer) for layer in choice.partition("@")[0].split(",")]
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
@@ -183,11 +193,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("smollm2"), help="folder for the results of stages")
     parser.add_argument("--minutes", type=float, default=8, help="of training, in all")
     parser.add_argument(
-        "--layers", nargs="+", default=["0,1,2,3", "0,1,2,29", "0,10,20,29"],
-        help="layers of the target to begin with; each choice is tried for a short time",
+        "--probes", nargs="+", default=["0,1,2,3@8e-3", "0,10,20,29@8e-3", "0,1,2,29@8e-3", "0,10,20,29@2e-2"],
+        metavar="LAYERS@RATE", help="layers to begin with and learning rate of matrices; the best of short trials stays",
     )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=32, help=f"sequences of {LENGTH} tokens a step")
-    parser.add_argument("--learning-rate", type=float, default=8e-3, help="of matrices")
     parser.add_argument("--adam-learning-rate", type=float, default=2e-3, help="of everything else")
     parser.add_argument("--warm-up", action="store_true", help="run one step before the clock, as a GPU does")
     parser.add_argument("--workers", type=int, default=0)
@@ -202,10 +211,9 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     token_files(args.data, args.answers, tokenizer, args.work)
     base, healed, draft = (args.work / name for name in ("base", "healed", "draft"))
-    choices = [[int(layer) for layer in choice.split(",")] for choice in args.layers]
-    shares = {"probes": PROBE_SHARE * len(choices), "healing": HEALING_SHARE}
+    shares = {"probes": PROBE_SHARE * len(args.probes), "healing": HEALING_SHARE}
     for out, make in (
-        (base, lambda: probe(args, choices, base)),
+        (base, lambda: probe(args, base)),
         (healed, lambda: train(args, "healing", base, healed, shares["healing"])),
         (draft, lambda: train(args, "draft", healed, draft, 1 - sum(shares.values()))),
     ):

@@ -16,7 +16,9 @@ def test_all_layers_are_the_target(family):
 
     base = base_from_layers(target, number).to(target.device).eval()
 
-    torch.testing.assert_close(base(torch.tensor(IDS, device=DEVICE)).logits, target(torch.tensor(IDS, device=DEVICE)).logits)
+    torch.testing.assert_close(
+        base(torch.tensor(IDS, device=DEVICE)).logits, target(torch.tensor(IDS, device=DEVICE)).logits
+    )
 
 
 @pytest.mark.parametrize("chosen", [2, [0, 3], [3, 1]])

@@ -63,9 +63,7 @@ def test_chunks_are_the_whole(monkeypatch, chunk_size):
 
     monkeypatch.setattr(losses, "CHUNK_SIZE", chunk_size)
     loss_weights = (0.5, 2.0)
-    total = row_loss(
-        head, hidden, labels, 50, [head.weight], weights, target_head, target_hidden, index, loss_weights
-    )
+    total = row_loss(head, hidden, labels, 50, [head.weight], weights, target_head, target_hidden, index, loss_weights)
     got = torch.autograd.grad(3 * total, [hidden, head.weight])
 
     torch.testing.assert_close(total, 0.5 * cross_entropy + 2.0 * kl)

@@ -31,7 +31,9 @@ def base_from_layers(target: PreTrainedModel, layers: int | Sequence[int]) -> Pr
     if not chosen or not all(0 <= index < len(stack) for index in chosen):
         raise ValueError(f"Expected layers from 0 to {len(stack) - 1} of the target, got {layers}.")
     shapes = [{name: weight.shape for name, weight in layer.named_parameters()} for layer in stack]
-    if any(type(layer) is not type(stack[0]) or shape != shapes[0] for layer, shape in zip(stack, shapes, strict=True)):
+    if any(
+        type(layer) is not type(stack[0]) or shape != shapes[0] for layer, shape in zip(stack, shapes, strict=True)
+    ):
         raise ValueError(
             f"Expected layers that are alike, got several kinds in `{type(target).__name__}`. Take a small model of its "
             "family as the base."
