@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8, help="of training, in all")
     parser.add_argument(
         "--probes", nargs="+", default=["0,1,2,3@8e-3", "0,10,20,29@8e-3", "0,1,2,29@8e-3", "0,10,20,29@2e-2"],
-        metavar="LAYERS@RATE", help="layers to begin with and learning rate of matrices; the best of short trials stays",
+        metavar="LAYERS@RATE", help="layers to begin with and learning rate of matrices; the best is kept",
     )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=32, help=f"sequences of {LENGTH} tokens a step")
     parser.add_argument("--adam-learning-rate", type=float, default=2e-3, help="of everything else")

@@ -31,12 +31,10 @@ def base_from_layers(target: PreTrainedModel, layers: int | Sequence[int]) -> Pr
     if not chosen or not all(0 <= index < len(stack) for index in chosen):
         raise ValueError(f"Expected layers from 0 to {len(stack) - 1} of the target, got {layers}.")
     shapes = [{name: weight.shape for name, weight in layer.named_parameters()} for layer in stack]
-    if any(
-        type(layer) is not type(stack[0]) or shape != shapes[0] for layer, shape in zip(stack, shapes, strict=True)
-    ):
+    if len({type(layer) for layer in stack}) > 1 or any(shape != shapes[0] for shape in shapes):
         raise ValueError(
-            f"Expected layers that are alike, got several kinds in `{type(target).__name__}`. Take a small model of its "
-            "family as the base."
+            f"Expected layers that are alike, got several kinds in `{type(target).__name__}`. Take a small model of "
+            "its family as the base."
         )
     base = AutoModelForCausalLM.from_config(with_layers(target.config, chosen), dtype=target.dtype)
     base.load_state_dict(taken_weights(target.state_dict(), path, chosen))

@@ -23,8 +23,8 @@ MASK_CHUNK_SIZE = 1024
 def row_mask(model: PreTrainedModel, anchors: torch.Tensor, depths: torch.Tensor, starts: torch.Tensor) -> Any:
     """Make the `attention_mask` of training rows: `[B, 1, num_rows, num_rows]`, or a `BlockMask` for FlexAttention.
 
-    An additive mask in the dtype of the computation is shared by all layers; each would convert a boolean one, and keep it for
-    the backward pass.
+    An additive mask in the dtype of the computation is shared by all layers; each would convert another one, and keep
+    it for the backward pass.
     """
     if model.config._attn_implementation == "flex_attention":
         return block_mask(anchors, depths, starts)

@@ -187,13 +187,14 @@ class PardTrainer(Trainer):
         """Make the learning rate follow the clock where the run is limited in time."""
         if self.args.max_minutes is None:
             return super().create_scheduler(num_training_steps, optimizer)
-        if self.lr_scheduler is None:
+        scheduler: Any = self.lr_scheduler
+        if scheduler is None:
             warmup = max(int(self.args.warmup_steps), 1)
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            scheduler = self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 optimizer or self.optimizer,
                 lambda step: min((step + 1) / warmup, 1.0) * (1 + math.cos(math.pi * self.clock.share)) / 2,
             )
-        return self.lr_scheduler
+        return scheduler
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         super().log({**logs, **self.clock.metrics()}, *args, **kwargs)
@@ -273,7 +274,7 @@ class PardTrainer(Trainer):
 
 
 def prepare_trained(draft: PardDraftModel, args: MethodSettings) -> None:
-    """Prepare the correction head, and freeze what is not to be trained; an optimizer of one's own is made after it."""
+    """Prepare the correction head and freeze what is not trained, before an optimizer is made."""
     prepare_head(draft, args.correction_head, args.correction_head_rank)
     if args.freeze_embeddings:
         for module in (draft.get_input_embeddings(), draft.get_output_embeddings()):
