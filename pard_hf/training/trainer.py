@@ -95,6 +95,7 @@ class PardTrainer(Trainer):
 
     # The objective divides by the labels of the whole step.
     loss_is_scaled_for_ga = True
+    lr_scheduler: Any
     loaded_step: int | None = None  # Step of the best checkpoint, once the draft has its weights.
 
     def __init__(
@@ -187,14 +188,13 @@ class PardTrainer(Trainer):
         """Make the learning rate follow the clock where the run is limited in time."""
         if self.args.max_minutes is None:
             return super().create_scheduler(num_training_steps, optimizer)
-        scheduler: Any = self.lr_scheduler
-        if scheduler is None:
+        if self.lr_scheduler is None:
             warmup = max(int(self.args.warmup_steps), 1)
-            scheduler = self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 optimizer or self.optimizer,
                 lambda step: min((step + 1) / warmup, 1.0) * (1 + math.cos(math.pi * self.clock.share)) / 2,
             )
-        return scheduler
+        return self.lr_scheduler
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         super().log({**logs, **self.clock.metrics()}, *args, **kwargs)
