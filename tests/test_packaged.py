@@ -31,7 +31,8 @@ def test_proposals_are_those_of_the_whole_draft(tmp_path, target):
 
     ids = torch.tensor([[1, 8, 30, 44, 9]], device=DEVICE)
     expected, got = (one.draft(ids)[..., :99].softmax(-1) for one in (draft, loaded))
-    assert loaded.num_assistant_tokens == 5 and loaded.mask_token_id == 99
+    assert loaded.num_assistant_tokens == 5
+    assert loaded.mask_token_id == 99
     assert 0 < (expected - got).abs().max() < 0.1
 
 
