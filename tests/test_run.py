@@ -94,6 +94,33 @@ def test_base_and_rows_become_a_draft(base, data, tmp_path):
     assert (out / "checkpoints.1" / "checkpoint-4").is_dir()  # moved aside, not gone on from
 
 
+@pytest.mark.parametrize(("layers", "chosen"), [("1", [0]), ("1,0", [1, 0])])
+def test_layers_of_the_target_become_a_draft(base, data, tmp_path, layers, chosen):
+    """A full checkpoint, with the target's embedding as it was; the rows are learned."""
+    out = tmp_path / "draft"
+
+    train(base, data, out, layers=layers, freeze_embeddings=True, max_steps=2)
+
+    draft = PardDraftModel.from_pretrained(out)
+    assert draft.config.num_hidden_layers == len(chosen)
+    theirs, own = (weights(folder)["model.embed_tokens.weight"] for folder in (base, out))
+    assert torch.equal(theirs, own)
+    name = "mlp.up_proj.weight"
+    for number, index in enumerate(chosen):
+        old, new = weights(base)[f"model.layers.{index}.{name}"], weights(out)[f"model.layers.{number}.{name}"]
+        assert 0 < (old - new).abs().max() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("layers", "problem"),
+    [("0", "layers from 0 to 1"), ("0,2", "layers from 0 to 1"), ("a", "Expected `--layers` as")],
+)
+def test_layers_that_do_not_exist_end_before_weights_are_loaded(base, data, tmp_path, layers, problem):
+    (base / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=problem):
+        train(base, data, tmp_path / "draft", layers=layers)
+
+
 def test_checkpoints_say_where_they_come_from(base, data, tmp_path):
     (tmp_path / "rows.jsonl.manifest.json").write_text('{"target": "somebody/target"}')
 

@@ -27,9 +27,7 @@ def base_from_layers(target: PreTrainedModel, layers: int | Sequence[int]) -> Pr
         ValueError: There are no such layers, or the target's layers differ from each other.
     """
     path, stack = decoder_layers(target)
-    chosen = list(range(layers)) if isinstance(layers, int) else list(layers)
-    if not chosen or not all(0 <= index < len(stack) for index in chosen):
-        raise ValueError(f"Expected layers from 0 to {len(stack) - 1} of the target, got {layers}.")
+    chosen = check_layers(layers, len(stack))
     shapes = [{name: weight.shape for name, weight in layer.named_parameters()} for layer in stack]
     if len({type(layer) for layer in stack}) > 1 or any(shape != shapes[0] for shape in shapes):
         raise ValueError(
@@ -40,6 +38,14 @@ def base_from_layers(target: PreTrainedModel, layers: int | Sequence[int]) -> Pr
     base.load_state_dict(taken_weights(target.state_dict(), path, chosen))
     base.generation_config = copy.deepcopy(target.generation_config)
     return base
+
+
+def check_layers(layers: int | Sequence[int], number: int) -> list[int]:
+    """Return the indices of chosen layers; raise a `ValueError` unless a target of so many layers has them."""
+    chosen = list(range(layers)) if isinstance(layers, int) else list(layers)
+    if not chosen or not all(0 <= index < number for index in chosen):
+        raise ValueError(f"Expected layers from 0 to {number - 1} of the target, got {layers}.")
+    return chosen
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

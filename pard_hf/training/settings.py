@@ -126,6 +126,9 @@ class TrainingSettings(MethodSettings):
     data: list[Path] = field(metadata={"help": "training rows, .jsonl or .jsonl.gz"})
     output: Path = field(metadata={"help": "folder for checkpoints and the finished draft"})
 
+    layers: str | None = setting(
+        None, "train some layers of --base, the target: so many first ones (4), or a list (0,10,20)", identity=True
+    )
     mask_token_id: int | None = setting(None, "id that no text has (default: auto)", none="auto", identity=True)
     max_length: int = setting(512, "tokens of the longest row", identity=True)
     overlong: Literal["truncate", "drop"] = setting("truncate", "cut longer rows, or drop them", identity=True)
@@ -165,6 +168,19 @@ class TrainingSettings(MethodSettings):
         dict, "NAME=VALUE of any other training argument: warmup_steps=100", parse=name_and_value
     )
     command: str | None = None  # The command line, for the provenance.
+
+    @property
+    def chosen_layers(self) -> int | list[int] | None:
+        """Return the layers of the base that are trained: how many, or which; `None` for all."""
+        if self.layers is None:
+            return None
+        try:
+            numbers = [int(word) for word in self.layers.split(",")]
+        except ValueError:
+            raise ValueError(
+                f"Expected `--layers` as a number (4) or a list (0,10,20), got {self.layers!r}."
+            ) from None
+        return numbers if "," in self.layers else numbers[0]
 
     def label(self, name: str) -> str:
         return f"`--{name.replace('_', '-')}`"
