@@ -25,6 +25,8 @@ from multiprocessing import get_context
 from statistics import median
 from typing import Any
 
+import torch
+
 from pard_hf.evaluation.metrics import bounds, for_json, ratios, repeated_share
 from pard_hf.evaluation.prompts import PromptBatch, choose_rows, load_prompts, make_batches
 from pard_hf.evaluation.routes import ROUTES, RoundStreamer, Route, RouteRunner
@@ -41,6 +43,8 @@ DEFAULT_ROUTES = (
 REQUEST = "Add a docstring to this function:\n```python\n{}\n```\n"
 # Prompts that a job takes at a time; a memory that is kept needs all of a set.
 NUM_AT_A_TIME = 4
+# Of `--seconds`, what compiling may take before the ways that have not been warmed up are given up.
+WARM_UP_SHARE = 0.6
 
 
 @dataclass
@@ -152,7 +156,7 @@ def main() -> None:
     }
     result = {name: value for name, value in result.items() if value is not None}
     sets = encode_sets(args, pair, ways)
-    for found in measure_in_jobs(args, sets) if args.jobs else measure_in_turn(args, ways, sets):
+    for found in measure_in_jobs(args, sets) if args.jobs else measure_in_turn(args, ways, sets, not_served):
         result["sets"][found.name] = found.to_json(is_timed=not args.tau_only)
         write(result, args.output)
     lengths = {
@@ -264,26 +268,48 @@ def encode_sets(args: Any, pair: Pair, ways: list[Way]) -> list[PromptSet]:
     return sets
 
 
-def measure_in_turn(args: Any, ways: list[Way], sets: list[PromptSet]) -> Iterator[PromptSet]:
-    """Measure set after set, and yield one whenever it has more to tell."""
+def measure_in_turn(
+    args: Any, ways: list[Way], sets: list[PromptSet], not_served: dict[str, str]
+) -> Iterator[PromptSet]:
+    """Measure set after set, and yield one whenever it has more to tell; add to `not_served` what cannot run."""
     if not args.tau_only:
-        warm_up(args, ways, [ids for found in sets for ids in found.encoded])
+        not_served |= warm_up(args, ways, [ids for found in sets for ids in found.encoded])
     for index, found in enumerate(sets):
+        found.ways = [way for way in found.ways if way.name not in not_served]
         end = time.time() + (args.end - time.time()) / (len(sets) - index)
         for _ in measure(found, args.batch_size, args.max_new_tokens, 1 if args.tau_only else args.repeats, end):
             yield found
 
 
-def warm_up(args: Any, ways: list[Way], encoded: list[list[int]]) -> None:
-    """Run every way on the longest and on the shortest prompts: compiled rounds meet the most and the least tokens."""
+def warm_up(args: Any, ways: list[Way], encoded: list[list[int]]) -> dict[str, str]:
+    """Run every way on the longest and on the shortest prompts: compiled rounds meet the most and the least tokens.
+
+    Returns why ways cannot be measured.
+    """
     encoded = sorted(encoded, key=len, reverse=True)
     chosen = [*encoded[: args.batch_size], *encoded[-args.batch_size :]]
     batches = batches_in_order(chosen, args.batch_size, ways[0].runner)
+    end, not_served = time.time() + WARM_UP_SHARE * (args.end - time.time()), {}
     for way in [way.afresh() for way in ways]:
-        way.begin_pass()
+        is_late = way.route.name != "ar" and time.time() > end
+        reason = "no time was left to warm up" if is_late else try_out(way, batches, args.max_new_tokens)
+        if reason is not None:
+            not_served[way.name] = reason
+        print(f"warm-up: {way.name}, {reason or f'{sum(way.seconds):.1f} s'}", file=sys.stderr, flush=True)
+    return not_served
+
+
+def try_out(way: Way, batches: list[PromptBatch], max_new_tokens: int) -> str | None:
+    """Run a way; return why it is not the one that its name promises."""
+    way.begin_pass()
+    try:
         for batch in batches:
-            way.run(batch, args.max_new_tokens)
-        print(f"warm-up: {way.name}, {way.seconds[0]:.1f} s", file=sys.stderr, flush=True)
+            way.run(batch, max_new_tokens)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        return f"torch.compile failed: {str(error).strip().splitlines()[0]}"
+    if way.route.loop == "own" and way.route.is_compiled and (reason := way.runner.compile_failure(way.route)):
+        return f"torch.compile failed: {reason}"  # The rounds ran, but eagerly.
+    return None
 
 
 def measure(
@@ -319,11 +345,13 @@ def measure_in_jobs(args: Any, sets: list[PromptSet]) -> Iterator[PromptSet]:
                     parts[pool.submit(run_part, way.name, first, found.encoded[first : first + size])] = found, way
         for number, future in enumerate(as_completed(parts), start=1):
             found, way = parts[future]
-            if (part := future.result()) is not None:
+            if future.exception() is None and (part := future.result()) is not None:
                 way.add(part)
             print(f"{found.name}: {way.name}, part {number} of {len(parts)}", file=sys.stderr, flush=True)
             if len(found.ways[0].texts) == len(found.encoded):
                 yield found
+        for future in parts:  # What failed is told when all others are done.
+            future.result()
 
 
 def begin_job(args: Any) -> None:

@@ -20,6 +20,7 @@ from benchmarks.sources import (
     batches_in_order,
     make_ways,
     measure_in_jobs,
+    measure_in_turn,
     route_of,
     without_docstring,
 )
@@ -247,6 +248,28 @@ def test_no_prompt_begins_after_the_end(pair):
 
     assert len(list(measure_set(found, 1, 4, 1, end=0.0))) == 1  # One in any case.
     assert found.to_json(is_timed=True)["num_prompts"] == 1
+
+
+def test_ways_that_cannot_be_compiled_or_come_too_late_are_left_out(pair):
+    def no_compiler(graph, inputs):
+        raise RuntimeError("there is no C++ compiler here")
+
+    args = Namespace(routes=["ar_plus", "lookup", "lookup_compiled", "tier2"], tree_sizes=[4], num_assistant_tokens=4)
+    vars(args).update(batch_size=1, prompt_lookup_num_tokens=6, max_new_tokens=4, end=float("inf"))
+    vars(args).update(tau_only=False, repeats=1)
+    ways, not_served = make_ways(args, pair)
+    for way in ways:
+        compile_by(way.runner, no_compiler)
+    in_time, late = (PromptSet("set", [[5, 6], [7] * 3], 0, [way.afresh() for way in ways]) for _ in range(2))
+
+    assert len(list(measure_in_turn(args, ways, [in_time], not_served))) == 2
+
+    assert set(not_served) == {"ar_plus", "lookup_compiled 4"}
+    assert all("torch.compile failed" in reason for reason in not_served.values())
+    assert [way.name for way in in_time.ways] == ["ar", "lookup 4", "tier2"]
+    args.end = 0.0
+    assert list(measure_in_turn(args, ways, [late], not_served)) == [late]
+    assert not_served["lookup 4"] == "no time was left to warm up"
 
 
 def test_any_route_of_our_loop_has_a_compiled_one():
@@ -547,7 +570,10 @@ def test_interrupted_run_keeps_its_cells_and_continues(pair, tmp_path):
 
 def compiling_runner(pair, backend):
     """A runner whose compiled routes go through another backend than inductor, which takes half a minute."""
-    runner = RouteRunner(pair, 4)
+    return compile_by(RouteRunner(pair, 4), backend)
+
+
+def compile_by(runner, backend):
     arguments = runner.arguments
 
     def with_backend(route):
