@@ -133,6 +133,7 @@ class PromptSet:
         return {
             "num_prompts": len(prompts),
             "num_left_out": self.num_left_out,
+            **({"num_passes": len(plain.seconds)} if is_timed else {}),
             "mean_prompt_tokens": round(sum(map(len, prompts)) / len(prompts), 1),
             "mean_new_tokens": round(sum(map(len, plain.texts.values())) / len(prompts), 1),
             "repeated_4gram_share": round(repeated_share(plain.texts.values()), 4),

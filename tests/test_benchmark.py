@@ -218,6 +218,7 @@ def test_the_benchmark_of_sources_keeps_the_order_of_the_prompts_and_one_memory_
     first, again = ([found.to_json(True) for _ in measure_set(found, 1, 20, 2)] for found in sets)
 
     assert [found["num_prompts"] for found in first] == [1, 2, 3, 3, 3, 3]
+    assert [found["num_passes"] for found in first] == [1, 1, 1, 2, 2, 2]
     routes = first[-1]["routes"]
     assert list(routes) == ["ar", "lookup 8", "lookup_kept 8", "lookup_kept 4"]
     assert not_served == {"tree_head": "the draft has no correction head"}
