@@ -4,10 +4,10 @@
         --copy-from heldout_code_functions.jsonl --output sources.json
 
 Routes with a draft run on the bundled pair, or where `--draft` names one. A way is a route at one tree size. Each
-first runs on the longest and on the shortest prompt, untimed, so that compiled rounds have their shapes. After that
-prompts are read in the order of the file, each by all ways before the next one, greedily, and every pass is timed. A
-way begins each text with nothing, but for `lookup_kept`, whose memory is empty at the start of each pass over a set.
-Texts of all passes are compared with plain `generate`'s. The result so far is written after every batch.
+first runs untimed on the longest prompt, compiled ones on the shortest too, so that their shapes are there. After
+that prompts are read in the order of the file, each by all ways before the next one, greedily, and every pass is
+timed. A way begins each text with nothing, but for `lookup_kept`, whose memory is empty at the start of each pass
+over a set. Texts of all passes are compared with plain `generate`'s. The result so far is written after every batch.
 
 With `--tau-only` nothing is timed, and `--jobs` measures ways beside one another, those of the first routes first.
 """
@@ -283,7 +283,7 @@ def measure_in_turn(
 
 
 def warm_up(args: Any, ways: list[Way], encoded: list[list[int]]) -> dict[str, str]:
-    """Run every way on the longest and on the shortest prompts: compiled rounds meet the most and the least tokens.
+    """Run every way on the longest prompts, and compiled ones on the shortest too: rounds meet most and fewest tokens.
 
     Returns why ways cannot be measured.
     """
@@ -293,7 +293,8 @@ def warm_up(args: Any, ways: list[Way], encoded: list[list[int]]) -> dict[str, s
     end, not_served = time.time() + WARM_UP_SHARE * (args.end - time.time()), {}
     for way in [way.afresh() for way in ways]:
         is_late = way.route.name != "ar" and time.time() > end
-        reason = "no time was left to warm up" if is_late else try_out(way, batches, args.max_new_tokens)
+        needed = batches if way.route.is_compiled else batches[:1]
+        reason = "no time was left to warm up" if is_late else try_out(way, needed, args.max_new_tokens)
         if reason is not None:
             not_served[way.name] = reason
         print(f"warm-up: {way.name}, {reason or f'{sum(way.seconds):.1f} s'}", file=sys.stderr, flush=True)
