@@ -6,6 +6,7 @@ Only drafts inside this package are stored so; a draft that is trained, saved or
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -51,7 +52,7 @@ def load_packaged(folder: str | Path, target: PreTrainedModel) -> PardDraftModel
             "Load another draft."
         )
     weights = unpacked(load_file(Path(folder) / WEIGHTS_FILE))
-    model = AutoModelForCausalLM.from_config(config, dtype=target.dtype)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=target.dtype)
     for module, of_target in zip(shared_modules(model), shared_modules(target), strict=True):
         module.weight = nn.Parameter(of_target.weight.detach(), requires_grad=False)
     model.tie_weights()
