@@ -168,7 +168,8 @@ def probe(args: Any, out: Path) -> None:
         if not (folder / "healed" / "log.json").exists():
             base_from_layers(model, layers_of(choice)).save_pretrained(folder / "base")
             train(args, "healing", folder / "base", folder / "healed", PROBE_SHARE, choice)
-        losses = [float(entry["loss"]) for entry in read_log(folder / "healed") if "loss" in entry]
+        log = read_log(folder / "healed")
+        losses = [float(entry.get("loss", entry.get("train_loss"))) for entry in log]
         found[choice] = sum(losses[-3:]) / len(losses[-3:])
         print(f"probe {choice}: loss {found[choice]:.3f}", flush=True)
     best = min(found, key=found.__getitem__)

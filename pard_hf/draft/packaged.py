@@ -67,7 +67,7 @@ def load_packaged(folder: str | Path, target: PreTrainedModel) -> PardDraftModel
     return draft.to(target.device).eval()
 
 
-def shared_modules(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
+def shared_modules(model: Any) -> tuple[Any, Any]:
     return model.get_input_embeddings(), model.get_output_embeddings()
 
 
