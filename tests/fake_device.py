@@ -26,6 +26,9 @@ DEVICE = torch.device("cuda", 0)
 STAND_IN = torch.device("meta")
 # Kernels that fetch a value, or the size of their result, to the host.
 FETCHING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+# Kernels that write equal indices in an order of their own on a device.
+COPYING = {aten.index_copy_.default, aten.index_copy.default}
+SCATTERING = {aten.scatter_.src, aten.scatter.src}
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 
 
@@ -133,7 +136,10 @@ def run(func: Any, args: Any, kwargs: Any) -> Any:
     if torch.Tag.inplace_view in func.tags:  # As `squeeze_`: what the tensor says of itself changes as well.
         with no_dispatch():
             func(*args, **kwargs)
-    result = func(*mapped(held_by, args), **{name: mapped(held_by, value) for name, value in kwargs.items()})
+    held = mapped(held_by, args)
+    if lands_here and func in COPYING | SCATTERING:
+        held = backwards(func, *held)
+    result = func(*held, **{name: mapped(held_by, value) for name, value in kwargs.items()})
     if not lands_here:
         return result
     # What was changed in place is the tensor it was.
@@ -158,6 +164,14 @@ def mapped(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return function(value)
     return type(value)(mapped(function, part) for part in value) if isinstance(value, list | tuple) else value
+
+
+def backwards(func: Any, tensor: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tensor) -> tuple[Any, ...]:
+    """Arguments of a kernel that writes the other way round: of equal indices the first comes last."""
+    if func in COPYING:
+        return tensor, dim, index.flip(0), source.flip(dim)
+    source = source[tuple(map(slice, index.shape))]  # It may be larger than the index.
+    return tensor, dim, index.flip(dim), source.flip(dim)
 
 
 def fetches(func: Any, args: Any) -> bool:

@@ -151,6 +151,11 @@ def make_self_draft(target: PreTrainedModel, num_assistant_tokens: int = 5) -> P
     return make_draft(copy.deepcopy(target), num_assistant_tokens)
 
 
+def load_draft(folder, **kwargs) -> PardDraftModel:
+    """A saved draft on the device."""
+    return PardDraftModel.from_pretrained(folder, **kwargs).to(DEVICE)
+
+
 def add_head(draft: PardDraftModel, strength: float = 1.0, seed: int = 7, **settings) -> PardDraftModel:
     """A correction head of any opinions."""
     torch.manual_seed(seed)

@@ -551,7 +551,7 @@ def test_draft_that_keeps_no_cache_is_refused():
 def test_draft_loaded_as_an_ordinary_model_is_named(tmp_path):
     target = with_pard(make_model("llama"))
     make_draft(make_model("llama", seed=5)).save_pretrained(tmp_path)
-    assistant = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assistant = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).to(DEVICE)
     assert not isinstance(assistant, PardDraftModel)
 
     with pytest.warns(UserWarning, match=r"PardDraftModel\.from_pretrained"):
