@@ -95,10 +95,14 @@ def moved(tensor: torch.Tensor, *args: Any, move: Any = torch.Tensor.to, **kwarg
     return move(tensor, STAND_IN, dtype, non_blocking, memory_format=memory_format)
 
 
-def made(data: Any, *, make: Any = torch.tensor, device: Any = None, **kwargs: Any) -> torch.Tensor:
-    """`torch.tensor`, likewise."""
-    tensor = make(data, **kwargs)
-    return tensor if device is None else tensor.to(device)
+def made(make: Any) -> Any:
+    """`torch.tensor` and `torch.as_tensor`, likewise."""
+
+    def on_device(data: Any, *, device: Any = None, **kwargs: Any) -> torch.Tensor:
+        tensor = make(data, **kwargs)
+        return tensor if device is None else tensor.to(device)
+
+    return on_device
 
 
 def attention(
@@ -178,6 +182,8 @@ def fetches(func: Any, args: Any) -> bool:
     """Whether an operation waits for a value: it returns one, or the size of its result depends on some."""
     if func in INDEXING:
         return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    if func is aten.isin.Tensor_Tensor:  # Of many elements it sorts the unique ones.
+        return args[1].numel() >= 10 * args[0].numel() ** 0.145
     return bool(FETCHING.intersection(func.tags))
 
 
@@ -255,7 +261,8 @@ class FakeCuda(TorchDispatchMode):
         for owner, name, stand_in in (
             (torch.Tensor, "to", moved),
             (torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor.to(DEVICE)),
-            (torch, "tensor", made),
+            (torch, "tensor", made(torch.tensor)),
+            (torch, "as_tensor", made(torch.as_tensor)),
             (torch.cuda, "_lazy_init", lambda: None),
             (torch.cuda, "current_device", lambda: 0),
             (torch.cuda, "current_stream", lambda device=None: FakeStream()),
