@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from device import DEVICE, IS_FAKE
-from families import character_tokenizer
+from device import IS_FAKE
+from families import character_tokenizer, placed
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -35,7 +35,7 @@ TINY = {
 
 def tiny_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**{**TINY, **changes})).eval().to(DEVICE)
+    return placed(LlamaForCausalLM(LlamaConfig(**{**TINY, **changes})).eval())
 
 
 # Tiny matrices: a second thread costs more than it gives, and tests may share the machine.

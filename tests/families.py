@@ -93,6 +93,13 @@ FAMILIES = {
 }
 
 
+def placed(model: PreTrainedModel) -> PreTrainedModel:
+    """Place a model; on CUDA calls compile by themselves, and tests that want it ask for it."""
+    if DEVICE.type == "cuda":
+        model.generation_config.disable_compile = True
+    return model.to(DEVICE)
+
+
 def make_model(family: str, seed: int = 0, **changes) -> PreTrainedModel:
     torch.manual_seed(seed)
     model_class, config_class, settings = FAMILIES[family]
@@ -100,9 +107,7 @@ def make_model(family: str, seed: int = 0, **changes) -> PreTrainedModel:
     # No end token unless a test chooses one: every text has its full length.
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
-    if DEVICE.type == "cuda":  # Where calls compile by themselves; tests that want it ask for it.
-        model.generation_config.disable_compile = True
-    return model.to(DEVICE)
+    return placed(model)
 
 
 # Nodes of a round's tree for the drafts made here; 0 leaves the chain.

@@ -14,6 +14,7 @@ from families import add_head, make_decoder, make_draft, make_model, make_prompt
 from pard_hf import AssistantMemory, DataCollatorForPard, with_pard, without_pard
 from pard_hf.generation.batch import to_host
 from pard_hf.generation.decoder import PardDecoder
+from pard_hf.generation.sources import Tables
 from pard_hf.training.collator import pack_rows
 from pard_hf.training.objective import Objective
 from pard_hf.training.trainer import TrainingClock
@@ -216,6 +217,19 @@ def test_planted_transfer_is_found(look):
     with pytest.raises(HostTransferError, match="through `to_host` only"), watch(PardDecoder.run, through=to_host):
         decode(Planted)
     assert decode(Planted).shape == (2, 30)  # Where nobody watches it is slow, and right.
+
+
+def test_equal_tokens_of_a_round_are_remembered_in_their_order():
+    """A device writes to one row of a table in no order: the likelier node must not depend on it."""
+    torch.manual_seed(0)
+    previous, tokens, logits = torch.full((2, 9), 3), torch.randint(4, 6, (2, 9)), torch.randn(2, 9, 12)
+    there, here = Tables.empty(12, torch.device("cuda", 0)), Tables.empty(12, torch.device("cpu"))
+
+    there.observe(previous.cuda(), tokens.cuda(), logits.cuda())
+    here.observe(previous, tokens, logits)
+
+    for found, wanted in zip(vars(there).values(), vars(here).values(), strict=True):
+        torch.testing.assert_close(found.cpu(), wanted)
 
 
 @only_stand_in

@@ -24,6 +24,7 @@ from pard_hf.hub.model_card import draft_card
 from pard_hf.training.settings import TrainingSettings
 from pard_hf.training.train import train_draft
 
+only_on_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="its processes run on the CPU")
 FLAGS = ["--mask-token-id", "102", "--max-length", "64", "--device", "cpu", "--learning-rate", "0.01"]
 
 
@@ -327,7 +328,7 @@ def test_target_has_a_dtype_of_its_own(base, data, tmp_path, named, expected):
     make_model("llama", vocab_size=104).to(torch.bfloat16).save_pretrained(target)
     AutoTokenizer.from_pretrained(base).save_pretrained(target)
 
-    dtypes = {"dtype": "bfloat16" if named is None else "float32", "target_dtype": named}
+    dtypes = {"dtype": "bfloat16" if named is None else "float32", "target_dtype": named, "device": "cpu"}
     evaluations = scripted((3, 1), targets=seen)
     train(base, data, tmp_path / "draft", 1, evaluations, target=str(target), objective="kd", **dtypes)
 
@@ -342,6 +343,7 @@ def last_checkpoint(folder):
 
 
 @pytest.mark.slow
+@only_on_cpu
 def test_killed_run_resumes_to_the_same_draft(base, data, tmp_path):
     """SIGKILL, whenever it comes, twice; the same command goes on, and ends in the weights of a run left alone."""
     flags = ("--max-steps", "24", "--save-steps", "3", "--batch-size", "2")
@@ -391,6 +393,7 @@ def launch(*words):
 
 
 @pytest.mark.slow
+@only_on_cpu
 def test_two_processes_are_one_with_doubled_accumulation(base, data, tmp_path):
     """The same losses and weights, and a checkpoint of the one is gone on from by the other."""
     flags = ("--save-steps", "3", "--batch-size", "2", "--training-arguments", "logging_steps=1")
@@ -417,6 +420,7 @@ def test_two_processes_are_one_with_doubled_accumulation(base, data, tmp_path):
 
 
 @pytest.mark.slow
+@only_on_cpu
 @pytest.mark.parametrize("version", [1, 2])
 def test_sharded_weights_have_the_same_gradients(version):
     """FSDP sees a forward that returns a loss, whatever it reads on the way: backbone, head in chunks, teacher."""

@@ -226,9 +226,9 @@ class Tables:
 
 
 def write_last(table: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> None:
-    """Write `rows` `[n, width]` to the rows `index` `[n]` of a table, of equal ones the last; its last row stays empty.
+    """Write `rows` `[n, width]` to the rows `index` `[n]` of a table, of equal ones the last.
 
-    A GPU writes to equal ones in no order, and may mix them.
+    A GPU writes to equal ones in no order, and may mix them. The table's last row takes the others and stays empty.
     """
     index, order = index.sort(stable=True)
     comes_again = pad(index[:-1] == index[1:], (0, 1))
