@@ -110,7 +110,7 @@ def test_decoding_stays_on_the_device(name, disable_compile):
     assert output.stats.loop == ("lockstep" if "lockstep" in name else "own")
 
 
-@pytest.mark.parametrize("arguments", [{}, SAMPLED])
+@pytest.mark.parametrize("arguments", [{}, SAMPLED, LOOKUP])
 def test_streamed_call_stays_on_the_device(arguments):
     target, prompts = make_model("llama").cuda(), on_cuda(make_prompts(1))
     streamer = Streamer()
@@ -140,29 +140,31 @@ def test_second_turn_stays_on_the_device():
     draft, texts = make_self_draft(target), []
     arguments = {"max_new_tokens": 9, "do_sample": False, "return_dict_in_generate": True}
     with watch(PardDecoder.run, through=to_host):
-        for more in ({}, {"assistant_model": draft}):
+        for more in ({}, {"assistant_model": draft}, LOOKUP):
             first = with_pard(target).generate(**prompts, **arguments, **more)
             columns = torch.full((2, 4), 7, device="cuda")
             ids = torch.cat([first.sequences, columns], dim=1)
             mask = torch.cat([prompts["attention_mask"], ids.new_ones(2, 13)], dim=1)
             again = {"input_ids": ids, "attention_mask": mask, "past_key_values": first.past_key_values}
-            texts.append(target.generate(**again, **arguments, **more).sequences)
+            texts.append(target.generate(**again, **arguments, **more).sequences.tolist())
 
-    assert torch.equal(*texts)
+    assert texts[0] == texts[1] == texts[2]
 
 
+@pytest.mark.parametrize("looks_up", [False, True])
 @pytest.mark.parametrize("arguments", [{}, SAMPLED])
-def test_stock_loop_stays_on_the_device(arguments):
+def test_stock_loop_stays_on_the_device(arguments, looks_up):
     """Of an untouched target, and the one that `with_pard` takes where its own cannot serve."""
     target, prompts = make_model("llama").cuda(), on_cuda(make_prompts(1))
     draft = make_self_draft(target)
+    more = {"prompt_lookup_num_tokens": 4} if looks_up else {"assistant_model": draft}
     arguments = {"max_new_tokens": 12, "do_sample": False, **arguments}
     torch.manual_seed(2)
     expected = target.generate(**prompts, **arguments)
 
     torch.manual_seed(2)
     ours = with_pard(target).generate(
-        **prompts, **arguments, assistant_model=draft, output_hidden_states=True, return_dict_in_generate=True
+        **prompts, **arguments, **more, output_hidden_states=True, return_dict_in_generate=True
     )
 
     assert torch.equal(ours.sequences, expected)

@@ -24,7 +24,7 @@ from pard_hf.hub.model_card import draft_card
 from pard_hf.training.settings import TrainingSettings
 from pard_hf.training.train import train_draft
 
-only_on_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="its processes run on the CPU")
+only_on_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="runs on the CPU whatever the device")
 FLAGS = ["--mask-token-id", "102", "--max-length", "64", "--device", "cpu", "--learning-rate", "0.01"]
 
 
@@ -158,6 +158,7 @@ def test_bad_settings_end_before_weights_are_loaded(base, data, tmp_path, monkey
             train(base, arguments.pop("data", data), out, **arguments)
 
 
+@only_on_cpu
 def test_vocabulary_that_is_all_used_keeps_its_size(base, data, tmp_path, bundled_like_tokenizer, capsys):
     """`auto` takes a special token that nobody writes, and rows that contain it are named."""
     bundled_like_tokenizer.add_special_tokens({"additional_special_tokens": ["<gh_stars>", "<empty>", "<end>", "<x>"]})
@@ -206,6 +207,7 @@ def test_tokenizer_of_another_model_is_refused(base, data, tmp_path):
         train(base, data, tmp_path / "draft")
 
 
+@only_on_cpu
 def test_bad_evaluations_end_before_weights_are_loaded(base, data, tmp_path, capsys):
     (base / "model.safetensors").unlink()
     same = tmp_path / "again"
@@ -312,6 +314,7 @@ def test_kept_draft_needs_an_evaluation(base, data, tmp_path):
         train(base, data, tmp_path / "draft", load_best_model_at_end=True)
 
 
+@only_on_cpu
 @pytest.mark.parametrize(
     "flag", ["--eval-steps", "--save-steps", "--batch-size", "--gradient-accumulation-steps", "--max-length"]
 )
