@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from device import DEVICE, torch
-from families import make_model
+from families import load_draft, make_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import TrainerCallback
 
@@ -184,7 +184,7 @@ def test_best_draft_between_two_saves_is_kept(tmp_path):
     trainer.train()
 
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
-    kept = PardDraftModel.from_pretrained(tmp_path / "checkpoint-2").state_dict()
+    kept = load_draft(tmp_path / "checkpoint-2").state_dict()
     for name, weight in trainer.model.state_dict().items():
         assert torch.equal(weight, kept[name]), name
 
@@ -273,7 +273,7 @@ def test_evaluation_is_the_decoding_loop(tmp_path):
     best = [30, 60, 90][max(range(3), key=lambda i: (means[i], -i))]
     assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
     assert (tmp_path / f"checkpoint-{best}" / "trainer_state.json").exists()
-    kept = PardDraftModel.from_pretrained(tmp_path / f"checkpoint-{best}")
+    kept = load_draft(tmp_path / f"checkpoint-{best}")
     assert evaluator(kept)["early"] == evaluator(trainer.model)["early"]
     assert len(list(tmp_path.glob("checkpoint-*"))) <= 2
     assert sum(stats.num_tokens for stats in evaluator(kept).values()) == 8 * 20
