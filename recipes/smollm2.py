@@ -1,13 +1,13 @@
-"""Make a draft for SmolLM2-135M-Instruct out of its own first layers.
+"""Make a draft for SmolLM2-135M-Instruct out of its own layers.
 
     python recipes/smollm2.py --data FOLDER --answers answers.jsonl.gz --minutes 8
 
 `FOLDER` holds training text as `.jsonl.gz` (the files of `PROMPTS` and `TEXTS`), `--answers` the target's own answers,
-as `pard data` writes them. Stages: token files, base (the target's first layers), healing (next-token prediction on
-everything, by the target's distribution), draft (mask rows on answers, with a correction head). Each writes into
-`--work` and is skipped when its result is there, and `--minutes` is shared by the two that train. Embedding and LM
-head stay the target's. The mask token is `<empty_output>`, which the chat template never prints: the vocabulary stays
-that of the target.
+as `pard data` writes them. Stages: token files, base (short trials choose layers of the target and a learning rate),
+healing (next-token prediction on everything, by the target's distribution), draft (mask rows on answers, with a
+correction head), and the draft in its small form. Each writes into `--work` and is skipped when its result is there;
+those that train share `--minutes`. Embedding and LM head stay the target's. The mask token is `<empty_output>`, which
+the chat template never prints: the vocabulary stays that of the target.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch.utils.data import ConcatDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bundled_pair import Muon
 from pard_hf import PardDraftModel, PardTrainer, PardTrainingArguments
 from pard_hf.draft.layers import base_from_layers
+from pard_hf.draft.packaged import WEIGHTS_FILE, save_packaged
 from pard_hf.loading import default_device, smollm2_folder
 from pard_hf.training.collator import pack_rows
 from pard_hf.training.data import read_rows, tokenize_rows
@@ -99,9 +99,8 @@ class LearnedWhole(TokenFile):
         return {**example, "loss_mask": [1] * len(example["input_ids"])}
 
 
-def train(args: Any, stage: str, start: Path, out: Path, share: float, choice: str = "") -> None:
+def train(args: Any, stage: str, start: Path, out: Path, share: float, choice: str) -> None:
     """Run one of the two stages that train, `healing` or `draft`, in a share of the minutes."""
-    choice = choice or json.loads((args.work / "choice.json").read_text(encoding="utf-8"))["choice"]
     is_healing = stage == "healing"
     file = LearnedWhole if is_healing else TokenFile
     answers, prompts, texts = (file(args.work / f"{name}.safetensors") for name in ("answers", "prompts", "texts"))
@@ -136,27 +135,20 @@ def warm_up(trainer: PardTrainer) -> None:
     """Compile what a step compiles, before the clock runs."""
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.model.to(trainer.args.device).train()
+    batch = {name: values.to(trainer.args.device) for name, values in batch.items() if name != "sources"}
     with trainer.compute_loss_context_manager():
-        trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch), num_items_in_batch=1).backward()
+        trainer.model(objective=trainer.objective, batch=batch).backward()
     trainer.model.zero_grad()
 
 
-def write_parts(draft: Path, out: Path, megabytes: float) -> None:
-    """Write what training changed, without the target's embedding, into files of at most so many MB."""
-    parts, size = [dict[str, torch.Tensor]()], 0
-    for file in (draft / "model.safetensors", draft / "correction_head" / "model.safetensors"):
-        for name, weight in load_file(file).items():
-            if "embed_tokens" in name or "lm_head" in name:
-                continue
-            bytes_ = weight.numel() * 2
-            if size + bytes_ > megabytes * 1e6:
-                parts.append({})
-                size = 0
-            prefix = "" if file.parent == draft else "correction_head."
-            parts[-1][prefix + name] = weight.to(torch.bfloat16)
-            size += bytes_
-    for number, part in enumerate(parts, start=1):
-        save_file(part, out / f"draft-{number}.safetensors")
+def package(draft: Path, out: Path, megabytes: float | None) -> None:
+    """Write the draft as it ships, and its weights in pieces of at most so many MB, which `cat` joins."""
+    save_packaged(PardDraftModel.from_pretrained(draft), out)
+    if megabytes is None:
+        return
+    weights, size = (out / WEIGHTS_FILE).read_bytes(), int(megabytes * 1e6)
+    for number, start in enumerate(range(0, len(weights), size)):
+        (out / f"{WEIGHTS_FILE}.{number:02}").write_bytes(weights[start : start + size])
 
 
 def probe(args: Any, out: Path) -> None:
@@ -165,7 +157,7 @@ def probe(args: Any, out: Path) -> None:
     found = {}
     for choice in args.probes:
         folder = args.work / f"probe-{choice}"
-        if not (folder / "healed" / "log.json").exists():
+        if not is_done(folder / "healed"):
             base_from_layers(model, layers_of(choice)).save_pretrained(folder / "base")
             train(args, "healing", folder / "base", folder / "healed", PROBE_SHARE, choice)
         log = read_log(folder / "healed")
@@ -175,6 +167,10 @@ def probe(args: Any, out: Path) -> None:
     best = min(found, key=found.__getitem__)
     (args.work / "choice.json").write_text(json.dumps({"choice": best, "losses": found}), encoding="utf-8")
     (args.work / f"probe-{best}" / "healed").rename(out)
+
+
+def is_done(folder: Path) -> bool:
+    return (folder / "log.json").exists()
 
 
 def layers_of(choice: str) -> list[int]:
@@ -202,7 +198,7 @@ def main() -> None:
     parser.add_argument("--warm-up", action="store_true", help="run one step before the clock, as a GPU does")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--logging-steps", type=int, default=20)
-    parser.add_argument("--split-files", type=float, help="write what was trained into files of so many MB")
+    parser.add_argument("--split-files", type=float, help="write the packaged weights in pieces of so many MB as well")
     args = parser.parse_args()
     args.device = default_device()
     args.bf16 = args.device == "cuda"
@@ -212,16 +208,14 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     token_files(args.data, args.answers, tokenizer, args.work)
     base, healed, draft = (args.work / name for name in ("base", "healed", "draft"))
-    shares = {"probes": PROBE_SHARE * len(args.probes), "healing": HEALING_SHARE}
-    for out, make in (
-        (base, lambda: probe(args, base)),
-        (healed, lambda: train(args, "healing", base, healed, shares["healing"])),
-        (draft, lambda: train(args, "draft", healed, draft, 1 - sum(shares.values()))),
-    ):
-        if not (out / "log.json").exists():
-            make()
-    if args.split_files:
-        write_parts(draft, args.work, args.split_files)
+    if not is_done(base):
+        probe(args, base)
+    choice = json.loads((args.work / "choice.json").read_text(encoding="utf-8"))["choice"]
+    if not is_done(healed):
+        train(args, "healing", base, healed, HEALING_SHARE, choice)
+    if not is_done(draft):
+        train(args, "draft", healed, draft, 1 - HEALING_SHARE - PROBE_SHARE * len(args.probes), choice)
+    package(draft, args.work / "packaged", args.split_files)
 
 
 if __name__ == "__main__":

@@ -26,10 +26,10 @@ def save_packaged(draft: PardDraftModel, folder: Path) -> None:
     """Write a draft's config and weights, but for its embedding and LM head, which are to be the target's."""
     folder.mkdir(parents=True, exist_ok=True)
     shared = {id(weight) for module in shared_modules(draft) for weight in module.parameters()}
-    weights = {name: weight for name, weight in draft.named_parameters() if id(weight) not in shared}
     packed: dict[str, torch.Tensor] = {}
-    for name, weight in weights.items():
-        packed |= packed_in_8_bit(name, weight.detach().cpu())
+    for name, weight in draft.named_parameters():
+        if id(weight) not in shared:
+            packed |= packed_in_8_bit(name, weight.detach().cpu())
     with whole_file(folder / WEIGHTS_FILE) as written:
         save_file(packed, written)
     draft.config.save_pretrained(folder)
@@ -58,9 +58,9 @@ def load_packaged(folder: str | Path, target: PreTrainedModel) -> PardDraftModel
     model.tie_weights()
     generation_config = GenerationConfig.from_pretrained(folder)
     draft = PardDraftModel.from_causal_lm(model, config.pard_token, generation_config.num_assistant_tokens)
-    rank = weights.get(f"{CORRECTION_HEAD}.gate.weight")
-    if rank is not None:
-        draft.correction_head = CorrectionHead(*own, rank=len(rank)).to(target.dtype)
+    gate = weights.get(f"{CORRECTION_HEAD}.gate.weight")
+    if gate is not None:
+        draft.correction_head = CorrectionHead(*own, rank=len(gate)).to(target.dtype)
     unknown = draft.load_state_dict(weights, strict=False).unexpected_keys
     if unknown:
         raise ValueError(f"Expected weights of `{type(draft).__name__}`, got others: {', '.join(unknown)}.")
@@ -68,6 +68,7 @@ def load_packaged(folder: str | Path, target: PreTrainedModel) -> PardDraftModel
 
 
 def shared_modules(model: Any) -> tuple[Any, Any]:
+    """Return what a draft of a target's layers shares with that target."""
     return model.get_input_embeddings(), model.get_output_embeddings()
 
 
@@ -80,6 +81,7 @@ def packed_in_8_bit(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def unpacked(packed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the weights that [`packed_in_8_bit`] rounded, matrices in float32."""
     weights = {}
     for name, weight in packed.items():
         if not name.endswith(SCALE):

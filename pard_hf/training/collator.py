@@ -102,10 +102,9 @@ class DataCollatorForPard(TrainerCallback):
             name: torch.nn.utils.rnn.pad_sequence([rows[name] for rows in batch], True, value)
             for name, value in PADDING.items()
         }
-        room = -padded["input_ids"].shape[1] % self.multiple
-        padded = {
-            name: torch.nn.functional.pad(padded[name], (0, room), value=value) for name, value in PADDING.items()
-        }
+        if room := -padded["input_ids"].shape[1] % self.multiple:
+            for name, value in PADDING.items():
+                padded[name] = torch.nn.functional.pad(padded[name], (0, room), value=value)
         return {**padded, "sources": [example.get("source") for example in examples]}
 
     def rows_of(self, example: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -136,7 +136,7 @@ def row_loss(
     hidden: torch.Tensor,
     labels: torch.Tensor,
     vocab_size: int,
-    parameters: Iterable[torch.Tensor] = (),
+    parameters: Iterable[torch.Tensor],
     row_weights: torch.Tensor | None = None,
     target_head: Head | None = None,
     target_hidden: torch.Tensor | None = None,
