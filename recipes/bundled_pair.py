@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ TRAINER: dict[str, Any] = {
     "save_steps": 200, "save_total_limit": 1, "logging_steps": 20, "report_to": "none", "disable_tqdm": True,
     "max_grad_norm": 1.0, "use_cpu": True, "train_sampling_strategy": "group_by_length",
 }  # fmt: skip
+# Matrices with a row for each token, which Adam trains.
+TABLES = re.compile("embed|lm_head|correction_head")
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
     "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
@@ -97,9 +100,9 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, model: torch.nn.Module, lr: float, adam_lr: float):
-        named = list(model.named_parameters())
-        matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
-        others = [p for name, p in named if p.ndim != 2 or "embed" in name]
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        matrices = [p for name, p in named if p.ndim == 2 and not TABLES.search(name)]
+        others = [p for name, p in named if p.ndim != 2 or TABLES.search(name)]
         self.adam = torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
         super().__init__([{"params": matrices, "lr": lr}, {"params": others, "lr": adam_lr}], {})
 

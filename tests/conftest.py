@@ -1,12 +1,13 @@
 """Tiny models made on the spot: no downloads, float32, seeded."""
 
 import random
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from device import DEVICE, IS_FAKE
-from families import character_tokenizer
+from device import IS_FAKE
+from families import character_tokenizer, placed
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -35,7 +36,7 @@ TINY = {
 
 def tiny_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**{**TINY, **changes})).eval().to(DEVICE)
+    return placed(LlamaForCausalLM(LlamaConfig(**{**TINY, **changes})).eval())
 
 
 # Tiny matrices: a second thread costs more than it gives, and tests may share the machine.
@@ -45,6 +46,7 @@ torch.set_num_threads(1)
 def pytest_addoption(parser):
     parser.addoption("--screenshots", help="keep the pictures that tests/test_app.py takes in this folder")
     parser.addoption("--cases", type=int, help="run at most so many cases of each test, drawn by its name")
+    parser.addoption("--until", type=float, help="skip what has not begun by this time, in seconds as of `date +%%s`")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -57,6 +59,12 @@ def pytest_collection_modifyitems(config, items):
         kept.update(cases if most is None else random.Random(name).sample(cases, min(most, len(cases))))
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
+
+
+def pytest_runtest_setup(item):
+    until = item.config.getoption("until")
+    if until is not None and time.time() > until:
+        pytest.skip("no time left")
 
 
 def pytest_terminal_summary(terminalreporter):

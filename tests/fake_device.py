@@ -26,6 +26,9 @@ DEVICE = torch.device("cuda", 0)
 STAND_IN = torch.device("meta")
 # Kernels that fetch a value, or the size of their result, to the host.
 FETCHING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+# Kernels that write equal indices in an order of their own on a device.
+COPYING = {aten.index_copy_.default, aten.index_copy.default}
+SCATTERING = {aten.scatter_.src, aten.scatter.src}
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 
 
@@ -92,10 +95,14 @@ def moved(tensor: torch.Tensor, *args: Any, move: Any = torch.Tensor.to, **kwarg
     return move(tensor, STAND_IN, dtype, non_blocking, memory_format=memory_format)
 
 
-def made(data: Any, *, make: Any = torch.tensor, device: Any = None, **kwargs: Any) -> torch.Tensor:
-    """`torch.tensor`, likewise."""
-    tensor = make(data, **kwargs)
-    return tensor if device is None else tensor.to(device)
+def made(make: Any) -> Any:
+    """`torch.tensor` and `torch.as_tensor`, likewise."""
+
+    def on_device(data: Any, *, device: Any = None, **kwargs: Any) -> torch.Tensor:
+        tensor = make(data, **kwargs)
+        return tensor if device is None else tensor.to(device)
+
+    return on_device
 
 
 def attention(
@@ -133,7 +140,10 @@ def run(func: Any, args: Any, kwargs: Any) -> Any:
     if torch.Tag.inplace_view in func.tags:  # As `squeeze_`: what the tensor says of itself changes as well.
         with no_dispatch():
             func(*args, **kwargs)
-    result = func(*mapped(held_by, args), **{name: mapped(held_by, value) for name, value in kwargs.items()})
+    held = mapped(held_by, args)
+    if lands_here and func in COPYING | SCATTERING:
+        held = backwards(func, *held)
+    result = func(*held, **{name: mapped(held_by, value) for name, value in kwargs.items()})
     if not lands_here:
         return result
     # What was changed in place is the tensor it was.
@@ -160,10 +170,20 @@ def mapped(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
     return type(value)(mapped(function, part) for part in value) if isinstance(value, list | tuple) else value
 
 
+def backwards(func: Any, tensor: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tensor) -> tuple[Any, ...]:
+    """Arguments of a kernel that writes the other way round: of equal indices the first comes last."""
+    if func in COPYING:
+        return tensor, dim, index.flip(0), source.flip(dim)
+    source = source[tuple(map(slice, index.shape))]  # It may be larger than the index.
+    return tensor, dim, index.flip(dim), source.flip(dim)
+
+
 def fetches(func: Any, args: Any) -> bool:
     """Whether an operation waits for a value: it returns one, or the size of its result depends on some."""
     if func in INDEXING:
         return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    if func is aten.isin.Tensor_Tensor:  # Of many elements it sorts the unique ones.
+        return args[1].numel() >= 10 * args[0].numel() ** 0.145
     return bool(FETCHING.intersection(func.tags))
 
 
@@ -241,7 +261,8 @@ class FakeCuda(TorchDispatchMode):
         for owner, name, stand_in in (
             (torch.Tensor, "to", moved),
             (torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor.to(DEVICE)),
-            (torch, "tensor", made),
+            (torch, "tensor", made(torch.tensor)),
+            (torch, "as_tensor", made(torch.as_tensor)),
             (torch.cuda, "_lazy_init", lambda: None),
             (torch.cuda, "current_device", lambda: 0),
             (torch.cuda, "current_stream", lambda device=None: FakeStream()),

@@ -93,6 +93,13 @@ FAMILIES = {
 }
 
 
+def placed(model: PreTrainedModel) -> PreTrainedModel:
+    """Place a model; on CUDA calls compile by themselves, and tests that want it ask for it."""
+    if DEVICE.type == "cuda":
+        model.generation_config.disable_compile = True
+    return model.to(DEVICE)
+
+
 def make_model(family: str, seed: int = 0, **changes) -> PreTrainedModel:
     torch.manual_seed(seed)
     model_class, config_class, settings = FAMILIES[family]
@@ -100,9 +107,7 @@ def make_model(family: str, seed: int = 0, **changes) -> PreTrainedModel:
     # No end token unless a test chooses one: every text has its full length.
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
-    if DEVICE.type == "cuda":  # Where calls compile by themselves; tests that want it ask for it.
-        model.generation_config.disable_compile = True
-    return model.to(DEVICE)
+    return placed(model)
 
 
 # Nodes of a round's tree for the drafts made here; 0 leaves the chain.
@@ -149,6 +154,11 @@ def make_scripted_draft(script: list[list[int]], first_miss: int, num_assistant_
 
 def make_self_draft(target: PreTrainedModel, num_assistant_tokens: int = 5) -> PardDraftModel:
     return make_draft(copy.deepcopy(target), num_assistant_tokens)
+
+
+def load_draft(folder, **kwargs) -> PardDraftModel:
+    """A saved draft on the device."""
+    return PardDraftModel.from_pretrained(folder, **kwargs).to(DEVICE)
 
 
 def add_head(draft: PardDraftModel, strength: float = 1.0, seed: int = 7, **settings) -> PardDraftModel:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,16 @@ from families import add_head, make_draft, make_forgetful, make_model, make_self
 from transformers import CompileConfig, LlamaForCausalLM
 from transformers.cache_utils import StaticLayer
 
-from benchmarks.sources import batches_in_order, make_ways, without_docstring
+from benchmarks.sources import (
+    PromptSet,
+    Way,
+    batches_in_order,
+    make_ways,
+    measure_in_jobs,
+    measure_in_turn,
+    route_of,
+    without_docstring,
+)
 from benchmarks.sources import measure as measure_set
 from pard_hf import with_pard
 from pard_hf.cli import main
@@ -199,21 +209,98 @@ def test_the_copy_set_has_functions_without_their_docstrings():
 
 
 def test_the_benchmark_of_sources_keeps_the_order_of_the_prompts_and_one_memory_a_set(pair):
-    args = Namespace(routes=["lookup", "lookup_kept", "tree_head"], tree_sizes=[8], num_assistant_tokens=4)
-    vars(args).update(batch_size=1, prompt_lookup_num_tokens=6, max_new_tokens=20, repeats=1, tau_only=False)
+    args = Namespace(routes=["lookup", "lookup_kept:8,4", "tree_head"], tree_sizes=[8], num_assistant_tokens=4)
+    vars(args).update(batch_size=1, prompt_lookup_num_tokens=6)
     ways, not_served = make_ways(args, pair)
+    encoded = [[5, 6], [5, 6, 7] * 3, [5, 6]]
+    sets = [PromptSet("set", encoded, 0, [way.afresh() for way in ways]) for _ in range(2)]
 
-    first, again = (measure_set(args, pair, ways, "set", ["ab", "abcabcabc", "ab"]) for _ in range(2))
+    first, again = ([found.to_json(True) for _ in measure_set(found, 1, 20, 2)] for found in sets)
 
-    routes = first["routes"]
-    assert list(routes) == ["ar", "lookup 8", "lookup_kept 8"]
+    assert [found["num_prompts"] for found in first] == [1, 2, 3, 3, 3, 3]
+    assert [found["num_passes"] for found in first] == [1, 1, 1, 2, 2, 2]
+    routes = first[-1]["routes"]
+    assert list(routes) == ["ar", "lookup 8", "lookup_kept 8", "lookup_kept 4"]
     assert not_served == {"tree_head": "the draft has no correction head"}
     batches = batches_in_order([[5], [6] * 3, [7]], 1, ways[0].runner)
     assert [batch.num_columns for batch in batches] == [1, 3, 1]
     assert routes["lookup_kept 8"]["acceptance_length"] > routes["lookup 8"]["acceptance_length"] > 1
     assert all(route["identical_share"] == 1 for route in routes.values())
-    for way, route in again["routes"].items():
+    for way, route in again[-1]["routes"].items():
         assert route["acceptance_length"] == routes[way]["acceptance_length"]
+
+
+def test_texts_of_all_passes_count_for_identity():
+    plain = Way(ROUTES["ar"], 1, texts={0: [5], 1: [6], 2: [7], 3: [8]}, num_tokens=[4], seconds=[2.0])
+    way = Way(ROUTES["copy"], 8, texts={**plain.texts, 1: [9]}, changed={2}, num_tokens=[4, 2], seconds=[1.0, 1.0])
+
+    found = way.to_json(replace(plain, num_tokens=[4, 2], seconds=[2.0, 3.0]), is_timed=True)
+
+    assert found["identical_share"] == 0.5
+    assert (found["tokens_per_second"], found["speedup"], found["speedup_range"]) == (3.0, 2.5, [2.0, 3.0])
+    assert way.to_json(plain, is_timed=False)["tokens_per_second"] is None
+
+
+def test_no_prompt_begins_after_the_end(pair):
+    args = Namespace(routes=["copy"], tree_sizes=[4], num_assistant_tokens=None)
+    vars(args).update(batch_size=1, prompt_lookup_num_tokens=6)
+    ways, _ = make_ways(args, pair)
+    found = PromptSet("set", [[5, 6], [7]], 0, ways)
+
+    assert len(list(measure_set(found, 1, 4, 1, end=0.0))) == 1  # One in any case.
+    assert found.to_json(is_timed=True)["num_prompts"] == 1
+
+
+def test_ways_that_cannot_be_compiled_or_come_too_late_are_left_out(pair):
+    def no_compiler(graph, inputs):
+        raise RuntimeError("there is no C++ compiler here")
+
+    args = Namespace(routes=["ar_plus", "lookup", "lookup_compiled", "tier2"], tree_sizes=[4], num_assistant_tokens=4)
+    vars(args).update(batch_size=1, prompt_lookup_num_tokens=6, max_new_tokens=4, end=float("inf"))
+    vars(args).update(tau_only=False, repeats=1)
+    ways, not_served = make_ways(args, pair)
+    for way in ways:
+        compile_by(way.runner, no_compiler)
+    in_time, late = (PromptSet("set", [[5, 6], [7] * 3], 0, [way.afresh() for way in ways]) for _ in range(2))
+
+    assert len(list(measure_in_turn(args, ways, [in_time], not_served))) == 2
+
+    assert set(not_served) == {"ar_plus", "lookup_compiled 4"}
+    assert all("torch.compile failed" in reason for reason in not_served.values())
+    assert [way.name for way in in_time.ways] == ["ar", "lookup 4", "tier2"]
+    args.end = 0.0
+    assert list(measure_in_turn(args, ways, [late], not_served)) == [late]
+    assert not_served["lookup 4"] == "no time was left to warm up"
+
+
+def test_any_route_of_our_loop_has_a_compiled_one():
+    assert route_of("lookup_compiled") is ROUTES["lookup_compiled"]
+    kept = route_of("lookup_kept_compiled")
+    assert (kept.is_compiled, kept.keeps_memory, kept.name) == (True, True, "lookup_kept_compiled")
+    for name in ("nothing", "pld_compiled"):
+        with pytest.raises(ValueError, match=f"Expected a route among ar, .* got '{name}'"):
+            route_of(name)
+
+
+def test_jobs_find_what_one_process_finds(pair, tmp_path):
+    """Parts of a set come from several calls; a memory that is kept has the whole set."""
+    for name in ("target", "draft"):
+        getattr(pair, name).save_pretrained(tmp_path / name)
+        pair.tokenizer.save_pretrained(tmp_path / name)
+    args = Namespace(target=str(tmp_path / "target"), draft=str(tmp_path / "draft"), dtype="float32")
+    vars(args).update(routes=["lookup", "lookup_kept"], tree_sizes=[4])
+    vars(args).update(num_assistant_tokens=None, prompt_lookup_num_tokens=6)
+    vars(args).update(batch_size=1, max_new_tokens=8, tau_only=True, jobs=1, end=float("inf"))
+    ways, _ = make_ways(args, pair)
+    encoded = [[5, 6, 7] * 2, [7], [8, 9], [5, 6], [9, 8, 7], [5, 5]]
+    apart, alone = (PromptSet("set", encoded, 0, [way.afresh() for way in ways]) for _ in range(2))
+
+    *_, last = measure_in_jobs(args, [apart])
+
+    *_, _ = measure_set(alone, 1, 8, 1)
+    assert last is apart
+    assert apart.to_json(is_timed=False) == alone.to_json(is_timed=False)
+    assert list(apart.to_json(is_timed=False)["routes"]) == ["ar", "lookup 4", "lookup_kept 4"]
 
 
 def test_plain_generate_always_runs_and_every_combination_is_a_cell(pair):
@@ -484,7 +571,10 @@ def test_interrupted_run_keeps_its_cells_and_continues(pair, tmp_path):
 
 def compiling_runner(pair, backend):
     """A runner whose compiled routes go through another backend than inductor, which takes half a minute."""
-    runner = RouteRunner(pair, 4)
+    return compile_by(RouteRunner(pair, 4), backend)
+
+
+def compile_by(runner, backend):
     arguments = runner.arguments
 
     def with_backend(route):

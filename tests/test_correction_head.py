@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 from device import DEVICE, IS_FAKE, to_device, torch
-from families import add_head, make_draft, make_model, make_prompts
+from families import add_head, load_draft, make_draft, make_model, make_prompts
 from safetensors import safe_open
 from test_trainer import make_trainer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -82,10 +82,10 @@ def test_head_lies_beside_an_ordinary_checkpoint(headed, tmp_path):
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "headed" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
     ids = make_prompts(1)["input_ids"]
-    loaded = PardDraftModel.from_pretrained(tmp_path / "headed")
+    loaded = load_draft(tmp_path / "headed")
     assert torch.equal(loaded.draft(ids), headed.draft(ids))
     assert loaded.correction_head.rank == 8
-    left_off = PardDraftModel.from_pretrained(tmp_path / "headed", correction_head=False)
+    left_off = load_draft(tmp_path / "headed", correction_head=False)
     assert torch.equal(left_off.draft(ids), plain.draft(ids))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "headed").num_parameters() == plain.num_parameters()
 
@@ -106,7 +106,7 @@ def test_weights_that_name_no_head_leave_it_its_own(headed, tmp_path):
     headed.save_pretrained(tmp_path, state_dict=weights)
 
     ids = make_prompts(1)["input_ids"]
-    assert torch.equal(PardDraftModel.from_pretrained(tmp_path).draft(ids), headed.draft(ids))
+    assert torch.equal(load_draft(tmp_path).draft(ids), headed.draft(ids))
 
 
 def test_head_follows_a_draft_that_grows(headed, tmp_path):
@@ -231,7 +231,7 @@ def test_export_brings_the_head_along(tmp_path, num_rows, bundled_like_tokenizer
 
     export_draft(tmp_path / "draft", tmp_path / "exported", pad_vocab_to=num_rows)
 
-    exported = PardDraftModel.from_pretrained(tmp_path / "exported")
+    exported = load_draft(tmp_path / "exported")
     ids = make_prompts(1)["input_ids"]
     assert exported.correction_head.vocab_size == num_rows
     assert torch.equal(exported.draft(ids).argmax(-1), headed.draft(ids).argmax(-1))
@@ -344,7 +344,7 @@ def test_target_says_the_same_with_a_head_from_a_folder(headed, tmp_path):
     expected = target.generate(**prompts, max_new_tokens=20, do_sample=False)
 
     got = with_pard(target).generate(
-        **prompts, max_new_tokens=20, do_sample=False, assistant_model=PardDraftModel.from_pretrained(tmp_path)
+        **prompts, max_new_tokens=20, do_sample=False, assistant_model=load_draft(tmp_path)
     )
 
     assert torch.equal(got, expected)

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from device import torch
-from families import FAMILIES, make_draft, make_model
+from device import DEVICE, torch
+from families import FAMILIES, load_draft, make_draft, make_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -82,7 +82,7 @@ class LowRank(torch.nn.Module):
 
 
 def add_adapter(draft):
-    draft.model.layers[1].self_attn.q_proj = LowRank(draft.model.layers[1].self_attn.q_proj)
+    draft.model.layers[1].self_attn.q_proj = LowRank(draft.model.layers[1].self_attn.q_proj).to(DEVICE)
 
 
 def add_parametrization(draft):
@@ -131,7 +131,7 @@ def test_a_merged_adapter_is_saved(tiny_draft, tmp_path):
 
     tiny_draft.save_pretrained(tmp_path)
 
-    torch.testing.assert_close(PardDraftModel.from_pretrained(tmp_path).draft(ids), expected)
+    torch.testing.assert_close(load_draft(tmp_path).draft(ids), expected)
 
 
 def test_a_draft_under_peft_is_saved_once_merged(tiny_draft, tmp_path):
@@ -143,7 +143,7 @@ def test_a_draft_under_peft_is_saved_once_merged(tiny_draft, tmp_path):
         tiny_draft.save_pretrained(tmp_path / "draft")
     wrapped.merge_and_unload().save_pretrained(tmp_path / "draft")
 
-    got = PardDraftModel.from_pretrained(tmp_path / "draft").draft(torch.tensor([[5, 6, 7]]))
+    got = load_draft(tmp_path / "draft").draft(torch.tensor([[5, 6, 7]]))
     torch.testing.assert_close(got, expected)
 
 
@@ -157,7 +157,7 @@ def test_drafts_of_all_families_are_saved(family, is_tied, tmp_path):
 
     assert torch.equal(torch.get_rng_state(), state)
     expected = draft.draft(torch.tensor([[5, 6, 7]]))
-    torch.testing.assert_close(PardDraftModel.from_pretrained(tmp_path).draft(torch.tensor([[5, 6, 7]])), expected)
+    torch.testing.assert_close(load_draft(tmp_path).draft(torch.tensor([[5, 6, 7]])), expected)
 
 
 def test_other_mask_keys_are_dropped():

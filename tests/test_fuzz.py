@@ -17,7 +17,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-import torch
+from device import torch
 from families import (
     FAMILIES,
     WINDOW,

@@ -376,7 +376,8 @@ def test_static_caches_do_no_harm(cache):
     target, prompts = make_model("llama"), make_prompts(1)
     draft = make_self_draft(target)
     expected = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
-    given = {"cache_implementation": "static", "compile_config": CompileConfig(backend="eager")}
+    asked = {"compile_config": CompileConfig(backend="eager"), "disable_compile": False}
+    given = {"cache_implementation": "static", **asked}
     if cache == "object":
         given = {"past_key_values": StaticCache(config=target.config, max_cache_len=64)}
 

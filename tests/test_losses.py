@@ -8,7 +8,7 @@ from pard_hf import PardDraftModel
 from pard_hf.draft.vocabulary import check_head
 from pard_hf.training import losses
 from pard_hf.training.collator import DataCollatorForPard
-from pard_hf.training.losses import confidence_weights, divergence, row_losses
+from pard_hf.training.losses import confidence_weights, divergence, row_loss
 from pard_hf.training.objective import Objective
 
 EXAMPLES = [{"input_ids": list(range(3, 20)), "loss_mask": [0] * 5 + [1] * 12}, {"input_ids": [40, 7, 9, 33, 2]}]
@@ -59,13 +59,14 @@ def test_chunks_are_the_whole(monkeypatch, chunk_size):
     logits = head(hidden)
     cross_entropy = (torch.nn.functional.cross_entropy(logits, labels, reduction="none") * weights).sum()
     kl = (divergence(logits, target_head(target_hidden)[index]) * weights).sum()
-    expected = torch.autograd.grad(cross_entropy + kl, [hidden, head.weight])
+    expected = torch.autograd.grad(3 * (0.5 * cross_entropy + 2.0 * kl), [hidden, head.weight])
 
     monkeypatch.setattr(losses, "CHUNK_SIZE", chunk_size)
-    sums = row_losses(head, hidden, labels, 50, weights, target_head, target_hidden, index)
-    got = torch.autograd.grad(sums.cross_entropy + sums.divergence, [hidden, head.weight])
+    loss_weights = (0.5, 2.0)
+    total = row_loss(head, hidden, labels, 50, [head.weight], weights, target_head, target_hidden, index, loss_weights)
+    got = torch.autograd.grad(3 * total, [hidden, head.weight])
 
-    torch.testing.assert_close(sums, losses.Losses(cross_entropy, kl))
+    torch.testing.assert_close(total, 0.5 * cross_entropy + 2.0 * kl)
     torch.testing.assert_close(got, expected)
 
 
@@ -78,7 +79,7 @@ def test_gradients_of_many_chunks_are_as_near_as_of_one(monkeypatch):
     def gradient_of(chunk_size, dtype=None):
         monkeypatch.setattr(losses, "CHUNK_SIZE", chunk_size)
         with torch.autocast(DEVICE.type, dtype or torch.bfloat16, enabled=dtype is None):
-            loss = row_losses(head, hidden, labels, 100).cross_entropy
+            loss = row_loss(head, hidden, labels, 100, [head.weight])
         return torch.autograd.grad(loss, head.weight)[0]
 
     exact = gradient_of(10**6, torch.float32)

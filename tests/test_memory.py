@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,11 @@ def contents(memory):
 
 def same(one, other):
     return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def alike(one, other):
+    """Learned from the same texts, up to the order in which a device adds counts up."""
+    return all(torch.allclose(one[name], other[name], atol=1e-4) for name in one)
 
 
 def used_memory(target, prompts=None):
@@ -102,7 +108,7 @@ def test_memories_do_not_meet():
 
     assert same(contents(memories[1]), contents(AssistantMemory(target)))
     generate(target, prompts, assistant_memory=memories[1])
-    assert same(*map(contents, memories))
+    assert alike(*map(contents, memories))
 
 
 def test_clear_forgets_everything():
@@ -170,7 +176,7 @@ def test_file_holds_the_same_bits(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["memory.safetensors"]
     stats = [generate(target, prompts, assistant_memory=one).stats for one in (memory, loaded)]
     assert stats[0] == stats[1]
-    assert same(contents(memory), contents(loaded))
+    assert alike(contents(memory), contents(loaded))
     assert loaded.num_bytes == sum(tensor.nbytes for tensor in contents(memory).values())
     loaded.save(str(tmp_path / "memory.safetensors"))
     assert same(contents(AssistantMemory.load(str(tmp_path / "memory.safetensors"), target)), contents(loaded))
@@ -329,6 +335,7 @@ class Streamer:
         pass
 
 
+@pytest.mark.skipif(IS_FAKE, reason="the stand-in is of one thread")
 def test_two_threads_on_one_memory_are_refused():
     target, prompts = make_model("llama"), make_prompts(1)
     memory, errors = AssistantMemory(target), []
@@ -401,13 +408,13 @@ def test_memory_goes_into_compiled_calls_and_out_again(backend, with_draft):
     expected = plain(target, prompts)
     draft = make_draft(make_model("llama", seed=5, num_hidden_layers=1)) if with_draft else None
     memories = [AssistantMemory(target), AssistantMemory(target)]
-    config = CompileConfig(backend=backend, mode="default")
+    config = {"compile_config": CompileConfig(backend=backend, mode="default"), "disable_compile": False}
 
     def outputs(memory, **more):
         return [generate(target, prompts, assistant_model=draft, assistant_memory=memory, **more) for _ in range(2)]
 
-    eager, compiled = outputs(memories[0]), outputs(memories[1], compile_config=config)
-    others = generate(target, prompts, assistant_model=draft, compile_config=config)
+    eager, compiled = outputs(memories[0]), outputs(memories[1], **config)
+    others = generate(target, prompts, assistant_model=draft, **config)
 
     assert compile_cache_of(target, draft or target).failure is None
     assert all(torch.equal(output.sequences, expected) for output in [*eager, *compiled, others])
@@ -417,16 +424,24 @@ def test_memory_goes_into_compiled_calls_and_out_again(backend, with_draft):
     assert memories[1].num_tokens > 0
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a real device has tests of its own")
+def a_device():
+    """CUDA where there is one, else its stand-in."""
+    return nullcontext() if torch.cuda.is_available() or IS_FAKE else FakeCuda()
+
+
+def on_the_cpu(prompts):
+    return {name: tensor.cpu() for name, tensor in prompts.items()}
+
+
 @pytest.mark.parametrize("disable_compile", [True, False])
 @pytest.mark.parametrize("with_draft", [False, True])
 def test_memory_follows_its_target_to_a_device(monkeypatch, disable_compile, with_draft):
     """One that began on the CPU serves the target on a GPU and stays where it is."""
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-    target, prompts = make_model("llama"), make_prompts(1)
-    expected, memory = plain(target, prompts), used_memory(target)
+    target, prompts = make_model("llama").cpu(), on_the_cpu(make_prompts(1))
+    expected, memory = plain(target, prompts), used_memory(target, prompts)
     learned = memory.num_tokens
-    with FakeCuda():
+    with a_device():
         target.cuda()
         prompts = {name: tensor.cuda() for name, tensor in prompts.items()}
         more = {"assistant_model": make_self_draft(without_pard(target))} if with_draft else {}
@@ -438,14 +453,13 @@ def test_memory_follows_its_target_to_a_device(monkeypatch, disable_compile, wit
         assert memory.num_tokens >= learned
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a real device has tests of its own")
 @pytest.mark.parametrize("disable_compile", [True, False])
 def test_ids_may_lie_beside_the_target(monkeypatch, disable_compile):
     """As `generate` allows; buffers of calls whose ids lay on the device are no others' then."""
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-    target, prompts = make_model("llama"), make_prompts(1)
+    target, prompts = make_model("llama").cpu(), on_the_cpu(make_prompts(1))
     expected = plain(target, prompts)
-    with FakeCuda():
+    with a_device():
         memory = AssistantMemory(target.cuda())
         for device in ("cuda", "cpu", "cuda"):
             inputs = {name: tensor.to(device) for name, tensor in prompts.items()}

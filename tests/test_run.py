@@ -24,6 +24,7 @@ from pard_hf.hub.model_card import draft_card
 from pard_hf.training.settings import TrainingSettings
 from pard_hf.training.train import train_draft
 
+only_on_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="runs on the CPU whatever the device")
 FLAGS = ["--mask-token-id", "102", "--max-length", "64", "--device", "cpu", "--learning-rate", "0.01"]
 
 
@@ -94,6 +95,33 @@ def test_base_and_rows_become_a_draft(base, data, tmp_path):
     assert (out / "checkpoints.1" / "checkpoint-4").is_dir()  # moved aside, not gone on from
 
 
+@pytest.mark.parametrize(("layers", "chosen"), [("1", [0]), ("1,0", [1, 0])])
+def test_layers_of_the_target_become_a_draft(base, data, tmp_path, layers, chosen):
+    """A full checkpoint, with the target's embedding as it was; the rows are learned."""
+    out = tmp_path / "draft"
+
+    train(base, data, out, layers=layers, freeze_embeddings=True, max_steps=2)
+
+    draft = PardDraftModel.from_pretrained(out)
+    assert draft.config.num_hidden_layers == len(chosen)
+    theirs, own = (weights(folder)["model.embed_tokens.weight"] for folder in (base, out))
+    assert torch.equal(theirs, own)
+    name = "mlp.up_proj.weight"
+    for number, index in enumerate(chosen):
+        old, new = weights(base)[f"model.layers.{index}.{name}"], weights(out)[f"model.layers.{number}.{name}"]
+        assert 0 < (old - new).abs().max() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("layers", "problem"),
+    [("0", "layers from 0 to 1"), ("0,2", "layers from 0 to 1"), ("a", "Expected `--layers` as")],
+)
+def test_layers_that_do_not_exist_end_before_weights_are_loaded(base, data, tmp_path, layers, problem):
+    (base / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=problem):
+        train(base, data, tmp_path / "draft", layers=layers)
+
+
 def test_checkpoints_say_where_they_come_from(base, data, tmp_path):
     (tmp_path / "rows.jsonl.manifest.json").write_text('{"target": "somebody/target"}')
 
@@ -157,6 +185,7 @@ def test_bad_settings_end_before_weights_are_loaded(base, data, tmp_path, monkey
             train(base, arguments.pop("data", data), out, **arguments)
 
 
+@only_on_cpu
 def test_vocabulary_that_is_all_used_keeps_its_size(base, data, tmp_path, bundled_like_tokenizer, capsys):
     """`auto` takes a special token that nobody writes, and rows that contain it are named."""
     bundled_like_tokenizer.add_special_tokens({"additional_special_tokens": ["<gh_stars>", "<empty>", "<end>", "<x>"]})
@@ -205,6 +234,7 @@ def test_tokenizer_of_another_model_is_refused(base, data, tmp_path):
         train(base, data, tmp_path / "draft")
 
 
+@only_on_cpu
 def test_bad_evaluations_end_before_weights_are_loaded(base, data, tmp_path, capsys):
     (base / "model.safetensors").unlink()
     same = tmp_path / "again"
@@ -311,6 +341,7 @@ def test_kept_draft_needs_an_evaluation(base, data, tmp_path):
         train(base, data, tmp_path / "draft", load_best_model_at_end=True)
 
 
+@only_on_cpu
 @pytest.mark.parametrize(
     "flag", ["--eval-steps", "--save-steps", "--batch-size", "--gradient-accumulation-steps", "--max-length"]
 )
@@ -327,7 +358,7 @@ def test_target_has_a_dtype_of_its_own(base, data, tmp_path, named, expected):
     make_model("llama", vocab_size=104).to(torch.bfloat16).save_pretrained(target)
     AutoTokenizer.from_pretrained(base).save_pretrained(target)
 
-    dtypes = {"dtype": "bfloat16" if named is None else "float32", "target_dtype": named}
+    dtypes = {"dtype": "bfloat16" if named is None else "float32", "target_dtype": named, "device": "cpu"}
     evaluations = scripted((3, 1), targets=seen)
     train(base, data, tmp_path / "draft", 1, evaluations, target=str(target), objective="kd", **dtypes)
 
@@ -342,6 +373,7 @@ def last_checkpoint(folder):
 
 
 @pytest.mark.slow
+@only_on_cpu
 def test_killed_run_resumes_to_the_same_draft(base, data, tmp_path):
     """SIGKILL, whenever it comes, twice; the same command goes on, and ends in the weights of a run left alone."""
     flags = ("--max-steps", "24", "--save-steps", "3", "--batch-size", "2")
@@ -391,6 +423,7 @@ def launch(*words):
 
 
 @pytest.mark.slow
+@only_on_cpu
 def test_two_processes_are_one_with_doubled_accumulation(base, data, tmp_path):
     """The same losses and weights, and a checkpoint of the one is gone on from by the other."""
     flags = ("--save-steps", "3", "--batch-size", "2", "--training-arguments", "logging_steps=1")
@@ -417,6 +450,7 @@ def test_two_processes_are_one_with_doubled_accumulation(base, data, tmp_path):
 
 
 @pytest.mark.slow
+@only_on_cpu
 @pytest.mark.parametrize("version", [1, 2])
 def test_sharded_weights_have_the_same_gradients(version):
     """FSDP sees a forward that returns a loss, whatever it reads on the way: backbone, head in chunks, teacher."""

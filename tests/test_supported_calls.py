@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-import torch
+from device import torch
 from families import make_draft, make_model, make_prompts, make_scripted_draft, make_self_draft, texts_of
 from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList
 

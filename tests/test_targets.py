@@ -13,7 +13,15 @@ import warnings
 import pytest
 import transformers
 from device import DEVICE, IS_FAKE, torch
-from families import COMMON, make_draft, make_model, make_prompts, make_scripted_draft, make_self_draft
+from families import (
+    COMMON,
+    make_draft,
+    make_model,
+    make_prompts,
+    make_scripted_draft,
+    make_self_draft,
+    placed,
+)
 from test_generation import make_hybrid
 from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -40,7 +48,7 @@ def make_target(name: str, initializer_range: float = 0.3, seed: int = 0):
     torch.manual_seed(seed)
     prefix, settings = OWN_WAYS[name]
     config = getattr(transformers, f"{prefix}Config")(**SMALL, **settings, initializer_range=initializer_range)
-    return free_of_ends(getattr(transformers, f"{prefix}ForCausalLM")(config).eval().to(DEVICE))
+    return free_of_ends(getattr(transformers, f"{prefix}ForCausalLM")(config).eval())
 
 
 def make_bart():
@@ -50,7 +58,7 @@ def make_bart():
         max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0, is_decoder=True,
         is_encoder_decoder=False, init_std=0.3,
     )  # fmt: skip
-    return free_of_ends(transformers.BartForCausalLM(config).eval().to(DEVICE))
+    return free_of_ends(transformers.BartForCausalLM(config).eval())
 
 
 def make_chunked(layer_types):
@@ -62,7 +70,7 @@ def make_chunked(layer_types):
         num_local_experts=2,
         num_experts_per_tok=1,
     )
-    return free_of_ends(transformers.Llama4ForCausalLM(config).eval().to(DEVICE))
+    return free_of_ends(transformers.Llama4ForCausalLM(config).eval())
 
 
 def make_longrope():
@@ -75,13 +83,13 @@ def make_longrope():
         "original_max_position_embeddings": 32,
     }
     config = transformers.LlamaConfig(**COMMON, rope_parameters=rope)
-    return free_of_ends(transformers.LlamaForCausalLM(config).eval().to(DEVICE))
+    return free_of_ends(transformers.LlamaForCausalLM(config).eval())
 
 
 def free_of_ends(target):
     target.generation_config.eos_token_id = target.generation_config.forced_eos_token_id = None
     target.generation_config.pad_token_id = 0
-    return target
+    return placed(target)
 
 
 def generate_both(target, draft, prompts, **kwargs):
@@ -117,7 +125,7 @@ class CountsByItself(transformers.LlamaForCausalLM):
 def test_custom_code_is_tried_out(is_known):
     torch.manual_seed(0)
     config = make_model("llama").config
-    target = free_of_ends((transformers.LlamaForCausalLM if is_known else CountsByItself)(config).eval().to(DEVICE))
+    target = free_of_ends((transformers.LlamaForCausalLM if is_known else CountsByItself)(config).eval())
     with torch.no_grad():  # The initializer of this class is that of Llama.
         target.load_state_dict(make_model("llama").state_dict())
 
@@ -250,7 +258,7 @@ def test_encoder_decoder_keeps_the_lookup_of_transformers():
     config = transformers.T5Config(
         **{**SMALL, "decoder_start_token_id": 0}, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4
     )
-    target = free_of_ends(transformers.T5ForConditionalGeneration(config).eval().to(DEVICE))
+    target = free_of_ends(transformers.T5ForConditionalGeneration(config).eval())
     arguments = {**make_prompts(1), "max_new_tokens": NEW_TOKENS, "do_sample": False}
     expected = target.generate(**arguments)
 
@@ -411,7 +419,7 @@ def test_class_made_of_one_of_transformers_attends_as_that_does(family):
     base = type(make_model(family))
     made = type("Mine", (PardGenerationMixin, base), {"__module__": __name__})
     torch.manual_seed(0)
-    target = free_of_ends(made(make_model(family).config).eval().to(DEVICE))
+    target = free_of_ends(made(make_model(family).config).eval())
     expected = target.generate(**make_prompts(3), max_new_tokens=NEW_TOKENS, do_sample=False)
 
     got = target.generate(
@@ -476,7 +484,7 @@ def test_autocast_may_change_between_calls(order, settings):
     from transformers import CompileConfig
 
     if settings:
-        settings = {**settings, "compile_config": CompileConfig(backend="eager")}
+        settings = {**settings, "compile_config": CompileConfig(backend="eager"), "disable_compile": False}
     target, draft = with_pard(make_model("llama")), make_self_draft(make_model("llama"))
     for uses_autocast in order:
         with torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=uses_autocast):
@@ -551,7 +559,7 @@ def test_draft_that_keeps_no_cache_is_refused():
 def test_draft_loaded_as_an_ordinary_model_is_named(tmp_path):
     target = with_pard(make_model("llama"))
     make_draft(make_model("llama", seed=5)).save_pretrained(tmp_path)
-    assistant = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assistant = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).to(DEVICE)
     assert not isinstance(assistant, PardDraftModel)
 
     with pytest.warns(UserWarning, match=r"PardDraftModel\.from_pretrained"):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from device import DEVICE, torch
-from families import make_model
+from families import load_draft, make_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import TrainerCallback
 
@@ -184,7 +184,7 @@ def test_best_draft_between_two_saves_is_kept(tmp_path):
     trainer.train()
 
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
-    kept = PardDraftModel.from_pretrained(tmp_path / "checkpoint-2").state_dict()
+    kept = load_draft(tmp_path / "checkpoint-2").state_dict()
     for name, weight in trainer.model.state_dict().items():
         assert torch.equal(weight, kept[name]), name
 
@@ -273,7 +273,7 @@ def test_evaluation_is_the_decoding_loop(tmp_path):
     best = [30, 60, 90][max(range(3), key=lambda i: (means[i], -i))]
     assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
     assert (tmp_path / f"checkpoint-{best}" / "trainer_state.json").exists()
-    kept = PardDraftModel.from_pretrained(tmp_path / f"checkpoint-{best}")
+    kept = load_draft(tmp_path / f"checkpoint-{best}")
     assert evaluator(kept)["early"] == evaluator(trainer.model)["early"]
     assert len(list(tmp_path.glob("checkpoint-*"))) <= 2
     assert sum(stats.num_tokens for stats in evaluator(kept).values()) == 8 * 20
@@ -338,3 +338,35 @@ def test_the_clock_counts_where_the_batch_is_and_waits_for_nothing():
     clock.count(torch.tensor([[0, -1]]), torch.tensor([[0, 0]]))
     assert clock.metrics() == {"train_seconds": 0.0, "num_tokens": 8, "num_rows": 11}
     assert clock.state()["attributes"] == {"seconds": 0.0, "num_tokens": 8, "num_rows": 11}
+
+
+def test_frozen_embeddings_stay(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=3, freeze_embeddings=True, correction_head="joint")
+    draft = trainer.model
+    frozen = (draft.get_input_embeddings(), draft.get_output_embeddings())
+    before = [module.weight.clone() for module in frozen]
+    layer = draft.model.layers[0].mlp.up_proj.weight.clone()
+
+    trainer.train()
+
+    assert all(torch.equal(module.weight, weight) for module, weight in zip(frozen, before, strict=True))
+    assert not torch.equal(draft.model.layers[0].mlp.up_proj.weight, layer)
+    assert draft.correction_head.output.weight.any()
+
+
+def test_a_run_of_some_minutes_ends_when_they_are_over(tmp_path):
+    """Every step counts a minute: the learning rate follows the clock down to zero."""
+
+    class Minutes(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            trainer.clock.last -= 60
+
+    trainer = make_trainer(tmp_path, 10**6, max_minutes=3.999, logging_steps=1, warmup_steps=2)
+    trainer.callback_handler.callbacks.insert(0, Minutes())
+
+    trainer.train()
+
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert trainer.state.global_step == 4
+    assert rates[0] == pytest.approx(5e-3, rel=0.2)  # The first step of the warm-up.
+    assert rates[1] > rates[2] > rates[3]

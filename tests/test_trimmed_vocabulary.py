@@ -4,7 +4,7 @@ import json
 
 import pytest
 from device import torch
-from families import add_head, make_draft, make_model, make_prompts, make_self_draft
+from families import add_head, load_draft, make_draft, make_model, make_prompts, make_self_draft
 
 from pard_hf import PardDraftModel, with_pard
 from pard_hf.draft.vocabulary import head_of, kept_token_ids
@@ -71,7 +71,7 @@ def test_it_is_saved_beside_the_checkpoint(tmp_path):
     ids = make_prompts(1)["input_ids"]
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "trimmed" / name).read_bytes()
-    loaded = PardDraftModel.from_pretrained(tmp_path / "trimmed")
+    loaded = load_draft(tmp_path / "trimmed")
     assert loaded.trimmed_vocabulary.token_ids.tolist() == KEPT
     assert torch.equal(loaded.draft(ids), draft.draft(ids))
     whole = PardDraftModel.from_pretrained(tmp_path / "trimmed", trimmed_vocabulary=False)

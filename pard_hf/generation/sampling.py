@@ -85,7 +85,8 @@ def count_emitted(
     if eos_token_id is None:
         return num_emitted, num_emitted == remaining
     columns = torch.arange(tokens.shape[1], device=tokens.device)
-    is_end = torch.isin(tokens, eos_token_id) & (columns < num_emitted.unsqueeze(1))
+    # Not `isin`, which sorts many end tokens, and then a GPU waits for the host.
+    is_end = (tokens.unsqueeze(2) == eos_token_id).any(dim=2) & (columns < num_emitted.unsqueeze(1))
     first_end = torch.where(is_end, columns, tokens.shape[1]).amin(dim=-1)
     num_emitted = torch.minimum(num_emitted, first_end + 1)
     return num_emitted, is_end.any(dim=-1) | (num_emitted == remaining)

@@ -151,7 +151,7 @@ class Tables:
     """What is remembered of a target; changed in place, so that compiled steps find it where it was.
 
     A row holds the target's likeliest next tokens, -1 for none, and their probabilities, all as floats, so that a
-    round looks up both at once. The last row of each table takes what is to be dropped.
+    round looks up both at once. The last row of each table takes what is to be dropped, and stays empty.
     """
 
     after_one: torch.Tensor  # `[V + 1, 2 * NUM_SUCCESSORS]`, by the last token.
@@ -219,11 +219,21 @@ class Tables:
         rows = torch.cat([pad(likeliest, (0, missing), value=-1), pad(probs, (0, missing)), pairs], dim=2)
         slots = slots_of(previous, tokens).masked_fill((previous < 0) | (tokens < 0), NUM_PAIRS)
         tokens = tokens.masked_fill(tokens < 0, self.vocab_size)
-        # Of equal ones the first, which is the likelier node, is written last.
+        # Of equal ones the first, which is the likelier node, comes last.
         rows, slots, tokens = rows.flip(1).flatten(0, 1), slots.flip(1).flatten(), tokens.flip(1).flatten()
-        self.after_one.index_copy_(0, tokens, rows[:, :-2])
-        self.after_two.index_copy_(0, slots, rows)
-        self.after_one[-1].fill_(-1)
+        write_last(self.after_one, tokens, rows[:, :-2])
+        write_last(self.after_two, slots, rows)
+
+
+def write_last(table: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> None:
+    """Write `rows` `[n, width]` to the rows `index` `[n]` of a table, of equal ones the last.
+
+    A GPU writes to equal ones in no order, and may mix them. The table's last row takes the others and stays empty.
+    """
+    index, order = index.sort(stable=True)
+    comes_again = pad(index[:-1] == index[1:], (0, 1))
+    table.index_copy_(0, index.masked_fill(comes_again, len(table) - 1), rows[order])
+    table[-1].fill_(-1)
 
 
 def slots_of(previous: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

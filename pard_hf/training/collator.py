@@ -59,6 +59,8 @@ class DataCollatorForPard(TrainerCallback):
             Depth `d` keeps `max(r ** d, r_min)` of its rows.
         seed (`int`, *optional*, defaults to 0):
             Seed, epoch and text decide which rows are dropped, in a resumed run and on more devices, too.
+        multiple (`int`, *optional*, defaults to 1):
+            The number of rows is padded to a multiple of this.
     """
 
     mask_token_id: int
@@ -66,6 +68,7 @@ class DataCollatorForPard(TrainerCallback):
     retention_rate: float = MethodSettings.retention_rate
     min_retention_rate: float = MethodSettings.min_retention_rate
     seed: int = 0
+    multiple: int = 1
 
     def __post_init__(self) -> None:
         # Shared memory: workers that outlive an epoch must see the next one begin.
@@ -99,6 +102,9 @@ class DataCollatorForPard(TrainerCallback):
             name: torch.nn.utils.rnn.pad_sequence([rows[name] for rows in batch], True, value)
             for name, value in PADDING.items()
         }
+        if room := -padded["input_ids"].shape[1] % self.multiple:
+            for name, value in PADDING.items():
+                padded[name] = torch.nn.functional.pad(padded[name], (0, room), value=value)
         return {**padded, "sources": [example.get("source") for example in examples]}
 
     def rows_of(self, example: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -6,27 +6,22 @@ distribution given every gold token before the predicted one, `q` the draft's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
-# Logits that exist at once, rows x vocabulary: 2**25 float32 values are 128 MiB.
-CHUNK_SIZE = 2**25
+# Logits that exist at once, rows x vocabulary: 2**25 float32 values are 128 MiB. A GPU needs larger products.
+CHUNK_SIZE, CUDA_CHUNK_SIZE = 2**25, 2**27
 
 # An LM head: hidden states `[n, hidden_size]` to logits `[n, vocab_size]`.
 Head = Callable[[torch.Tensor], torch.Tensor]
 # A correction head: hidden states of some labeled rows, and which rows they are, to what is added to their logits.
 Correction = Callable[[torch.Tensor, slice], torch.Tensor]
-
-
-class Losses(NamedTuple):
-    """Weighted sums over rows; divide by the number of rows for a mean."""
-
-    cross_entropy: torch.Tensor
-    divergence: torch.Tensor
+# From a slice of rows and their hidden states to the sum of their losses.
+ChunkLoss = Callable[[slice, torch.Tensor], torch.Tensor]
 
 
 def confidence_weights(gold_logprobs: torch.Tensor, anchors: torch.Tensor, depths: torch.Tensor) -> torch.Tensor:
@@ -54,9 +49,9 @@ def divergence(logits: torch.Tensor, target_logits: torch.Tensor, temperature: f
     return torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(dim=-1) * temperature**2
 
 
-def chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
-    """Yield slices of rows whose logits have at most `CHUNK_SIZE` values each."""
-    size = max(CHUNK_SIZE // vocab_size, 1)
+def chunks(num_rows: int, vocab_size: int, device: torch.device) -> Iterator[slice]:
+    """Yield slices of rows whose logits have at most `CHUNK_SIZE` values each, or `CUDA_CHUNK_SIZE`."""
+    size = max((CUDA_CHUNK_SIZE if device.type == "cuda" else CHUNK_SIZE) // vocab_size, 1)
     return (slice(start, start + size) for start in range(0, num_rows, size))
 
 
@@ -64,7 +59,7 @@ def chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
 def gold_logprobs(head: Head, hidden: torch.Tensor, following: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """Compute log p of the ids `following` `[n]` the positions of `hidden` `[n, hidden_size]`, a chunk at a time."""
     values = hidden.new_zeros(len(hidden), dtype=torch.float32)
-    for rows in chunks(len(hidden), vocab_size):
+    for rows in chunks(len(hidden), vocab_size, hidden.device):
         logits = head(hidden[rows]).float()
         gold = following[rows].unsqueeze(-1).to(logits.device)
         values[rows] = (logits.gather(-1, gold).squeeze(-1) - logits.logsumexp(dim=-1)).to(values.device)
@@ -78,43 +73,97 @@ def without_cast_cache(device_type: str) -> AbstractContextManager[Any]:
     return torch.autocast(device_type, dtype=torch.get_autocast_dtype(device_type), cache_enabled=False)
 
 
-def row_losses(
+def logits_loss(
+    logits: torch.Tensor,
+    correction: torch.Tensor | None,
+    labels: torch.Tensor,
+    row_weights: torch.Tensor,
+    target_logits: torch.Tensor | None,
+    loss_weights: tuple[float, float],
+    temperature: float,
+) -> torch.Tensor:
+    """Sum the weighted loss of rows: `loss_weights` of the cross-entropy and of the divergence, in float32."""
+    logits = logits.float() if correction is None else logits.float() + correction.float()
+    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none") * loss_weights[0]
+    if target_logits is not None:
+        loss = loss + divergence(logits, target_logits, temperature) * loss_weights[1]
+    return (row_weights * loss).sum()
+
+
+@cache
+def logits_loss_on(device_type: str) -> Callable[..., torch.Tensor]:
+    """Return `logits_loss`, compiled on a GPU: a dozen passes over the logits become one each way.
+
+    A CPU waits longer for the compiler than it saves.
+    """
+    return torch.compile(logits_loss, dynamic=True) if device_type == "cuda" else logits_loss
+
+
+class SumOverChunks(torch.autograd.Function):
+    """Sum `loss_of(rows, chunk)` over chunks of hidden states, each with its gradient while its logits exist.
+
+    The gradient of a sum does not depend on what follows, so that nothing is computed a second time in the backward
+    pass, as checkpointing would; `parameters` are those that `loss_of` uses beside the chunk.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, loss_of: ChunkLoss, vocab_size: int, hidden: torch.Tensor, *parameters: torch.Tensor
+    ) -> torch.Tensor:
+        total = torch.zeros((), device=hidden.device)
+        ctx.gradients = [torch.zeros_like(one) if one.requires_grad else None for one in (hidden, *parameters)]
+        trained = [index for index, one in enumerate(ctx.gradients) if one is not None]
+        for rows in chunks(len(hidden), vocab_size, hidden.device):
+            with torch.enable_grad():
+                chunk = hidden[rows].detach().requires_grad_(hidden.requires_grad)
+                loss = loss_of(rows, chunk)
+            total += loss.detach()
+            inputs = [(chunk, *parameters)[index] for index in trained]
+            if not inputs:
+                continue
+            for index, gradient in zip(trained, torch.autograd.grad(loss, inputs), strict=True):
+                kept = ctx.gradients[index][rows] if index == 0 else ctx.gradients[index]
+                kept += gradient
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> Any:
+        return None, None, *(one if one is None else one * outputs[0] for one in ctx.gradients)
+
+
+def row_loss(
     head: Head,
     hidden: torch.Tensor,
     labels: torch.Tensor,
     vocab_size: int,
-    weights: torch.Tensor | None = None,
+    parameters: Iterable[torch.Tensor],
+    row_weights: torch.Tensor | None = None,
     target_head: Head | None = None,
     target_hidden: torch.Tensor | None = None,
     target_index: torch.Tensor | None = None,
+    loss_weights: tuple[float, float] = (1.0, 1.0),
     temperature: float = 1.0,
     correction: Correction | None = None,
-) -> Losses:
-    """Sum the losses of labeled rows, a chunk at a time; the backward pass computes the logits of each chunk again.
+) -> torch.Tensor:
+    """Sum the weighted losses of labeled rows, a chunk at a time, each with its gradient.
 
-    `hidden` is `[num_rows, hidden_size]`, `labels` and `weights` (1 by default) `[num_rows]`; `vocab_size` is that of
-    the larger LM head. `target_index` `[num_rows]` is which of `target_hidden` `[num_positions, target_hidden_size]`
-    predicts each row's token, since depths of one text share them; without a target the divergence is 0.
+    `hidden` is `[num_rows, hidden_size]`, `labels` and `row_weights` (1 by default) `[num_rows]`; `vocab_size` is that
+    of the larger LM head, `parameters` are those of both heads. `target_index` `[num_rows]` is which of
+    `target_hidden` `[num_positions, target_hidden_size]` predicts each row's token, since depths of one text share
+    them; without a target there is no divergence.
     """
-    if weights is None:
-        weights = torch.ones(len(labels), device=hidden.device)
+    weights = torch.ones(len(labels), device=hidden.device) if row_weights is None else row_weights
+    of_logits = logits_loss_on(hidden.device.type)
 
-    def losses_of(rows: slice, chunk: torch.Tensor) -> Losses:
+    def loss_of(rows: slice, chunk: torch.Tensor) -> torch.Tensor:
         with without_cast_cache(chunk.device.type):
-            logits = head(chunk).float()
-            if correction is not None:
-                logits = logits + correction(chunk, rows).float()
-        cross_entropy = torch.nn.functional.cross_entropy(logits, labels[rows], reduction="none")
-        kl = torch.zeros_like(cross_entropy)
+            logits = head(chunk)
+            corrected = None if correction is None else correction(chunk, rows)
+        target_logits = None
         if target_head is not None and target_hidden is not None and target_index is not None:
             with torch.no_grad():
-                target_logits = target_head(target_hidden[target_index[rows]])
-            kl = divergence(logits, target_logits.to(logits.device), temperature)
-        return Losses((weights[rows] * cross_entropy).sum(), (weights[rows] * kl).sum())
+                target_logits = target_head(target_hidden[target_index[rows]]).to(logits.device)
+        return of_logits(logits, corrected, labels[rows], weights[rows], target_logits, loss_weights, temperature)
 
-    # The empty sum keeps the graph: a batch without labels has a gradient of zero.
-    sums = Losses(hidden[:0].sum().float(), hidden[:0].sum().float())
-    for rows in chunks(len(labels), vocab_size):
-        new = checkpoint(losses_of, rows, hidden[rows], use_reentrant=False)
-        sums = Losses(*(total + value for total, value in zip(sums, new, strict=True)))
-    return sums
+    trained = [one for one in parameters if one.requires_grad]
+    return SumOverChunks.apply(loss_of, vocab_size, hidden, *trained)

@@ -12,7 +12,7 @@ from ..draft.vocabulary import head_of
 from ..generation.cache import attention_windows
 from ..host import input_device
 from .cod import attends, attention_mask
-from .losses import Correction, confidence_weights, gold_logprobs, row_losses
+from .losses import Correction, confidence_weights, gold_logprobs, row_loss
 from .settings import ObjectiveName, objective_weights
 
 ATTENTIONS = ("sdpa", "eager", "flex_attention")
@@ -23,12 +23,18 @@ MASK_CHUNK_SIZE = 1024
 def row_mask(model: PreTrainedModel, anchors: torch.Tensor, depths: torch.Tensor, starts: torch.Tensor) -> Any:
     """Make the `attention_mask` of training rows: `[B, 1, num_rows, num_rows]`, or a `BlockMask` for FlexAttention.
 
-    An additive mask in the model's dtype is shared by all layers; each would convert a boolean one, and keep it for
-    the backward pass.
+    An additive mask in the dtype of the computation is shared by all layers; each would convert another one, and keep
+    it for the backward pass.
     """
     if model.config._attn_implementation == "flex_attention":
         return block_mask(anchors, depths, starts)
-    return additive_mask(anchors, depths, starts, model.dtype)
+    return additive_mask(anchors, depths, starts, compute_dtype(model))
+
+
+def compute_dtype(model: PreTrainedModel) -> torch.dtype:
+    """Return the dtype that a model's attention computes in: autocast's where it is on."""
+    is_cast = torch.is_autocast_enabled(model.device.type)
+    return torch.get_autocast_dtype(model.device.type) if is_cast else model.dtype
 
 
 def additive_mask(
@@ -119,14 +125,11 @@ class Objective:
         ).last_hidden_state
         teacher = self.teacher(batch, is_label) if self.target is not None and self.name != "ce" else {}
         sizes = [model.config.get_text_config().vocab_size for model in (draft, self.target) if model is not None]
-        losses = row_losses(
-            head_of(draft), hidden[is_label], batch["labels"][is_label], max(sizes), temperature=self.temperature,
-            correction=correction_of(draft, batch, is_label), **teacher,
+        total = row_loss(
+            head_of(draft), hidden[is_label], batch["labels"][is_label], max(sizes), head_parameters(draft),
+            loss_weights=self.weights, temperature=self.temperature, correction=correction_of(draft, batch, is_label),
+            **teacher,
         )  # fmt: skip
-        total = self.weights[0] * losses.cross_entropy + self.weights[1] * losses.divergence
-        head = getattr(draft, "correction_head", None)
-        if head is not None and not is_label.any():  # Its gradient must be zero then, not missing.
-            total = total + 0.0 * sum(parameter.sum() for parameter in head.parameters())
         return total / (is_label.sum().clamp(min=1) if num_items is None else num_items)
 
     @torch.no_grad()
@@ -143,7 +146,7 @@ class Objective:
             return arguments
         gold = gold_logprobs(head, hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), vocab_size)
         logprobs = torch.nn.functional.pad(gold.view(batch_size, longest - 1), (1, 0)).to(is_label.device)
-        return {**arguments, "weights": confidence_weights(logprobs, batch["anchors"], batch["depths"])[is_label]}
+        return {**arguments, "row_weights": confidence_weights(logprobs, batch["anchors"], batch["depths"])[is_label]}
 
     def target_hidden(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the target on the real tokens of a batch: last hidden states `[B, longest, H]`, and the tokens' ids."""
@@ -158,9 +161,15 @@ class Objective:
         ids, anchors = ids.masked_fill(~is_text, 0), anchors.masked_fill(~is_text, -1)
         mask = None
         if starts.any():  # Packed: causal attention would cross texts.
-            mask = additive_mask(anchors, torch.zeros_like(anchors), starts, self.target.dtype)
+            mask = additive_mask(anchors, torch.zeros_like(anchors), starts, compute_dtype(self.target))
         output = self.target.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
         return output.last_hidden_state, ids
+
+
+def head_parameters(draft: Any) -> list[torch.Tensor]:
+    """Return the parameters of the LM head and of the correction head."""
+    heads = (draft.get_output_embeddings(), getattr(draft, "correction_head", None))
+    return [parameter for head in heads if head is not None for parameter in head.parameters()]
 
 
 def predicting_column(batch: dict[str, Any], num_columns: int) -> torch.Tensor:

@@ -45,6 +45,10 @@ class MethodSettings:
     )
     correction_head_rank: int = setting(128, "rank of the correction head")
     correction_head_learning_rate: float = setting(3e-3, "learning rate of the correction head, which starts at zero")
+    freeze_embeddings: bool = setting(False, "keep the embedding and the LM head as they are")
+    max_minutes: float | None = setting(
+        None, "minutes of training instead of epochs; the learning rate follows the time, a cosine after the warm-up"
+    )
 
     def label(self, name: str) -> str:
         """Name a setting in a message."""
@@ -60,6 +64,8 @@ class MethodSettings:
                 choices = ", ".join(get_args(literal))
                 raise ValueError(f"Expected {self.label(name)} to be one of {choices}, got {value!r}.")
         check_ranges({name: getattr(self, name) for name in kinds}, self.label)
+        if self.max_minutes is not None and self.max_minutes <= 0:
+            raise ValueError(f"Expected {self.label('max_minutes')} above 0, got {self.max_minutes}.")
         objective_weights(
             self.objective, self.cross_entropy_weight, self.divergence_weight, self.distillation_temperature
         )
@@ -120,6 +126,9 @@ class TrainingSettings(MethodSettings):
     data: list[Path] = field(metadata={"help": "training rows, .jsonl or .jsonl.gz"})
     output: Path = field(metadata={"help": "folder for checkpoints and the finished draft"})
 
+    layers: str | None = setting(
+        None, "train some layers of --base, the target: so many first ones (4), or a list (0,10,20)", identity=True
+    )
     mask_token_id: int | None = setting(None, "id that no text has (default: auto)", none="auto", identity=True)
     max_length: int = setting(512, "tokens of the longest row", identity=True)
     overlong: Literal["truncate", "drop"] = setting("truncate", "cut longer rows, or drop them", identity=True)
@@ -160,6 +169,19 @@ class TrainingSettings(MethodSettings):
     )
     command: str | None = None  # The command line, for the provenance.
 
+    @property
+    def chosen_layers(self) -> int | list[int] | None:
+        """Return the layers of the base that are trained: how many, or which; `None` for all."""
+        if self.layers is None:
+            return None
+        try:
+            numbers = [int(word) for word in self.layers.split(",")]
+        except ValueError:
+            raise ValueError(
+                f"Expected `--layers` as a number (4) or a list (0,10,20), got {self.layers!r}."
+            ) from None
+        return numbers if "," in self.layers else numbers[0]
+
     def label(self, name: str) -> str:
         return f"`--{name.replace('_', '-')}`"
 
@@ -189,7 +211,7 @@ METHOD = tuple(one.name for one in fields(MethodSettings))
 METADATA = {one.name: one.metadata for one in fields(TrainingSettings)}
 # A resumed run must not change these: they decide what is learned.
 IDENTITY = (
-    *(name for name in METHOD if not name.endswith("learning_rate")),
+    *(name for name in METHOD if name not in ("correction_head_learning_rate", "max_minutes")),
     *(name for name, metadata in METADATA.items() if "identity" in metadata),
 )
 RECORDED = (*METHOD, *(name for name, metadata in METADATA.items() if {"record", "identity"} & metadata.keys()))

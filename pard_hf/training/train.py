@@ -19,6 +19,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, GenerationConfig
 
 from ..draft.addons import CORRECTION_HEAD, TRIMMED_VOCABULARY, addon_settings
+from ..draft.layers import base_from_layers, check_layers
 from ..draft.mask_token import check_mask_token, choose_mask_token, ids_named_in
 from ..draft.model import PardDraftModel
 from ..host import compare_tokenizers, num_positions
@@ -74,14 +75,7 @@ def train_draft(
     if settings.pack:
         rows = pack_rows(rows, settings.max_length)
         logger.warning("Packed %d rows into %d sequences.", counts["num_rows"], len(rows))
-    loading: dict[str, Any] = {
-        "dtype": settings.dtype,
-        "attn_implementation": settings.attention,
-        "trimmed_vocabulary": False,
-    }
-    draft = PardDraftModel.from_pretrained(
-        settings.base, mask_token_id=mask_token_id, correction_head=args.correction_head is not None, **loading
-    )
+    draft = load_base(settings, mask_token_id, args.correction_head is not None)
     target = None
     if settings.target and (make_evaluator or args.objective != "ce"):
         dtype = settings.target_dtype or ("float32" if args.device.type == "cpu" else "auto")
@@ -133,6 +127,17 @@ def load_tokenizer(settings: TrainingSettings) -> Any:
     return tokenizer
 
 
+def load_base(settings: TrainingSettings, mask_token_id: int, with_head: bool) -> PardDraftModel:
+    """Load the base model as a draft, or make it of some of the target's layers."""
+    loading: dict[str, Any] = {"dtype": settings.dtype, "attn_implementation": settings.attention}
+    if settings.chosen_layers is None:
+        return PardDraftModel.from_pretrained(
+            settings.base, mask_token_id=mask_token_id, correction_head=with_head, trimmed_vocabulary=False, **loading
+        )
+    target = AutoModelForCausalLM.from_pretrained(settings.base, use_safetensors=True, **loading)
+    return PardDraftModel.from_causal_lm(base_from_layers(target, settings.chosen_layers), mask_token_id)
+
+
 def check_base(settings: TrainingSettings, config: Any, tokenizer: Any) -> None:
     """Raise a `ValueError` for a base model, dtypes or lengths that the run cannot use."""
     base, vocab_size, positions = settings.base, config.get_text_config().vocab_size, num_positions(config)
@@ -144,6 +149,8 @@ def check_base(settings: TrainingSettings, config: Any, tokenizer: Any) -> None:
             f"Expected an embedding for each id of the tokenizer, got ids up to {largest} for {vocab_size} rows in "
             f"`{base}`. Take the model's own tokenizer, or call `model.resize_token_embeddings`."
         )
+    if settings.chosen_layers is not None:
+        check_layers(settings.chosen_layers, config.get_text_config().num_hidden_layers)
     if settings.max_length > positions:
         raise ValueError(
             f"Expected `--max-length` within the {positions} positions of the base, got {settings.max_length}."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -34,6 +35,8 @@ from .settings import MethodSettings, setting
 
 logger = logging.getLogger(__name__)
 
+# Kernels of attention take masks whose rows are aligned, and few shapes are easier on the allocator.
+CUDA_ROW_MULTIPLE = 128
 # From a draft, and the share `(i, n)` of the prompts that process i of n decodes, to statistics of each prompt set.
 Evaluator = Callable[[PardDraftModel, tuple[int, int]], dict[str, DecodingStats]]
 
@@ -48,6 +51,8 @@ class PardTrainingArguments(MethodSettings, TrainingArguments):
 
     def __post_init__(self) -> None:
         self.check(MethodSettings)
+        if self.max_minutes is not None:
+            self.num_train_epochs, self.max_steps = 1e6, -1
         if self.label_smoothing_factor:
             raise ValueError("Expected no `label_smoothing_factor`, which these objectives do not have. Leave it out.")
         if self.metric_for_best_model is None:
@@ -90,6 +95,7 @@ class PardTrainer(Trainer):
 
     # The objective divides by the labels of the whole step.
     loss_is_scaled_for_ga = True
+    lr_scheduler: Any
     loaded_step: int | None = None  # Step of the best checkpoint, once the draft has its weights.
 
     def __init__(
@@ -108,14 +114,15 @@ class PardTrainer(Trainer):
             raise ValueError("Expected an `evaluator` with an `eval_strategy`, got none. Pass one, or take 'no'.")
         check_loadable(model)
         set_seed(args.seed)  # The correction head is initialized before `Trainer` sets the seed.
-        prepare_head(model, args.correction_head, args.correction_head_rank)
+        prepare_trained(model, args)
         self.objective = Objective(
             args.objective, args.cross_entropy_weight, args.divergence_weight, args.distillation_temperature, target
         )
         if "data_collator" not in kwargs:
             seed = args.seed if args.data_seed is None else args.data_seed
             method = (args.num_draft_tokens, args.retention_rate, args.min_retention_rate)
-            kwargs["data_collator"] = DataCollatorForPard(model.mask_token_id, *method, seed=seed)
+            multiple = CUDA_ROW_MULTIPLE if args.device.type == "cuda" else 1
+            kwargs["data_collator"] = DataCollatorForPard(model.mask_token_id, *method, seed, multiple)
         check_attention(model, device=args.device)
         check_head(model)
         if target is not None and args.objective != "ce":
@@ -176,6 +183,18 @@ class PardTrainer(Trainer):
         if is_new and self.args.correction_head is not None:
             set_learning_rate(optimizer, self.model.correction_head, self.args.correction_head_learning_rate)
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Make the learning rate follow the clock where the run is limited in time."""
+        if self.args.max_minutes is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            warmup = max(int(self.args.warmup_steps), 1)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer,
+                lambda step: min((step + 1) / warmup, 1.0) * (1 + math.cos(math.pi * self.clock.share)) / 2,
+            )
+        return self.lr_scheduler
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         super().log({**logs, **self.clock.metrics()}, *args, **kwargs)
@@ -254,6 +273,14 @@ class PardTrainer(Trainer):
             ) from error
 
 
+def prepare_trained(draft: PardDraftModel, args: MethodSettings) -> None:
+    """Prepare the correction head and freeze what is not trained, before an optimizer is made."""
+    prepare_head(draft, args.correction_head, args.correction_head_rank)
+    if args.freeze_embeddings:
+        for module in (draft.get_input_embeddings(), draft.get_output_embeddings()):
+            module.requires_grad_(False)
+
+
 def prepare_head(draft: PardDraftModel, mode: str | None, rank: int) -> None:
     """Attach the correction head that is to be trained, and freeze the draft for `"frozen"`; detach it for `None`."""
     if draft.trimmed_vocabulary is not None:
@@ -320,7 +347,12 @@ def last_checkpoint(folder: str | Path) -> str | None:
 
 
 class TrainingClock(TrainerCallback, ExportableState):
-    """Count seconds of training (without evaluations and saving), tokens and rows; a resumed run continues them."""
+    """Count seconds of training (without evaluations and saving), tokens and rows; a resumed run continues them.
+
+    A run of `max_minutes` ends with the step that reaches them.
+    """
+
+    max_minutes: float | None = None
 
     def __init__(self, seconds: float = 0.0, num_tokens: int = 0, num_rows: int = 0):
         self.seconds, self.num_tokens, self.num_rows = seconds, num_tokens, num_rows
@@ -348,15 +380,22 @@ class TrainingClock(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {"seconds": self.seconds, **self.counts()}}
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+    @property
+    def share(self) -> float:
+        """Return how much of a run of `max_minutes` is over, up to 1."""
+        return 0.0 if self.max_minutes is None else min(self.seconds / (60 * self.max_minutes), 1.0)
+
+    def on_train_begin(self, args: Any, *others: Any, **kwargs: Any) -> None:
+        self.max_minutes = args.max_minutes
         self.last = time.perf_counter()
 
     on_evaluate = on_save = on_train_begin
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         now = time.perf_counter()
         self.seconds += now - (self.last or now)
         self.last = now
+        control.should_training_stop |= self.share == 1
 
 
 class MetricsFiles(TrainerCallback):
