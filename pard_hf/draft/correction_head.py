@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 DEFAULT_RANK, DEFAULT_NUM_CANDIDATES = 128, 64
+# A number, or a tensor `[1]` for compiled code that is to serve every depth.
+Depth = int | torch.Tensor
 
 
 class CorrectionHead(nn.Module):
@@ -64,6 +66,11 @@ class CorrectionHead(nn.Module):
         return head
 
 
+def at_depth(values: torch.Tensor, depth: Depth) -> torch.Tensor:
+    """Return what belongs to a depth of values `[B, K, ...]`, `[B, 1, ...]`."""
+    return values[:, depth : depth + 1] if isinstance(depth, int) else values.index_select(1, depth)
+
+
 class CorrectedPositions:
     """The positions of one round, corrected one by one as the tokens before them are chosen.
 
@@ -79,21 +86,21 @@ class CorrectedPositions:
         self.columns = self.candidates.clamp(max=head.vocab_size - 1)
         self.rest = self.scores.scatter(-1, self.candidates, -torch.inf).logsumexp(dim=-1)  # Of all other tokens.
 
-    def correction(self, depth: int, previous: torch.Tensor) -> torch.Tensor:
+    def correction(self, depth: Depth, previous: torch.Tensor) -> torch.Tensor:
         """Return the corrections `[B, F, C]` of a depth's candidates after each of the tokens `[B, F]`."""
         previous = previous.clamp(max=self.head.vocab_size - 1)
-        inputs = self.head.previous(previous) * self.gates[:, depth : depth + 1]
-        correction = (inputs @ self.head.output.weight[self.columns[:, depth]].mT).float()
+        inputs = self.head.previous(previous) * at_depth(self.gates, depth)
+        correction = (inputs @ self.head.output.weight[at_depth(self.columns, depth).squeeze(1)].mT).float()
         if self.scores.shape[-1] <= self.head.vocab_size:
             return correction
-        return correction.masked_fill(self.candidates[:, depth : depth + 1] >= self.head.vocab_size, 0.0)
+        return correction.masked_fill(at_depth(self.candidates, depth) >= self.head.vocab_size, 0.0)
 
-    def logprobs(self, depth: int, previous: torch.Tensor | None) -> torch.Tensor:
+    def logprobs(self, depth: Depth, previous: torch.Tensor | None) -> torch.Tensor:
         """Return log-probabilities `[B, F, C]` of a depth's candidates; at depth 0 `previous` is `None` and F is 1."""
-        scores = self.best[:, depth : depth + 1]
+        scores = at_depth(self.best, depth)
         if previous is not None:
             scores = scores + self.correction(depth, previous)
-        rest = self.rest[:, depth : depth + 1]
+        rest = at_depth(self.rest, depth)
         return scores - torch.logaddexp(scores.logsumexp(dim=-1), rest).unsqueeze(-1)
 
     def chain(self, choose: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

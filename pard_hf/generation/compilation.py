@@ -136,28 +136,25 @@ class CompiledSteps:
         """Let CUDA graphs reuse the results of earlier rounds."""
         torch.compiler.cudagraph_mark_step_begin()
 
-    def run(self, step: Step, key: Hashable, *args: Any, has_layers: bool = False) -> Any:
+    def run(self, step: Step, key: Hashable, *args: Any, repeats: str | None = None) -> Any:
         """Call a step with `args`, compiled; `key` holds every number among them that fixes a shape.
 
-        With `has_layers` it runs a forward of the model that is its first argument.
+        What a step `repeats` can be compiled once: `"layers"` of the model that is its first argument, or `"depths"`
+        of a tree.
         """
         name = (step.__name__, key, self.kind)
         compiled = self.kept.steps.pop(name, None)
         if compiled is None:
-            return self.compile_and_run(step, name, has_layers, *args)
+            return self.compile_and_run(step, name, repeats, *args)
         self.kept.steps[name] = compiled
         return compiled(*args)
 
-    def compile_and_run(self, step: Step, name: tuple[str, Any, Any], has_layers: bool, *args: Any) -> Any:
+    def compile_and_run(self, step: Step, name: tuple[str, Any, Any], repeats: str | None, *args: Any) -> Any:
         """Compile a step and call it; one that cannot be compiled runs eagerly from now on."""
         logger.warning("Compiling `%s` for %s: once for this shape, then kept in torch's cache.", *name[:2])
         start = time.perf_counter()
         try:
-            if has_layers and not self.config.fullgraph and self.can_cut(step, *args):
-                ways: tuple[Any, ...] = (LayeredStep, compile_step)
-            else:
-                ways = (compile_step,)
-            for make in ways:
+            for make in (*self.cuts(repeats, step, *args), compile_step):
                 compiled = self.kept.steps[name] = make(step, self.config)
                 try:
                     return compiled(*args)
@@ -172,6 +169,14 @@ class CompiledSteps:
             raise
         finally:
             self.compile_seconds += time.perf_counter() - start
+
+    def cuts(self, repeats: str | None, step: Step, *args: Any) -> tuple[Callable[..., Any], ...]:
+        """Return the ways to compile a step in parts."""
+        if self.config.fullgraph or repeats is None:
+            return ()
+        if repeats == "depths":
+            return (DepthwiseStep,)
+        return (LayeredStep,) if self.can_cut(step, *args) else ()
 
     def can_cut(self, step: Step, model: CachedModel, *args: Any) -> bool:
         """Return whether one layer of a model may be compiled for all; tried once, eagerly."""
@@ -195,6 +200,22 @@ class LayeredStep:
     def __call__(self, model: CachedModel, *args: Any) -> Any:
         cut = cut_of(model)
         return self.step(model, *args) if cut is None else cut.call(self.step, *self.parts, *args)
+
+
+class DepthwiseStep:
+    """A compiled step that grows a tree, whose depths share a graph, or one for each number of nodes at a depth."""
+
+    def __init__(self, step: Step, config: CompileConfig):
+        self.step, self.config = step, config
+        self.parts: dict[Step, Callable[..., Any]] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        return self.step(*args, call=self.call)
+
+    def call(self, part: Step, *args: Any) -> Any:
+        if part not in self.parts:
+            self.parts[part] = compile_step(part, self.config)
+        return self.parts[part](*args)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

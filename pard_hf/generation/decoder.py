@@ -189,8 +189,7 @@ class PardDecoder:
             return self.no_proposals()
         draft, num_drafts = self.batch.draft, min(choice.num_drafts, self.num_draft_positions)
         if draft is None:
-            arguments = (self.batch.rows, self.sources, choice.num_drafts, choice.tree_size)
-            return self.run_step(lookup_step, choice, *arguments, key=self.source_key)
+            return self.look_up(choice)
         # Other sources go deeper than the draft, and a round that the host has not read may have accepted as much.
         most_unread = choice.num_drafts + 1 if self.is_fixed else PREFILL_CHUNK
         if draft.num_unread > most_unread or (self.is_fixed and not draft.cache.has_memory):
@@ -202,9 +201,17 @@ class PardDecoder:
 
     def draft(self, draft: CachedModel, choice: Choice, width: int, num_drafts: int, num_visible: int) -> Proposals:
         """Run the draft over each row's last `width` tokens and choose the best proposals."""
-        sizes = width, num_drafts, num_visible, self.vocab_size, choice.tree_size, choice.num_drafts
-        arguments = draft, self.batch.rows, *sizes, self.sources
-        return self.run_step(draft_step, choice, *arguments, key=self.source_key, has_layers=True)
+        arguments = draft, self.batch.rows, width, num_drafts, num_visible, self.vocab_size
+        if self.sources is None:
+            return self.run_step(draft_step, choice, *arguments, choice.tree_size, repeats="layers")
+        outputs = self.run_step(score_step, choice, *arguments, repeats="layers")
+        model: Any = draft.model
+        return self.look_up(choice, model.correction_head, *outputs)
+
+    def look_up(self, choice: Choice, *of_draft: Any) -> Proposals:
+        """Choose the best proposals of all sources; `of_draft` are its head, logits and hidden states."""
+        arguments = self.batch.rows, self.sources, choice.num_drafts, choice.tree_size, *of_draft
+        return self.run_step(lookup_step, choice, *arguments, key=self.source_key, repeats="depths")
 
     @property
     def source_key(self) -> tuple[Any, ...]:
@@ -228,7 +235,7 @@ class PardDecoder:
             self.batch.read(target, longest)
         num_visible = target.cache.num_slots if self.is_fixed else longest + proposals.tokens.shape[1]
         arguments = (target, self.batch.rows, proposals, target.num_unread, num_visible)
-        return self.run_step(target_step, choice, *arguments, has_layers=True)
+        return self.run_step(target_step, choice, *arguments, repeats="layers")
 
     def accept(self, proposals: Proposals, logits: torch.Tensor, choice: Choice) -> None:
         """Verify the proposals, append what was accepted and begin to copy the outcome to the host."""
@@ -347,15 +354,15 @@ class PardDecoder:
         return max(self.batch.lengths) + sum(choice.num_drafts + 1 for _, choice in self.pending)
 
     def run_step(
-        self, step: Step, choice: Choice, *arguments: Any, key: tuple[Any, ...] = (), has_layers: bool = False
+        self, step: Step, choice: Choice, *arguments: Any, key: tuple[Any, ...] = (), repeats: str | None = None
     ) -> Any:
         """Call a step, compiled or eagerly; `key` holds what fixes its shapes besides batch, caches and choice.
 
-        With `has_layers` it runs a forward of the model that is its first argument.
+        For `repeats` see [`CompiledSteps.run`].
         """
         if self.compiled is None or not self.is_fixed:
             return step(*arguments)
-        return self.compiled.run(step, (*self.batch.shape(choice), *key), *arguments, has_layers=has_layers)
+        return self.compiled.run(step, (*self.batch.shape(choice), *key), *arguments, repeats=repeats)
 
     def is_ready(self, choice: Choice, batch_size: int | None = None) -> bool:
         """Return whether a round runs for a choice without being compiled first, in this batch or a smaller one."""
@@ -405,7 +412,7 @@ class RatioTestDecoder(PardDecoder):
 
     def draft(self, draft: CachedModel, choice: Choice, width: int, num_drafts: int, num_visible: int) -> Proposals:
         arguments = (draft, self.batch.rows, width, num_drafts, num_visible, self.vocab_size)
-        outputs = self.run_step(score_step, choice, *arguments, has_layers=True)
+        outputs = self.run_step(score_step, choice, *arguments, repeats="layers")
         model: Any = draft.model
         tokens, scores = (values.to(self.input_ids.device) for values in model.chain(*outputs, self.draw))
         return Proposals(tokens, process_positions(self.logits_processor, scores.float()))

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import pad
 
-from ..draft.correction_head import CorrectedPositions
+from ..draft.correction_head import CorrectedPositions, Depth, at_depth
 from .tree import LOG_ZERO, Candidates, Tree
 
 # The components of the mixture, in the order of weights and shares, and the sources they belong to.
@@ -276,14 +276,16 @@ class DraftCandidates:
             candidates = corrected.candidates[:, :, :num_candidates]
         self.candidates, self.num_candidates = candidates.to(device).float(), candidates.shape[2]
 
-    def __call__(self, depth: int, previous: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    @property
+    def num_depths(self) -> int:
+        """Return how deep the draft sees."""
+        return self.candidates.shape[1]
+
+    def __call__(self, depth: Depth, previous: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a depth's tokens `[B, 1, C]` and their probabilities `[B, F or 1, C]` after the tokens `previous`."""
-        if depth >= self.candidates.shape[1]:  # The draft does not see so far.
-            nothing = torch.full_like(self.candidates[:, :1], -1)
-            return nothing, torch.zeros_like(nothing)
-        tokens = self.candidates[:, depth : depth + 1]
+        tokens = at_depth(self.candidates, depth)
         if self.corrected is None:
-            return tokens, self.probs[:, depth : depth + 1]
+            return tokens, at_depth(self.probs, depth)
         if previous is not None:  # A void node has the token -1.
             previous = previous.clamp(min=0).to(self.corrected.scores.device)
         logprobs = self.corrected.logprobs(depth, previous)[..., : self.num_candidates]
@@ -308,6 +310,7 @@ class Mixture:
         self.votes_BKM = self.lengths_BKM.clamp(max=LONGEST_VOTE).float().exp2()
         sizes = [num_matches, NUM_SUCCESSORS, NUM_SUCCESSORS, 0 if draft is None else draft.num_candidates]
         self.columns = torch.arange(sum(sizes), device=device)
+        self.depths = torch.arange(num_depths, device=device)
         # Of which component each candidate is.
         components = torch.eye(len(COMPONENTS), device=device)
         self.is_of_CS = torch.cat([one.expand(size, -1) for one, size in zip(components, sizes, strict=True)])
@@ -317,26 +320,37 @@ class Mixture:
         # The number of a context by three times the length of the longest match and what is known.
         self.contexts = (matched.unsqueeze(1) * 3 + self.columns[:3]).flatten() * NUM_DEPTHS
 
-    def __call__(self, depth: int, tokens: torch.Tensor | None, parents: torch.Tensor | None) -> Candidates:
+    def __call__(self, depth: Depth, tokens: torch.Tensor | None, parents: torch.Tensor | None) -> Candidates:
         """Return what may follow a depth's nodes `tokens` `[B, F]`; `parents` index the nodes of the depth before."""
         if tokens is not None and parents is not None:
-            leaves = self.copies_BKM[:, depth - 1 : depth] != tokens.unsqueeze(2)
+            leaves = at_depth(self.copies_BKM, depth - 1) != tokens.unsqueeze(2)
             index = parents.unsqueeze(2).expand_as(leaves)
             self.is_left = self.is_left.expand(-1, self.tokens.shape[1], -1).gather(1, index) | leaves
             self.previous, self.tokens = self.tokens.gather(1, parents), tokens.long()
-        copied = self.copies_BKM[:, depth : depth + 1].expand_as(self.is_left)
-        is_void = self.is_left | self.is_end_BKM[:, depth : depth + 1]
-        longest = self.lengths_BKM[:, depth : depth + 1].masked_fill(is_void, 0).amax(dim=2)
-        votes = self.votes_BKM[:, depth : depth + 1].masked_fill(is_void, 0)
+        copied = at_depth(self.copies_BKM, depth).expand_as(self.is_left)
+        is_void = self.is_left | at_depth(self.is_end_BKM, depth)
+        longest = at_depth(self.lengths_BKM, depth).masked_fill(is_void, 0).amax(dim=2)
+        votes = at_depth(self.votes_BKM, depth).masked_fill(is_void, 0)
         votes = votes / votes.sum(dim=2, keepdim=True).clamp(min=1)
         two, one, known = self.tables.successors(self.previous, self.tokens)
         parts = [(copied, votes), two, one]
         if self.draft is not None:
-            ids, probs = self.draft(depth, None if tokens is None else self.tokens)
+            ids, probs = self.from_draft(depth, None if tokens is None else self.tokens)
             parts.append((ids.expand(-1, copied.shape[1], -1), probs.expand(-1, copied.shape[1], -1)))
         ids, probs = (torch.cat(values, dim=2) for values in zip(*parts, strict=True))
         contexts = self.contexts[torch.add(known, longest.clamp(max=LONGEST_CONTEXT), alpha=3)]
         return self.merged(ids, probs, contexts if self.draft is None else contexts + depth_number(depth))
+
+    def from_draft(self, depth: Depth, previous: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what the draft proposes after the tokens `previous`; no tokens where it does not see so far."""
+        assert self.draft is not None
+        last = self.draft.num_depths - 1
+        if isinstance(depth, int):
+            ids, probs = self.draft(min(depth, last), previous)
+        else:
+            ids, probs = self.draft(depth.clamp(max=last), previous)
+        is_beyond = torch.as_tensor(depth > last, device=ids.device)
+        return ids.masked_fill(is_beyond, -1), probs
 
     def merged(self, tokens: torch.Tensor, probs: torch.Tensor, contexts: torch.Tensor) -> Candidates:
         """Merge what the components give, `[B, F, C]`; a token that several give is one candidate, the first."""
@@ -348,7 +362,7 @@ class Mixture:
         return Candidates(tokens.masked_fill(is_void, -1), shares.sum(dim=3).log(), shares, contexts)
 
 
-def depth_number(depth: int) -> int:
+def depth_number(depth: Depth) -> Depth:
     """Return which of the depths that contexts tell apart one belongs to."""
     return sum(depth >= bound for bound in DEPTH_BOUNDS)
 

@@ -10,12 +10,24 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..draft.correction_head import CorrectedPositions
+from ..draft.correction_head import CorrectedPositions, CorrectionHead
 from ..draft.model import best
 from .batch import CachedModel, Rows
 from .sampling import count_emitted, verify_greedy, verify_sample_and_match
 from .sources import NUM_DRAFT_CANDIDATES, DraftCandidates, Mixture, Sources, components_of, find_matches, learn
-from .tree import Tree, ancestors, best_prefixes, choose_at_nodes, grow_tree, tree_of_marginals, walk
+from .tree import (
+    Call,
+    Level,
+    Tree,
+    ancestors,
+    best_prefixes,
+    choose_at_nodes,
+    directly,
+    grow_levels,
+    prune,
+    tree_of_marginals,
+    walk,
+)
 
 
 class Proposals(NamedTuple):
@@ -45,30 +57,55 @@ def draft_step(
     num_visible: int,
     vocab_size: int,
     tree_size: int,
-    num_depths: int,
-    sources: Sources | None,
 ) -> Proposals:
-    """Run the draft once over each row's last `width` tokens and `num_drafts - 1` masks; propose its best tokens.
-
-    With other `sources` all propose together, `num_depths` tokens deep.
-    """
+    """Run the draft once over each row's last `width` tokens and `num_drafts - 1` masks; propose its best tokens."""
     scores, hidden = score_step(draft, rows, width, num_drafts, num_visible, vocab_size)
-    if sources is None:
-        return proposals_from(draft.model, scores, hidden, tree_size, rows.tokens.device)
-    head: Any = draft.model.correction_head
-    corrected = None if head is None or hidden is None else CorrectedPositions(head, hidden, scores)
-    candidates = DraftCandidates(scores, min(NUM_DRAFT_CANDIDATES, vocab_size), corrected, rows.tokens.device)
-    return lookup_step(rows, sources, num_depths, tree_size, candidates)
+    return proposals_from(draft.model, scores, hidden, tree_size, rows.tokens.device)
 
 
 def lookup_step(
-    rows: Rows, sources: Sources, num_depths: int, tree_size: int, draft: DraftCandidates | None = None
+    rows: Rows,
+    sources: Sources,
+    num_depths: int,
+    tree_size: int,
+    head: CorrectionHead | None = None,
+    scores: torch.Tensor | None = None,
+    hidden: torch.Tensor | None = None,
+    call: Call | None = None,
 ) -> Proposals:
-    """Propose the `tree_size` most probable prefixes under all sources, of which a draft may be one."""
-    matches = find_matches(sources.references, rows.tokens, rows.lengths, num_depths, sources.longest_match)
+    """Propose the `tree_size` most probable prefixes under all sources, `num_depths` tokens deep.
+
+    One of them is a draft where there are its logits `scores` `[B, num_drafts, vocab_size]`. With `call` depths are
+    tensors, so that whatever compiles what it calls compiles one depth for all.
+    """
     with torch.autocast(rows.tokens.device.type, enabled=False):  # Which would round probabilities and tokens.
-        mixture = Mixture(sources.tables, matches, rows.known_last(2), draft)
-        tree = grow_tree(mixture, num_depths, tree_size)
+        mixture = (call or directly)(mix, rows, sources, num_depths, head, scores, hidden)
+        depths: Any = range(num_depths) if call is None else mixture.depths.split(1)
+        levels = grow_levels(mixture, depths, tree_size, call or directly)
+        return (call or directly)(proposals_of, levels, num_depths, tree_size)
+
+
+def mix(
+    rows: Rows,
+    sources: Sources,
+    num_depths: int,
+    head: CorrectionHead | None,
+    scores: torch.Tensor | None,
+    hidden: torch.Tensor | None,
+) -> Mixture:
+    """Find what the sources of a round propose."""
+    matches = find_matches(sources.references, rows.tokens, rows.lengths, num_depths, sources.longest_match)
+    draft = None
+    if scores is not None:
+        corrected = None if head is None or hidden is None else CorrectedPositions(head, hidden, scores)
+        num_candidates = min(NUM_DRAFT_CANDIDATES, scores.shape[2])
+        draft = DraftCandidates(scores, num_candidates, corrected, rows.tokens.device)
+    return Mixture(sources.tables, matches, rows.known_last(2), draft)
+
+
+def proposals_of(levels: list[Level], num_depths: int, tree_size: int) -> Proposals:
+    """Propose the `tree_size` most probable prefixes of all depths."""
+    tree = prune(levels, tree_size)
     return Proposals(tree.tokens.clamp(min=0), tree=tree, on_path=ancestors(tree, num_depths))
 
 

@@ -8,12 +8,14 @@ them. All functions are pure functions of tensors. Shapes: B rows, K depths, N n
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import pad
 
+from ..draft.correction_head import Depth, at_depth
 from .sampling import sample_with_noise
 
 # In place of log 0: sums of it stay finite, and no deeper prefix is better than a shorter one.
@@ -21,7 +23,9 @@ LOG_ZERO = -1e9
 
 # Log-probabilities of a depth's candidates after each of some tokens: from the depth and parent tokens `[B, F]`
 # (`None` at depth 0) to `[B, F, C]`, or `[B, 1, C]` where the parent makes no difference.
-Logprobs = Callable[[int, torch.Tensor | None], torch.Tensor]
+Logprobs = Callable[[Depth, torch.Tensor | None], torch.Tensor]
+# Calls a function with arguments: as it is, or compiled.
+Call = Callable[..., Any]
 
 
 class Candidates(NamedTuple):
@@ -37,7 +41,17 @@ class Candidates(NamedTuple):
 
 
 # From a depth, the nodes there `[B, F]` and their parents as indices of the nodes before (`None` at the root).
-Expand = Callable[[int, torch.Tensor | None, torch.Tensor | None], Candidates]
+Expand = Callable[[Depth, torch.Tensor | None, torch.Tensor | None], Candidates]
+
+
+class Level(NamedTuple):
+    """The most probable nodes of a depth, each field `[B, F]`, and the candidates that they were chosen from."""
+
+    scores: torch.Tensor
+    tokens: torch.Tensor
+    parents: torch.Tensor  # Which of the nodes of the depth before.
+    index: torch.Tensor  # Which of the candidates.
+    candidates: Candidates
 
 
 class Tree(NamedTuple):
@@ -58,35 +72,58 @@ class Path(NamedTuple):
     num_matched: torch.Tensor  # `[B]`, the depth of the last accepted node.
 
 
+def directly(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
 def grow_tree(expand: Expand, num_depths: int, num_nodes: int) -> Tree:
     """Find the `num_nodes` most probable prefixes, or all where fewer exist.
 
     Exact: a prefix is never more probable than its own beginning, so the best of a depth grow from the best of the
     depth before. Ties go to the shorter prefix.
     """
-    levels: list[tuple[torch.Tensor, ...]] = []
-    pool: list[Candidates] = []
-    tokens, parents, scores, num_before, num_candidates = None, None, None, 0, 0
-    for depth in range(num_depths):
-        candidates = expand(depth, tokens, parents)
-        steps = candidates.logprobs.float().nan_to_num(nan=LOG_ZERO, neginf=LOG_ZERO).clamp(max=0)
-        totals = (steps if scores is None else scores.unsqueeze(2) + steps).flatten(1)
-        scores, index = totals.topk(min(num_nodes, totals.shape[1]), dim=-1)
-        parents = torch.div(index, steps.shape[2], rounding_mode="floor")
-        tokens = candidates.tokens.flatten(1).gather(1, index % candidates.tokens[0].numel())
-        # Parents counted through all levels, and candidates; the root comes first.
-        levels.append(
-            (scores, tokens, parents + num_before, torch.full_like(index, depth + 1), index + num_candidates)
-        )
-        num_before = 1 + sum(level[0].shape[1] for level in levels[:-1])
-        num_candidates += totals.shape[1]
-        pool.append(candidates)
-    scores, tokens, parents, depths, index = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
+    return prune(grow_levels(expand, range(num_depths), num_nodes), num_nodes)
+
+
+def grow_levels(expand: Expand, depths: Iterable[Depth], num_nodes: int, call: Call = directly) -> list[Level]:
+    """Find the `num_nodes` most probable prefixes of each depth."""
+    levels: list[Level] = []
+    for depth in depths:
+        levels.append(call(grow_level, expand, depth, levels[-1][:3] if levels else None, num_nodes))
+    return levels
+
+
+def grow_level(
+    expand: Expand, depth: Depth, before: tuple[torch.Tensor, ...] | None, num_nodes: int
+) -> Level:
+    """Find the most probable prefixes of a depth; `before` are scores, tokens and parents of the last one's nodes."""
+    scores, tokens, parents = (None, None, None) if before is None else before
+    candidates = expand(depth, tokens, parents)
+    steps = candidates.logprobs.float().nan_to_num(nan=LOG_ZERO, neginf=LOG_ZERO).clamp(max=0)
+    totals = (steps if scores is None else scores.unsqueeze(2) + steps).flatten(1)
+    scores, index = totals.topk(min(num_nodes, totals.shape[1]), dim=-1)
+    parents = torch.div(index, steps.shape[2], rounding_mode="floor")
+    tokens = candidates.tokens.flatten(1).gather(1, index % candidates.tokens[0].numel())
+    return Level(scores, tokens, parents, index, candidates)
+
+
+def prune(levels: list[Level], num_nodes: int) -> Tree:
+    """Choose the `num_nodes` most probable prefixes of all depths."""
+    sizes = [level.scores.shape[1] for level in levels]
+    counts = [before * level.candidates.logprobs.shape[2] for before, level in zip([1, *sizes], levels, strict=False)]
+    # Parents counted through all levels, and candidates; the root comes first.
+    starts = accumulate([0, 1, *sizes])
+    parents = [level.parents + start for level, start in zip(levels, starts, strict=False)]
+    index = [level.index + start for level, start in zip(levels, accumulate([0, *counts]), strict=False)]
+    depths = [torch.full_like(level.index, depth) for depth, level in enumerate(levels, start=1)]
+    columns = ([level.scores for level in levels], [level.tokens for level in levels], parents, depths, index)
+    scores, tokens, parents, depths, index = (torch.cat(parts, dim=1) for parts in columns)
     # Stable: equally probable prefixes stay in the order of their lengths, so no node comes before its parent.
     scores, order = (values[:, :num_nodes] for values in scores.sort(dim=-1, descending=True, stable=True))
     rank = torch.arange(1, order.shape[1] + 1, device=order.device).expand_as(order)
     ranks = pad(torch.zeros_like(depths).scatter(1, order, rank), (1, 0))
     tokens, parents, depths, index = (values.gather(1, order) for values in (tokens, parents, depths, index))
+    pool = [level.candidates for level in levels]
     return Tree(tokens.long(), ranks.gather(1, parents), depths, scores, *mixture_of(pool, index))
 
 
@@ -110,8 +147,8 @@ def best_prefixes(candidates: torch.Tensor, logprobs: Logprobs, num_nodes: int) 
     Over marginals the best `num_nodes` tokens of each depth are candidates enough.
     """
 
-    def expand(depth: int, tokens: torch.Tensor | None, parents: torch.Tensor | None) -> Candidates:
-        return Candidates(candidates[:, depth : depth + 1], logprobs(depth, tokens))
+    def expand(depth: Depth, tokens: torch.Tensor | None, parents: torch.Tensor | None) -> Candidates:
+        return Candidates(at_depth(candidates, depth), logprobs(depth, tokens))
 
     return grow_tree(expand, candidates.shape[1], num_nodes)
 
@@ -119,7 +156,7 @@ def best_prefixes(candidates: torch.Tensor, logprobs: Logprobs, num_nodes: int) 
 def tree_of_marginals(scores: torch.Tensor, num_nodes: int) -> Tree:
     """Find the most probable prefixes under draft logits `[B, K, V]` whose positions are independent of each other."""
     best, candidates = scores.float().log_softmax(dim=-1).topk(min(num_nodes, scores.shape[-1]), dim=-1)
-    return best_prefixes(candidates, lambda depth, parents: best[:, depth : depth + 1], num_nodes)
+    return best_prefixes(candidates, lambda depth, parents: at_depth(best, depth), num_nodes)
 
 
 def chain_as_tree(tokens: torch.Tensor) -> Tree:
