@@ -15,7 +15,6 @@ import os
 import shutil
 import time
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -145,7 +144,9 @@ def steady(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "metadata": run_metadata(calls.target),
         "identical": all(torch.equal(text, texts["eager"]) for text in texts.values()),
-        "milliseconds": {way: {s: round(median(r[s] for r in found), 3) for s in found[0]} for way, found in rounds.items()},
+        "milliseconds": {
+            way: {s: round(median(r[s] for r in found), 3) for s in found[0]} for way, found in rounds.items()
+        },
         "layers_over_whole": ratio(totals["layers"], totals["whole"]),
         "eager_over_layers": ratio(totals["eager"], totals["layers"]),
     }

@@ -26,6 +26,7 @@ from .cache import SlotCache
 from .layers import Step, after_layers, before_layers, cut_of, run_layer
 from .schedule import Choice, RoundCosts, Schedule
 from .sources import Tables
+from .steps import grow_depth
 
 logger = logging.getLogger(__name__)
 
@@ -203,19 +204,13 @@ class LayeredStep:
 
 
 class DepthwiseStep:
-    """A compiled step that grows a tree, whose depths share a graph, or one for each number of nodes at a depth."""
+    """A step that grows a tree, of which one depth is compiled for all; the rest of it is small, and runs eagerly."""
 
     def __init__(self, step: Step, config: CompileConfig):
-        self.step, self.config = step, config
-        self.parts: dict[Step, Callable[..., Any]] = {}
+        self.step, self.grow = step, compile_step(grow_depth, config)
 
     def __call__(self, *args: Any) -> Any:
-        return self.step(*args, call=self.call)
-
-    def call(self, part: Step, *args: Any) -> Any:
-        if part not in self.parts:
-            self.parts[part] = compile_step(part, self.config)
-        return self.parts[part](*args)
+        return self.step(*args, grow=self.grow)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

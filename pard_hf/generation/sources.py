@@ -302,6 +302,7 @@ class Mixture:
     def __init__(self, tables: Tables, matches: Matches, last_two: torch.Tensor, draft: DraftCandidates | None = None):
         self.tables, self.draft = tables, draft
         self.previous, self.tokens = last_two.split(1, dim=1)
+        self.is_at_root = True
         device, (_, num_matches, num_depths) = last_two.device, matches.tokens.shape
         self.copies_BKM = matches.tokens.float().transpose(1, 2)
         self.is_end_BKM = self.copies_BKM < 0
@@ -323,10 +324,18 @@ class Mixture:
     def __call__(self, depth: Depth, tokens: torch.Tensor | None, parents: torch.Tensor | None) -> Candidates:
         """Return what may follow a depth's nodes `tokens` `[B, F]`; `parents` index the nodes of the depth before."""
         if tokens is not None and parents is not None:
-            leaves = at_depth(self.copies_BKM, depth - 1) != tokens.unsqueeze(2)
-            index = parents.unsqueeze(2).expand_as(leaves)
-            self.is_left = self.is_left.expand(-1, self.tokens.shape[1], -1).gather(1, index) | leaves
-            self.previous, self.tokens = self.tokens.gather(1, parents), tokens.long()
+            self.follow(depth, tokens, parents)
+        return self.candidates(depth)
+
+    def follow(self, depth: Depth, tokens: torch.Tensor, parents: torch.Tensor) -> None:
+        """Go on to a depth's nodes; arguments as above."""
+        leaves = at_depth(self.copies_BKM, depth - 1) != tokens.unsqueeze(2)
+        index = parents.unsqueeze(2).expand_as(leaves)
+        self.is_left = self.is_left.expand(-1, self.tokens.shape[1], -1).gather(1, index) | leaves
+        self.previous, self.tokens, self.is_at_root = self.tokens.gather(1, parents), tokens.long(), False
+
+    def candidates(self, depth: Depth) -> Candidates:
+        """Return what may follow the nodes that were gone on to, which are of this depth."""
         copied = at_depth(self.copies_BKM, depth).expand_as(self.is_left)
         is_void = self.is_left | at_depth(self.is_end_BKM, depth)
         longest = at_depth(self.lengths_BKM, depth).masked_fill(is_void, 0).amax(dim=2)
@@ -335,7 +344,7 @@ class Mixture:
         two, one, known = self.tables.successors(self.previous, self.tokens)
         parts = [(copied, votes), two, one]
         if self.draft is not None:
-            ids, probs = self.from_draft(depth, None if tokens is None else self.tokens)
+            ids, probs = self.from_draft(depth, None if self.is_at_root else self.tokens)
             parts.append((ids.expand(-1, copied.shape[1], -1), probs.expand(-1, copied.shape[1], -1)))
         ids, probs = (torch.cat(values, dim=2) for values in zip(*parts, strict=True))
         contexts = self.contexts[torch.add(known, longest.clamp(max=LONGEST_CONTEXT), alpha=3)]

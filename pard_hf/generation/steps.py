@@ -6,25 +6,24 @@ step runs eagerly or compiled (`compilation.py`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-from ..draft.correction_head import CorrectedPositions, CorrectionHead
+from ..draft.correction_head import CorrectedPositions, CorrectionHead, Depth
 from ..draft.model import best
 from .batch import CachedModel, Rows
 from .sampling import count_emitted, verify_greedy, verify_sample_and_match
 from .sources import NUM_DRAFT_CANDIDATES, DraftCandidates, Mixture, Sources, components_of, find_matches, learn
 from .tree import (
-    Call,
     Level,
     Tree,
     ancestors,
+    best_of_depth,
+    best_of_levels,
     best_prefixes,
     choose_at_nodes,
-    directly,
-    grow_levels,
-    prune,
     tree_of_marginals,
     walk,
 )
@@ -71,42 +70,36 @@ def lookup_step(
     head: CorrectionHead | None = None,
     scores: torch.Tensor | None = None,
     hidden: torch.Tensor | None = None,
-    call: Call | None = None,
+    grow: Callable[..., Level] | None = None,
 ) -> Proposals:
     """Propose the `tree_size` most probable prefixes under all sources, `num_depths` tokens deep.
 
-    One of them is a draft where there are its logits `scores` `[B, num_drafts, vocab_size]`. With `call` depths are
-    tensors, so that whatever compiles what it calls compiles one depth for all.
+    One of them is a draft where there are its logits `scores` `[B, num_drafts, vocab_size]`. `grow` is `grow_depth`
+    compiled; it is given depths as tensors, so that it is compiled once for all.
     """
-    with torch.autocast(rows.tokens.device.type, enabled=False):  # Which would round probabilities and tokens.
-        mixture = (call or directly)(mix, rows, sources, num_depths, head, scores, hidden)
-        depths: Any = range(num_depths) if call is None else mixture.depths.split(1)
-        levels = grow_levels(mixture, depths, tree_size, call or directly)
-        return (call or directly)(proposals_of, levels, num_depths, tree_size)
-
-
-def mix(
-    rows: Rows,
-    sources: Sources,
-    num_depths: int,
-    head: CorrectionHead | None,
-    scores: torch.Tensor | None,
-    hidden: torch.Tensor | None,
-) -> Mixture:
-    """Find what the sources of a round propose."""
     matches = find_matches(sources.references, rows.tokens, rows.lengths, num_depths, sources.longest_match)
-    draft = None
-    if scores is not None:
-        corrected = None if head is None or hidden is None else CorrectedPositions(head, hidden, scores)
-        num_candidates = min(NUM_DRAFT_CANDIDATES, scores.shape[2])
-        draft = DraftCandidates(scores, num_candidates, corrected, rows.tokens.device)
-    return Mixture(sources.tables, matches, rows.known_last(2), draft)
-
-
-def proposals_of(levels: list[Level], num_depths: int, tree_size: int) -> Proposals:
-    """Propose the `tree_size` most probable prefixes of all depths."""
-    tree = prune(levels, tree_size)
+    with torch.autocast(rows.tokens.device.type, enabled=False):  # Which would round probabilities and tokens.
+        draft = None if scores is None else draft_candidates(head, scores, hidden, rows.tokens.device)
+        mixture = Mixture(sources.tables, matches, rows.known_last(2), draft)
+        depths: Any = range(num_depths) if grow is None else mixture.depths.split(1)
+        levels = [grow_depth(mixture, 0, None, tree_size)]
+        for depth in depths[1:]:
+            mixture.follow(depth, levels[-1].tokens, levels[-1].parents)
+            levels.append((grow or grow_depth)(mixture, depth, levels[-1].scores, tree_size))
+        tree = best_of_levels(levels, tree_size)
     return Proposals(tree.tokens.clamp(min=0), tree=tree, on_path=ancestors(tree, num_depths))
+
+
+def draft_candidates(
+    head: CorrectionHead | None, scores: torch.Tensor, hidden: torch.Tensor | None, device: torch.device
+) -> DraftCandidates:
+    corrected = None if head is None or hidden is None else CorrectedPositions(head, hidden, scores)
+    return DraftCandidates(scores, min(NUM_DRAFT_CANDIDATES, scores.shape[2]), corrected, device)
+
+
+def grow_depth(mixture: Mixture, depth: Depth, scores: torch.Tensor | None, num_nodes: int) -> Level:
+    """Choose the most probable prefixes of a depth; `scores` are those of the nodes that they follow."""
+    return best_of_depth(mixture.candidates(depth), scores, num_nodes)
 
 
 def score_step(

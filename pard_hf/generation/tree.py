@@ -8,9 +8,8 @@ them. All functions are pure functions of tensors. Shapes: B rows, K depths, N n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from itertools import accumulate
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import pad
@@ -24,8 +23,6 @@ LOG_ZERO = -1e9
 # Log-probabilities of a depth's candidates after each of some tokens: from the depth and parent tokens `[B, F]`
 # (`None` at depth 0) to `[B, F, C]`, or `[B, 1, C]` where the parent makes no difference.
 Logprobs = Callable[[Depth, torch.Tensor | None], torch.Tensor]
-# Calls a function with arguments: as it is, or compiled.
-Call = Callable[..., Any]
 
 
 class Candidates(NamedTuple):
@@ -50,7 +47,7 @@ class Level(NamedTuple):
     scores: torch.Tensor
     tokens: torch.Tensor
     parents: torch.Tensor  # Which of the nodes of the depth before.
-    index: torch.Tensor  # Which of the candidates.
+    chosen: torch.Tensor  # Which of the candidates.
     candidates: Candidates
 
 
@@ -72,33 +69,21 @@ class Path(NamedTuple):
     num_matched: torch.Tensor  # `[B]`, the depth of the last accepted node.
 
 
-def directly(function: Callable[..., Any], *args: Any) -> Any:
-    return function(*args)
-
-
 def grow_tree(expand: Expand, num_depths: int, num_nodes: int) -> Tree:
     """Find the `num_nodes` most probable prefixes, or all where fewer exist.
 
     Exact: a prefix is never more probable than its own beginning, so the best of a depth grow from the best of the
     depth before. Ties go to the shorter prefix.
     """
-    return prune(grow_levels(expand, range(num_depths), num_nodes), num_nodes)
+    levels = [best_of_depth(expand(0, None, None), None, num_nodes)]
+    for depth in range(1, num_depths):
+        before = levels[-1]
+        levels.append(best_of_depth(expand(depth, before.tokens, before.parents), before.scores, num_nodes))
+    return best_of_levels(levels, num_nodes)
 
 
-def grow_levels(expand: Expand, depths: Iterable[Depth], num_nodes: int, call: Call = directly) -> list[Level]:
-    """Find the `num_nodes` most probable prefixes of each depth."""
-    levels: list[Level] = []
-    for depth in depths:
-        levels.append(call(grow_level, expand, depth, levels[-1][:3] if levels else None, num_nodes))
-    return levels
-
-
-def grow_level(
-    expand: Expand, depth: Depth, before: tuple[torch.Tensor, ...] | None, num_nodes: int
-) -> Level:
-    """Find the most probable prefixes of a depth; `before` are scores, tokens and parents of the last one's nodes."""
-    scores, tokens, parents = (None, None, None) if before is None else before
-    candidates = expand(depth, tokens, parents)
+def best_of_depth(candidates: Candidates, scores: torch.Tensor | None, num_nodes: int) -> Level:
+    """Choose the most probable of the candidates that follow nodes with `scores` `[B, F]`, or the root."""
     steps = candidates.logprobs.float().nan_to_num(nan=LOG_ZERO, neginf=LOG_ZERO).clamp(max=0)
     totals = (steps if scores is None else scores.unsqueeze(2) + steps).flatten(1)
     scores, index = totals.topk(min(num_nodes, totals.shape[1]), dim=-1)
@@ -107,17 +92,16 @@ def grow_level(
     return Level(scores, tokens, parents, index, candidates)
 
 
-def prune(levels: list[Level], num_nodes: int) -> Tree:
+def best_of_levels(levels: list[Level], num_nodes: int) -> Tree:
     """Choose the `num_nodes` most probable prefixes of all depths."""
-    sizes = [level.scores.shape[1] for level in levels]
-    counts = [before * level.candidates.logprobs.shape[2] for before, level in zip([1, *sizes], levels, strict=False)]
-    # Parents counted through all levels, and candidates; the root comes first.
-    starts = accumulate([0, 1, *sizes])
-    parents = [level.parents + start for level, start in zip(levels, starts, strict=False)]
-    index = [level.index + start for level, start in zip(levels, accumulate([0, *counts]), strict=False)]
-    depths = [torch.full_like(level.index, depth) for depth, level in enumerate(levels, start=1)]
-    columns = ([level.scores for level in levels], [level.tokens for level in levels], parents, depths, index)
-    scores, tokens, parents, depths, index = (torch.cat(parts, dim=1) for parts in columns)
+    columns, num_before, num_nodes_before, num_candidates = [], 0, 1, 0
+    for depth, level in enumerate(levels, start=1):
+        # Parents counted through all levels, and candidates; the root comes first.
+        parents, index = level.parents + num_before, level.chosen + num_candidates
+        columns.append((level.scores, level.tokens, parents, torch.full_like(index, depth), index))
+        num_candidates += num_nodes_before * level.candidates.logprobs.shape[2]
+        num_before, num_nodes_before = num_before + num_nodes_before, level.scores.shape[1]
+    scores, tokens, parents, depths, index = (torch.cat(parts, dim=1) for parts in zip(*columns, strict=True))
     # Stable: equally probable prefixes stay in the order of their lengths, so no node comes before its parent.
     scores, order = (values[:, :num_nodes] for values in scores.sort(dim=-1, descending=True, stable=True))
     rank = torch.arange(1, order.shape[1] + 1, device=order.device).expand_as(order)
