@@ -12,7 +12,7 @@ import threading
 import weakref
 
 import pytest
-from device import IS_FAKE, torch
+from device import DEVICE, IS_FAKE, torch
 from families import add_head, make_decoder, make_draft, make_model, make_prompts, make_self_draft
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, LlamaModel
@@ -20,7 +20,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from pard_hf import AssistantMemory, with_pard
-from pard_hf.generation.compilation import CompiledSteps, compile_cache_of
+from pard_hf.generation.compilation import CompiledSteps, compile_cache_of, default_config
 from pard_hf.generation.schedule import Choice, Schedule
 from pard_hf.generation.sources import Sources, Tables, encode_references
 from pard_hf.host import CACHE_NAME
@@ -120,12 +120,13 @@ def test_compiled_sources_are_eager(family, batch_size, has_draft):
     assert all(memory.num_tokens > 5 for memory in memories)
 
 
-def test_inductor_is_eager():
-    target, prompts = make_llama(), make_prompts(2)
+@pytest.mark.parametrize("is_whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_inductor_is_eager(is_whole):
+    target, prompts = make_llama(num_hidden_layers=2), make_prompts(2)
     draft = add_head(make_draft(make_llama(seed=5)), 0.3)
     expected = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
 
-    compiled = {"compile_config": None, "cache_implementation": "static", "assistant_tree_size": 8}
+    compiled = {"compile_config": CompileConfig(fullgraph=is_whole), "assistant_tree_size": 8}
     output = pard(target, draft, prompts, **compiled)
 
     assert compile_cache_of(target, draft).failure is None
@@ -139,7 +140,7 @@ def test_inductor_is_eager_without_a_draft():
     expected = target.generate(**prompts, max_new_tokens=12, do_sample=False)
     arguments = {"prompt_lookup_num_tokens": 2, "assistant_tree_size": 4, "assistant_reference_texts": expected}
 
-    compiled = {"compile_config": None, "cache_implementation": "static"}  # With CUDA graphs where there are any.
+    compiled = {"compile_config": CompileConfig()}  # With CUDA graphs where there are any.
     output = pard(target, None, prompts, **arguments, **compiled, max_new_tokens=12)
 
     assert compile_cache_of(target, target).failure is None
@@ -148,17 +149,15 @@ def test_inductor_is_eager_without_a_draft():
     assert output.stats.num_accepted > 5
 
 
-@pytest.mark.parametrize(
-    ("family", "num_kinds"), [("llama", 1), ("qwen3", 1), ("mistral", 1), ("gemma3", 1), ("qwen3_moe", 1)]
-)
-def test_one_graph_serves_all_layers(family, num_kinds):
-    """The graphs of a target: one before the layers, one for each kind of layer, one after; however many layers."""
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "qwen3_moe"])
+def test_one_graph_serves_all_layers(family):
+    """The graphs of a target: one before the layers, one for all of them whatever their kinds, one after."""
     kinds = ["sliding_attention", "full_attention"] * 3
     for num_layers in (2, 6):
         torch._dynamo.reset()
         counters.clear()
         changes = {"layer_types": kinds[:num_layers]} if family == "gemma3" else {}
-        target = make_model(family, num_hidden_layers=num_layers, **changes)
+        target = make_model(family, **{"n_layer" if family == "gpt2" else "num_hidden_layers": num_layers}, **changes)
         draft, prompts = make_draft(make_llama(seed=5)), make_prompts(2)
         expected = target.generate(**prompts, max_new_tokens=9, do_sample=False)
 
@@ -167,8 +166,50 @@ def test_one_graph_serves_all_layers(family, num_kinds):
         assert torch.equal(got.sequences, expected)
         kept = compile_cache_of(target, draft)
         assert kept.failure is None
-        of_draft, of_target, of_acceptance = 3, 2 + num_kinds, 1
+        of_draft, of_target, of_acceptance = 3, 3, 1
         assert graphs() == of_draft + of_target + of_acceptance
+
+
+def test_one_graph_serves_all_depths():
+    """Of what looks up: one for all depths, beside three of the target and one of acceptance."""
+    target, prompts = make_llama(), make_prompts(2)
+    expected = target.generate(**prompts, max_new_tokens=9, do_sample=False)
+    for num_depths in (3, 9):
+        torch._dynamo.reset()
+        counters.clear()
+        sizes = {"prompt_lookup_num_tokens": num_depths, "assistant_tree_size": 6}
+
+        got = pard(target, None, prompts, max_new_tokens=9, **sizes)
+
+        assert torch.equal(got.sequences, expected)
+        assert compile_cache_of(target, target).failure is None
+        assert graphs() == 3 + 1 + 1
+
+
+@pytest.mark.parametrize("kind", ["plain", "head"])
+def test_one_graph_serves_all_depths_of_a_draft(kind):
+    """The draft sees less far than copies reach, so deeper nodes have no candidates of it."""
+    target, prompts = make_llama(), make_prompts(2)
+    draft = make_draft(make_llama(seed=5), 2)
+    draft = add_head(draft, 0.3) if kind == "head" else draft
+    sizes = {"prompt_lookup_num_tokens": 6, "assistant_tree_size": 6, "max_new_tokens": 14}
+    expected = target.generate(**prompts, max_new_tokens=14, do_sample=False)
+    eager = pard(target, draft, prompts, **sizes, disable_compile=True, compile_config=None)
+
+    got = pard(target, draft, prompts, **sizes)
+
+    assert compile_cache_of(target, draft).failure is None
+    assert torch.equal(eager.sequences, expected)
+    assert torch.equal(got.sequences, expected)
+    assert graphs() == 3 + 3 + 1 + 1
+    assert abs(got.stats.num_rounds - eager.stats.num_rounds) <= 2  # Eager trees are less deep at the end of a text.
+
+
+def test_small_models_are_compiled_whole(monkeypatch):
+    """Their layers take no longer than calls of compiled code."""
+    assert default_config(make_llama()).fullgraph
+    monkeypatch.setattr("pard_hf.generation.compilation.MIN_PARAMETERS", 0)
+    assert default_config(make_llama()).fullgraph == (DEVICE.type == "cuda")
 
 
 @pytest.mark.parametrize("tree_size", [0, 6])

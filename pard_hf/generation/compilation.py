@@ -23,6 +23,7 @@ from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 from ..host import can_compile, warn_once
 from .batch import CachedModel
 from .cache import SlotCache
+from .kernels import MIN_PARAMETERS
 from .layers import Step, after_layers, before_layers, cut_of, run_layer
 from .schedule import Choice, RoundCosts, Schedule
 from .sources import Tables
@@ -270,12 +271,20 @@ def compiled_steps(
         yield None
         return
     try:
-        # Calls of one layer after the other were not measured on CUDA yet: only those who pass a config get them.
-        default = CompileConfig(fullgraph=target.device.type == "cuda")
-        yield CompiledSteps(kept, config.compile_config or default, target)
+        yield CompiledSteps(kept, config.compile_config or default_config(target), target)
     finally:
         kept.evict()
         kept.lock.release()
+
+
+def default_config(target: PreTrainedModel) -> CompileConfig:
+    """Return how rounds are compiled where a call does not say: layer by layer, or the whole model.
+
+    On CUDA the whole model, as calls of one layer after the other were not measured there. Neither do they pay in a
+    small model, which compiles soon, and whose layers take no longer than calls of compiled code do.
+    """
+    is_small = target.num_parameters() < MIN_PARAMETERS
+    return CompileConfig(fullgraph=is_small or target.device.type == "cuda")
 
 
 def wants_compilation(target: PreTrainedModel, config: GenerationConfig) -> bool:
