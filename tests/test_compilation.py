@@ -170,6 +170,26 @@ def test_one_graph_serves_all_layers(family):
         assert graphs() == of_draft + of_target + of_acceptance
 
 
+class Doubled(torch.nn.Linear):
+    def forward(self, vectors):
+        return 2 * super().forward(vectors)
+
+
+def test_layer_that_changes_between_calls_is_seen():
+    """Guards of later layers are checked once a call, as an adapter on one of them needs it."""
+    target, prompts = make_llama(num_hidden_layers=3), make_prompts(1)
+    draft = make_draft(make_llama(seed=5))
+    for changed in (None, target.model.layers[2].self_attn.v_proj, target.model.layers[1].mlp.up_proj):
+        if changed is not None:
+            changed.__class__ = Doubled
+        expected = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
+        for _ in range(2):
+            got = pard(target, draft, prompts)
+            assert torch.equal(got.sequences, expected)
+            assert got.stats.num_rounds > 4
+            assert compile_cache_of(target, draft).failure is None
+
+
 def test_one_graph_serves_all_depths():
     """Of what looks up: one for all depths, beside three of the target and one of acceptance."""
     target, prompts = make_llama(), make_prompts(2)

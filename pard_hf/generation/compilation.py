@@ -94,6 +94,7 @@ class CompiledSteps:
 
     def __init__(self, kept: CompileCache, config: CompileConfig, target: PreTrainedModel):
         self.kept, self.config, self.compile_seconds = kept, config, 0.0
+        self.checked: set[Any] = set()  # The steps whose guards were checked in this call.
         self.placement = (target.dtype, str(target.device), autocast_dtype(target.device))
         # What steps belong to besides their shape.
         backend = (str(config.backend), config.mode, str(config.options), config.fullgraph)
@@ -149,6 +150,9 @@ class CompiledSteps:
         if compiled is None:
             return self.compile_and_run(step, name, repeats, *args)
         self.kept.steps[name] = compiled
+        if name in self.checked and isinstance(compiled, LayeredStep):
+            return compiled.run_again(*args)
+        self.checked.add(name)
         return compiled(*args)
 
     def compile_and_run(self, step: Step, name: tuple[str, Any, Any], repeats: str | None, *args: Any) -> Any:
@@ -196,12 +200,31 @@ class LayeredStep:
     """
 
     def __init__(self, step: Step, config: CompileConfig):
-        self.step = step
-        self.parts = [compile_step(part, config) for part in (before_layers, run_layer, after_layers)]
+        self.step, self.code = step, own_code(run_layer)
+        self.parts = [compile_step(before_layers, config), compiled_code(self.code, run_layer, config)]
+        self.parts.append(compile_step(after_layers, config))
 
     def __call__(self, model: CachedModel, *args: Any) -> Any:
+        return self.run(model, None, *args)
+
+    def run_again(self, model: CachedModel, *args: Any) -> Any:
+        """Call the step once more in one call of `generate()`, where layers are as they were."""
+        return self.run(model, self.unguarded_layer(), *args)
+
+    def run(self, model: CachedModel, next_layer: Step | None, *args: Any) -> Any:
         cut = cut_of(model)
-        return self.step(model, *args) if cut is None else cut.call(self.step, *self.parts, *args)
+        if cut is None:
+            return self.step(model, *args)
+        return cut.call(self.step, *self.parts, *args, next_layer_of=next_layer)
+
+    def unguarded_layer(self) -> Step | None:
+        """Return the compiled layer without the guards that are checked at every call, if one graph serves all.
+
+        They look at every module and parameter of a layer, which takes longer than small kernels do. The first layer
+        of every step keeps them, and so do all in the first step of each call.
+        """
+        entries = _debug_get_cache_entry_list(self.code)
+        return FunctionType(entries[0].code, run_layer.__globals__) if len(entries) == 1 else None
 
 
 class DepthwiseStep:
@@ -225,8 +248,17 @@ def compile_step(step: Any, config: CompileConfig) -> Callable[..., Any]:
     torch caches compiled code by code object and gives up after a few variants of one: every step gets a code object
     of its own, so that any number of shapes can coexist and a call checks the guards of one only.
     """
-    own = FunctionType(step.__code__.replace(), step.__globals__, step.__name__, step.__defaults__, step.__closure__)
-    finalize(own, forget_code, own.__code__).atexit = False
+    return compiled_code(own_code(step), step, config)
+
+
+def own_code(step: Any) -> CodeType:
+    return step.__code__.replace()
+
+
+def compiled_code(code: CodeType, step: Any, config: CompileConfig) -> Callable[..., Any]:
+    """Compile a function of this code, and of the globals and defaults of `step`."""
+    own = FunctionType(code, step.__globals__, step.__name__, step.__defaults__, step.__closure__)
+    finalize(own, forget_code, code).atexit = False
     return torch.compile(
         own, fullgraph=True, dynamic=False, backend=config.backend, mode=config.mode, options=config.options
     )

@@ -71,8 +71,13 @@ class CutModel:
         self.around = copy.copy(whole)
         self.around.model = with_module(whole.model, name, stand_ins)
 
-    def call(self, step: Step, before: Step, layer_of: Step, after: Step, *args: Any) -> Any:
-        """Call a step in three parts, functions as [`before_layers`], [`run_layer`] and [`after_layers`]."""
+    def call(
+        self, step: Step, before: Step, layer_of: Step, after: Step, *args: Any, next_layer_of: Step | None = None
+    ) -> Any:
+        """Call a step in three parts, functions as [`before_layers`], [`run_layer`] and [`after_layers`].
+
+        Layers after the first may be run by another function, `next_layer_of`.
+        """
         calls, flat_rows = before(step, self.around, self.visit, *args)
         hidden, slots = calls[0][0], self.cache.slots
         slots.flat_rows = flat_rows
@@ -81,6 +86,7 @@ class CutModel:
                 given = tuple(cache if value is self.cache else value for value in given)
                 named = {name: cache if value is self.cache else value for name, value in named.items()}
                 hidden = layer_of(layer, hidden, given, named)
+                layer_of = next_layer_of or layer_of
         finally:
             slots.flat_rows = None
         return after(step, self.around, self.visit, hidden, *args)
