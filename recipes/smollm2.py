@@ -28,7 +28,8 @@ from bundled_pair import Muon
 from pard_hf import PardDraftModel, PardTrainer, PardTrainingArguments
 from pard_hf.draft.layers import base_from_layers
 from pard_hf.draft.packaged import WEIGHTS_FILE, save_packaged
-from pard_hf.loading import default_device, smollm2_folder
+from pard_hf.loading import default_device
+from pard_hf.smollm2 import smollm2_folder
 from pard_hf.training.collator import pack_rows
 from pard_hf.training.data import read_rows, tokenize_rows
 from pard_hf.training.token_file import TokenFile, write_token_file
