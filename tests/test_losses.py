@@ -20,6 +20,11 @@ def pair():
     return draft, make_model("llama", seed=3, hidden_size=48, initializer_range=0.2)
 
 
+def set_chunk_size(monkeypatch, size):
+    for name in ("CHUNK_SIZE", "CUDA_CHUNK_SIZE"):
+        monkeypatch.setattr(losses, name, size)
+
+
 def test_weights_are_products_of_gold_probabilities():
     """By hand: row (a, d) is reached when tokens a+1 … a+d are all said."""
     probabilities = torch.tensor([0.9, 0.5, 0.25, 0.8, 0.1])
@@ -61,7 +66,7 @@ def test_chunks_are_the_whole(monkeypatch, chunk_size):
     kl = (divergence(logits, target_head(target_hidden)[index]) * weights).sum()
     expected = torch.autograd.grad(3 * (0.5 * cross_entropy + 2.0 * kl), [hidden, head.weight])
 
-    monkeypatch.setattr(losses, "CHUNK_SIZE", chunk_size)
+    set_chunk_size(monkeypatch, chunk_size)
     loss_weights = (0.5, 2.0)
     total = row_loss(head, hidden, labels, 50, [head.weight], weights, target_head, target_hidden, index, loss_weights)
     got = torch.autograd.grad(3 * total, [hidden, head.weight])
@@ -77,7 +82,7 @@ def test_gradients_of_many_chunks_are_as_near_as_of_one(monkeypatch):
     hidden, labels = torch.randn(512, 32), torch.randint(0, 100, (512,))
 
     def gradient_of(chunk_size, dtype=None):
-        monkeypatch.setattr(losses, "CHUNK_SIZE", chunk_size)
+        set_chunk_size(monkeypatch, chunk_size)
         with torch.autocast(DEVICE.type, dtype or torch.bfloat16, enabled=dtype is None):
             loss = row_loss(head, hidden, labels, 100, [head.weight])
         return torch.autograd.grad(loss, head.weight)[0]
@@ -89,7 +94,7 @@ def test_gradients_of_many_chunks_are_as_near_as_of_one(monkeypatch):
 
 def test_logits_of_all_rows_never_exist(monkeypatch, pair):
     draft, target = pair
-    monkeypatch.setattr(losses, "CHUNK_SIZE", 400)
+    set_chunk_size(monkeypatch, 400)
     sizes = []
     for model in pair:
         model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.numel()))
