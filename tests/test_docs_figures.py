@@ -275,6 +275,9 @@ def test_sources_were_measured_as_described():
     assert f"{alone['limit']} prompts a set in chat form, at most {alone['max_new_tokens']} new tokens" in text
     length, number = timed["longest_prompt"], timed["max_new_tokens"]
     assert f"bfloat16 on one {timed['device']}, prompts of at most {length} tokens, at most {number} new ones" in text
+    assert {part["num_prompts"] for part in timed["sets"].values()} == {4, 5, 6}
+    assert "4 to 6 prompts a set" in text
+    assert {part["num_passes"] for part in timed["sets"].values()} == {1}
 
 
 def test_bytes_of_a_memory_are_as_quoted():
