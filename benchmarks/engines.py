@@ -26,7 +26,7 @@ from pard_hf.generation.stats import DecodingStats
 from pard_hf.host import end_token_ids
 from pard_hf.hub.export import export_draft
 from pard_hf.loading import Pair
-from script import add_pair, finish, load_pair_of, parser_of, run_metadata
+from script import add_pair, finish, load_pair_of, parser_of, run_metadata, write
 
 MOST_ROUNDS = 0.01  # As a share; in other kernels a near tie of the draft may fall the other way.
 
@@ -51,6 +51,7 @@ def main() -> int:
             version, compared = compare(args, pair, served, found.ids)
             result["engine"] = f"vLLM {version}"
             result["sets"][found.name] = compared
+            write(result, args.output)
     finish(result, args.output)
     return int(not all(map(agrees, result["sets"].values())))
 
