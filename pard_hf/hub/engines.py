@@ -3,7 +3,8 @@
 Read in the source of vLLM 0.16.0, 0.32.0 and 0.33.0: `v1/spec_decode/` (mask token, M-RoPE, layers),
 `config/speculative.py` (method, vocabulary, `n_predict`), `transformers_utils/config.py` (M-RoPE) and
 `config/model.py` (quantization, positions); and of TensorRT-LLM: `_torch/models/modeling_speculative.py`
-(PARDForCausalLM). Neither engine is run here, and the architectures that they implement are not checked.
+(PARDForCausalLM). `make test-engines` runs vLLM; TensorRT-LLM is not run. The architectures that they implement are
+not checked.
 """
 
 from __future__ import annotations
