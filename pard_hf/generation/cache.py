@@ -236,6 +236,8 @@ class SlotCache(Cache):
     def append_to(self, cache: DynamicCache, positions: torch.Tensor) -> None:
         """Append the entries at `positions` `[B, length]`, zeros where negative, to a cache of columns."""
         for index, layer in enumerate(self.layers):
+            if not isinstance(layer, SlotLayer):
+                continue
             columns = positions.to(layer.device)[:, None, :, None]
             states = (layer.by_row(buffer).transpose(1, 2) for buffer in (layer.keys, layer.values))
             gathered = (s.gather(2, columns.clamp(min=0).expand(-1, s.shape[1], -1, s.shape[3])) for s in states)

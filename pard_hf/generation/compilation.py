@@ -22,6 +22,7 @@ from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 
 from ..host import can_compile, warn_once
 from .cache import SlotCache
+from .recurrent import is_hybrid
 from .schedule import Choice, RoundCosts, Schedule
 from .sources import Tables
 
@@ -251,6 +252,8 @@ def not_compilable_reason(target: PreTrainedModel, draft: PreTrainedModel) -> st
         name, quantizer = type(model).__name__, getattr(model, "hf_quantizer", None)
         devices = {str(device) for device in getattr(model, "hf_device_map", {}).values()}
         is_offloaded = devices & {"cpu", "disk"} and len(devices) > 1 or "disk" in devices
+        if is_hybrid(model.config):
+            return f"`{name}` keeps states, which are no static buffers"
         if not can_compile(model):
             return f"`{name}` cannot be compiled as one graph"
         if is_offloaded or any(parameter.is_meta for parameter in model.parameters()):

@@ -68,7 +68,7 @@ def lookup_step(
     matches = find_matches(sources.references, rows.tokens, rows.lengths, num_depths, sources.longest_match)
     with torch.autocast(rows.tokens.device.type, enabled=False):  # Which would round probabilities and tokens.
         mixture = Mixture(sources.tables, matches, rows.known_last(2), draft)
-        tree = grow_tree(mixture, num_depths, tree_size)
+        tree = grow_tree(mixture, num_depths, tree_size, width=None if sources.branches else 1)
     return Proposals(tree.tokens.clamp(min=0), tree=tree, on_path=ancestors(tree, num_depths))
 
 

@@ -58,11 +58,11 @@ class Path(NamedTuple):
     num_matched: torch.Tensor  # `[B]`, the depth of the last accepted node.
 
 
-def grow_tree(expand: Expand, num_depths: int, num_nodes: int) -> Tree:
+def grow_tree(expand: Expand, num_depths: int, num_nodes: int, width: int | None = None) -> Tree:
     """Find the `num_nodes` most probable prefixes, or all where fewer exist.
 
     Exact: a prefix is never more probable than its own beginning, so the best of a depth grow from the best of the
-    depth before. Ties go to the shorter prefix.
+    depth before. Ties go to the shorter prefix. With a `width` only so many grow at each depth: 1 makes a chain.
     """
     levels: list[tuple[torch.Tensor, ...]] = []
     pool: list[Candidates] = []
@@ -71,7 +71,7 @@ def grow_tree(expand: Expand, num_depths: int, num_nodes: int) -> Tree:
         candidates = expand(depth, tokens, parents)
         steps = candidates.logprobs.float().nan_to_num(nan=LOG_ZERO, neginf=LOG_ZERO).clamp(max=0)
         totals = (steps if scores is None else scores.unsqueeze(2) + steps).flatten(1)
-        scores, index = totals.topk(min(num_nodes, totals.shape[1]), dim=-1)
+        scores, index = totals.topk(min(width or num_nodes, totals.shape[1]), dim=-1)
         parents = torch.div(index, steps.shape[2], rounding_mode="floor")
         tokens = candidates.tokens.flatten(1).gather(1, index % candidates.tokens[0].numel())
         # Parents counted through all levels, and candidates; the root comes first.
