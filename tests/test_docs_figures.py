@@ -15,6 +15,7 @@ from pard_hf.training.settings import TrainingSettings
 
 DOCS = ROOT / "docs"
 SETS = ("heldout_code_functions", "gsm8k_test")
+SOURCE_SETS = ("humaneval", "gsm8k_test", "mt_bench", "copy: heldout_code_functions")
 # Decimals that are no measurements: versions, papers, sizes. Defaults of flags are asked of the parser.
 NAMES = re.compile(
     r"Qwen2\.5(-\d\.\d)?|Llama \d\.\d|0\.16 to 0\.33|vLLM 0\.16\.0|Version 0\.16|arXiv \d{4}\.\d{5}|\d\.\d+ B\b"
@@ -135,6 +136,41 @@ def rows_of_sources():
         yield row(f"`{name}`", *(route["acceptance_length"] for route in routes))
 
 
+def by_way(name):
+    """Every way of a result of `sources.py` that was measured on all sets, with what it gave on each."""
+    found = result(name)["sets"]
+    routes = [found[key]["routes"] for key in SOURCE_SETS]
+    ways = [way for way in routes[0] if all(way in others for others in routes)]
+    for way in sorted(ways, key=lambda way: (way.split()[0], *map(int, way.split()[1:]))):
+        yield way, [others[way] for others in routes]
+
+
+def rows_of_lengths_by_source():
+    found = result("sources_smollm2_tau")["sets"]
+    yield row("repeated 4-grams", *(found[name]["repeated_4gram_share"] for name in SOURCE_SETS))
+    for way, routes in by_way("sources_smollm2_tau"):
+        assert {route["identical_share"] for route in routes} == {1.0}
+        if way != "ar":
+            yield row(f"`{way}`", *(route["acceptance_length"] for route in routes))
+
+
+def rows_of_copied_shares():
+    for way, routes in by_way("sources_smollm2_tau"):
+        if way.startswith("lookup"):
+            yield row(f"`{way}`", *(f"{100 * route['accepted_shares']['copy']:.0f}%" for route in routes))
+
+
+def rows_of_h100():
+    """Plain `generate` in tokens a second, all others over it; and the texts that are its own."""
+    found = [result("sources_h100")["sets"][name] for name in SOURCE_SETS]
+    numbers = [part["num_prompts"] for part in found]
+    ways = dict(by_way("sources_h100"))
+    yield row("`ar`, tokens a second", *(f"{route['tokens_per_second']:.0f}" for route in ways.pop("ar")), "")
+    for way, routes in ways.items():
+        same = sum(number * route["identical_share"] for number, route in zip(numbers, routes, strict=True))
+        yield row(f"`{way}`", *(route["speedup"] for route in routes), f"{same:.0f} of {sum(numbers)}")
+
+
 def rows_published():
     targets = (("Llama 3.1 8B", "A100"), ("Llama 3.3 70B", "H20"), ("Qwen3 8B", "A100"))
     figures = [figure for part in PUBLISHED.values() for figure in part if "V1 engine" in figure["engine"]]
@@ -156,6 +192,9 @@ TABLES = {
     rows_of_tree_batches: "docs/trees.md",
     rows_of_lookup: "docs/sources.md",
     rows_of_sources: "docs/sources.md",
+    rows_of_lengths_by_source: "docs/sources.md",
+    rows_of_copied_shares: "docs/sources.md",
+    rows_of_h100: "docs/sources.md",
     rows_published: "docs/limits.md",
 }
 
@@ -228,6 +267,19 @@ def test_figures_of_the_remeasured_result_are_not_quoted():
     assert set(re.findall(r"\d+\.\d+", NAMES.sub("", section))) == {"3.63", "1.33"}
 
 
+def test_sources_were_measured_as_described():
+    text = " ".join(text_of("docs/sources.md").split())
+
+    alone, timed = result("sources_smollm2_tau"), result("sources_h100")
+    assert (alone["dtype"], timed["dtype"]) == ("float32", "bfloat16")
+    assert f"{alone['limit']} prompts a set in chat form, at most {alone['max_new_tokens']} new tokens" in text
+    length, number = timed["longest_prompt"], timed["max_new_tokens"]
+    assert f"bfloat16 on one {timed['device']}, prompts of at most {length} tokens, at most {number} new ones" in text
+    assert {part["num_prompts"] for part in timed["sets"].values()} == {4, 5, 6}
+    assert "4 to 6 prompts a set" in text
+    assert {part["num_passes"] for part in timed["sets"].values()} == {1}
+
+
 def test_bytes_of_a_memory_are_as_quoted():
     rows = re.findall(r"^\| ([\d,]+) \(.*\) \| ([\d,]+) \|$", text_of("docs/sources.md"), flags=re.MULTILINE)
     sizes = {int(v.replace(",", "")): int(size.replace(",", "")) for v, size in rows}
@@ -250,6 +302,7 @@ def identical_shares(value):
 def test_every_committed_result_is_identical_in_float32():
     """What limits.md says of them."""
     names = (path.relative_to(RESULTS).with_suffix("").as_posix() for path in RESULTS.rglob("*.json"))
+    names = [name for name in names if result(name).get("dtype", "float32") == "float32"]
     found = {name: set(identical_shares(result(name))) for name in names}
 
     assert found["bundled_routes"] == {1.0}

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 from dataclasses import fields
 from pathlib import Path
 
@@ -21,7 +22,9 @@ from pard_hf.cli import main
 
 pytest.importorskip("accelerate")
 from pard_hf.hub.model_card import draft_card
+from pard_hf.training.data import tokenized_rows
 from pard_hf.training.settings import TrainingSettings
+from pard_hf.training.token_file import write_token_file
 from pard_hf.training.train import train_draft
 
 only_on_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="runs on the CPU whatever the device")
@@ -43,6 +46,41 @@ def data(tmp_path):
     ]
     file.write_text("\n".join(map(json.dumps, rows)))
     return file
+
+
+def test_rows_are_tokenized_once(base, data, tmp_path, monkeypatch):
+    """A run that goes on, and one that begins anew, read the file; other rows or settings write another."""
+    out, encoded = tmp_path / "out", []
+    encode = training.data.encode_row
+    monkeypatch.setattr(training.data, "encode_row", lambda *a: encoded.append(1) or encode(*a))
+
+    train(base, data, out, max_steps=2)
+    first = len(encoded)
+    train(base, data, out, max_steps=4)
+    train(base, data, out, max_steps=2, restart=True)
+    assert (first, len(encoded)) == (16, 16)
+    [kept] = (out / "tokens").iterdir()
+
+    train(base, data, out, max_steps=2, restart=True, pack=True)
+    assert len(encoded) == 32
+    data.write_text(data.read_text() + '\n{"prompt": "zz", "response": "yyyy"}')
+    train(base, data, out, max_steps=2, restart=True)
+    assert len(encoded) == 32 + 17
+    assert kept.name not in {file.name for file in (out / "tokens").iterdir()}
+
+
+def test_memory_does_not_grow_with_rows(base, tmp_path):
+    """Of a token 5 bytes are held until the file is written; a list of ids and one of masks would take 16."""
+    peaks = []
+    for count in (200, 2200):
+        rows = ({"text": "abcdefghij" * 10} for _ in range(count))
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        tracemalloc.start()
+        write_token_file(tokenized_rows(tokenizer, rows, 100), tmp_path / f"{count}")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+
+    assert peaks[1] - peaks[0] < 2000 * 100 * 7
 
 
 def train(base, data, out, max_steps=4, evaluation=None, **settings):

@@ -20,6 +20,9 @@ def test_batches_are_those_of_the_written_rows(tmp_path, examples):
     for index, example in enumerate(examples):
         expected, got = (collator([one]) for one in (example, read[index]))
         assert all(torch.equal(expected[name], got[name]) for name in ("input_ids", "labels", "anchors", "starts"))
+        assert expected["sources"] == got["sources"]
+        assert ("text_lengths" in example) == ("text_lengths" in read[index])  # A teacher asks the first for it.
+    assert (read.num_texts, read.num_tokens) == (len(ROWS), 44)
 
 
 def test_indices_are_those_of_a_sequence(tmp_path):
@@ -37,3 +40,11 @@ def test_a_broken_write_leaves_no_file(tmp_path):
         write_token_file([{"input_ids": [1, 2]}], tmp_path / "rows")
 
     assert list(tmp_path.iterdir()) == []
+
+
+def test_packing_from_a_file_is_packing(tmp_path):
+    write_token_file(ROWS, tmp_path / "rows")
+
+    packed = pack_rows(TokenFile(tmp_path / "rows"), 20)
+
+    assert packed == pack_rows(ROWS, 20)

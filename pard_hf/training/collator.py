@@ -19,31 +19,39 @@ from .settings import MethodSettings, check_ranges
 PADDING = {"input_ids": 0, "position_ids": 0, "labels": -100, "anchors": -1, "depths": 0, "starts": 0}
 
 
-def pack_rows(examples: list[dict[str, Any]], length: int) -> list[dict[str, Any]]:
-    """Pack texts into sequences of at most `length` tokens, longest first, each where it leaves the least room.
+def pack_rows(examples: Sequence[dict[str, Any]], length: int) -> list[dict[str, Any]]:
+    """Pack texts into sequences of at most `length` tokens; to what `tokenize_rows` makes it adds `text_lengths`."""
+    bins = choose_bins([len(example["input_ids"]) for example in examples], length)
+    return [joined([examples[index] for index in chosen]) for chosen in bins]
+
+
+def choose_bins(lengths: Sequence[int], length: int) -> list[list[int]]:
+    """Choose which texts go into a sequence of `length` tokens: longest first, each where it leaves the least room.
 
     Best-fit decreasing, https://huggingface.co/papers/2404.10830: no text is cut (one longer than `length` stays
-    alone), and little of a sequence is empty. To what `tokenize_rows` makes it adds `text_lengths`.
+    alone), and little of a sequence is empty. Returns the texts' indices for each sequence.
     """
-    bins: list[list[dict[str, Any]]] = []
+    bins: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # Tokens each sequence still takes, and its index; sorted.
-    for example in sorted(examples, key=lambda example: len(example["input_ids"]), reverse=True):
-        size = len(example["input_ids"])
+    for text in sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True):
+        size = lengths[text]
         best = bisect_left(rooms, (size, -1))
         room, index = rooms.pop(best) if best < len(rooms) else (length, len(bins))
         if index == len(bins):
             bins.append([])
-        bins[index].append(example)
+        bins[index].append(text)
         if room - size > 1:  # A text has at least two tokens.
             insort(rooms, (room - size, index))
-    return [
-        {
-            **{name: [one for text in texts for one in text[name]] for name in ("input_ids", "loss_mask")},
-            "text_lengths": [len(text["input_ids"]) for text in texts],
-            "source": "; ".join(text.get("source", "?") for text in texts),
-        }
-        for texts in bins
-    ]
+    return bins
+
+
+def joined(texts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Join texts into one packed example."""
+    return {
+        **{name: [one for text in texts for one in text[name]] for name in ("input_ids", "loss_mask")},
+        "text_lengths": [len(text["input_ids"]) for text in texts],
+        "source": "; ".join(text.get("source", "?") for text in texts),
+    }
 
 
 @dataclass

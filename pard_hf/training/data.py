@@ -219,13 +219,24 @@ def tokenize_rows(
     overlong: Literal["truncate", "drop"] = "truncate",
     mask_token_id: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Encode rows for training: `input_ids`, `loss_mask` and the `source` of each.
+    """Encode rows for training as [`tokenized_rows`] does, all at once."""
+    return list(tokenized_rows(tokenizer, rows, max_length, skip_bad_rows, overlong, mask_token_id))
+
+
+def tokenized_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[dict[str, Any]],
+    max_length: int,
+    skip_bad_rows: bool = False,
+    overlong: Literal["truncate", "drop"] = "truncate",
+    mask_token_id: int | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Encode rows for training, one after the other: `input_ids`, `loss_mask` and the `source` of each.
 
     Rows of more than `max_length` tokens are cut (`overlong="truncate"`) or left out (`"drop"`), and counted in the
     log. A row that cannot be encoded, contains the mask token, or has nothing to learn within `max_length` raises a
     `ValueError` with its source; with `skip_bad_rows` it is logged and left out.
     """
-    examples: list[dict[str, Any]] = []
     num_rows = num_overlong = 0
     for row in check_rows(enumerate(rows, start=1), "row {}", TRAINING, skip_bad_rows):
         num_rows += 1
@@ -233,17 +244,18 @@ def tokenize_rows(
             encoded = encode_row(tokenizer, row)
             is_overlong = len(encoded["input_ids"]) > max_length
             num_overlong += is_overlong
-            if not is_overlong or overlong == "truncate":
-                example = {name: values[:max_length] for name, values in encoded.items()}
-                check_example(tokenizer, example, max_length, mask_token_id)
-                examples.append({**example, "source": row.source})
+            if is_overlong and overlong == "drop":
+                continue
+            example = {name: values[:max_length] for name, values in encoded.items()}
+            check_example(tokenizer, example, max_length, mask_token_id)
         except Exception as error:  # Chat templates raise errors of many kinds.
             problem = str(error) if isinstance(error, ValueError) else f"the chat template fails: {error}"
             skip_or_raise("a row to train on", row.source, problem, skip_bad_rows)
+            continue
+        yield {**example, "source": row.source}
     if num_overlong:
         done = f"{max_length} tokens and were {'cut there' if overlong == 'truncate' else 'left out'}"
         logger.warning("%d of %d rows are longer than %s.", num_overlong, num_rows, done)
-    return examples
 
 
 def check_example(

@@ -22,6 +22,8 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 Correction = Callable[[torch.Tensor, slice], torch.Tensor]
 # From a slice of rows and their hidden states to the sum of their losses.
 ChunkLoss = Callable[[slice, torch.Tensor], torch.Tensor]
+# How far a draft is from its teacher in each row, `[num_rows]`: from both logits and a temperature.
+Divergence = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 
 def confidence_weights(gold_logprobs: torch.Tensor, anchors: torch.Tensor, depths: torch.Tensor) -> torch.Tensor:
@@ -40,13 +42,42 @@ def confidence_weights(gold_logprobs: torch.Tensor, anchors: torch.Tensor, depth
 def divergence(logits: torch.Tensor, target_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """Compute the Kullback-Leibler divergence KL(p || q) of each row, `[num_rows]`, times the squared temperature.
 
-    The factor keeps gradients of one size at any temperature, https://huggingface.co/papers/1503.02531. Vocabularies
-    that differ by padding are compared where both have ids.
+    The factor keeps gradients of one size at any temperature, https://huggingface.co/papers/1503.02531.
     """
-    width = min(logits.shape[-1], target_logits.shape[-1])
-    q = (logits[..., :width].float() / temperature).log_softmax(dim=-1)
-    p = (target_logits[..., :width].float() / temperature).log_softmax(dim=-1)
+    q, p = logprobs_of(logits, target_logits, temperature)
     return torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(dim=-1) * temperature**2
+
+
+def total_variation(logits: torch.Tensor, target_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """Compute the total variation distance of p and q in each row, `[num_rows]`: one minus the acceptance."""
+    q, p = logprobs_of(logits, target_logits, temperature)
+    return (p.exp() - q.exp()).abs().sum(dim=-1) / 2
+
+
+def negative_log_acceptance(
+    logits: torch.Tensor, target_logits: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """Compute -log of the acceptance of each row, `[num_rows]`.
+
+    The acceptance, the probability that speculative sampling keeps a draw from q, is the sum of min(p, q) over the
+    vocabulary. Gradients do not vanish where it is small, as those of the total variation do
+    (https://huggingface.co/papers/2602.23881).
+    """
+    q, p = logprobs_of(logits, target_logits, temperature)
+    return -torch.minimum(p, q).logsumexp(dim=-1)
+
+
+def logprobs_of(
+    logits: torch.Tensor, target_logits: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log q and log p; vocabularies that differ by padding are compared where both have ids."""
+    width = min(logits.shape[-1], target_logits.shape[-1])
+    q, p = ((one[..., :width].float() / temperature).log_softmax(dim=-1) for one in (logits, target_logits))
+    return q, p
+
+
+# What each objective with a teacher adds to the cross-entropy.
+DIVERGENCES = {"kd": divergence, "cat": divergence, "tv": total_variation, "lk": negative_log_acceptance}
 
 
 def chunks(num_rows: int, vocab_size: int, device: torch.device) -> Iterator[slice]:
@@ -81,12 +112,13 @@ def logits_loss(
     target_logits: torch.Tensor | None,
     loss_weights: tuple[float, float],
     temperature: float,
+    divergence_of: Divergence,
 ) -> torch.Tensor:
     """Sum the weighted loss of rows: `loss_weights` of the cross-entropy and of the divergence, in float32."""
     logits = logits.float() if correction is None else logits.float() + correction.float()
     loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none") * loss_weights[0]
     if target_logits is not None:
-        loss = loss + divergence(logits, target_logits, temperature) * loss_weights[1]
+        loss = loss + divergence_of(logits, target_logits, temperature) * loss_weights[1]
     return (row_weights * loss).sum()
 
 
@@ -144,6 +176,7 @@ def row_loss(
     loss_weights: tuple[float, float] = (1.0, 1.0),
     temperature: float = 1.0,
     correction: Correction | None = None,
+    divergence_of: Divergence = divergence,
 ) -> torch.Tensor:
     """Sum the weighted losses of labeled rows, a chunk at a time, each with its gradient.
 
@@ -163,7 +196,8 @@ def row_loss(
         if target_head is not None and target_hidden is not None and target_index is not None:
             with torch.no_grad():
                 target_logits = target_head(target_hidden[target_index[rows]]).to(logits.device)
-        return of_logits(logits, corrected, labels[rows], weights[rows], target_logits, loss_weights, temperature)
+        settings = (loss_weights, temperature, divergence_of)
+        return of_logits(logits, corrected, labels[rows], weights[rows], target_logits, *settings)
 
     trained = [one for one in parameters if one.requires_grad]
     return SumOverChunks.apply(loss_of, vocab_size, hidden, *trained)

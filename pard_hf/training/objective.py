@@ -12,7 +12,7 @@ from ..draft.vocabulary import head_of
 from ..generation.cache import attention_windows
 from ..host import input_device
 from .cod import attends, attention_mask
-from .losses import Correction, confidence_weights, gold_logprobs, row_loss
+from .losses import DIVERGENCES, Correction, confidence_weights, divergence, gold_logprobs, row_loss
 from .settings import ObjectiveName, objective_weights
 
 ATTENTIONS = ("sdpa", "eager", "flex_attention")
@@ -87,8 +87,10 @@ class Objective:
     """The loss that is minimized over kept training rows.
 
     `"ce"` is cross-entropy (PARD), `"kd"` adds the divergence from the target's distribution, and `"cat"` weights both
-    in each row by the probability that a block gets that far (PARD-2, target-independent). The target, with the
-    draft's tokenizer, is never trained; the default weights are those of `objective_weights`.
+    in each row by the probability that a block gets that far (PARD-2, target-independent). `"tv"` and `"lk"` add the
+    total variation (DSpark) or -log of the acceptance instead. `depth_decay` weighs rows at depth d by e^(-d/γ), as
+    DFlash does. The target, with the draft's tokenizer, is never trained; the default weights are those of
+    `objective_weights`.
     """
 
     name: str = "ce"
@@ -96,8 +98,11 @@ class Objective:
     divergence_weight: float | None = None
     temperature: float = 1.0
     target: PreTrainedModel | None = None
+    depth_decay: float | None = None
 
     def __post_init__(self) -> None:
+        if self.depth_decay is not None and self.depth_decay <= 0:
+            raise ValueError(f"Expected `depth_decay` above 0, got {self.depth_decay}.")
         if self.name not in get_args(ObjectiveName):
             raise ValueError(
                 f"Expected the objective to be one of {', '.join(get_args(ObjectiveName))}, got {self.name!r}."
@@ -124,13 +129,21 @@ class Objective:
             use_cache=False,
         ).last_hidden_state
         teacher = self.teacher(batch, is_label) if self.target is not None and self.name != "ce" else {}
+        row_weights = self.row_weights(batch["depths"][is_label], teacher.pop("row_weights", None))
         sizes = [model.config.get_text_config().vocab_size for model in (draft, self.target) if model is not None]
         total = row_loss(
             head_of(draft), hidden[is_label], batch["labels"][is_label], max(sizes), head_parameters(draft),
             loss_weights=self.weights, temperature=self.temperature, correction=correction_of(draft, batch, is_label),
-            **teacher,
+            row_weights=row_weights, divergence_of=DIVERGENCES.get(self.name, divergence), **teacher,
         )  # fmt: skip
         return total / (is_label.sum().clamp(min=1) if num_items is None else num_items)
+
+    def row_weights(self, depths: torch.Tensor, confidence: torch.Tensor | None) -> torch.Tensor | None:
+        """Return the weights of labeled rows, `[num_rows]`, or `None` where all count alike."""
+        if self.depth_decay is None:
+            return confidence
+        decayed = (-depths.float() / self.depth_decay).exp()
+        return decayed if confidence is None else confidence * decayed
 
     @torch.no_grad()
     def teacher(self, batch: dict[str, Any], is_label: torch.Tensor) -> dict[str, Any]:
@@ -142,7 +155,7 @@ class Objective:
         index = (predicting_column(batch, longest) + first)[is_label].to(hidden.device)
         head, vocab_size = head_of(self.target), self.target.config.get_text_config().vocab_size
         arguments = {"target_head": head, "target_hidden": hidden.flatten(0, 1), "target_index": index}
-        if self.name == "kd":
+        if self.name != "cat":
             return arguments
         gold = gold_logprobs(head, hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), vocab_size)
         logprobs = torch.nn.functional.pad(gold.view(batch_size, longest - 1), (1, 0)).to(is_label.device)

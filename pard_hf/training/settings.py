@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-ObjectiveName = Literal["ce", "kd", "cat"]
+ObjectiveName = Literal["ce", "kd", "cat", "tv", "lk"]
 RATES = ("retention_rate", "min_retention_rate")
 # Settings that are at least 1 where they are given.
 COUNTS = (
@@ -35,11 +35,16 @@ class MethodSettings:
     retention_rate: float = setting(0.7, "r of COD: depth d keeps max(r^d, r_min) of its rows; 1 drops nothing")
     min_retention_rate: float = setting(0.2, "r_min of COD, the smallest share that a depth keeps")
     objective: ObjectiveName = setting(
-        "ce", "cross-entropy (ce), with the target's distribution (kd), the same weighted by confidence (cat)"
+        "ce",
+        "cross-entropy (ce), with the target's distribution by KL divergence (kd), the same weighted by confidence "
+        "(cat), by total variation (tv), or by the log of the acceptance (lk)",
     )
     cross_entropy_weight: float | None = setting(None, "weight of the cross-entropy; by default 1 for ce, else 0.1")
-    divergence_weight: float | None = setting(None, "weight of the divergence; by default 0 for ce, else 1")
-    distillation_temperature: float = setting(1.0, "temperature of both distributions in kd and cat")
+    divergence_weight: float | None = setting(
+        None, "weight of the divergence; by default 0 for ce, 0.9 for tv, else 1"
+    )
+    distillation_temperature: float = setting(1.0, "temperature of both distributions where there is a teacher")
+    depth_decay: float | None = setting(None, "weigh rows at depth d by e^(-d/this); by default all alike")
     correction_head: Literal["frozen", "joint"] | None = setting(
         None, "train a correction head alone (frozen) or with the draft (joint)", nargs="?", const="frozen"
     )
@@ -66,6 +71,8 @@ class MethodSettings:
         check_ranges({name: getattr(self, name) for name in kinds}, self.label)
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise ValueError(f"Expected {self.label('max_minutes')} above 0, got {self.max_minutes}.")
+        if self.depth_decay is not None and self.depth_decay <= 0:
+            raise ValueError(f"Expected {self.label('depth_decay')} above 0, got {self.depth_decay}.")
         objective_weights(
             self.objective, self.cross_entropy_weight, self.divergence_weight, self.distillation_temperature
         )
@@ -85,10 +92,12 @@ def objective_weights(
 ) -> tuple[float, float]:
     """Fill in the default weights of cross-entropy and divergence: 1 and 0 for ce, else PARD-2's 0.1 and 1.
 
+    Total variation has DSpark's 0.1 and 0.9.
+
     Raises:
         ValueError: A weight is negative, both are 0, ce has a divergence, or the temperature is not positive.
     """
-    defaults = (1.0, 0.0) if objective == "ce" else (0.1, 1.0)
+    defaults = {"ce": (1.0, 0.0), "tv": (0.1, 0.9)}.get(objective, (0.1, 1.0))
     given = (cross_entropy_weight, divergence_weight)
     cross_entropy, divergence = (d if g is None else float(g) for d, g in zip(defaults, given, strict=True))
     if min(cross_entropy, divergence) < 0 or max(cross_entropy, divergence) == 0:

@@ -12,12 +12,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, GenerationConfig
 
+from .. import __version__
 from ..draft.addons import CORRECTION_HEAD, TRIMMED_VOCABULARY, addon_settings
 from ..draft.layers import base_from_layers, check_layers
 from ..draft.mask_token import check_mask_token, choose_mask_token, ids_named_in
@@ -25,10 +27,11 @@ from ..draft.model import PardDraftModel
 from ..host import compare_tokenizers, num_positions
 from ..io import conditions_of, read_text, sha256_of, shown_model, write_whole
 from ..loading import named_dtype
-from .collator import pack_rows
-from .data import has_marks, read_rows, tokenize_rows
+from .collator import choose_bins, joined
+from .data import has_marks, read_rows, tokenized_rows
 from .responses import manifest_path
 from .settings import ARGUMENTS, IDENTITY, RECORDED, TrainingSettings
+from .token_file import TokenFile, write_token_file
 from .trainer import Evaluator, PardTrainer, PardTrainingArguments, last_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -65,16 +68,8 @@ def train_draft(
     make_evaluator = None
     if settings.eval_prompts and prepare_evaluator is not None:
         make_evaluator = prepare_evaluator(settings, tokenizer, min(map(num_positions, configs)))
-    texts = (row for file in settings.data for row in read_rows(file, settings.skip_bad_rows))
-    rows = tokenize_rows(
-        tokenizer, texts, settings.max_length, settings.skip_bad_rows, settings.overlong, mask_token_id
-    )
-    if not rows:
-        raise ValueError(f"Expected training rows in {', '.join(map(str, settings.data))}, got none.")
-    counts = {"num_rows": len(rows), "num_tokens": sum(len(row["input_ids"]) for row in rows)}
-    if settings.pack:
-        rows = pack_rows(rows, settings.max_length)
-        logger.warning("Packed %d rows into %d sequences.", counts["num_rows"], len(rows))
+    rows = training_rows(settings, args, tokenizer, mask_token_id)
+    counts = {"num_rows": rows.num_texts, "num_tokens": rows.num_tokens}
     draft = load_base(settings, mask_token_id, args.correction_head is not None)
     target = None
     if settings.target and (make_evaluator or args.objective != "ce"):
@@ -89,6 +84,52 @@ def train_draft(
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(settings, trainer, content["identity"]))
     trainer.save_model(str(settings.output))
     return settings.output
+
+
+def training_rows(
+    settings: TrainingSettings, args: PardTrainingArguments, tokenizer: Any, mask_token_id: int
+) -> TokenFile:
+    """Tokenize the rows of a run, or read what an earlier run with the same rows, tokenizer and settings wrote.
+
+    One process of a machine writes; the file lies in `tokens` beside the checkpoints.
+    """
+    file = settings.output / "tokens" / f"{token_key(settings, tokenizer, mask_token_id)}.safetensors"
+    with args.main_process_first(desc="tokenization"):
+        if not file.exists():
+            for other in file.parent.glob("*"):  # Of other rows or settings.
+                other.unlink()
+            write_rows(settings, tokenizer, mask_token_id, file)
+    return TokenFile(file)
+
+
+def token_key(settings: TrainingSettings, tokenizer: Any, mask_token_id: int) -> str:
+    """Return a digest of all that decides the token ids of a run."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = (
+        *(sha256_of(Path(file)).hexdigest() for file in settings.data),
+        repr(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str(),
+        tokenizer.chat_template,
+        (tokenizer.eos_token_id, mask_token_id, __version__),
+        (settings.max_length, settings.overlong, settings.pack, settings.skip_bad_rows),
+    )
+    return sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def write_rows(settings: TrainingSettings, tokenizer: Any, mask_token_id: int, file: Path) -> None:
+    """Tokenize rows into a file, packed where the settings say so."""
+    texts = (row for file in settings.data for row in read_rows(file, settings.skip_bad_rows))
+    rows = tokenized_rows(
+        tokenizer, texts, settings.max_length, settings.skip_bad_rows, settings.overlong, mask_token_id
+    )
+    first = next(rows, None)
+    if first is None:
+        raise ValueError(f"Expected training rows in {', '.join(map(str, settings.data))}, got none.")
+    write_token_file(itertools.chain([first], rows), file)
+    if settings.pack:
+        texts_of = TokenFile(file)
+        bins = choose_bins(texts_of.text_lengths.tolist(), settings.max_length)
+        write_token_file((joined([texts_of[index] for index in chosen]) for chosen in bins), file)
+        logger.warning("Packed %d rows into %d sequences.", texts_of.num_texts, len(bins))
 
 
 def training_arguments(settings: TrainingSettings) -> PardTrainingArguments:

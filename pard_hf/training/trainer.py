@@ -80,7 +80,7 @@ class PardTrainer(Trainer):
         model ([`PardDraftModel`]):
             The draft; `PardDraftModel.from_causal_lm` makes one of any small causal LM.
         target ([`PreTrainedModel`], *optional*):
-            The teacher, for the objectives `"kd"` and `"cat"`.
+            The teacher, for all objectives but `"ce"`.
         evaluator (`Callable`, *optional*):
             Such as an [`AcceptanceEvaluator`]: called with the draft and the share `(i, n)` of the prompts that
             process i of n decodes, returns [`DecodingStats`] of each prompt set.
@@ -116,8 +116,9 @@ class PardTrainer(Trainer):
         set_seed(args.seed)  # The correction head is initialized before `Trainer` sets the seed.
         prepare_trained(model, args)
         self.objective = Objective(
-            args.objective, args.cross_entropy_weight, args.divergence_weight, args.distillation_temperature, target
-        )
+            args.objective, args.cross_entropy_weight, args.divergence_weight, args.distillation_temperature, target,
+            args.depth_decay,
+        )  # fmt: skip
         if "data_collator" not in kwargs:
             seed = args.seed if args.data_seed is None else args.data_seed
             method = (args.num_draft_tokens, args.retention_rate, args.min_retention_rate)
