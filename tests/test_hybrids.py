@@ -231,22 +231,38 @@ def test_returned_cache_is_that_of_plain_generate(family):
                     torch.testing.assert_close(getattr(mine, name)[index], states, atol=2e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("family", KINDS)
-def test_a_cache_of_the_caller_is_left_to_plain_generate(family):
+@pytest.mark.parametrize("num_more", [1, 3])
+@pytest.mark.parametrize("family", ["Lfm2", "Qwen3Next", "NemotronH", "FalconH1"])
+def test_a_second_turn_is_identical(family, num_more):
+    """On a cache of plain `generate` and on one of ours, and a third turn on what that leaves."""
+    prompts, draft = make_prompts(1), make_draft(make_model("llama", seed=5), 4)
+    ours, theirs = (
+        drafted(family, prompts, assistant_model=draft),
+        plain(family, prompts, return_dict_in_generate=True),
+    )
+    name = "cache" if "cache" in theirs else "past_key_values"
+    for _ in range(2):
+        more = torch.randint(3, 99, (1, num_more - 1))
+        ids = torch.cat([theirs.sequences, more], dim=1)
+        assert torch.equal(ours.sequences, theirs.sequences)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        theirs = plain(family, inputs, **{name: theirs[name]}, return_dict_in_generate=True)
+        right = make_scripted_draft(theirs.sequences.tolist(), 2, 4)
+        ours = drafted(family, inputs, **{name: ours[name]}, assistant_model=right)
+        assert ours.stats.loop == "own"
+    assert torch.equal(ours.sequences, theirs.sequences)
+
+
+def test_a_cache_without_keys_is_left_to_plain_generate():
+    """It does not tell how much of the text is in it."""
     prompts = make_prompts(1)
-    first = plain(family, prompts, return_dict_in_generate=True)
+    first, again = (plain("Mamba2", prompts, return_dict_in_generate=True) for _ in range(2))
     name = "cache" if "cache" in first else "past_key_values"
-    more = torch.cat([first.sequences, torch.tensor([[7, 8, 9]])], dim=1)
-    expected = plain(family, {"input_ids": more}, **{name: first[name]})
-    again = plain(family, prompts, return_dict_in_generate=True)
+    more = {"input_ids": torch.cat([first.sequences, torch.tensor([[7]])], dim=1)}
+    expected = plain("Mamba2", more, **{name: first[name]})
 
     with pytest.warns(UserWarning, match="cannot be taken over"):
-        got = drafted(
-            family,
-            {"input_ids": more},
-            **{name: again[name]},
-            assistant_model=make_draft(make_model("llama", seed=5), 4),
-        )
+        got = drafted("Mamba2", more, **{name: again[name]}, assistant_model=make_draft(make_model("llama"), 4))
 
     assert torch.equal(got.sequences, expected)
 

@@ -227,6 +227,8 @@ class SlotCache(Cache):
     def load(self, cache: DynamicCache, positions: torch.Tensor) -> None:
         """Take over an earlier call's entries, whose columns have `positions` `[B, length]`, negative for padding."""
         for layer, source in zip(self.layers, cache.layers, strict=True):
+            if not isinstance(layer, SlotLayer):
+                continue
             # A sliding layer keeps only its last columns; no later query sees the others.
             kept = source.keys.shape[-2]
             if kept:

@@ -236,7 +236,8 @@ class PardGenerationMixin(GenerationMixin):
         if no_draft is None and no_slots is None:
             return self._own_loop(input_ids, draft, mask, prepared, model_kwargs)
         prepared["synced_gpus"] = synced_gpus
-        no_draft = no_draft or unsupported_by_stock_loop(self)
+        if not self._is_stateful:
+            no_draft = no_draft or unsupported_by_stock_loop(self)
         stock_is_exact = (
             no_draft is None
             and not self._is_stateful

@@ -29,7 +29,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from ..host import EMPTY_LAYERS, PLAIN_LAYERS, cache_layers, uses_attention_interface
+from ..host import EMPTY_LAYERS, PLAIN_LAYERS, cache_layers, cached_columns, uses_attention_interface
 from .cache import SlotCache, SlotLayer, Slots
 
 STATE_LAYERS = (LinearAttentionLayer, LinearAttentionAndFullAttentionLayer)
@@ -194,6 +194,13 @@ class StateLayer(LinearAttentionCacheLayerMixin):
     def copy_rows(self, other: Any, ours: torch.Tensor, theirs: torch.Tensor) -> None:
         self.copy_states(other, ours, theirs)
 
+    def take_over(self, layer: Any) -> None:
+        """Copy the states of a layer of transformers."""
+        conv, recurrent = layer.conv_states[0], layer.recurrent_states[0]
+        # One that recorded its past has more columns.
+        self.conv = None if conv is None else conv[..., -layer.conv_kernel_size[0] :].clone()
+        self.recurrent = None if recurrent is None else recurrent.clone()
+
     def copy_to(self, layer: Any) -> None:
         """Give an empty layer of transformers these states."""
         if self.conv is not None:
@@ -230,6 +237,8 @@ class HybridCache(SlotCache):
         self.num_slots = num_slots
         # Whether the next forward begins with tokens of the prompt.
         self.reads_prompt = True
+        # Whether the next forward is the first after an earlier call's cache.
+        self.is_taken_over = False
         self.slots = Slots(num_slots, num_slots, len(kinds), is_static=False, is_contiguous=is_contiguous)
         Cache.__init__(self, layers=[layer_like(kind, self.slots) for kind in kinds])
 
@@ -246,7 +255,11 @@ class HybridCache(SlotCache):
 
     def begin(self, positions: torch.Tensor, num_open: int) -> None:
         """Tell the layers what the next forward reads; its last `num_open` queries may be rejected or read again."""
-        num_prompt = positions.shape[1] - num_open + 1 if self.reads_prompt else 0
+        num_sure = positions.shape[1] - num_open
+        if self.is_taken_over and num_sure == 0:  # To plain `generate`, one new token is no prompt.
+            self.reads_prompt = False
+        self.is_taken_over = False
+        num_prompt = num_sure + 1 if self.reads_prompt else 0
         for layer in self.state_layers:
             layer.block, layer.window, layer.advance = Block(positions, num_open, num_prompt), None, None
 
@@ -276,8 +289,15 @@ class HybridCache(SlotCache):
             if not isinstance(layer, EMPTY_LAYERS):
                 layer.copy_rows(source, *index)
 
+    def load(self, cache: DynamicCache, positions: torch.Tensor) -> None:
+        super().load(cache, positions)
+        self.is_taken_over = True
+        for layer, theirs in zip(self.layers, cache.layers, strict=True):
+            if isinstance(layer, StateLayer):
+                layer.take_over(theirs)
+
     def append_to(self, cache: DynamicCache, positions: torch.Tensor) -> None:
-        """Give an empty cache of columns the entries at `positions` `[B, length]`, and the states after the last."""
+        """Give a cache of columns the entries at `positions` `[B, length]`, and the states after the last."""
         self.commit(positions[:, -1] + 1)
         super().append_to(cache, positions)
         for layer, theirs in zip(self.layers, cache.layers, strict=True):
@@ -389,6 +409,21 @@ def cache_for(model: PreTrainedModel, num_slots: int) -> SlotCache:
         return SlotCache.of(model, num_slots)
     install(model)
     return HybridCache(model.config, num_slots, is_contiguous=not uses_attention_interface(model))
+
+
+def can_take_over(config: PreTrainedConfig, past: Cache, mask: torch.Tensor) -> bool:
+    """Return whether the states of a caller's cache are those of the text under a 2-D mask `[B, length]`.
+
+    The text must go on without padding, which plain `generate` lets into states; and keys must tell its length.
+    """
+    kinds = cache_layers(config)
+    if [type(layer) for layer in past.layers] != [type(kind) for kind in kinds]:
+        return False
+    num_past = cached_columns(past)
+    has_states = any(
+        any(layer.has_previous_state.values()) for layer in past.layers if isinstance(layer, STATE_LAYERS)
+    )
+    return has_states == (num_past > 0) and (num_past == 0 or bool(mask[:, num_past:].all()))
 
 
 def unsupported_states(config: PreTrainedConfig) -> str | None:

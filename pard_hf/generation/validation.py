@@ -41,7 +41,7 @@ from ..host import (
 from .batch import CachedModel
 from .cache import SlotCache, attention_windows
 from .config import CALL_ARGUMENTS, text_sources
-from .recurrent import HybridCache, cache_for, is_hybrid, unsupported_states
+from .recurrent import HybridCache, cache_for, can_take_over, is_hybrid, unsupported_states
 from .schedule import check_schedule
 
 # Vocabularies of one family are padded to multiples of 64 to 1024 rows; a larger difference is another tokenizer.
@@ -256,7 +256,9 @@ def unsupported_by_states(model: PreTrainedModel) -> str | None:
     Whether a forward over several tokens goes on from a state is not written anywhere, so it is tried, once a model.
     """
     if not is_hybrid(model.config):
-        return "It keeps a state in its own code"
+        layers = cache_layers(model.config.get_text_config())
+        kinds = sorted({type(layer).__name__ for layer in layers if type(layer) not in PLAIN_LAYERS})
+        return f"It keeps what no slot can hold ({', '.join(kinds)})" if kinds else "It keeps a state in its own code"
     if (reason := unsupported_states(model.config)) is not None:
         return reason
     if not passes(model, states_passed, logits_over_states):
@@ -297,7 +299,11 @@ def unsupported_by_own_loop(
     if other:
         return f"Model arguments {sorted(other)} are passed on by the stock loop only"
     past = cache_in(model_kwargs)
-    is_readable = type(past) is DynamicCache and all(type(layer) in PLAIN_LAYERS for layer in past.layers)
+    is_readable = type(past) is DynamicCache and (
+        can_take_over(target.config, past, mask)
+        if is_hybrid(target.config)
+        else all(type(layer) in PLAIN_LAYERS for layer in past.layers)
+    )
     if is_callers(past) and not is_readable:  # Entries are copied column by column.
         return f"A `{type(past).__name__}` cannot be taken over"
     if not has_usual_positions(mask, model_kwargs.get("position_ids")):
