@@ -1,5 +1,6 @@
 """Targets with recurrent and convolution layers: the text of plain `generate`, in rounds of one forward."""
 
+import copy
 import functools
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import Cache
 from pard_hf import with_pard, without_pard
 from pard_hf.generation import batch as batch_module
 from pard_hf.generation.recurrent import HybridCache
+from pard_hf.host import CACHE_NAMES, forward_parameters
 
 pytestmark = pytest.mark.skipif(not hasattr(Cache, "get_conv_state"), reason="no interface for states")
 
@@ -42,7 +44,10 @@ def made(family):
     """A tiny target whose text varies, to be left as it is."""
     if f"{family}Config" not in families():
         pytest.skip(f"transformers has no {family} yet")
-    return placed(varied_model(families()[f"{family}Config"]))
+    model = varied_model(families()[f"{family}Config"])
+    if forward_parameters(model).isdisjoint(CACHE_NAMES):
+        pytest.skip(f"{family} takes its cache under a name of its own")
+    return placed(model)
 
 
 def plain(family, prompts, **arguments):
@@ -324,3 +329,24 @@ def test_rejected_tokens_leave_no_trace_in_a_state():
                     torch.testing.assert_close(logits[row, : right[row]], whole, atol=2e-4, rtol=1e-3)
             lengths = lengths + right
             cached.cache.commit(lengths)
+
+
+@pytest.mark.parametrize("chunk", [4, 4096])
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_step_sizes_are_limited_in_prompts_only(batch_size, chunk, monkeypatch):
+    """As in plain `generate`, whose functions for one token know no limit."""
+    monkeypatch.setattr(batch_module, "PREFILL_CHUNK", chunk)
+    target, prompts = copy.deepcopy(made("NemotronH")), make_prompts(batch_size)
+    unlimited = plain("NemotronH", prompts)
+    for module in target.modules():
+        if hasattr(module, "time_step_limit"):
+            module.time_step_limit = (2.0, float("inf"))
+    expected = target.generate(**prompts, do_sample=False, max_new_tokens=NEW_TOKENS)
+    assert not torch.equal(expected, unlimited)
+
+    for draft in drafts(prompts, expected, 4):
+        got = with_pard(target).generate(
+            **prompts, do_sample=False, max_new_tokens=NEW_TOKENS, assistant_model=draft, return_dict_in_generate=True
+        )
+        assert torch.equal(got.sequences, expected)
+        assert got.stats.loop == "own"

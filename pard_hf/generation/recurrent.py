@@ -237,6 +237,8 @@ class HybridCache(SlotCache):
         self.num_slots = num_slots
         # Whether the next forward begins with tokens of the prompt.
         self.reads_prompt = True
+        # Whether every token is the prompt's, as in a plain forward.
+        self.is_all_prompt = False
         # Whether the next forward is the first after an earlier call's cache.
         self.is_taken_over = False
         self.slots = Slots(num_slots, num_slots, len(kinds), is_static=False, is_contiguous=is_contiguous)
@@ -260,6 +262,8 @@ class HybridCache(SlotCache):
             self.reads_prompt = False
         self.is_taken_over = False
         num_prompt = num_sure + 1 if self.reads_prompt else 0
+        if self.is_all_prompt:
+            num_prompt = positions.shape[1]
         for layer in self.state_layers:
             layer.block, layer.window, layer.advance = Block(positions, num_open, num_prompt), None, None
 

@@ -419,6 +419,7 @@ def logits_over_states(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tenso
     """Compute logits after the first tokens over our cache, once a block of them was rejected in part."""
     cache = cache_for(model, NUM_SLOTS)
     assert isinstance(cache, HybridCache)
+    cache.is_all_prompt = True
     cached, positions = CachedModel(model, cache), torch.arange(NUM_TOKENS, device=ids.device).unsqueeze(0)
     wrong = torch.cat([ids[:, :NUM_FIRST], ids[:, NUM_FIRST:].flip(1)], dim=1)
     cached.forward(positions, NUM_SLOTS, NUM_TOKENS - 2, input_ids=wrong)
