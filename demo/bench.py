@@ -19,7 +19,7 @@ from pard_hf.loading import Pair
 
 from .html import message, table
 from .job import Job
-from .pairs import BUNDLED, PairName, PairShelf
+from .pairs import BUNDLED, NAMED, SMOLLM2, PairName, PairShelf
 from .settings import Settings, whole
 
 MOST_PROMPTS = 32
@@ -70,7 +70,10 @@ class BenchJob(Job):
             *("--routes", ",".join(routes)),
         ]
         models: tuple[str, str] | tuple[()] = ()
-        if name.kind != BUNDLED:
+        if name.kind == SMOLLM2:
+            models = NAMED[SMOLLM2], NAMED[SMOLLM2]
+            words += [f"--pair={NAMED[SMOLLM2]}"]
+        elif name.kind != BUNDLED:
             models = name.target, name.draft or known_draft_for(pair.target).name
             words += [f"--{role}={model}" for role, model in zip(("target", "draft"), models, strict=True)]
         self.sets = dict([load_prompts(prompts)])

@@ -1,4 +1,4 @@
-"""Pairs by name: the bundled one, folders below a start folder, Hub ids. The last few stay loaded."""
+"""Pairs by name: SmolLM2 and the bundled one, folders below a start folder, Hub ids. The last few stay loaded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from huggingface_hub import is_offline_mode, snapshot_download
 from tqdm.auto import tqdm
@@ -16,13 +16,15 @@ from tqdm.auto import tqdm
 from pard_hf.draft.known_drafts import known_draft_for
 from pard_hf.generation.validation import check_pair
 from pard_hf.hub.checkpoint import DRAFT_FILES
-from pard_hf.loading import Pair, PairPaths, bundled_pair, load_pair
+from pard_hf.loading import Pair, PairPaths, load_pair, named_pair
 
 from .job import DEVICE, TICK_SECONDS
 from .room import check_disk, check_memory
 
-BUNDLED, FOLDER, HUB = "bundled pair", "local folder", "Hub id"
-KINDS = (BUNDLED, FOLDER, HUB)
+BUNDLED, SMOLLM2, FOLDER, HUB = "bundled pair", "SmolLM2", "local folder", "Hub id"
+KINDS = (BUNDLED, SMOLLM2, FOLDER, HUB)
+# What `pard` calls them on its command line.
+NAMED: dict[str, Literal["smollm2", "bundled"]] = {BUNDLED: "bundled", SMOLLM2: "smollm2"}
 MOST_LOADED = 2
 MOST_NAME_CHARACTERS = 200
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -40,8 +42,8 @@ class PairName(NamedTuple):
         """A name from what a page sent, or a `ValueError`; a draft may be left out for a target of the Hub."""
         if kind not in KINDS:
             raise ValueError(f"Expected models from one of {', '.join(KINDS)}, got {kind!r}. Choose one of these.")
-        if kind == BUNDLED:
-            return cls()
+        if kind in NAMED:
+            return cls(kind)
         target, draft = str(target or "").strip(), str(draft or "").strip()
         for text in (target, draft):
             if len(text) > MOST_NAME_CHARACTERS or not text.isprintable():
@@ -55,7 +57,7 @@ class PairName(NamedTuple):
         return cls(kind, target, draft)
 
     def __str__(self) -> str:
-        return self.kind if self.kind == BUNDLED else f"{self.target} with {self.draft or 'its known draft'}"
+        return self.kind if self.kind in NAMED else f"{self.target} with {self.draft or 'its known draft'}"
 
 
 class PairShelf:
@@ -120,8 +122,8 @@ class PairShelf:
 
     def find(self, name: PairName, report: Callable[[str], None]) -> PairPaths:
         """The folders of both models, downloaded if need be."""
-        if name.kind == BUNDLED:
-            return bundled_pair()
+        if name.kind in NAMED:
+            return named_pair(NAMED[name.kind], report)
         report(f"Looking for {name.target} …")
         if name.kind == FOLDER:
             return PairPaths(str(self.local_path(name.target)), str(self.local_path(name.draft)))

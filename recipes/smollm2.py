@@ -28,7 +28,13 @@ from bundled_pair import Muon
 from pard_hf import PardDraftModel, PardTrainer, PardTrainingArguments
 from pard_hf.draft.layers import base_from_layers
 from pard_hf.draft.packaged import WEIGHTS_FILE, save_packaged
-from pard_hf.loading import default_device, smollm2_folder
+from pard_hf.evaluation.acceptance import AcceptanceEvaluator
+from pard_hf.evaluation.prompts import load_prompt_sets
+from pard_hf.hub.model_card import card_source, model_card
+from pard_hf.io import conditions_of, write_whole
+from pard_hf.loading import default_device
+from pard_hf.smollm2 import HUB_ID, smollm2_folder
+from pard_hf.tokens import encode_prompt
 from pard_hf.training.collator import pack_rows
 from pard_hf.training.data import read_rows, tokenize_rows
 from pard_hf.training.token_file import TokenFile, write_token_file
@@ -169,6 +175,22 @@ def probe(args: Any, out: Path) -> None:
     (args.work / f"probe-{best}" / "healed").rename(out)
 
 
+def evaluate(args: Any, draft: Path, out: Path) -> None:
+    """Measure the acceptance of the draft on each prompt set, in chains with its correction head."""
+    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=torch.float32).to(args.device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    rows = {name: found[: args.limit] for name, found in load_prompt_sets(args.prompts).items()}
+    prompts = {name: [encode_prompt(tokenizer, row["prompt"]) for row in found] for name, found in rows.items()}
+    evaluator = AcceptanceEvaluator(target, prompts, max_new_tokens=args.max_new_tokens, batch_size=1)
+    measured = evaluator(PardDraftModel.from_pretrained(draft, dtype=torch.float32).to(args.device))
+    sets = {
+        name: {"acceptance": {**stats.to_dict(), "num_prompts": len(prompts[name])}}
+        for name, stats in measured.items()
+    }
+    result = {**conditions_of(target), "max_new_tokens": args.max_new_tokens, "num_assistant_tokens": NUM_DRAFT_TOKENS}
+    write_whole(out, json.dumps({**result, "sets": sets}, indent=1))
+
+
 def is_done(folder: Path) -> bool:
     return (folder / "log.json").exists()
 
@@ -198,6 +220,9 @@ def main() -> None:
     parser.add_argument("--warm-up", action="store_true", help="run one step before the clock, as a GPU does")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--logging-steps", type=int, default=20)
+    parser.add_argument("--prompts", nargs="+", default=["demo"], help="prompt sets to evaluate on")
+    parser.add_argument("--limit", type=int, default=8, help="prompts of each set")
+    parser.add_argument("--max-new-tokens", type=int, default=96, help="of each answer that is evaluated")
     parser.add_argument("--split-files", type=float, help="write the packaged weights in pieces of so many MB as well")
     args = parser.parse_args()
     args.device = default_device()
@@ -216,6 +241,11 @@ def main() -> None:
     if not is_done(draft):
         train(args, "draft", healed, draft, 1 - HEALING_SHARE - PROBE_SHARE * len(args.probes), choice)
     package(draft, args.work / "packaged", args.split_files)
+    measured = args.work / "evaluation.json"
+    if not measured.exists():
+        evaluate(args, draft, measured)
+    stated = {"license": "apache-2.0", "base_model": HUB_ID, "target": HUB_ID}
+    model_card(card_source(str(draft), [measured], **stated)).save(draft / "README.md")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pard_hf
+from pard_hf import smollm2
 
 ROOT = Path(pard_hf.__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -56,3 +57,9 @@ def command_lines(text: str) -> list[list[str]]:
         pending = ""
     assert not pending, f"a command without an end: {pending}"
     return [command for command in commands if command]
+
+
+def has_smollm2():
+    """Whether SmolLM2 can be had without a network."""
+    folder = Path(smollm2.HF_HOME, "pard_hf", smollm2.NAME)
+    return smollm2.installed_file() is not None or smollm2.damage_of(folder) is None

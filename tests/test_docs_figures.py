@@ -171,6 +171,16 @@ def rows_of_h100():
         yield row(f"`{way}`", *(route["speedup"] for route in routes), f"{same:.0f} of {sum(numbers)}")
 
 
+def rows_of_engines():
+    for file in sorted(RESULTS.glob("engines_*.json")):
+        for name, found in result(file.stem)["sets"].items():
+            shares = (found["same_as_vllm_without_draft"], found["same_as_ours"])
+            counts = (found["num_prompts"], found["vllm"]["num_rounds"], found["ours"]["num_rounds"])
+            number, theirs, own = (str(count) for count in counts)
+            percent = (f"{100 * share:.0f}%" for share in shares)
+            yield row(file.stem.removeprefix("engines_"), f"`{name}`", number, *percent, theirs, own)
+
+
 def rows_published():
     targets = (("Llama 3.1 8B", "A100"), ("Llama 3.3 70B", "H20"), ("Qwen3 8B", "A100"))
     figures = [figure for part in PUBLISHED.values() for figure in part if "V1 engine" in figure["engine"]]
@@ -195,6 +205,7 @@ TABLES = {
     rows_of_lengths_by_source: "docs/sources.md",
     rows_of_copied_shares: "docs/sources.md",
     rows_of_h100: "docs/sources.md",
+    rows_of_engines: "docs/serving.md",
     rows_published: "docs/limits.md",
 }
 

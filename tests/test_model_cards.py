@@ -6,13 +6,23 @@ from pathlib import Path
 
 import pytest
 import yaml
+from documents import has_smollm2
 from families import MASK_TOKEN_ID, make_draft, make_model
 from huggingface_hub import ModelCard
 
 import pard_hf
 from pard_hf.cli import main
 from pard_hf.draft.known_drafts import KNOWN_DRAFTS
-from pard_hf.hub.model_card import PUBLISHED, CardSource, all_names, card_source, draft_card, model_card
+from pard_hf.hub.model_card import (
+    BUNDLED,
+    PUBLISHED,
+    SMOLLM2_DRAFT,
+    CardSource,
+    all_names,
+    card_source,
+    draft_card,
+    model_card,
+)
 
 ROOT = Path(pard_hf.__file__).parent.parent
 CARDS = ROOT / "model_cards"
@@ -32,7 +42,7 @@ def name(request):
 
 def test_there_is_one_card_a_model():
     assert {path.name for path in CARDS.iterdir()} == {committed(name).name for name in all_names()}
-    assert len(all_names()) == len(KNOWN_DRAFTS) + 2
+    assert len(all_names()) == len(KNOWN_DRAFTS) + 3
 
 
 def test_committed_cards_are_what_their_inputs_give(name):
@@ -89,6 +99,15 @@ def test_figures_of_the_bundled_pair_are_in_the_results():
             assert set(re.findall(r"\d+\.\d+", row)) <= known, row
 
 
+def test_figures_of_smollm2s_draft_are_those_of_its_result():
+    known = {f"{figure:.2f}" for figure in figures(json.loads((RESULTS / "draft_smollm2.json").read_text()))}
+    rows = re.findall(r"^\| `\w+` \|.*$", committed(SMOLLM2_DRAFT).read_text(), flags=re.MULTILINE)
+
+    assert len(rows) == 3
+    for row in rows:
+        assert set(re.findall(r"\d+\.\d+", row)) <= known, row
+
+
 @pytest.mark.parametrize("known", KNOWN_DRAFTS, ids=lambda known: known.name)
 def test_figures_of_others_are_marked_as_theirs(known):
     """With source and hardware, below the words that say so; what we did not measure says that."""
@@ -126,12 +145,14 @@ def blocks(text, language):
 
 def test_transformers_snippets_run(name, stand_ins, capsys):
     snippet, engine = blocks(committed(name).read_text(), "python")
+    if name == SMOLLM2_DRAFT and not has_smollm2():
+        pytest.skip("SmolLM2 is not here")
 
     exec(compile(snippet, committed(name).name, "exec"), {})
 
     assert "def fibonacci(n):" in capsys.readouterr().out
     assert "assistant_model=draft" in snippet
-    assert "with_pard(target)" in snippet
+    assert "with_pard(target)" in snippet or "load_pair(" in snippet
     compile(engine, committed(name).name, "exec")
 
 
@@ -143,7 +164,7 @@ def test_engine_snippets_name_draft_and_k(name):
 
     assert config["method"] == "draft_model"
     assert config["parallel_drafting"] is True
-    assert config["num_speculative_tokens"] == (8 if name.startswith("bundled") else 12)
+    assert config["num_speculative_tokens"] == (8 if name in (*BUNDLED, SMOLLM2_DRAFT) else 12)
     served = config["model"]
     assert served == name or f"--output {served}" in shell
     engine = blocks(text, "python")[-1]

@@ -14,7 +14,7 @@ from demo.bench import FIRST_ROUTES, BenchJob, prompt_file, prompt_sets, report
 from demo.chat import MOST_CACHES, Chat, ChatTurn
 from demo.inside import look_at_tree, look_inside
 from demo.job import DEVICE, Job, Stopped
-from demo.pairs import FOLDER, HUB, KINDS, MOST_LOADED, PairName, PairShelf
+from demo.pairs import FOLDER, HUB, KINDS, MOST_LOADED, SMOLLM2, PairName, PairShelf
 from demo.race import Race
 from demo.room import check_disk, check_memory
 from demo.running import MOST_JOBS, RunningJobs
@@ -580,7 +580,10 @@ def test_models_of_two_families_are_refused(folder, pair):
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        (("the moon", "a", "b"), "Expected models from one of bundled pair, local folder, Hub id, got 'the moon'"),
+        (
+            ("the moon", "a", "b"),
+            "Expected models from one of bundled pair, SmolLM2, local folder, Hub id, got 'the moon'",
+        ),
         ((FOLDER, "", "b"), "Expected the local folder of a target, got nothing"),
         ((FOLDER, "a", " "), "Expected the local folder of a draft, got nothing"),
         ((HUB, None, None), "Expected the Hub id of a target, got nothing"),
@@ -597,6 +600,8 @@ def test_names_are_refused_in_words(values, sentence):
 
 def test_names_are_trimmed():
     assert PairName.checked(KINDS[0], "ignored", "too") == PairName()
+    assert PairName.checked(SMOLLM2, "ignored", "too") == PairName(SMOLLM2)
+    assert str(PairName(SMOLLM2)) == "SmolLM2"
     assert PairName.checked(HUB, " a/b ", "") == PairName(HUB, "a/b", "")
 
 
@@ -684,6 +689,13 @@ def test_a_benchmark_ends_where_it_is_stopped(pair):
 def test_a_benchmark_needs_a_route(pair):
     with pytest.raises(ValueError, match="Expected routes among ar, .* got 'no route'"):
         BenchJob(pair, PairName(), "demo", (), 1, 1, Settings())
+
+
+def test_a_named_pair_is_named_in_the_command(pair):
+    result = BenchJob(pair, PairName(SMOLLM2), "demo", ("ar",), 1, 1, Settings()).result
+
+    assert (result["target"], result["draft"]) == ("smollm2", "smollm2")
+    assert result["command"].endswith("--pair=smollm2")
 
 
 def test_names_are_no_flags(pair):

@@ -25,6 +25,14 @@ DEMO_PROMPTS = (
     "in total?\n",
     "A train travels 60 miles each hour. How many miles does it travel in 4 hours?\n",
 )
+# What a person asks a chat model.
+CHAT_PROMPTS = (
+    "Write a Python function that checks whether a text is a palindrome.",
+    "Write a Python function that finds the largest number of a list, with an example.",
+    "Anna buys 5 apples for $2 each and 4 oranges for $3 each. How much does she pay?",
+    "What is the capital of France, and what is it known for?",
+    "Explain in three sentences why the sky is blue.",
+)
 NAMED_SETS = {"demo": DEMO_PROMPTS}
 HUB_PREFIX = "hub:"
 # Fields that hold the reference answer in common sets.

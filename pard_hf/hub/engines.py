@@ -3,7 +3,8 @@
 Read in the source of vLLM 0.16.0, 0.32.0 and 0.33.0: `v1/spec_decode/` (mask token, M-RoPE, layers),
 `config/speculative.py` (method, vocabulary, `n_predict`), `transformers_utils/config.py` (M-RoPE) and
 `config/model.py` (quantization, positions); and of TensorRT-LLM: `_torch/models/modeling_speculative.py`
-(PARDForCausalLM). Neither engine is run here, and the architectures that they implement are not checked.
+(PARDForCausalLM). `make test-engines` runs vLLM; TensorRT-LLM is not run. The architectures that they implement are
+not checked.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, Literal
 
 from ..draft.mask_token import check_mask_token
 from ..draft.model import OTHER_MASK_KEYS, legacy_rope
+from ..draft.packaged import WEIGHTS_FILE
 from ..host import compare_tokenizers
 from .checkpoint import (
     DRAFT_FILES,
@@ -96,7 +98,7 @@ class Draft:
         parts = (config, inner) if isinstance(inner, dict) else (config,)
         found = [part.get("quantization_config", part.get("compression_config")) for part in parts]
         self.quantization = [quantization_method(part) for part in found if part is not None][:1]
-        self.shapes, self.weight_problem = tried(tensor_shapes, folder)
+        self.shapes, self.weight_problem = tried(engine_shapes, folder)
         self.rows: dict[str, int | None] = {}  # Of embedding and LM head, by the names of their tensors.
         self.model_problem = None
         if self.shapes and self.vocab_size:
@@ -115,6 +117,16 @@ def tried(read: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
         return read(*arguments), None
     except ValueError as error:
         return None, str(error)
+
+
+def engine_shapes(folder: Path) -> dict[str, list[int]]:
+    """Read the shapes of a checkpoint's tensors; raise a `ValueError` for the small form, which no engine reads."""
+    if (folder / WEIGHTS_FILE).is_file():
+        raise ValueError(
+            f"{WEIGHTS_FILE} holds the draft in 8 bit, without what it shares with its target, as only this package "
+            "reads it: run `pard export --target …`, which writes it whole."
+        )
+    return tensor_shapes(folder)
 
 
 def nested_mask_token(draft: Draft) -> str | None:

@@ -8,8 +8,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from ..draft.model import PardDraftModel
+from ..draft.packaged import WEIGHTS_FILE, load_packaged
 from .checkpoint import (
     DRAFT_FILES,
     TARGET_FILES,
@@ -58,8 +60,9 @@ def export_draft(
     if target is not None and pad_vocab_to is not None:
         raise ValueError("Expected a target or a number of rows to pad to, not both: the target's config gives it.")
     folder = local_folder(draft, DRAFT_FILES)
-    target_folder = None if target is None else local_folder(target, TARGET_FILES)
-    model = load_draft(folder)
+    is_packaged = (folder / WEIGHTS_FILE).is_file()
+    target_folder = None if target is None else local_folder(target, DRAFT_FILES if is_packaged else TARGET_FILES)
+    model = whole_draft(folder, target_folder) if is_packaged else load_draft(folder)
     tokenizer_folder = target_folder if target_folder and not tokenizer_files(folder) else folder
     if target_folder is not None:
         fit_vocabulary(model, vocab_size(read_json(target_folder, "config.json")), tokenizer_folder)
@@ -81,6 +84,14 @@ def export_draft(
             output.rmdir()
         written.rename(output)
     return output
+
+
+def whole_draft(folder: Path, target_folder: Path | None) -> PardDraftModel:
+    """Load a draft in the small form, with the embedding and LM head of its target."""
+    if target_folder is None:
+        raise ValueError("Expected the target of this draft, whose embedding it shares, got none. Pass `--target`.")
+    target = AutoModelForCausalLM.from_pretrained(target_folder, dtype="auto", trust_remote_code=False)
+    return load_packaged(folder, target)
 
 
 def load_draft(folder: Path) -> PardDraftModel:

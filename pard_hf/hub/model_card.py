@@ -19,7 +19,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..draft.addons import CORRECTION_HEAD, SETTINGS_FILE
 from ..draft.known_drafts import KNOWN_DRAFTS, KnownDraft
 from ..draft.model import DEFAULT_NUM_ASSISTANT_TOKENS, TAGS, UNNAMED_DRAFT
-from ..loading import bundled_pair
+from ..draft.packaged import SCALE
+from ..loading import BUNDLED as BUNDLED_FOLDER
+from ..loading import SMOLLM2, bundled_pair
+from ..smollm2 import HUB_ID as HUB_TARGET
 from .checkpoint import local_folder, read_json, tensor_shapes, text_config
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -28,6 +31,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 PLACEHOLDER = "YOUR-TARGET"
 HEAD_FILE = f"{CORRECTION_HEAD}/{SETTINGS_FILE}"
 BUNDLED = ("bundled-draft", "bundled-target")
+SMOLLM2_DRAFT = "smollm2-draft"
 CARD_FILES = ("config.json", "generation_config.json", "provenance.json", "README.md", HEAD_FILE)
 # Metadata that no other file holds, kept when a card is rendered again.
 STATED = ("license", "license_name", "license_link", "language", "datasets", "base_model")
@@ -40,6 +44,13 @@ ROUTES = {
     "tier2_compiled": "our loop, compiled",
     "adaptive": "our loop, adaptive K",
     "adaptive_compiled": "our loop, adaptive K, compiled",
+}
+# Of results that compare what proposes: chains of the draft, trees, and with the text.
+SOURCE_ROUTES = {
+    "tier2": "chain",
+    "head": "chain, correction head",
+    "tree_head 32": "tree of 32, correction head",
+    "every_source 32": "tree of 32, draft, head and text",
 }
 PARD_ROUTES = ("tier2", "tier2_compiled", "tier1", "adaptive", "adaptive_compiled")
 
@@ -66,11 +77,12 @@ class CardSource:
     target: str | None = None
     is_target: bool = False
     is_bundled: bool = False
+    is_packaged: bool = False
 
 
 def all_names() -> list[str]:
     """Name every model that has a card in this repository."""
-    return [*(draft.name for draft in KNOWN_DRAFTS), *BUNDLED]
+    return [*(draft.name for draft in KNOWN_DRAFTS), *BUNDLED, SMOLLM2_DRAFT]
 
 
 def card_source(name: str, results: Sequence[str | Path] = (), **stated: Any) -> CardSource:
@@ -78,7 +90,8 @@ def card_source(name: str, results: Sequence[str | Path] = (), **stated: Any) ->
 
     Args:
         name (`str`):
-            `bundled-draft`, `bundled-target`, a known draft (which is not downloaded), a folder, or a Hub id.
+            `bundled-draft`, `bundled-target`, `smollm2-draft`, a known draft (which is not downloaded), a folder, or a
+            Hub id.
         results (`Sequence[str]`, *optional*):
             Result files, and folders, of which the files about the checkpoint are read.
         stated:
@@ -98,6 +111,10 @@ def card_source(name: str, results: Sequence[str | Path] = (), **stated: Any) ->
         folder = folder if name == "bundled-target" else drafting
         about, shown, measured = folder.parent, name, "bundled"  # The pair has one README and one set of results.
         fields |= {"is_bundled": True, "is_target": folder != drafting, "target": "the bundled target"}
+    elif name == SMOLLM2_DRAFT:
+        folder = drafting = about = BUNDLED_FOLDER / SMOLLM2
+        shown, measured = name, SMOLLM2
+        fields |= {"is_packaged": True, "target": HUB_TARGET}
     else:
         folder = drafting = about = local_folder(name, CARD_FILES)
         shown = measured = Path(name).resolve().name if Path(name).is_dir() else name
@@ -106,13 +123,19 @@ def card_source(name: str, results: Sequence[str | Path] = (), **stated: Any) ->
         name=shown,
         config=read_json(folder, "config.json"),
         num_assistant_tokens=read_json(drafting, "generation_config.json", {}).get("num_assistant_tokens"),
-        num_parameters=sum(map(prod, shapes.values())) or None,
-        correction_head=read_json(folder, HEAD_FILE, {}),
+        num_parameters=sum(prod(shape) for key, shape in shapes.items() if not key.endswith(SCALE)) or None,
+        correction_head=read_json(folder, HEAD_FILE, {}) or packaged_head(shapes),
         provenance=read_json(folder, "provenance.json", {}),
         results=load_results(results, measured),
         metadata={**stated_in(about / "README.md"), **metadata},
         **fields,
     )
+
+
+def packaged_head(shapes: dict[str, list[int]]) -> dict[str, Any]:
+    """Describe the correction head among the weights of a draft in the small form; empty without one."""
+    gate = shapes.get(f"{CORRECTION_HEAD}.gate.weight")
+    return {} if gate is None else {"rank": gate[0]}
 
 
 def stated_in(card: Path) -> dict[str, Any]:
@@ -141,12 +164,14 @@ def load_result(path: Path) -> dict[str, Any]:
 
 
 def is_about(result: dict[str, Any], name: str) -> bool:
-    """Return whether a result is about a checkpoint: by its `draft`, else by its file name (`bundled_pair.json`).
+    """Return whether a result is about a checkpoint: by its `draft`, else by its file name.
 
-    Results with random layers added (`scale`) are not.
+    `bundled_pair.json` is about the bundled pair, `draft_smollm2.json` about the draft of SmolLM2; results with random
+    layers added (`scale`) are about neither.
     """
     is_measurement = not result.get("scale") and ("cells" in result or "sets" in result)
-    return is_measurement and bool(result.get("draft", result["file"].split("_")[0]) == name)
+    named = result.get("draft", result["file"].split("_")[0])
+    return is_measurement and (named == name or result["file"] == f"draft_{name}.json")
 
 
 def draft_card(provenance: dict[str, Any]) -> str:
@@ -253,6 +278,9 @@ def acceptance_length(routes: dict[str, dict[str, Any]]) -> float | None:
 
 
 def acceptance_table(sets: dict[str, Any], num_drafts: int | None) -> list[list[str]]:
+    """Tabulate acceptance over prompt sets, one row a set."""
+    if any("routes" in measured for measured in sets.values()):
+        return source_table(sets, num_drafts)
     rows = [["prompts", "number", "K", "τ", "α", "acceptance of positions 1, 2, …", "identical"]]
     for name, measured in sets.items():
         found = measured["acceptance"]
@@ -260,6 +288,21 @@ def acceptance_table(sets: dict[str, Any], num_drafts: int | None) -> list[list[
         length, rate = f"{found['acceptance_length']:.2f}", formatted(found.get("acceptance_rate"), ".2f")
         number, identical = str(found["num_prompts"]), formatted(found.get("identical_share"), ".0%")
         rows.append([f"`{name}`", number, formatted(num_drafts, "d"), length, rate, shares, identical])
+    return rows
+
+
+def source_table(sets: dict[str, Any], num_drafts: int | None) -> list[list[str]]:
+    """Tabulate τ of what proposes, one row a prompt set."""
+    names = [name for name in SOURCE_ROUTES if any(name in measured["routes"] for measured in sets.values())]
+    titles = [f"τ, {SOURCE_ROUTES[name]}" for name in names]
+    rows = [["prompts", "number", "K", *titles, "repeated 4-grams", "identical"]]
+    for prompts, measured in sets.items():
+        routes = measured["routes"]
+        lengths = [formatted(routes.get(name, {}).get("acceptance_length"), ".2f") for name in names]
+        identical = min(routes[name]["identical_share"] for name in names if name in routes)
+        repeated = formatted(measured.get("repeated_4gram_share"), ".2f")
+        number = [str(measured["num_prompts"]), formatted(num_drafts, "d")]
+        rows.append([f"`{prompts}`", *number, *lengths, repeated, f"{identical:.0%}"])
     return rows
 
 
@@ -284,6 +327,12 @@ def evaluation_results(result: dict[str, Any]) -> Iterator[EvalResult]:
                 yield evaluation_result(cell["prompts"], "speedup", title, routes[name]["speedup"], settings)
     settings = {"num_assistant_tokens": result.get("num_assistant_tokens"), **conditions}
     for name, measured in result.get("sets", {}).items():
+        for route, title in SOURCE_ROUTES.items():
+            if (found := measured.get("routes", {}).get(route)) is not None:
+                length = found["acceptance_length"]
+                yield evaluation_result(name, "acceptance_length", f"Acceptance length, {title}", length, settings)
+        if "acceptance" not in measured:
+            continue
         for metric, title in (("acceptance_length", "Acceptance length"), ("acceptance_rate", "Acceptance rate")):
             if metric in measured["acceptance"]:
                 value = measured["acceptance"][metric]
