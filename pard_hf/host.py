@@ -23,8 +23,9 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     StaticCache,
+    cache_utils,
 )
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 from transformers.utils import logging
 
 NEWEST_TESTED = "5.24"
@@ -54,6 +55,10 @@ CACHE_NAME = next(
 )
 # The layers whose entries follow each other by column.
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+# Layers without any entry, where a version has them.
+EMPTY_LAYERS: tuple[Any, ...] = tuple(
+    vars(cache_utils)[name] for name in ("DummyLayer",) if hasattr(cache_utils, name)
+)
 
 
 def cache_argument(model: PreTrainedModel) -> str:
@@ -87,6 +92,12 @@ def with_cache_renamed(arguments: dict[str, Any]) -> dict[str, Any]:
 def is_callers(past: Any) -> bool:
     """Return whether a cache was passed to `generate()` by its caller."""
     return getattr(past, "_is_user_defined", False)
+
+
+def cached_columns(past: Any) -> int:
+    """Count the tokens whose keys and values are in a cache; 0 without one, or where all its layers keep states."""
+    has_keys = past is not None and any(isinstance(layer, CacheLayerMixin) for layer in past.layers)
+    return past.get_seq_length() if has_keys else 0
 
 
 def is_refused_by_stock_loop(past: Any) -> bool:

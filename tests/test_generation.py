@@ -9,6 +9,8 @@ import pytest
 from device import DEVICE, torch
 from families import make_draft, make_model, make_prompts, make_scripted_draft, make_self_draft, texts_of
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     CompileConfig,
     DynamicCache,
     GenerationConfig,
@@ -523,10 +525,10 @@ def test_padded_vocabulary_works_and_other_vocabularies_do_not():
 
 
 @pytest.mark.parametrize("arguments", [{}, {"do_sample": True, "top_k": 5}])
-def test_hybrid_target_goes_through_the_stock_loop(arguments, tree_size, caplog):
-    """Convolution states have no slots; the cache of transformers can roll them back, one row at a time."""
+def test_target_without_slots_goes_through_the_stock_loop(arguments, tree_size, caplog):
+    """One that counts positions by its cache: that of transformers can be rolled back, one row at a time."""
     warn_once.cache_clear()
-    target, prompts = make_hybrid(), make_prompts(1)
+    target, prompts = make_bloom(), make_prompts(1)
     draft = make_draft(make_model("llama", seed=3))
 
     expected, got = compare(target, draft, prompts, **arguments)
@@ -535,12 +537,12 @@ def test_hybrid_target_goes_through_the_stock_loop(arguments, tree_size, caplog)
     compare(target, draft, prompts, **arguments)
     assert caplog.text.count("a chain is drafted instead of a tree") == (1 if tree_size else 0)  # Once, not each time.
     assert got.stats.loop == "stock"
-    assert "keeps more than keys and values" in got.stats.fallback_reason
+    assert "counts positions by its cache" in got.stats.fallback_reason
     assert torch.equal(got.sequences, expected.sequences)
 
 
 def test_what_no_loop_serves_is_generated_without_the_draft():
-    target, prompts = make_hybrid(), make_prompts(3)
+    target, prompts = make_bloom(), make_prompts(3)
 
     with pytest.warns(UserWarning, match="without the draft") as warned:
         expected, got = compare(target, make_draft(make_model("llama", seed=3)), prompts)
@@ -552,23 +554,11 @@ def test_what_no_loop_serves_is_generated_without_the_draft():
     assert warned[0].filename == __file__
 
 
-def make_hybrid():
-    from transformers import Lfm2Config, Lfm2ForCausalLM
-
+def make_bloom():
+    """A target that counts positions by its cache."""
     torch.manual_seed(0)
-    config = Lfm2Config(
-        vocab_size=100,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        layer_types=["conv", "full_attention"],
-        max_position_embeddings=128,
-        initializer_range=0.2,
-        pad_token_id=0,
-    )
-    target = Lfm2ForCausalLM(config).eval().to(DEVICE)
+    config = BloomConfig(vocab_size=100, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2, pad_token_id=0)
+    target = BloomForCausalLM(config).eval().to(DEVICE)
     target.generation_config.eos_token_id = None
     target.generation_config.pad_token_id = 0
     return target

@@ -22,7 +22,7 @@ from families import (
     make_self_draft,
     placed,
 )
-from test_generation import make_hybrid
+from test_generation import make_bloom
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from pard_hf import PardDraftModel, PardGenerationMixin, host, with_pard, without_pard
@@ -335,8 +335,8 @@ def test_falcon_runs_in_our_loop():
 
 @pytest.mark.parametrize("kind", ["guidance", "own", "prefix_function"])
 def test_processors_with_a_memory_are_never_called_for_refused_tokens(kind):
-    """Convolution states have no slots, and the stock loop asks processors about every proposal."""
-    target = make_hybrid()
+    """The stock loop, which serves models that count positions by their cache, asks them about every proposal."""
+    target = make_bloom()
     arguments = [
         {
             "guidance": {"guidance_scale": 3.0, "negative_prompt_ids": torch.tensor([[5, 6, 7]])},
@@ -371,7 +371,7 @@ class Counting:
 @pytest.mark.parametrize("output_scores", [False, True])
 @pytest.mark.parametrize("warper", [{"top_k": 9}, {"temperature": 0.7, "repetition_penalty": 1.3}], ids=str)
 def test_stock_loop_samples_what_plain_generate_samples(warper, output_scores):
-    target = make_hybrid()
+    target = make_bloom()
     arguments = {"do_sample": True, "output_scores": output_scores, **warper}
     for draft in (make_draft(make_model("llama", seed=3)), make_draft(make_model("llama", seed=4), 2)):
         expected, got = generate_both(target, draft, make_prompts(1), **arguments)
@@ -594,7 +594,7 @@ def test_random_state_after_an_interrupt_in_the_stock_loop_is_that_of_the_emitte
 
         def end(self): ...
 
-    target, streamer, draft = make_hybrid(), Streamer(), make_draft(make_model("llama", seed=3))
+    target, streamer, draft = make_bloom(), Streamer(), make_draft(make_model("llama", seed=3))
     torch.manual_seed(3)
     with pytest.raises(KeyboardInterrupt):
         with_pard(target).generate(

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ..host import cache_argument, forward_parameters, input_device, num_positions
 from .cache import SlotCache
 from .kernels import StreamedLinear, can_stream
+from .recurrent import HybridCache, cache_for, recording
 from .schedule import Choice
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class CachedModel:
         self.is_streamed = not cache.slots.is_static and can_stream(model)  # Compiled steps do without.
         self.device, self.cache_name = input_device(model), cache_argument(model)
         self.takes_num_logits = "logits_to_keep" in forward_parameters(model)
+        self.takes_positions = "position_ids" in forward_parameters(model)
         self.last_position = num_positions(model.config) - 1
         self.is_eager_attention = model.config._attn_implementation == "eager"
 
@@ -78,6 +80,8 @@ class CachedModel:
         With `on_path` the last columns are nodes of a tree; see [`SlotCache.prepare`].
         """
         arguments = self.prepare(positions, num_visible, on_path, inputs)
+        if isinstance(self.cache, HybridCache):
+            self.cache.begin(positions.to(self.device), num_logits)
         if self.takes_num_logits:
             arguments["logits_to_keep"] = num_logits
         logits = self.call(self.model, arguments).logits
@@ -96,6 +100,8 @@ class CachedModel:
 
     def call(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Call a forward, its linear layers streamed where that is faster."""
+        if isinstance(self.cache, HybridCache):
+            forward = recording()(forward)
         if not self.is_streamed:
             return forward(**arguments)
         with StreamedLinear():
@@ -109,20 +115,22 @@ class CachedModel:
         mask: Any = self.cache.prepare(positions, num_visible, None if on_path is None else on_path.to(self.device))
         if self.is_eager_attention:
             mask = additive(mask, self.model.dtype)
-        return {
+        arguments = {
             **{name: tensor.to(self.device) for name, tensor in inputs.items()},
             "attention_mask": mask,
-            # Slots past the end of a row are written but never accepted; a learned position table ends before them.
-            "position_ids": positions.clamp(min=0, max=self.last_position),
             self.cache_name: self.cache,
             "use_cache": True,
         }
+        if self.takes_positions:
+            # Slots past the end of a row are written but never accepted; a learned position table ends before them.
+            arguments["position_ids"] = positions.clamp(min=0, max=self.last_position)
+        return arguments
 
 
 def additive(mask: Any, dtype: torch.dtype) -> Any:
     """Convert a boolean mask, or a dict of them, to the additive form of eager attention."""
     if isinstance(mask, dict):
-        return {name: additive(one, dtype) for name, one in mask.items()}
+        return {name: None if one is None else additive(one, dtype) for name, one in mask.items()}
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
@@ -276,7 +284,7 @@ class Batch:
 
     def new_cache(self, name: str, model: PreTrainedModel, num_slots: int) -> SlotCache:
         if self.compiled is None:
-            return SlotCache.of(model, num_slots)
+            return cache_for(model, num_slots)
         return self.compiled.cache(name, model, len(self), num_slots)
 
     def buffers(self, rows: Rows, draft_size: int) -> Rows:
@@ -330,7 +338,7 @@ class Batch:
 
     def copy_of(self, cache: SlotCache, num_slots: int) -> SlotCache:
         """Copy a cache of the target to a larger one."""
-        copy, every_row = SlotCache.of(self.target.model, num_slots), list(range(len(self)))
+        copy, every_row = cache_for(self.target.model, num_slots), list(range(len(self)))
         copy.copy_rows(cache, every_row, every_row)
         return copy
 
@@ -343,4 +351,14 @@ class Batch:
             end = min(start + PREFILL_CHUNK, width)
             num_visible = max(longest - width + end, 1)  # A chunk of padding alone still attends to one slot.
             model.forward(positions[:, start:end], num_visible, 1, input_ids=ids[:, start:end])
+            if model is self.target:
+                self.commit(reads_prompt=True)
         model.num_unread = 1  # The last token is read again for its logits.
+
+    def commit(self, reads_prompt: bool = False) -> None:
+        """Advance the target's states, if it keeps some, over all known tokens but the last, which is read again."""
+        cache = self.target.cache
+        if isinstance(cache, HybridCache):
+            ends = self.rows.positions(self.rows.lengths.unsqueeze(1) - 1).squeeze(1)
+            cache.commit(ends.to(self.target.device))
+            cache.reads_prompt = reads_prompt

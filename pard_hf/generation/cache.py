@@ -227,6 +227,8 @@ class SlotCache(Cache):
     def load(self, cache: DynamicCache, positions: torch.Tensor) -> None:
         """Take over an earlier call's entries, whose columns have `positions` `[B, length]`, negative for padding."""
         for layer, source in zip(self.layers, cache.layers, strict=True):
+            if not isinstance(layer, SlotLayer):
+                continue
             # A sliding layer keeps only its last columns; no later query sees the others.
             kept = source.keys.shape[-2]
             if kept:
@@ -236,6 +238,8 @@ class SlotCache(Cache):
     def append_to(self, cache: DynamicCache, positions: torch.Tensor) -> None:
         """Append the entries at `positions` `[B, length]`, zeros where negative, to a cache of columns."""
         for index, layer in enumerate(self.layers):
+            if not isinstance(layer, SlotLayer):
+                continue
             columns = positions.to(layer.device)[:, None, :, None]
             states = (layer.by_row(buffer).transpose(1, 2) for buffer in (layer.keys, layer.values))
             gathered = (s.gather(2, columns.clamp(min=0).expand(-1, s.shape[1], -1, s.shape[3])) for s in states)

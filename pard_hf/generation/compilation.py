@@ -25,6 +25,7 @@ from .batch import CachedModel
 from .cache import SlotCache
 from .kernels import MIN_PARAMETERS
 from .layers import Step, after_layers, before_layers, cut_of, run_layer
+from .recurrent import is_hybrid
 from .schedule import Choice, RoundCosts, Schedule
 from .sources import Tables
 from .steps import grow_depth
@@ -347,6 +348,8 @@ def not_compilable_reason(target: PreTrainedModel, draft: PreTrainedModel) -> st
         name, quantizer = type(model).__name__, getattr(model, "hf_quantizer", None)
         devices = {str(device) for device in getattr(model, "hf_device_map", {}).values()}
         is_offloaded = devices & {"cpu", "disk"} and len(devices) > 1 or "disk" in devices
+        if is_hybrid(model.config):
+            return f"`{name}` keeps states, which are no static buffers"
         if not can_compile(model):
             return f"`{name}` cannot be compiled as one graph"
         if is_offloaded or any(parameter.is_meta for parameter in model.parameters()):

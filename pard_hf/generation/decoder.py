@@ -18,7 +18,7 @@ from transformers import Cache, LogitsProcessorList, PreTrainedModel, StoppingCr
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
 from ..draft.model import PardDraftModel
-from ..host import is_callers, pad_token_id
+from ..host import cached_columns, is_callers, pad_token_id
 from .batch import PREFILL_CHUNK, Batch, CachedModel, Rows, to_host
 from .compilation import CompiledSteps
 from .kernels import grouped_attention
@@ -97,7 +97,7 @@ class PardDecoder:
 
     def load_past(self, past: Cache | None) -> None:
         """Take over the target's earlier cache."""
-        num_past = past.get_seq_length() if past is not None else 0
+        num_past = cached_columns(past)
         if num_past:
             self.batch.target.cache.load(past, self.positions[:, :num_past])
             num_cached = (self.positions[:, :num_past] >= 0).sum(-1) - self.batch.rows.offset
@@ -241,6 +241,7 @@ class PardDecoder:
         """Verify the proposals, append what was accepted and begin to copy the outcome to the host."""
         scores = process_positions(self.logits_processor, logits)
         outcome, nodes = self.verify(proposals, scores, choice)
+        self.batch.commit()
         arrived = to_host(outcome)
         self.pending.append((arrived, choice))
         if self.scores is not None or self.logits is not None:
@@ -402,9 +403,10 @@ class PardDecoder:
         if first < last:  # Rows that ended early have not read their last token, nor the padding after it.
             num_columns = self.input_ids.shape[1]
             ids = self.sequences()[:, num_columns + first : num_columns + last]
-            target.forward(new[:, first:], int(new.max()) + 1, 1, input_ids=ids)
+            unread = new >= (rows.offset + rows.lengths - 1).unsqueeze(1)
+            target.forward(new.where(unread, -1)[:, first:], int(new.max()) + 1, 1, input_ids=ids)
         positions = torch.cat([self.positions, new], dim=1)
-        target.cache.append_to(cache, positions[:, cache.get_seq_length() :])
+        target.cache.append_to(cache, positions[:, cached_columns(cache) :])
 
 
 class RatioTestDecoder(PardDecoder):

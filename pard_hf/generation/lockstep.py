@@ -77,6 +77,7 @@ class LockstepDecoder(PardDecoder):
         grown = [len(raw)] * len(self.batch)
         self.num_new += emitted
         self.batch.rows.append(self.columns[:, -len(raw) :], len(raw))
+        self.batch.commit()
         if self.scores is not None or self.logits is not None:
             self.record(torch.stack(processed, dim=1), torch.stack(raw, dim=1), grown)
         self.account(grown, emitted.tolist(), choice)

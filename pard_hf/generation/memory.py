@@ -19,6 +19,7 @@ from ..io import whole_file
 from .batch import cache_size
 from .compilation import CompiledSteps
 from .config import text_sources
+from .recurrent import is_hybrid
 from .sources import MAX_MATCH_LENGTH, Sources, Tables
 
 # Rows of the input embedding that tell one target from another.
@@ -172,6 +173,7 @@ def sources_of(
                 longest_match=longest if "copy" in names else 0,
                 learns_successors="successors" in names,
                 has_draft=draft is not None,
+                branches=not is_hybrid(target.config),
             )
         finally:
             if tables is not kept:

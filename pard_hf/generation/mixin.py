@@ -50,6 +50,7 @@ from .config import (
 from .decoder import PardDecoder, RatioTestDecoder, end_tokens, max_length
 from .lockstep import LockstepDecoder
 from .memory import AssistantMemory, sources_of
+from .recurrent import is_hybrid
 from .sampling import Noise, is_prefix_free, is_stateless
 from .sources import COMPONENTS, accepted_by_source, encode_references
 from .stats import DecodingStats
@@ -181,6 +182,10 @@ class PardGenerationMixin(GenerationMixin):
             check_call_arguments_unused(config, draft, generation_mode)
             return super()._validate_generation_mode(generation_mode, config, generation_mode_kwargs)
         check_mode(self, config, is_drafted)
+        if is_hybrid(self.config) and config.assistant_tree_size:
+            warn_once("A layer with a state reads one path: chains are proposed instead of trees.")
+        if is_hybrid(self.config):
+            config.assistant_tree_size = 0
         check_memory(self, config._assistant_memory)
         if not is_drafted:
             if config.verification == "ratio_test" and config.do_sample:
@@ -231,9 +236,11 @@ class PardGenerationMixin(GenerationMixin):
         if no_draft is None and no_slots is None:
             return self._own_loop(input_ids, draft, mask, prepared, model_kwargs)
         prepared["synced_gpus"] = synced_gpus
-        no_draft = no_draft or unsupported_by_stock_loop(self)
+        if not self._is_stateful:
+            no_draft = no_draft or unsupported_by_stock_loop(self)
         stock_is_exact = (
             no_draft is None
+            and not self._is_stateful
             and len(input_ids) == 1
             and input_ids.shape[1] > 0
             and model_kwargs["use_cache"]

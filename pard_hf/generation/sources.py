@@ -69,6 +69,8 @@ class Sources:
             Further texts to copy from, each ended by -1; -1 alone for none.
         longest_match (`int`):
             Tokens that are compared at most; 0 to copy nothing.
+        branches (`bool`, defaults to `True`):
+            Whether proposals are a tree; else the chain that follows the likeliest token of each depth.
     """
 
     tables: Tables
@@ -76,6 +78,7 @@ class Sources:
     longest_match: int
     learns_successors: bool
     has_draft: bool
+    branches: bool = True
 
 
 def encode_references(texts: Sequence[Any], tokenizer: Any, vocab_size: int) -> torch.Tensor:

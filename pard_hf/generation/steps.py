@@ -82,10 +82,11 @@ def lookup_step(
         draft = None if scores is None else draft_candidates(head, scores, hidden, rows.tokens.device)
         mixture = Mixture(sources.tables, matches, rows.known_last(2), draft)
         depths: Any = range(num_depths) if grow is None else mixture.depths.split(1)
-        levels = [grow_depth(mixture, 0, None, tree_size)]
+        width = tree_size if sources.branches else 1
+        levels = [grow_depth(mixture, 0, None, width)]
         for depth in depths[1:]:
             mixture.follow(depth, levels[-1].tokens, levels[-1].parents)
-            levels.append((grow or grow_depth)(mixture, depth, levels[-1].scores, tree_size))
+            levels.append((grow or grow_depth)(mixture, depth, levels[-1].scores, width))
         tree = best_of_levels(levels, tree_size)
     return Proposals(tree.tokens.clamp(min=0), tree=tree, on_path=ancestors(tree, num_depths))
 

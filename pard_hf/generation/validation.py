@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoTokenizer, DynamicCache, GenerationConfig, PreTrainedModel
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from ..draft.model import PardDraftModel
 from ..host import (
@@ -26,6 +26,7 @@ from ..host import (
     cache_argument,
     cache_in,
     cache_layers,
+    cached_columns,
     check_num_assistant_tokens,
     compare_tokenizers,
     forward_parameters,
@@ -40,6 +41,7 @@ from ..host import (
 from .batch import CachedModel
 from .cache import SlotCache, attention_windows
 from .config import CALL_ARGUMENTS, text_sources
+from .recurrent import HybridCache, cache_for, can_take_over, is_hybrid, unsupported_states
 from .schedule import check_schedule
 
 # Vocabularies of one family are padded to multiples of 64 to 1024 rows; a larger difference is another tokenizer.
@@ -61,12 +63,10 @@ def check_mode(target: PreTrainedModel, generation_config: GenerationConfig, has
         raise ValueError(
             f"Expected a decoder-only target, got the encoder-decoder `{name}`. Generate without {option}."
         )
-    if target._is_stateful:
-        layers = cache_layers(target.config.get_text_config())
-        kinds = sorted({type(layer).__name__ for layer in layers if type(layer) not in PLAIN_LAYERS})
+    if target._is_stateful and (reason := unsupported_by_states(target)):
         raise ValueError(
-            f"Expected a target whose cache can drop rejected tokens, got `{name}`, which keeps a state that no token "
-            f"can be taken out of ({', '.join(kinds) or 'in its own code'}). Generate without {option}."
+            f"Expected a target whose state can be kept at the last accepted token, got `{name}`: {reason}. Generate "
+            f"without {option}."
         )
     if (generation_config.num_beams or 1) > 1:
         raise ValueError(
@@ -107,6 +107,11 @@ def check_pair(
         raise ValueError(
             "Expected a draft that can keep a cache, got one in training mode with gradient checkpointing. Call "
             "`draft.eval()` or `draft.gradient_checkpointing_disable()` first."
+        )
+    if is_hybrid(draft.config):
+        raise ValueError(
+            f"Expected a draft whose layers all attend, got `{type(draft).__name__}`: its mask tokens would stay in "
+            "the state of the others. Use a draft without recurrent or convolution layers."
         )
     check_num_assistant_tokens(num_assistant_tokens, target.config, draft.config)
     if draft in compared.setdefault(target, WeakSet()):
@@ -184,7 +189,7 @@ def check_prompt(
     """Raise a `ValueError` for a prompt that plain decoding would get wrong too, or that does not fit."""
     num_columns, embeds = input_ids.shape[1], model_kwargs.get("inputs_embeds")
     past = cache_in(model_kwargs)
-    num_past = past.get_seq_length() if is_callers(past) else 0
+    num_past = cached_columns(past) if is_callers(past) else 0
     if num_columns == 0 and embeds is None:
         raise ValueError("Expected a prompt of at least one token, got none. Start from the model's `bos_token_id`.")
     if num_columns and embeds is not None:
@@ -245,6 +250,22 @@ def unsupported_by_any_loop(
     return None
 
 
+def unsupported_by_states(model: PreTrainedModel) -> str | None:
+    """Return why the states of a model with recurrent or convolution layers cannot follow the accepted tokens.
+
+    Whether a forward over several tokens goes on from a state is not written anywhere, so it is tried, once a model.
+    """
+    if not is_hybrid(model.config):
+        layers = cache_layers(model.config.get_text_config())
+        kinds = sorted({type(layer).__name__ for layer in layers if type(layer) not in PLAIN_LAYERS})
+        return f"It keeps what no slot can hold ({', '.join(kinds)})" if kinds else "It keeps a state in its own code"
+    if (reason := unsupported_states(model.config)) is not None:
+        return reason
+    if not passes(model, states_passed, logits_over_states):
+        return "Several tokens after a state do not give the logits of a plain forward"
+    return None
+
+
 def smallest_window(model: PreTrainedModel) -> int:
     """Return the smallest sliding window of a model's layers; `sys.maxsize` where all attend to the whole text."""
     layers = cache_layers(model.config.get_text_config())
@@ -278,7 +299,11 @@ def unsupported_by_own_loop(
     if other:
         return f"Model arguments {sorted(other)} are passed on by the stock loop only"
     past = cache_in(model_kwargs)
-    is_readable = type(past) is DynamicCache and all(type(layer) in PLAIN_LAYERS for layer in past.layers)
+    is_readable = type(past) is DynamicCache and (
+        can_take_over(target.config, past, mask)
+        if is_hybrid(target.config)
+        else all(type(layer) in PLAIN_LAYERS for layer in past.layers)
+    )
     if is_callers(past) and not is_readable:  # Entries are copied column by column.
         return f"A `{type(past).__name__}` cannot be taken over"
     if not has_usual_positions(mask, model_kwargs.get("position_ids")):
@@ -296,7 +321,8 @@ def unsupported_by_own_loop(
 def unsupported_by_slots(model: PreTrainedModel) -> str | None:
     """Return why a model cannot decode over a `SlotCache`, by its config and code."""
     name, attention = type(model).__name__, model.config._attn_implementation
-    if "position_ids" not in forward_parameters(model):
+    has_attention = any(isinstance(layer, CacheLayerMixin) for layer in cache_layers(model.config))
+    if "position_ids" not in forward_parameters(model) and has_attention:
         return f"`{name}` takes no `position_ids`: it counts positions by its cache"
     if getattr(model.config, "alibi", False):
         return f"`{name}` attends by distances (ALiBi), which it counts by its cache"
@@ -306,6 +332,8 @@ def unsupported_by_slots(model: PreTrainedModel) -> str | None:
         return f"`{attention}` takes no mask by position"
     if names_cache_layers(type(model.base_model).forward):
         return f"`{name}` handles single layers of its cache"
+    if is_hybrid(model.config):
+        return unsupported_by_states(model)
     try:
         attention_windows(model.config)
     except ValueError as error:
@@ -341,6 +369,8 @@ MAX_DIFFERENCE_16_BIT = 0.3
 # Whether models were found to have the logits of a plain forward over our cache, and in blocks over an ordinary one.
 slots_passed: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 blocks_passed: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+# And whether they were found to go on from the states of our cache.
+states_passed: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
 def passes(model: PreTrainedModel, known: WeakKeyDictionary[PreTrainedModel, bool], logits_of: LogitsOf) -> bool:
@@ -382,6 +412,18 @@ def logits_over_slots(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor
     positions = torch.arange(NUM_TOKENS, device=ids.device).unsqueeze(0)
     cached.forward(positions, NUM_SLOTS, 1, input_ids=ids.flip(1))
     cached.forward(positions[:, :NUM_FIRST], NUM_SLOTS, 1, input_ids=ids[:, :NUM_FIRST])
+    return cached.forward(positions[:, NUM_FIRST:], NUM_SLOTS, NUM_TOKENS - NUM_FIRST, input_ids=ids[:, NUM_FIRST:])
+
+
+def logits_over_states(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Compute logits after the first tokens over our cache, once a block of them was rejected in part."""
+    cache = cache_for(model, NUM_SLOTS)
+    assert isinstance(cache, HybridCache)
+    cache.is_all_prompt = True
+    cached, positions = CachedModel(model, cache), torch.arange(NUM_TOKENS, device=ids.device).unsqueeze(0)
+    wrong = torch.cat([ids[:, :NUM_FIRST], ids[:, NUM_FIRST:].flip(1)], dim=1)
+    cached.forward(positions, NUM_SLOTS, NUM_TOKENS - 2, input_ids=wrong)
+    cache.commit(positions[:, NUM_FIRST])
     return cached.forward(positions[:, NUM_FIRST:], NUM_SLOTS, NUM_TOKENS - NUM_FIRST, input_ids=ids[:, NUM_FIRST:])
 
 
