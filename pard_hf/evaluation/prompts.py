@@ -31,7 +31,7 @@ CHAT_PROMPTS = (
     "Write a Python function that finds the largest number of a list, with an example.",
     "Anna buys 5 apples for $2 each and 4 oranges for $3 each. How much does she pay?",
     "What is the capital of France, and what is it known for?",
-    "Explain in three sentences why the sky is blue.",
+    "A box holds 12 pencils. Tom has 7 boxes and gives 20 pencils away. How many are left?",
 )
 NAMED_SETS = {"demo": DEMO_PROMPTS}
 HUB_PREFIX = "hub:"
