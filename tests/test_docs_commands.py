@@ -105,8 +105,9 @@ class Workplace:
         assert set(targets) <= TARGETS_OF_MAKE
 
     def run_pip(self, verb, requirement):
-        name, extras = re.fullmatch(r"([\w-]+)(?:\[([\w,]+)\])?", requirement).groups()
-        assert (verb, name) == ("install", PYPROJECT["project"]["name"])
+        name, extras = re.fullmatch(r"([\w-]+|\.)(?:\[([\w,]+)\])?", requirement).groups()
+        assert verb == "install"
+        assert name in (".", PYPROJECT["project"]["name"])
         assert set(extras.split(",") if extras else []) <= PYPROJECT["project"]["optional-dependencies"].keys()
 
     def run_vllm(self, verb, target, flag, settings):

@@ -18,8 +18,8 @@ SETS = ("heldout_code_functions", "gsm8k_test")
 SOURCE_SETS = ("humaneval", "gsm8k_test", "mt_bench", "copy: heldout_code_functions")
 # Decimals that are no measurements: versions, papers, sizes. Defaults of flags are asked of the parser.
 NAMES = re.compile(
-    r"Qwen2\.5(-\d\.\d)?|Llama \d\.\d|0\.16 to 0\.33|vLLM 0\.16\.0|Version 0\.16|arXiv \d{4}\.\d{5}|\d\.\d+ B\b"
-    r"|\]\([^)]*\)"
+    r"Qwen\d\.5(-\d\.\d)?|Llama \d\.\d|transformers 5\.\d+|0\.16 to 0\.33|vLLM 0\.16\.0|Version 0\.16"
+    r"|arXiv \d{4}\.\d{5}|\d\.\d+ B\b|\]\([^)]*\)"
 )
 
 
