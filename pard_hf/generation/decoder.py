@@ -23,6 +23,7 @@ from .batch import PREFILL_CHUNK, Batch, CachedModel, Rows, to_host
 from .compilation import CompiledSteps
 from .kernels import grouped_attention
 from .layers import Step
+from .recurrent import HybridCache
 from .sampling import Noise, process_positions, verify_ratio_test
 from .schedule import Choice, Schedule
 from .sources import COMPONENTS, Sources, accepted_by_source
@@ -403,8 +404,10 @@ class PardDecoder:
         if first < last:  # Rows that ended early have not read their last token, nor the padding after it.
             num_columns = self.input_ids.shape[1]
             ids = self.sequences()[:, num_columns + first : num_columns + last]
-            unread = new >= (rows.offset + rows.lengths - 1).unsqueeze(1)
-            target.forward(new.where(unread, -1)[:, first:], int(new.max()) + 1, 1, input_ids=ids)
+            reread = new
+            if isinstance(target.cache, HybridCache):  # A slot may be written twice, a state may not.
+                reread = new.where(new >= (rows.offset + rows.lengths - 1).unsqueeze(1), -1)
+            target.forward(reread[:, first:], int(new.max()) + 1, 1, input_ids=ids)
         positions = torch.cat([self.positions, new], dim=1)
         target.cache.append_to(cache, positions[:, cached_columns(cache) :])
 
