@@ -216,12 +216,14 @@ def test_embeddings_are_identical(family):
     assert got.stats.loop == "own"
 
 
+@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.3}], ids=["own", "lockstep"])
 @pytest.mark.parametrize("family", HYBRIDS)
-def test_returned_cache_is_that_of_plain_generate(family):
+def test_returned_cache_is_that_of_plain_generate(family, settings):
     """Keys, values and states of every column but the last, padding behind a row's end included."""
     prompts = make_prompts(3)
-    free = plain(family, prompts)
-    stop = {"eos_token_id": [int(free[row, 20 + 3 * row]) for row in range(3)], "return_dict_in_generate": True}
+    free = plain(family, prompts, **settings)
+    ends = [int(free[row, 20 + 3 * row]) for row in range(3)]
+    stop = {"eos_token_id": ends, "return_dict_in_generate": True, **settings}
     expected = plain(family, prompts, **stop)
     draft = make_scripted_draft(texts_of(free, prompts["attention_mask"]), 2, 4)
 

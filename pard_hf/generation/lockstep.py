@@ -13,6 +13,7 @@ import torch
 
 from .batch import to_host
 from .decoder import PardDecoder
+from .recurrent import HybridCache
 from .schedule import Choice
 from .sources import components_of
 from .steps import Proposals, keep_step, remember_step
@@ -32,6 +33,8 @@ class LockstepDecoder(PardDecoder):
         self.num_new = torch.zeros(len(self.batch), dtype=torch.long)
         # As in plain `generate`: finished rows become padding only where an end token exists.
         self.pads_finished = any(hasattr(criterion, "eos_token_id") for criterion in self.stopping_criteria)
+        # Whether the padding of finished rows must have been read as well: into a state that is returned.
+        self.reads_padding = self.returns_cache and isinstance(self.batch.target.cache, HybridCache)
         # Scores so far, as plain `generate` shows them to its criteria.
         self.scores_so_far: tuple[torch.Tensor, ...] | None = None if self.scores is None else ()
         self.accepted: list[int] = []
@@ -55,7 +58,7 @@ class LockstepDecoder(PardDecoder):
             are_proposed.append(is_proposed)
             was_proposed, going, component = self.emit(tokens, scores, is_proposed, component_at(tree, nodes))
             components.append(component)
-            goes_on = going | (not self.pads_finished)
+            goes_on = going | (not self.pads_finished or self.reads_padding)
             if not going.any() or (goes_on & ~was_proposed).any():
                 break
             path.append(nodes)
