@@ -22,9 +22,9 @@ from pard_hf.cli import main
 
 pytest.importorskip("accelerate")
 from pard_hf.hub.model_card import draft_card
-from pard_hf.training.data import tokenized_rows
+from pard_hf.training.data import tokenize_rows
 from pard_hf.training.settings import TrainingSettings
-from pard_hf.training.token_file import write_token_file
+from pard_hf.training.token_file import TokenFile, write_token_file
 from pard_hf.training.train import train_draft
 
 only_on_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="runs on the CPU whatever the device")
@@ -69,6 +69,23 @@ def test_rows_are_tokenized_once(base, data, tmp_path, monkeypatch):
     assert kept.name not in {file.name for file in (out / "tokens").iterdir()}
 
 
+def test_rows_that_were_not_packed_to_the_end_are_not_taken_for_packed(base, data, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def broken(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.train, "choose_bins", broken)
+        with pytest.raises(KeyboardInterrupt):
+            train(base, data, out, max_steps=2, pack=True)
+    train(base, data, out, max_steps=2, pack=True)
+
+    [file] = (out / "tokens").iterdir()
+    tokens = TokenFile(file)
+    assert len(tokens) < tokens.num_texts == 16
+
+
 def test_memory_does_not_grow_with_rows(base, tmp_path):
     """Of a token 5 bytes are held until the file is written; a list of ids and one of masks would take 16."""
     peaks = []
@@ -76,7 +93,7 @@ def test_memory_does_not_grow_with_rows(base, tmp_path):
         rows = ({"text": "abcdefghij" * 10} for _ in range(count))
         tokenizer = AutoTokenizer.from_pretrained(base)
         tracemalloc.start()
-        write_token_file(tokenized_rows(tokenizer, rows, 100), tmp_path / f"{count}")
+        write_token_file(tokenize_rows(tokenizer, rows, 100), tmp_path / f"{count}")
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
 

@@ -28,7 +28,7 @@ from ..host import compare_tokenizers, num_positions
 from ..io import conditions_of, read_text, sha256_of, shown_model, write_whole
 from ..loading import named_dtype
 from .collator import choose_bins, joined
-from .data import has_marks, read_rows, tokenized_rows
+from .data import has_marks, read_rows, tokenize_rows
 from .responses import manifest_path
 from .settings import ARGUMENTS, IDENTITY, RECORDED, TrainingSettings
 from .token_file import TokenFile, write_token_file
@@ -117,19 +117,24 @@ def token_key(settings: TrainingSettings, tokenizer: Any, mask_token_id: int) ->
 
 def write_rows(settings: TrainingSettings, tokenizer: Any, mask_token_id: int, file: Path) -> None:
     """Tokenize rows into a file, packed where the settings say so."""
-    texts = (row for file in settings.data for row in read_rows(file, settings.skip_bad_rows))
-    rows = tokenized_rows(
+    texts = (row for path in settings.data for row in read_rows(path, settings.skip_bad_rows))
+    rows = tokenize_rows(
         tokenizer, texts, settings.max_length, settings.skip_bad_rows, settings.overlong, mask_token_id
     )
     first = next(rows, None)
     if first is None:
         raise ValueError(f"Expected training rows in {', '.join(map(str, settings.data))}, got none.")
-    write_token_file(itertools.chain([first], rows), file)
-    if settings.pack:
-        texts_of = TokenFile(file)
-        bins = choose_bins(texts_of.text_lengths.tolist(), settings.max_length)
-        write_token_file((joined([texts_of[index] for index in chosen]) for chosen in bins), file)
-        logger.warning("Packed %d rows into %d sequences.", texts_of.num_texts, len(bins))
+    rows = itertools.chain([first], rows)
+    if not settings.pack:
+        write_token_file(rows, file)
+        return
+    unpacked = file.with_suffix(".unpacked")  # Under the name of `file` it would be taken for packed.
+    write_token_file(rows, unpacked)
+    alone = TokenFile(unpacked)
+    bins = choose_bins(alone.text_lengths.tolist(), settings.max_length)
+    write_token_file((joined([alone[index] for index in chosen]) for chosen in bins), file)
+    unpacked.unlink()
+    logger.warning("Packed %d rows into %d sequences.", alone.num_texts, len(bins))
 
 
 def training_arguments(settings: TrainingSettings) -> PardTrainingArguments:
