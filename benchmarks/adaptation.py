@@ -109,7 +109,7 @@ class Adaptation:
                 )
 
     def rows_of(self, file: Path) -> list[dict[str, Any]]:
-        rows = tokenize_rows(self.tokenizer, read_rows(file), self.args.max_length, skip_bad_rows=True)
+        rows = list(tokenize_rows(self.tokenizer, read_rows(file), self.args.max_length, skip_bad_rows=True))
         random.Random(0).shuffle(rows)
         return rows
 

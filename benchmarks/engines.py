@@ -35,7 +35,8 @@ def main() -> int:
     args = parse()
     pair = load_pair_of(args)
     settings = BenchmarkSettings(limit=args.limit, max_new_tokens=args.max_new_tokens)
-    sets = [Benchmark(pair, settings).encode(*load_prompts(source)) for source in args.prompts]
+    benchmark = Benchmark(pair, settings)
+    sets = [benchmark.encode(*load_prompts(source)) for source in args.prompts]
     result: dict[str, Any] = {
         **run_metadata(pair.target),
         "num_assistant_tokens": args.num_assistant_tokens,

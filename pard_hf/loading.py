@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .draft.model import PardDraftModel
-from .draft.packaged import WEIGHTS_FILE, load_packaged
+from .draft.packaged import is_packaged, load_packaged
 from .generation.mixin import with_pard
 from .smollm2 import Report, smollm2_folder, to_stderr
 
@@ -78,8 +78,8 @@ def load_models(
     model, tokenizer = load_target(target, dtype, device)
     if draft is None:
         return Pair(model, None, tokenizer)
-    folder = BUNDLED / SMOLLM2 if draft == SMOLLM2 else Path(draft)
-    if (folder / WEIGHTS_FILE).is_file():
+    folder = BUNDLED / SMOLLM2 if draft == SMOLLM2 else draft
+    if is_packaged(folder):
         return Pair(model, load_packaged(folder, model), tokenizer)
     drafting = PardDraftModel.from_pretrained(draft, dtype=model.dtype, trust_remote_code=False)
     return Pair(model, drafting.to(device or default_device()).eval(), tokenizer)

@@ -245,7 +245,7 @@ def answer_training_prompts(data: Path, target_dir: Path, numbers: dict[str, int
 def adapt(answers: Path, start: Path, steps: int, correction_head: str | None, out: Path) -> None:
     """Adapt a causal LM into the draft on the target's answers, or train a correction head on a finished draft."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
-    rows = tokenize_rows(tokenizer, read_rows(answers), MAX_ROW_TOKENS, skip_bad_rows=True)
+    rows = list(tokenize_rows(tokenizer, read_rows(answers), MAX_ROW_TOKENS, skip_bad_rows=True))
     draft = PardDraftModel.from_pretrained(
         start, mask_token_id=TOKENIZER_SIZE, num_assistant_tokens=NUM_ASSISTANT_TOKENS, dtype=torch.float32
     )

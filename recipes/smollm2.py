@@ -59,11 +59,11 @@ def token_files(data: Path, answers: Path, tokenizer: Any, work: Path) -> None:
     makers["prompts"] = lambda: tokenize_rows(
         tokenizer, map(as_chat, read_all(data, PROMPTS)), LENGTH, True, mask_token_id=MASK_TOKEN_ID
     )
-    makers["texts"] = lambda: list(windows(tokenizer, read_all(data, TEXTS)))
+    makers["texts"] = lambda: windows(tokenizer, read_all(data, TEXTS))
     for name, make in makers.items():
         file = work / f"{name}.safetensors"
         if not file.exists():
-            rows = make()
+            rows = list(make())
             packed = pack_rows(rows, LENGTH)
             random.Random(0).shuffle(packed)
             write_token_file(packed, file)

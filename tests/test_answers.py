@@ -292,7 +292,7 @@ def test_prompts_without_room_are_left_out_and_counted(target, tokenizer, out):
     assert (again.left_out, again.new_rows) == (1, 0)
     [short] = [row for row in rows_of(out) if "messages" in row]
     assert [m["role"] for m in short["messages"]] == ["user", "assistant"]
-    assert len(tokenize_rows(tokenizer, rows_of(out), 64)) == 2
+    assert len(list(tokenize_rows(tokenizer, rows_of(out), 64))) == 2
 
 
 def test_what_the_template_refuses_is_named(target, tokenizer, out):

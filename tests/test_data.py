@@ -88,7 +88,7 @@ def test_short_row_is_named_by_file_and_line(tokenizer, tmp_path):
     path.write_text('{"text": "abc"}\n\n{"text": ""}\n')
 
     with pytest.raises(ValueError, match="line 3 of .*rows{}.jsonl"):
-        tokenize_rows(tokenizer, read_rows(path), max_length=6)
+        list(tokenize_rows(tokenizer, read_rows(path), max_length=6))
 
 
 def test_messages_without_a_template_are_refused(tokenizer, tmp_path):
@@ -97,20 +97,20 @@ def test_messages_without_a_template_are_refused(tokenizer, tmp_path):
     path.write_text('{"prompt": "ab", "response": "cd"}\n' + json.dumps(CHAT) + "\n")
 
     with pytest.raises(ValueError, match="line 2 of .*rows.jsonl`.*no chat template.*--chat-template.*`prompt`"):
-        tokenize_rows(tokenizer, read_rows(path), 64)
-    assert len(tokenize_rows(tokenizer, read_rows(path), 64, skip_bad_rows=True)) == 1
+        list(tokenize_rows(tokenizer, read_rows(path), 64))
+    assert len(list(tokenize_rows(tokenizer, read_rows(path), 64, skip_bad_rows=True))) == 1
     tokenizer.chat_template = TEMPLATE
-    assert len(tokenize_rows(tokenizer, read_rows(path), 64)) == 2
+    assert len(list(tokenize_rows(tokenizer, read_rows(path), 64))) == 2
 
 
 def test_short_row_is_named(tokenizer):
     rows = [{"text": "abc"}, {"text": ""}, {"prompt": "abcdef", "response": "g"}]
 
     with pytest.raises(ValueError, match="row 2, but it has 1 tokens.*--max-length 6"):
-        tokenize_rows(tokenizer, rows, max_length=6)
-    assert len(tokenize_rows(tokenizer, rows, max_length=6, skip_bad_rows=True)) == 1
+        list(tokenize_rows(tokenizer, rows, max_length=6))
+    assert len(list(tokenize_rows(tokenizer, rows, max_length=6, skip_bad_rows=True))) == 1
     with pytest.raises(ValueError, match="row 1, but it has .'prompt'"):
-        tokenize_rows(tokenizer, [{"prompt": "no response"}], max_length=6)
+        list(tokenize_rows(tokenizer, [{"prompt": "no response"}], max_length=6))
 
 
 @pytest.mark.parametrize("end", ["</s>{% endgeneration %}", "{% endgeneration %}</s>"])
@@ -201,8 +201,8 @@ def test_templates_that_fail_name_the_row(tokenizer, tmp_path):
     path.write_text(json.dumps(CHAT) + "\n")
 
     with pytest.raises(ValueError, match="rows.jsonl`, but the chat template fails: no system turns"):
-        tokenize_rows(tokenizer, read_rows(path), 64)
-    assert tokenize_rows(tokenizer, read_rows(path), 64, skip_bad_rows=True) == []
+        list(tokenize_rows(tokenizer, read_rows(path), 64))
+    assert list(tokenize_rows(tokenizer, read_rows(path), 64, skip_bad_rows=True)) == []
 
 
 @pytest.mark.parametrize("line", [{"text": "ab<M>"}, {"prompt": "a", "response": "b", "response_ids": [5, 100]}])
@@ -213,7 +213,7 @@ def test_rows_must_not_contain_the_mask_token(tokenizer, tmp_path, line):
     path.write_text('{"text": "ab"}\n' + json.dumps(line) + "\n" + json.dumps({"text": "a" * 9 + "<M>"}) + "\n")
 
     with pytest.raises(ValueError, match="line 2 of .*rows.jsonl`, but it has the mask token 100 .'<M>'.*--mask-tok"):
-        tokenize_rows(tokenizer, read_rows(path), 8, mask_token_id=100)
+        list(tokenize_rows(tokenizer, read_rows(path), 8, mask_token_id=100))
     # What is cut off does no harm.
-    assert len(tokenize_rows(tokenizer, read_rows(path), 8, skip_bad_rows=True, mask_token_id=100)) == 2
-    assert len(tokenize_rows(tokenizer, read_rows(path), 8)) == 3
+    assert len(list(tokenize_rows(tokenizer, read_rows(path), 8, skip_bad_rows=True, mask_token_id=100))) == 2
+    assert len(list(tokenize_rows(tokenizer, read_rows(path), 8))) == 3

@@ -79,8 +79,8 @@ def test_half_a_character_in_rows_of_ones_own(tokenizer, tmp_path):
     rows = [{"prompt": "cut \ud83d", "response": "x"}, {"prompt": "ab", "response": "x"}]
 
     with pytest.raises(ValueError, match="row 1, but .*half of a character"):
-        tokenize_rows(tokenizer, rows, 64)
-    assert len(tokenize_rows(tokenizer, rows, 64, skip_bad_rows=True)) == 1
+        list(tokenize_rows(tokenizer, rows, 64))
+    assert len(list(tokenize_rows(tokenizer, rows, 64, skip_bad_rows=True))) == 1
     with pytest.raises(ValueError, match="row 1, but .*half of a character"):
         write_answers(make_model("llama"), tokenizer, rows, tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()

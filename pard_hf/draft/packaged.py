@@ -36,6 +36,11 @@ def save_packaged(draft: PardDraftModel, folder: Path) -> None:
     draft.generation_config.save_pretrained(folder)
 
 
+def is_packaged(folder: str | Path) -> bool:
+    """Return whether a folder holds a draft as [`save_packaged`] writes it."""
+    return (Path(folder) / WEIGHTS_FILE).is_file()
+
+
 def load_packaged(folder: str | Path, target: PreTrainedModel) -> PardDraftModel:
     """Load a draft that [`save_packaged`] wrote, in the dtype and on the device of its target.
 

@@ -182,9 +182,9 @@ class PardGenerationMixin(GenerationMixin):
             check_call_arguments_unused(config, draft, generation_mode)
             return super()._validate_generation_mode(generation_mode, config, generation_mode_kwargs)
         check_mode(self, config, is_drafted)
-        if is_hybrid(self.config) and config.assistant_tree_size:
-            warn_once("A layer with a state reads one path: chains are proposed instead of trees.")
         if is_hybrid(self.config):
+            if config.assistant_tree_size:
+                warn_once("A layer with a state reads one path: chains are proposed instead of trees.")
             config.assistant_tree_size = 0
         check_memory(self, config._assistant_memory)
         if not is_drafted:

@@ -357,10 +357,7 @@ class Mixture:
         """Return what the draft proposes after the tokens `previous`; no tokens where it does not see so far."""
         assert self.draft is not None
         last = self.draft.num_depths - 1
-        if isinstance(depth, int):
-            ids, probs = self.draft(min(depth, last), previous)
-        else:
-            ids, probs = self.draft(depth.clamp(max=last), previous)
+        ids, probs = self.draft(min(depth, last) if isinstance(depth, int) else depth.clamp(max=last), previous)
         is_beyond = torch.as_tensor(depth > last, device=ids.device)
         return ids.masked_fill(is_beyond, -1), probs
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from ..draft.mask_token import check_mask_token
 from ..draft.model import OTHER_MASK_KEYS, legacy_rope
-from ..draft.packaged import WEIGHTS_FILE
+from ..draft.packaged import WEIGHTS_FILE, is_packaged
 from ..host import compare_tokenizers
 from .checkpoint import (
     DRAFT_FILES,
@@ -121,7 +121,7 @@ def tried(read: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
 
 def engine_shapes(folder: Path) -> dict[str, list[int]]:
     """Read the shapes of a checkpoint's tensors; raise a `ValueError` for the small form, which no engine reads."""
-    if (folder / WEIGHTS_FILE).is_file():
+    if is_packaged(folder):
         raise ValueError(
             f"{WEIGHTS_FILE} holds the draft in 8 bit, without what it shares with its target, as only this package "
             "reads it: run `pard export --target …`, which writes it whole."

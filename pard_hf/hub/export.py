@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ..draft.model import PardDraftModel
-from ..draft.packaged import WEIGHTS_FILE, load_packaged
+from ..draft.packaged import is_packaged, load_packaged
 from .checkpoint import (
     DRAFT_FILES,
     TARGET_FILES,
@@ -60,9 +60,9 @@ def export_draft(
     if target is not None and pad_vocab_to is not None:
         raise ValueError("Expected a target or a number of rows to pad to, not both: the target's config gives it.")
     folder = local_folder(draft, DRAFT_FILES)
-    is_packaged = (folder / WEIGHTS_FILE).is_file()
-    target_folder = None if target is None else local_folder(target, DRAFT_FILES if is_packaged else TARGET_FILES)
-    model = whole_draft(folder, target_folder) if is_packaged else load_draft(folder)
+    is_small = is_packaged(folder)
+    target_folder = None if target is None else local_folder(target, DRAFT_FILES if is_small else TARGET_FILES)
+    model = whole_draft(folder, target_folder) if is_small else load_draft(folder)
     tokenizer_folder = target_folder if target_folder and not tokenizer_files(folder) else folder
     if target_folder is not None:
         fit_vocabulary(model, vocab_size(read_json(target_folder, "config.json")), tokenizer_folder)

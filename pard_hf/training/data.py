@@ -218,18 +218,6 @@ def tokenize_rows(
     skip_bad_rows: bool = False,
     overlong: Literal["truncate", "drop"] = "truncate",
     mask_token_id: int | None = None,
-) -> list[dict[str, Any]]:
-    """Encode rows for training as [`tokenized_rows`] does, all at once."""
-    return list(tokenized_rows(tokenizer, rows, max_length, skip_bad_rows, overlong, mask_token_id))
-
-
-def tokenized_rows(
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Iterable[dict[str, Any]],
-    max_length: int,
-    skip_bad_rows: bool = False,
-    overlong: Literal["truncate", "drop"] = "truncate",
-    mask_token_id: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Encode rows for training, one after the other: `input_ids`, `loss_mask` and the `source` of each.
 

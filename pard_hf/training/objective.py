@@ -13,7 +13,7 @@ from ..generation.cache import attention_windows
 from ..host import input_device
 from .cod import attends, attention_mask
 from .losses import DIVERGENCES, Correction, confidence_weights, divergence, gold_logprobs, row_loss
-from .settings import ObjectiveName, objective_weights
+from .settings import ObjectiveName, check_ranges, objective_weights
 
 ATTENTIONS = ("sdpa", "eager", "flex_attention")
 # Rows of an additive mask that are computed at once, since the boolean mask of all is large.
@@ -101,8 +101,7 @@ class Objective:
     depth_decay: float | None = None
 
     def __post_init__(self) -> None:
-        if self.depth_decay is not None and self.depth_decay <= 0:
-            raise ValueError(f"Expected `depth_decay` above 0, got {self.depth_decay}.")
+        check_ranges({"depth_decay": self.depth_decay})
         if self.name not in get_args(ObjectiveName):
             raise ValueError(
                 f"Expected the objective to be one of {', '.join(get_args(ObjectiveName))}, got {self.name!r}."

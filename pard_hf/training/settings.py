@@ -13,6 +13,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 ObjectiveName = Literal["ce", "kd", "cat", "tv", "lk"]
 RATES = ("retention_rate", "min_retention_rate")
+# Settings that are above 0 where they are given.
+POSITIVE = ("depth_decay", "max_minutes")
 # Settings that are at least 1 where they are given.
 COUNTS = (
     "num_draft_tokens", "correction_head_rank", "max_length", "eval_steps", "eval_limit", "eval_batch_size",
@@ -69,20 +71,18 @@ class MethodSettings:
                 choices = ", ".join(get_args(literal))
                 raise ValueError(f"Expected {self.label(name)} to be one of {choices}, got {value!r}.")
         check_ranges({name: getattr(self, name) for name in kinds}, self.label)
-        if self.max_minutes is not None and self.max_minutes <= 0:
-            raise ValueError(f"Expected {self.label('max_minutes')} above 0, got {self.max_minutes}.")
-        if self.depth_decay is not None and self.depth_decay <= 0:
-            raise ValueError(f"Expected {self.label('depth_decay')} above 0, got {self.depth_decay}.")
         objective_weights(
             self.objective, self.cross_entropy_weight, self.divergence_weight, self.distillation_temperature
         )
 
 
 def check_ranges(values: Mapping[str, Any], label: Callable[[str], str] = "`{}`".format) -> None:
-    """Raise a `ValueError` for a count below 1 or a rate outside [0, 1] among named values."""
+    """Raise a `ValueError` for a number among named values that is outside the range of its name."""
     for name, value in values.items():
         if name in COUNTS and value is not None and value < 1:
             raise ValueError(f"Expected {label(name)} of at least 1, got {value}.")
+        if name in POSITIVE and value is not None and value <= 0:
+            raise ValueError(f"Expected {label(name)} above 0, got {value}.")
         if name in RATES and not 0 <= value <= 1:
             raise ValueError(f"Expected {label(name)} in [0, 1], got {value}.")
 

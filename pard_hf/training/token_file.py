@@ -26,7 +26,6 @@ class TokenFile(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, file: str | Path):
-        self.file = Path(file)
         tensors = load_file(file)
         self.ids, self.loss_mask, self.text_lengths = (tensors[n] for n in ("ids", "loss_mask", "text_lengths"))
         self.token_ends, self.text_ends = tensors["token_ends"], tensors["text_ends"]
