@@ -331,14 +331,14 @@ class Mixture:
         return self.candidates(depth)
 
     def follow(self, depth: Depth, tokens: torch.Tensor, parents: torch.Tensor) -> None:
-        """Go on to a depth's nodes; arguments as above."""
+        """Move to the nodes `tokens` `[B, F]` of a depth, whose `parents` are nodes of the depth before."""
         leaves = at_depth(self.copies_BKM, depth - 1) != tokens.unsqueeze(2)
         index = parents.unsqueeze(2).expand_as(leaves)
         self.is_left = self.is_left.expand(-1, self.tokens.shape[1], -1).gather(1, index) | leaves
         self.previous, self.tokens, self.is_at_root = self.tokens.gather(1, parents), tokens.long(), False
 
     def candidates(self, depth: Depth) -> Candidates:
-        """Return what may follow the nodes that were gone on to, which are of this depth."""
+        """Return what may follow the current nodes, which are of this depth."""
         copied = at_depth(self.copies_BKM, depth).expand_as(self.is_left)
         is_void = self.is_left | at_depth(self.is_end_BKM, depth)
         longest = at_depth(self.lengths_BKM, depth).masked_fill(is_void, 0).amax(dim=2)
