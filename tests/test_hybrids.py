@@ -97,6 +97,32 @@ def test_every_depth_is_identical(family, batch_size, num_assistant_tokens):
         assert torch.equal(drafted(family, prompts, assistant_model=draft).sequences, expected)
 
 
+@functools.cache
+def biased():
+    """A convolution whose bias turns the zeros of padding into something else."""
+    config = copy.deepcopy(made("Lfm2").config)
+    assert not config.conv_bias
+    config.conv_bias = True
+    torch.manual_seed(1)
+    model = type(made("Lfm2"))(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return placed(model)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_convolutions_with_a_bias_are_identical(batch_size):
+    prompts, arguments = make_prompts(batch_size), {"do_sample": False, "max_new_tokens": NEW_TOKENS}
+    expected = without_pard(biased()).generate(**prompts, **arguments)
+
+    for draft in drafts(prompts, expected, 4):
+        output = with_pard(biased()).generate(
+            **prompts, **arguments, assistant_model=draft, return_dict_in_generate=True
+        )
+        assert output.stats.loop == "own"
+        assert torch.equal(output.sequences, expected)
+
+
 @pytest.mark.parametrize("num_columns", [1, 2, 3, 40])
 @pytest.mark.parametrize("family", ["Lfm2", "Qwen3Next", "Bamba"])
 def test_prompts_of_any_length_are_identical(family, num_columns):
