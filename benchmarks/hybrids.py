@@ -99,24 +99,25 @@ def num_bytes(layers: list[StateLayer], *names: str) -> int:
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in held}.values())
 
 
-def memory(target: PreTrainedModel, generate: Callable[..., Any]) -> dict[str, int]:
-    """Measure states, and the most that is kept of a round, right after each verify."""
+def memory(target: PreTrainedModel, generate: Callable[..., Any], num_columns: int) -> dict[str, int]:
+    """Measure states, and what is kept of a round, right after a verify of so many columns."""
     found: list[tuple[int, int]] = []
 
     def look(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         cache = cache_in(kwargs)
-        if not isinstance(cache, HybridCache) or output.logits.shape[1] == 1:
+        if not isinstance(cache, HybridCache) or kwargs["input_ids"].shape[1] != num_columns:
             return
         layers = cache.state_layers
         states = num_bytes(layers, "conv", "recurrent")
-        found.append((states, num_bytes(layers, "window", "advance", "conv", "recurrent") - states))
+        found[:] = [(states, num_bytes(layers, "window", "advance", "conv", "recurrent") - states)]
 
     hook = target.register_forward_hook(look, with_kwargs=True)
     try:
         generate(max_new_tokens=12)
     finally:
         hook.remove()
-    return {"state_bytes": found[-1][0], "kept_bytes": max(kept for _, kept in found)}
+    [(states, kept)] = found
+    return {"state_bytes": states, "kept_bytes": kept}
 
 
 def measure(family: str, args: Any, draft: PardDraftModel, prompt: torch.Tensor) -> dict[str, Any]:
@@ -152,7 +153,7 @@ def measure(family: str, args: Any, draft: PardDraftModel, prompt: torch.Tensor)
         "step_over_dense": round(median(ratios(seconds["hybrid_plain"], seconds["dense_plain"])), 3),
         "round_over_step": round(median(ratios(seconds["hybrid_rounds"], seconds["hybrid_plain"])), 3),
         "round_over_step_dense": round(median(ratios(seconds["dense_rounds"], seconds["dense_plain"])), 3),
-        **memory(target, functools.partial(rounds, target)),
+        **memory(target, functools.partial(rounds, target), args.num_assistant_tokens + 1),
     }
 
 

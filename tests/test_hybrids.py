@@ -390,7 +390,7 @@ def test_the_benchmark_counts_states_and_what_a_round_keeps():
     def rounds(**arguments):
         return with_pard(target).generate(ids, assistant_model=draft, do_sample=False, **arguments)
 
-    found = hybrids.memory(target, rounds)
+    found = hybrids.memory(target, rounds, 5)
 
     num_layers, channels = 2, 128 * 4
     assert found["state_bytes"] == num_layers * 3 * channels
