@@ -162,6 +162,13 @@ def rows_of_lengths_by_source():
             yield row(f"`{way}`", *(route["acceptance_length"] for route in routes))
 
 
+def rows_of_cold_lengths():
+    for way, routes in by_way("sources_smollm2_cold"):
+        assert {route["identical_share"] for route in routes} == {1.0}
+        if way != "ar":
+            yield row(f"`{way}`", *(route["acceptance_length"] for route in routes))
+
+
 def rows_of_copied_shares():
     for way, routes in by_way("sources_smollm2_tau"):
         if way.startswith("lookup"):
@@ -212,6 +219,7 @@ TABLES = {
     rows_of_lookup: "docs/sources.md",
     rows_of_sources: "docs/sources.md",
     rows_of_lengths_by_source: "docs/sources.md",
+    rows_of_cold_lengths: "docs/sources.md",
     rows_of_copied_shares: "docs/sources.md",
     rows_of_h100: "docs/sources.md",
     rows_of_engines: "docs/serving.md",
@@ -291,6 +299,8 @@ def test_sources_were_measured_as_described():
     text = " ".join(text_of("docs/sources.md").split())
 
     alone, timed = result("sources_smollm2_tau"), result("sources_h100")
+    for key in ("dtype", "limit", "max_new_tokens", "prompt_lookup_num_tokens"):
+        assert result("sources_smollm2_cold")[key] == alone[key]
     assert (alone["dtype"], timed["dtype"]) == ("float32", "bfloat16")
     assert f"{alone['limit']} prompts a set in chat form, at most {alone['max_new_tokens']} new tokens" in text
     length, number = timed["longest_prompt"], timed["max_new_tokens"]
