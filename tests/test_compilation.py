@@ -170,6 +170,32 @@ def test_one_graph_serves_all_layers(family):
         assert graphs() == of_draft + of_target + of_acceptance
 
 
+@pytest.mark.parametrize("looks_up", [False, True])
+def test_no_graph_grows_with_the_layers(looks_up):
+    """Nor that of acceptance, though keys and values of the accepted path move in every layer."""
+    sizes: list[list[int]] = []
+
+    def counting(graph, inputs):
+        sizes[-1].append(len(graph.graph.nodes))
+        return graph.forward
+
+    config = CompileConfig(backend=counting, mode="default", fullgraph=False)
+    for num_layers in (2, 5):
+        torch._dynamo.reset()
+        sizes.append([])
+        target, prompts = make_llama(num_hidden_layers=num_layers), make_prompts(2)
+        draft = None if looks_up else make_self_draft(target)
+        options = {"prompt_lookup_num_tokens": 3} if looks_up else {}
+        expected = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
+
+        got = pard(target, draft, prompts, assistant_tree_size=6, compile_config=config, **options)
+
+        assert compile_cache_of(target, draft or target).failure is None
+        assert torch.equal(got.sequences, expected)
+        assert got.stats.num_accepted > 2
+    assert sizes[0] == sizes[1]
+
+
 class Doubled(torch.nn.Linear):
     def forward(self, vectors):
         return 2 * super().forward(vectors)

@@ -28,7 +28,7 @@ from .layers import Step, after_layers, before_layers, cut_of, run_layer
 from .recurrent import is_hybrid
 from .schedule import Choice, RoundCosts, Schedule
 from .sources import Tables
-from .steps import grow_depth
+from .steps import grow_depth, verify_step
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ class CompiledSteps:
         """Call a step with `args`, compiled; `key` holds every number among them that fixes a shape.
 
         What a step `repeats` can be compiled once: `"layers"` of the model that is its first argument, or `"depths"`
-        of a tree.
+        of a tree. The `"moves"` of keys and values in each layer are not compiled then.
         """
         name = (step.__name__, key, self.kind)
         compiled = self.kept.steps.pop(name, None)
@@ -183,6 +183,8 @@ class CompiledSteps:
             return ()
         if repeats == "depths":
             return (DepthwiseStep,)
+        if repeats == "moves":
+            return (UnmovedStep,)
         return (LayeredStep,) if self.can_cut(step, *args) else ()
 
     def can_cut(self, step: Step, model: CachedModel, *args: Any) -> bool:
@@ -236,6 +238,16 @@ class DepthwiseStep:
 
     def __call__(self, *args: Any) -> Any:
         return self.step(*args, grow=self.grow)
+
+
+class UnmovedStep:
+    """A compiled step that leaves out what moves in the cache, as two small kernels a layer compile longer than it."""
+
+    def __init__(self, step: Step, config: CompileConfig):
+        self.step, self.verify = step, compile_step(verify_step, config)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.step(*args, verify=self.verify)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -266,7 +266,7 @@ class PardDecoder:
             self.sources,
         )
         key = (("end tokens", 0 if ends is None else len(ends)), ("samples", self.do_sample), *self.source_key)
-        return self.run_step(accept_step, choice, *arguments, key=key)
+        return self.run_step(accept_step, choice, *arguments, key=key, repeats="moves")
 
     def synchronize(self, num_ahead: int = 0) -> list[int]:
         """Read the outcome of all rounds but the last `num_ahead`: the one wait for the device in a round.
