@@ -668,6 +668,24 @@ def test_call_that_was_stopped_loses_nothing(error, few_rounds):
     assert got.compile_seconds == 0
 
 
+def test_compiling_that_was_interrupted_begins_anew(few_rounds, monkeypatch):
+    def interrupted(graph, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    target, draft, prompts = make_llama(), make_draft(make_llama(seed=5)), make_prompts(1)
+    expected = unasked(target, draft, prompts).sequences
+    with monkeypatch.context() as patch:
+        patch.setattr("torch._inductor.compile_fx.compile_fx", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            unasked(target, draft, prompts)
+
+    got = unasked(target, draft, prompts)
+
+    assert torch.equal(got.sequences, expected)
+    assert got.stats.num_compiled > 10
+    assert compile_cache_of(target, draft).failure is None
+
+
 def test_compiler_that_fails_is_tried_once(few_rounds, monkeypatch, caplog):
     def no_compiler(graph, *args, **kwargs):
         raise RuntimeError("there is no compiler")
