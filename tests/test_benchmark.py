@@ -580,7 +580,8 @@ def compile_by(runner, backend):
     def with_backend(route):
         found = arguments(route)
         if route.is_compiled:
-            found.setdefault("compile_config", CompileConfig())
+            if route.loop == "own":  # Layer by layer, which is sooner done than whole models.
+                found["compile_config"] = CompileConfig()
             found["compile_config"].backend, found["compile_config"].mode = backend, "default"
         return found
 
