@@ -16,11 +16,13 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin, get_type_hints
 
 import typer
 
+from . import __version__
 from .training.settings import TrainingSettings
 
 if TYPE_CHECKING:
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from .loading import Pair
 
 app = typer.Typer(
-    add_completion=False,
     rich_markup_mode=None,
     help="Parallel draft models for transformers. A flag with a LIST is given once, with commas, or several times.",
 )
@@ -131,6 +132,29 @@ SkipBadRows = Annotated[bool, _flag("leave broken rows out instead of stopping",
 PROMPT_SETS = "a .jsonl or .jsonl.gz file, or a Hub data set as hub:org/name[:split[:field]]"
 
 
+def print_versions(is_asked: bool) -> None:
+    """Print the version of this package and of those that decide what `generate` does; import none of them."""
+    if is_asked:
+        print(" · ".join(f"{package} {version_of(package)}" for package in ("pard-hf", "torch", "transformers")))
+        raise typer.Exit
+
+
+def version_of(package: str) -> str:
+    try:
+        return __version__ if package == "pard-hf" else version(package)
+    except PackageNotFoundError:
+        return "is not installed"
+
+
+@app.callback()
+def pard(
+    versions: Annotated[
+        bool, _flag("print versions and exit", "--version", callback=print_versions, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def generate(
     prompt: Annotated[Text, typer.Argument(help="the prompt; '-' or nothing reads standard input")] = None,
@@ -154,6 +178,9 @@ def generate(
     color: Annotated[Literal["auto", "always", "never"], _flag("tint accepted tokens")] = "auto",
 ) -> None:
     """Complete one prompt, streamed; or all prompts of files, in batches."""
+    target, draft = _of_pair(named, target, draft)
+    prompts, is_single = _read_prompts(prompt, file or [])
+
     import torch
 
     from .evaluation.prompts import make_batches
@@ -162,8 +189,6 @@ def generate(
     from .host import end_token_ids, pad_token_id
     from .tokens import encode_prompt
 
-    target, draft = _of_pair(named, target, draft)
-    prompts, is_single = _read_prompts(prompt, file or [])
     pair = _load(target, draft, dtype, device, may_lack_draft=lookup is not None)
     proposing = _proposing(pair, num_assistant_tokens, assistant_tree_size, lookup)
     if seed is not None:
