@@ -275,6 +275,8 @@ def _load(
     target: str | None, draft: str | None, dtype: str, device: str | None, *, may_lack_draft: bool = False
 ) -> Pair:
     """Load a pair; `may_lack_draft` allows a target alone."""
+    _find(target, draft)
+
     from transformers.utils import logging
 
     from .loading import SMOLLM2, load_models, load_pair
@@ -289,6 +291,14 @@ def _load(
             + "or pass --lookup to do without."
         )
     return load_models(target, None, dtype, device)
+
+
+def _find(*names: str | None) -> None:
+    """Refuse names that lead nowhere, and wait no longer than seconds for the Hub."""
+    from .locate import find_checkpoints
+
+    if (sentence := find_checkpoints(*names)) is not None:
+        _warn(sentence)
 
 
 def _read_prompts(prompt: str | None, files: list[Path]) -> tuple[list[str], bool]:
@@ -626,6 +636,8 @@ class HelpInSections(typer.core.TyperCommand):
 
 def train(context: typer.Context, **settings: Any) -> None:
     """Adapt a small causal LM into a parallel draft. Rows: {text}, {prompt, response} or {messages}."""
+    _find(settings["base"], settings["target"])
+
     from .evaluation.acceptance import prepare_evaluator
     from .hub.model_card import draft_card
     from .io import shown_command
@@ -667,13 +679,14 @@ DraftArgument = Annotated[Text, typer.Argument(help="folder or Hub id of the dra
 
 def _checkpoints(named: NamedPair | None, draft: str | None, target: str | None) -> tuple[str, str | None]:
     """Return folders or Hub ids of a draft and its target, by the flags of `pard check` and `pard export`."""
-    from .loading import named_pair
-
     if named is not None:
+        from .loading import named_pair
+
         _of_pair(named, target, draft)
         target, draft = named_pair(named)
     if draft is None:
         raise ValueError("Expected a draft or `--pair`, got neither. Name a folder, a Hub id or a pair.")
+    _find(draft, target)
     return draft, target
 
 
@@ -688,10 +701,11 @@ def check(
 
     Weights are not loaded. Exit code 0 where both would load it, 1 where one would not.
     """
+    draft, target = _checkpoints(named, draft, target)
+
     from .hub.engines import ENGINES, check_draft, would_load
     from .io import source_of
 
-    draft, target = _checkpoints(named, draft, target)
     if target is not None and (source := source_of(target)) is not None:
         print(f"target: {source}")
     findings = check_draft(draft, target)
@@ -726,13 +740,14 @@ def export(
 
     Exit code 0 where both would load it, 1 where it is written and one of them would not.
     """
+    draft, target = _checkpoints(named, draft, target)
+
     from transformers.utils import logging
 
     from .hub.checkpoint import read_json, vocab_size
     from .hub.engines import check_draft
     from .hub.export import export_draft
 
-    draft, target = _checkpoints(named, draft, target)
     logging.disable_progress_bar()
     folder = export_draft(draft, output, target, pad_vocab_to)
     findings = check_draft(folder, target, name=str(output))
@@ -773,6 +788,8 @@ def card(
     if render_all and (output is None or output.is_file()):
         raise ValueError("Expected with --all a folder for the cards: pass --output model_cards.")
     written = []
+    if checkpoint is not None and checkpoint not in all_names():
+        _find(checkpoint)
     for name in [checkpoint] if checkpoint is not None else all_names():
         text = model_card(card_source(name, results or [], **stated))
         if output is None:

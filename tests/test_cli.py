@@ -354,7 +354,7 @@ def test_interrupted_command_ends_with_130(monkeypatch, capsys):
 
     monkeypatch.setattr("pard_hf.hub.engines.check_draft", interrupted)
 
-    assert main(["check", "draft"]) == 130
+    assert main(["check", pard_hf.bundled_pair().draft]) == 130
     assert capsys.readouterr().err == "pard check: interrupted\n"
 
 
