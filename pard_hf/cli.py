@@ -472,11 +472,15 @@ def bench(
     repeats: Annotated[int, _flag("timed runs of each route")] = 3,
     output: Annotated[Path | None, _flag("write the JSON here: a .json file, or a folder")] = None,
     resume: Annotated[bool, _flag("continue an interrupted run's --output", "--resume")] = False,
+    as_json: Annotated[bool, _flag("print the result as one JSON object, tables to standard error", "--json")] = False,
 ) -> int:
-    """Measure plain generate, its rivals and PARD on the same prompts, interleaved.
+    """Measure plain generate, its rivals and PARD on the same prompts, interleaved."""
+    if output is None and resume:
+        raise ValueError("Expected `--output` with `--resume`, got none. Name a file.")
+    if output is not None and output.suffix != ".json":
+        output = output / "bench.json"
+    target, draft = _of_pair(named, target, draft)
 
-    Prints tables to standard error and the result to standard output, as one JSON object.
-    """
     from transformers.utils import logging
 
     from .evaluation.benchmark import Benchmark, BenchmarkSettings, differences, is_exact, run_benchmark, run_metadata
@@ -484,11 +488,6 @@ def bench(
     from .evaluation.report import difference_sentence, make_console, progress_bar, show_cell
     from .evaluation.routes import ROUTES
 
-    if output is None and resume:
-        raise ValueError("Expected `--output` with `--resume`, got none. Name a file.")
-    if output is not None and output.suffix != ".json":
-        output = output / "bench.json"
-    target, draft = _of_pair(named, target, draft)
     sets = load_prompt_sets(prompts or ["demo"])
     settings = BenchmarkSettings(
         routes=tuple(routes or ROUTES),
@@ -503,15 +502,16 @@ def bench(
         lookup_num_tokens=lookup,
     )
     logging.set_verbosity_error()  # The stock loop warns of its own defaults in every call.
-    pair, console = _load(target, draft, dtype, device, may_lack_draft=True), make_console()
+    pair, console = _load(target, draft, dtype, device, may_lack_draft=True), make_console(is_error=as_json)
     metadata = run_metadata(pair, settings, context.obj, target, draft)
-    with progress_bar(console) as advance:
+    with progress_bar(make_console(is_error=True)) as advance:
         benchmark = Benchmark(pair, settings, advance)
         result = run_benchmark(benchmark, sets, metadata, output, resume, partial(show_cell, console))
     different = differences(result["cells"]) if is_exact(pair.target.dtype) else []
     for route, difference in different[:1]:
         _warn(f"pard bench: {difference_sentence(route, difference)}")
-    print(json.dumps(result, ensure_ascii=False))
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False))
     return EXIT_DIFFERENT if different else 0
 
 
