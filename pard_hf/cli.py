@@ -15,6 +15,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -184,6 +185,7 @@ def generate(
     import torch
 
     from .evaluation.prompts import make_batches
+    from .evaluation.report import make_console, progress_bar
     from .generation.memory import AssistantMemory
     from .generation.stats import DecodingStats
     from .host import end_token_ids, pad_token_id
@@ -207,10 +209,15 @@ def generate(
     encoded = [encode_prompt(pair.tokenizer, prompt, raw) for prompt in prompts]
     config, answers = pair.target.generation_config, dict[int, list[int]]()
     stats, start = DecodingStats(), time.perf_counter()
-    for batch in make_batches(encoded, batch_size, pad_token_id(config), pair.target.device):
-        output = pair.target.generate(**batch.inputs, **arguments)
-        answers |= batch.new_texts(output.sequences, end_token_ids(config))
-        stats += output.stats
+    batches = make_batches(encoded, batch_size, pad_token_id(config), pair.target.device)
+    with nullcontext() if is_single else progress_bar(make_console(is_error=True)) as advance:
+        for batch in batches:
+            output = pair.target.generate(**batch.inputs, **arguments)
+            answers |= batch.new_texts(output.sequences, end_token_ids(config))
+            stats += output.stats
+            if advance is not None:
+                speed = sum(map(len, answers.values())) / (time.perf_counter() - start)
+                advance(len(batch.indices) / len(prompts), f"{len(answers)}/{len(prompts)} · {speed:.1f} tokens/s")
     seconds = time.perf_counter() - start
     num_new_tokens = sum(map(len, answers.values()))
     for index, prompt in enumerate(prompts):
@@ -277,11 +284,9 @@ def _load(
     """Load a pair; `may_lack_draft` allows a target alone."""
     _find(target, draft)
 
-    from transformers.utils import logging
-
     from .loading import SMOLLM2, load_models, load_pair
 
-    logging.disable_progress_bar()
+    _show_downloads_only()
     if target is None or draft is not None:
         return load_pair(target, draft, dtype, device)
     if not may_lack_draft:
@@ -291,6 +296,16 @@ def _load(
             + "or pass --lookup to do without."
         )
     return load_models(target, None, dtype, device)
+
+
+def _show_downloads_only() -> None:
+    """Leave the bars of the Hub's downloads, on a terminal, and none of reading weights."""
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if sys.stderr.isatty():
+        enable_progress_bars()
 
 
 def _find(*names: str | None) -> None:
@@ -373,7 +388,7 @@ def demo(
     from .evaluation.benchmark import is_exact
     from .evaluation.prompts import CHAT_PROMPTS, DEMO_PROMPTS
     from .evaluation.race import PARD, PLAIN, compile_plain, race
-    from .evaluation.report import GAP
+    from .evaluation.report import GAP, make_console, progress_bar
     from .loading import SMOLLM2, default_pair
     from .tokens import encode_prompt
 
@@ -395,7 +410,8 @@ def demo(
     results = []
     for number, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True), start=1):
         print(_wrapped(f"[{number}/{len(prompts)}] {prompt.rstrip()}"), flush=True)
-        results.append(race(pair, ids, max_new_tokens, repeats, with_compiled, **ours))
+        with progress_bar(make_console(is_error=True)) as advance:
+            results.append(race(pair, ids, max_new_tokens, repeats, with_compiled, advance, **ours))
         _show_race(results[-1], heading)
     total = sum(results[1:], results[0])
     print(f"all prompts: identical {total.agreement(PARD)} · {_speeds(total)}")
@@ -538,6 +554,7 @@ def data(
 
     Rows {prompt}, {turns} or {messages} in, training rows out. The same command continues an interrupted run.
     """
+    from .evaluation.report import make_console, progress_bar
     from .training.responses import write_answers
 
     sources: list[dict[str, Any]] = []
@@ -545,25 +562,13 @@ def data(
     if not rows:
         raise ValueError(f"Expected at least one prompt in {', '.join(prompts)}, got none. Name another file.")
     pair = _load(target, draft, dtype, device, may_lack_draft=True)
-    progress = Progress()
-    counts = write_answers(
-        pair.target,
-        pair.tokenizer,
-        rows,
-        output,
-        draft=pair.draft,
-        sources=sources,
-        report=progress,
-        batch_size=batch_size,
-        num_assistant_tokens=num_assistant_tokens,
-        num_samples=num_samples,
-        temperature=temperature,
-        top_p=top_p,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        skip_bad_rows=skip_bad_rows,
-        restart=restart,
-    )
+    settings: dict[str, Any] = {"batch_size": batch_size, "num_assistant_tokens": num_assistant_tokens, "seed": seed}
+    settings |= {"num_samples": num_samples, "temperature": temperature, "top_p": top_p}
+    settings |= {"max_new_tokens": max_new_tokens, "skip_bad_rows": skip_bad_rows, "restart": restart}
+    with progress_bar(make_console(is_error=True)) as advance:
+        progress = Progress(advance)
+        answered = pair.target, pair.tokenizer, rows, output
+        counts = write_answers(*answered, draft=pair.draft, sources=sources, report=progress, **settings)
     if counts.left_out or counts.shortened:
         _warn(
             f"{counts.left_out} rows had no room for an answer, {counts.shortened} for every turn: lower "
@@ -592,20 +597,25 @@ def _read_all(prompts: list[str], skip_bad_rows: bool, sources: list[dict[str, A
 
 
 class Progress:
-    """Print the progress of `pard data` to standard error, one line every five seconds."""
+    """Show the progress of `pard data` on standard error: a bar on a terminal, else one line every five seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, advance: Callable[[float, str], None]) -> None:
+        self.advance = advance if sys.stderr.isatty() else None
         self.start = self.last = time.perf_counter()
-        self.speed, self.acceptance_length = 0.0, 0.0
+        self.speed, self.acceptance_length, self.share = 0.0, 0.0, 0.0
 
     def __call__(self, counts: Any, stats: Any) -> None:
-        now = time.perf_counter()
+        now, num_rows = time.perf_counter(), counts.new_rows + counts.waiting
         self.speed, self.acceptance_length = counts.new_tokens / (now - self.start), stats.acceptance_length
-        if now - self.last < 5.0 and counts.waiting:
-            return
-        self.last = now
         acceptance = f" · τ {self.acceptance_length:.2f}" if stats.num_rounds else ""
-        _warn(f"{counts.new_rows}/{counts.new_rows + counts.waiting} rows · {self.speed:.1f} tokens/s{acceptance}")
+        text = f"{counts.new_rows}/{num_rows} rows · {self.speed:.1f} tokens/s{acceptance}"
+        if self.advance is not None:
+            share = counts.new_rows / max(num_rows, 1)
+            self.advance(share - self.share, text)
+            self.share = share
+        elif now - self.last >= 5.0 or not counts.waiting:
+            self.last = now
+            _warn(text)
 
     def ratios(self) -> dict[str, float]:
         """Return tokens a second and, with a draft, the acceptance length."""
@@ -742,13 +752,11 @@ def export(
     """
     draft, target = _checkpoints(named, draft, target)
 
-    from transformers.utils import logging
-
     from .hub.checkpoint import read_json, vocab_size
     from .hub.engines import check_draft
     from .hub.export import export_draft
 
-    logging.disable_progress_bar()
+    _show_downloads_only()
     folder = export_draft(draft, output, target, pad_vocab_to)
     findings = check_draft(folder, target, name=str(output))
     code = _print_findings(findings)

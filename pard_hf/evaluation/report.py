@@ -36,7 +36,8 @@ def progress_bar(console: Any) -> Iterator[Callable[[float, str], None]]:
     )
     # Tables on a terminal go above the bar, those on a file or a pipe go there.
     is_shared = sys.stdout.isatty()
-    with Progress(*columns, console=console, transient=True, redirect_stdout=is_shared) as progress:
+    shown: dict[str, Any] = {"disable": not console.is_terminal, "transient": True, "redirect_stdout": is_shared}
+    with Progress(*columns, console=console, **shown) as progress:
         task = progress.add_task("", total=1.0)
         yield lambda share, text: progress.update(task, advance=share, description=text)
 
