@@ -15,7 +15,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,6 +27,7 @@ from . import __version__
 from .training.settings import TrainingSettings
 
 if TYPE_CHECKING:
+    from .conversation import Conversation
     from .evaluation.race import RaceResult
     from .generation.stats import DecodingStats
     from .hub.engines import Finding
@@ -129,6 +130,7 @@ Lookup = Annotated[
     ),
 ]
 Temperature = Annotated[float, _flag("0 is greedy", min=0)]
+Color = Annotated[Literal["auto", "always", "never"], _flag("tint accepted tokens")]
 SkipBadRows = Annotated[bool, _flag("leave broken rows out instead of stopping", "--skip-bad-rows")]
 PROMPT_SETS = "a .jsonl or .jsonl.gz file, or a Hub data set as hub:org/name[:split[:field]]"
 
@@ -176,7 +178,7 @@ def generate(
     seed: Annotated[int | None, _flag("seed for sampling")] = None,
     raw: Annotated[bool, _flag("do not put the prompt into the chat template", "--raw")] = False,
     as_json: Annotated[bool, _flag("print one JSON object a prompt instead of text", "--json")] = False,
-    color: Annotated[Literal["auto", "always", "never"], _flag("tint accepted tokens")] = "auto",
+    color: Color = "auto",
 ) -> None:
     """Complete one prompt, streamed; or all prompts of files, in batches."""
     target, draft = _of_pair(named, target, draft)
@@ -199,9 +201,9 @@ def generate(
         **proposing,
         "max_new_tokens": max_new_tokens,
         "return_dict_in_generate": True,
-        **({"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}),
+        **_sampling(temperature),
     }
-    is_tinted = is_single and not as_json and (color == "always" or (color == "auto" and sys.stdout.isatty()))
+    is_tinted = is_single and not as_json and _is_tinted(color)
     if is_single and not as_json:
         arguments["streamer"] = TintedStreamer(pair.tokenizer, is_tinted)
     if lookup is not None and not is_single:
@@ -237,6 +239,14 @@ def generate(
             f"τ {stats.acceptance_length:.2f} · α {stats.acceptance_rate:.2f} · "
             f"{stats.num_rounds} rounds of {_depths(proposing)}{_shares(stats, is_tinted)}"
         )
+
+
+def _sampling(temperature: float) -> dict[str, Any]:
+    return {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+
+
+def _is_tinted(color: str) -> bool:
+    return color == "always" or (color == "auto" and sys.stdout.isatty())
 
 
 def _proposing(
@@ -350,6 +360,7 @@ class TintedStreamer:
         self.text = IncrementalDetokenizer(tokenizer)
         self.is_tinted = is_tinted
         self.is_prompt = True
+        self.tokens: list[int] = []
 
     def put(self, value: Any) -> None:
         if not self.is_prompt:
@@ -360,12 +371,122 @@ class TintedStreamer:
         self.show(value, TINTS[source] if self.is_tinted else "")
 
     def show(self, value: Any, tint: str = "") -> None:
-        new = self.text.add(value.tolist())
+        ids = value.flatten().tolist()
+        self.tokens += ids
+        new = self.text.add(ids)
         sys.stdout.write(f"{tint}{new}{RESET}" if tint and new else new)
         sys.stdout.flush()
 
     def end(self) -> None:
         sys.stdout.write("\n")
+
+
+CHAT_HELP = "/clear forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an answer."
+
+
+@app.command()
+def chat(
+    target: Target = None,
+    draft: Draft = None,
+    named: PairFlag = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    max_new_tokens: Annotated[int, _flag("new tokens of an answer at most", min=1)] = 512,
+    num_assistant_tokens: NumAssistantTokens = None,
+    assistant_tree_size: TreeSize = None,
+    lookup: Lookup = None,
+    temperature: Temperature = 0.0,
+    seed: Annotated[int | None, _flag("seed for sampling")] = None,
+    color: Color = "auto",
+) -> None:
+    """Chat with a target in the terminal; by default SmolLM2.
+
+    Accepted tokens are tinted by what proposed them. Ctrl-C stops an answer; /clear forgets the conversation, /quit or
+    Ctrl-D ends it.
+    """
+    if named == "bundled":
+        raise ValueError("Expected a pair that can chat, got the bundled one, a stand-in. Take `--pair smollm2`.")
+    target, draft = _of_pair(named if target or draft else "smollm2", target, draft)
+    pair = _load(target, draft, dtype, device, may_lack_draft=lookup is not None)
+    if pair.tokenizer.chat_template is None:
+        raise ValueError("Expected a target with a chat template, got none. Name a model that was trained to chat.")
+
+    import torch
+
+    from .conversation import Conversation
+    from .generation.memory import AssistantMemory
+
+    if seed is not None:
+        torch.manual_seed(seed)
+    arguments = {**_proposing(pair, num_assistant_tokens, assistant_tree_size, lookup), **_sampling(temperature)}
+    if lookup is not None:
+        arguments["assistant_memory"] = AssistantMemory(pair.target)
+    if sys.stdin.isatty():
+        _warn(CHAT_HELP)
+    conversation = Conversation()
+    for text in _said():
+        if text == "/quit":
+            break
+        elif text == "/clear":
+            conversation = Conversation()
+        elif text.startswith("/"):
+            _warn(CHAT_HELP)
+        elif text:
+            _answer(pair, conversation, text, max_new_tokens, _is_tinted(color), arguments)
+
+
+def _said() -> Iterator[str]:
+    """Read what the user says, line by line, up to Ctrl-D."""
+    prompt = ""
+    if sys.stdin.isatty():
+        with suppress(ImportError):  # Where there is none, lines cannot be edited.
+            import readline  # noqa: F401
+        prompt = "› "
+    while True:
+        try:
+            text = input(prompt).strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            _warn(f"\n{CHAT_HELP}")
+            continue
+        yield text
+
+
+def _answer(
+    pair: Pair, conversation: Conversation, text: str, max_new_tokens: int, is_tinted: bool, arguments: dict[str, Any]
+) -> None:
+    """Stream the answer to `text`, show its speed, and keep both in the conversation."""
+    import torch
+
+    from .host import cache_of, num_positions
+
+    ids = conversation.prompt(pair.tokenizer, text)
+    room = min(num_positions(model.config) for model in pair.models) - len(ids)
+    if room < 1:
+        return _warn(f"Expected a conversation of fewer than {len(ids) + room} tokens, got {len(ids)}. Type /clear.")
+    cache, streamer, output = conversation.take_cache(ids), TintedStreamer(pair.tokenizer, is_tinted), None
+    num_kept, start = 0 if cache is None else cache.get_seq_length(), time.perf_counter()
+    try:
+        output = pair.target.generate(
+            torch.tensor([ids], device=pair.target.device),
+            past_key_values=cache,
+            max_new_tokens=min(max_new_tokens, room),
+            streamer=streamer,
+            return_dict_in_generate=True,
+            **arguments,
+        )
+    except KeyboardInterrupt:
+        streamer.end()
+    seconds, answer = time.perf_counter() - start, streamer.tokens
+    print(flush=True)
+    speed = f"{len(answer) / seconds:.1f} tokens/s · {num_kept} tokens in the cache"
+    if output is None:
+        _warn(f"stopped after {len(answer)} tokens · {speed}\n")
+    else:
+        _warn(f"τ {output.stats.acceptance_length:.2f} · {speed}{_shares(output.stats, is_tinted)}\n")
+    if answer:
+        conversation.keep(pair.tokenizer, text, ids, answer, None if output is None else cache_of(output))
 
 
 @app.command(epilog="Ends with 3 where a text differs from plain generate's in float32.")
