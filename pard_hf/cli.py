@@ -929,5 +929,31 @@ def card(
     print(json.dumps({"cards": [file.name for file in written]}))
 
 
+KINDS = {"ok": "green", "note": "yellow", "problem": "red"}
+
+
+@app.command()
+def doctor(
+    target: Target = None,
+    draft: Draft = None,
+    named: PairFlag = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> int:
+    """Look at this machine: versions, devices, what will compile, whether a pair fits memory.
+
+    Weights are not loaded. Exit code 0, or 1 where there is a problem.
+    """
+    target, draft = _of_pair(named, target, draft)
+
+    from .doctor import examine
+
+    code = 0
+    for kind, text in examine(target, draft, dtype, device):
+        typer.echo(typer.style(f"{kind:9}", fg=KINDS[kind]) + text)
+        code |= kind == "problem"
+    return code
+
+
 if __name__ == "__main__":
     sys.exit(main())

