@@ -168,10 +168,10 @@ def test_on_a_terminal(folders):
 
 def wait_for(terminal, text=None, after=""):
     """Read a terminal until it shows `text`, behind `after`; or until its end."""
-    shown = ""
-    while text is None or text not in shown[shown.find(after) if after in shown else len(shown) :]:
+    shown = b""
+    while text is None or text.encode() not in shown[shown.find(after.encode()) :] or after.encode() not in shown:
         try:
-            shown += os.read(terminal, 1 << 12).decode(errors="replace")
+            shown += os.read(terminal, 1 << 12)
         except OSError:
             break
-    return shown
+    return shown.decode(errors="replace")
