@@ -332,7 +332,7 @@ def main() -> None:
     pair = load_enlarged(args)
     metadata = run_metadata(pair, settings, sys.argv[1:], args.target, args.draft)
     metadata |= {"command": command(), "scale": args.shapes}
-    console = make_console()
+    console = make_console(is_error=True)
     with progress_bar(console) as advance:
         benchmark = Benchmark(pair, settings, advance)
         result = run_benchmark(benchmark, sets, metadata, args.output, args.resume, partial(show_cell, console))

@@ -15,22 +15,25 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin, get_type_hints
 
 import typer
 
+from . import __version__
 from .training.settings import TrainingSettings
 
 if TYPE_CHECKING:
+    from .conversation import Conversation
     from .evaluation.race import RaceResult
     from .generation.stats import DecodingStats
     from .hub.engines import Finding
     from .loading import Pair
 
 app = typer.Typer(
-    add_completion=False,
     rich_markup_mode=None,
     help="Parallel draft models for transformers. A flag with a LIST is given once, with commas, or several times.",
 )
@@ -127,8 +130,32 @@ Lookup = Annotated[
     ),
 ]
 Temperature = Annotated[float, _flag("0 is greedy", min=0)]
+Color = Annotated[Literal["auto", "always", "never"], _flag("tint accepted tokens")]
 SkipBadRows = Annotated[bool, _flag("leave broken rows out instead of stopping", "--skip-bad-rows")]
 PROMPT_SETS = "a .jsonl or .jsonl.gz file, or a Hub data set as hub:org/name[:split[:field]]"
+
+
+def print_versions(is_asked: bool) -> None:
+    """Print the version of this package and of those that decide what `generate` does; import none of them."""
+    if is_asked:
+        print(" · ".join(f"{package} {version_of(package)}" for package in ("pard-hf", "torch", "transformers")))
+        raise typer.Exit
+
+
+def version_of(package: str) -> str:
+    try:
+        return __version__ if package == "pard-hf" else version(package)
+    except PackageNotFoundError:
+        return "is not installed"
+
+
+@app.callback()
+def pard(
+    versions: Annotated[
+        bool, _flag("print versions and exit", "--version", callback=print_versions, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -151,19 +178,21 @@ def generate(
     seed: Annotated[int | None, _flag("seed for sampling")] = None,
     raw: Annotated[bool, _flag("do not put the prompt into the chat template", "--raw")] = False,
     as_json: Annotated[bool, _flag("print one JSON object a prompt instead of text", "--json")] = False,
-    color: Annotated[Literal["auto", "always", "never"], _flag("tint accepted tokens")] = "auto",
+    color: Color = "auto",
 ) -> None:
     """Complete one prompt, streamed; or all prompts of files, in batches."""
+    target, draft = _of_pair(named, target, draft)
+    prompts, is_single = _read_prompts(prompt, file or [])
+
     import torch
 
     from .evaluation.prompts import make_batches
+    from .evaluation.report import make_console, progress_bar
     from .generation.memory import AssistantMemory
     from .generation.stats import DecodingStats
     from .host import end_token_ids, pad_token_id
     from .tokens import encode_prompt
 
-    target, draft = _of_pair(named, target, draft)
-    prompts, is_single = _read_prompts(prompt, file or [])
     pair = _load(target, draft, dtype, device, may_lack_draft=lookup is not None)
     proposing = _proposing(pair, num_assistant_tokens, assistant_tree_size, lookup)
     if seed is not None:
@@ -172,9 +201,9 @@ def generate(
         **proposing,
         "max_new_tokens": max_new_tokens,
         "return_dict_in_generate": True,
-        **({"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}),
+        **_sampling(temperature),
     }
-    is_tinted = is_single and not as_json and (color == "always" or (color == "auto" and sys.stdout.isatty()))
+    is_tinted = is_single and not as_json and _is_tinted(color)
     if is_single and not as_json:
         arguments["streamer"] = TintedStreamer(pair.tokenizer, is_tinted)
     if lookup is not None and not is_single:
@@ -182,10 +211,15 @@ def generate(
     encoded = [encode_prompt(pair.tokenizer, prompt, raw) for prompt in prompts]
     config, answers = pair.target.generation_config, dict[int, list[int]]()
     stats, start = DecodingStats(), time.perf_counter()
-    for batch in make_batches(encoded, batch_size, pad_token_id(config), pair.target.device):
-        output = pair.target.generate(**batch.inputs, **arguments)
-        answers |= batch.new_texts(output.sequences, end_token_ids(config))
-        stats += output.stats
+    batches = make_batches(encoded, batch_size, pad_token_id(config), pair.target.device)
+    with nullcontext() if is_single else progress_bar(make_console(is_error=True)) as advance:
+        for batch in batches:
+            output = pair.target.generate(**batch.inputs, **arguments)
+            answers |= batch.new_texts(output.sequences, end_token_ids(config))
+            stats += output.stats
+            if advance is not None:
+                speed = sum(map(len, answers.values())) / (time.perf_counter() - start)
+                advance(len(batch.indices) / len(prompts), f"{len(answers)}/{len(prompts)} · {speed:.1f} tokens/s")
     seconds = time.perf_counter() - start
     num_new_tokens = sum(map(len, answers.values()))
     for index, prompt in enumerate(prompts):
@@ -205,6 +239,14 @@ def generate(
             f"τ {stats.acceptance_length:.2f} · α {stats.acceptance_rate:.2f} · "
             f"{stats.num_rounds} rounds of {_depths(proposing)}{_shares(stats, is_tinted)}"
         )
+
+
+def _sampling(temperature: float) -> dict[str, Any]:
+    return {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+
+
+def _is_tinted(color: str) -> bool:
+    return color == "always" or (color == "auto" and sys.stdout.isatty())
 
 
 def _proposing(
@@ -250,11 +292,11 @@ def _load(
     target: str | None, draft: str | None, dtype: str, device: str | None, *, may_lack_draft: bool = False
 ) -> Pair:
     """Load a pair; `may_lack_draft` allows a target alone."""
-    from transformers.utils import logging
+    _find(target, draft)
 
     from .loading import SMOLLM2, load_models, load_pair
 
-    logging.disable_progress_bar()
+    _show_downloads_only()
     if target is None or draft is not None:
         return load_pair(target, draft, dtype, device)
     if not may_lack_draft:
@@ -264,6 +306,24 @@ def _load(
             + "or pass --lookup to do without."
         )
     return load_models(target, None, dtype, device)
+
+
+def _show_downloads_only() -> None:
+    """Leave the bars of the Hub's downloads, on a terminal, and none of reading weights."""
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if sys.stderr.isatty():
+        enable_progress_bars()
+
+
+def _find(*names: str | None) -> None:
+    """Refuse names that lead nowhere, and wait no longer than seconds for the Hub."""
+    from .locate import find_checkpoints
+
+    if (sentence := find_checkpoints(*names)) is not None:
+        _warn(sentence)
 
 
 def _read_prompts(prompt: str | None, files: list[Path]) -> tuple[list[str], bool]:
@@ -300,6 +360,7 @@ class TintedStreamer:
         self.text = IncrementalDetokenizer(tokenizer)
         self.is_tinted = is_tinted
         self.is_prompt = True
+        self.tokens: list[int] = []
 
     def put(self, value: Any) -> None:
         if not self.is_prompt:
@@ -310,12 +371,122 @@ class TintedStreamer:
         self.show(value, TINTS[source] if self.is_tinted else "")
 
     def show(self, value: Any, tint: str = "") -> None:
-        new = self.text.add(value.tolist())
+        ids = value.flatten().tolist()
+        self.tokens += ids
+        new = self.text.add(ids)
         sys.stdout.write(f"{tint}{new}{RESET}" if tint and new else new)
         sys.stdout.flush()
 
     def end(self) -> None:
         sys.stdout.write("\n")
+
+
+CHAT_HELP = "/clear forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an answer."
+
+
+@app.command()
+def chat(
+    target: Target = None,
+    draft: Draft = None,
+    named: PairFlag = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    max_new_tokens: Annotated[int, _flag("new tokens of an answer at most", min=1)] = 512,
+    num_assistant_tokens: NumAssistantTokens = None,
+    assistant_tree_size: TreeSize = None,
+    lookup: Lookup = None,
+    temperature: Temperature = 0.0,
+    seed: Annotated[int | None, _flag("seed for sampling")] = None,
+    color: Color = "auto",
+) -> None:
+    """Chat with a target in the terminal; by default SmolLM2.
+
+    Accepted tokens are tinted by what proposed them. Ctrl-C stops an answer; /clear forgets the conversation, /quit or
+    Ctrl-D ends it.
+    """
+    if named == "bundled":
+        raise ValueError("Expected a pair that can chat, got the bundled one, a stand-in. Take `--pair smollm2`.")
+    target, draft = _of_pair(named if target or draft else "smollm2", target, draft)
+    pair = _load(target, draft, dtype, device, may_lack_draft=lookup is not None)
+    if pair.tokenizer.chat_template is None:
+        raise ValueError("Expected a target with a chat template, got none. Name a model that was trained to chat.")
+
+    import torch
+
+    from .conversation import Conversation
+    from .generation.memory import AssistantMemory
+
+    if seed is not None:
+        torch.manual_seed(seed)
+    arguments = {**_proposing(pair, num_assistant_tokens, assistant_tree_size, lookup), **_sampling(temperature)}
+    if lookup is not None:
+        arguments["assistant_memory"] = AssistantMemory(pair.target)
+    if sys.stdin.isatty():
+        _warn(CHAT_HELP)
+    conversation = Conversation()
+    for text in _said():
+        if text == "/quit":
+            break
+        elif text == "/clear":
+            conversation = Conversation()
+        elif text.startswith("/"):
+            _warn(CHAT_HELP)
+        elif text:
+            _answer(pair, conversation, text, max_new_tokens, _is_tinted(color), arguments)
+
+
+def _said() -> Iterator[str]:
+    """Read what the user says, line by line, up to Ctrl-D."""
+    prompt = ""
+    if sys.stdin.isatty():
+        with suppress(ImportError):  # Where there is none, lines cannot be edited.
+            import readline  # noqa: F401
+        prompt = "› "
+    while True:
+        try:
+            text = input(prompt).strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            _warn(f"\n{CHAT_HELP}")
+            continue
+        yield text
+
+
+def _answer(
+    pair: Pair, conversation: Conversation, text: str, max_new_tokens: int, is_tinted: bool, arguments: dict[str, Any]
+) -> None:
+    """Stream the answer to `text`, show its speed, and keep both in the conversation."""
+    import torch
+
+    from .host import cache_of, num_positions
+
+    ids = conversation.prompt(pair.tokenizer, text)
+    room = min(num_positions(model.config) for model in pair.models) - len(ids)
+    if room < 1:
+        return _warn(f"Expected a conversation of fewer than {len(ids) + room} tokens, got {len(ids)}. Type /clear.")
+    cache, streamer, output = conversation.take_cache(ids), TintedStreamer(pair.tokenizer, is_tinted), None
+    num_kept, start = 0 if cache is None else cache.get_seq_length(), time.perf_counter()
+    try:
+        output = pair.target.generate(
+            torch.tensor([ids], device=pair.target.device),
+            past_key_values=cache,
+            max_new_tokens=min(max_new_tokens, room),
+            streamer=streamer,
+            return_dict_in_generate=True,
+            **arguments,
+        )
+    except KeyboardInterrupt:
+        streamer.end()
+    seconds, answer = time.perf_counter() - start, streamer.tokens
+    print(flush=True)
+    speed = f"{len(answer) / seconds:.1f} tokens/s · {num_kept} tokens in the cache"
+    if output is None:
+        _warn(f"stopped after {len(answer)} tokens · {speed}\n")
+    else:
+        _warn(f"τ {output.stats.acceptance_length:.2f} · {speed}{_shares(output.stats, is_tinted)}\n")
+    if answer:
+        conversation.keep(pair.tokenizer, text, ids, answer, None if output is None else cache_of(output))
 
 
 @app.command(epilog="Ends with 3 where a text differs from plain generate's in float32.")
@@ -338,7 +509,7 @@ def demo(
     from .evaluation.benchmark import is_exact
     from .evaluation.prompts import CHAT_PROMPTS, DEMO_PROMPTS
     from .evaluation.race import PARD, PLAIN, compile_plain, race
-    from .evaluation.report import GAP
+    from .evaluation.report import GAP, make_console, progress_bar
     from .loading import SMOLLM2, default_pair
     from .tokens import encode_prompt
 
@@ -360,7 +531,8 @@ def demo(
     results = []
     for number, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True), start=1):
         print(_wrapped(f"[{number}/{len(prompts)}] {prompt.rstrip()}"), flush=True)
-        results.append(race(pair, ids, max_new_tokens, repeats, with_compiled, **ours))
+        with progress_bar(make_console(is_error=True)) as advance:
+            results.append(race(pair, ids, max_new_tokens, repeats, with_compiled, advance, **ours))
         _show_race(results[-1], heading)
     total = sum(results[1:], results[0])
     print(f"all prompts: identical {total.agreement(PARD)} · {_speeds(total)}")
@@ -437,11 +609,15 @@ def bench(
     repeats: Annotated[int, _flag("timed runs of each route")] = 3,
     output: Annotated[Path | None, _flag("write the JSON here: a .json file, or a folder")] = None,
     resume: Annotated[bool, _flag("continue an interrupted run's --output", "--resume")] = False,
+    as_json: Annotated[bool, _flag("print the result as one JSON object, tables to standard error", "--json")] = False,
 ) -> int:
-    """Measure plain generate, its rivals and PARD on the same prompts, interleaved.
+    """Measure plain generate, its rivals and PARD on the same prompts, interleaved."""
+    if output is None and resume:
+        raise ValueError("Expected `--output` with `--resume`, got none. Name a file.")
+    if output is not None and output.suffix != ".json":
+        output = output / "bench.json"
+    target, draft = _of_pair(named, target, draft)
 
-    Prints tables to standard error and the result to standard output, as one JSON object.
-    """
     from transformers.utils import logging
 
     from .evaluation.benchmark import Benchmark, BenchmarkSettings, differences, is_exact, run_benchmark, run_metadata
@@ -449,11 +625,6 @@ def bench(
     from .evaluation.report import difference_sentence, make_console, progress_bar, show_cell
     from .evaluation.routes import ROUTES
 
-    if output is None and resume:
-        raise ValueError("Expected `--output` with `--resume`, got none. Name a file.")
-    if output is not None and output.suffix != ".json":
-        output = output / "bench.json"
-    target, draft = _of_pair(named, target, draft)
     sets = load_prompt_sets(prompts or ["demo"])
     settings = BenchmarkSettings(
         routes=tuple(routes or ROUTES),
@@ -468,15 +639,16 @@ def bench(
         lookup_num_tokens=lookup,
     )
     logging.set_verbosity_error()  # The stock loop warns of its own defaults in every call.
-    pair, console = _load(target, draft, dtype, device, may_lack_draft=True), make_console()
+    pair, console = _load(target, draft, dtype, device, may_lack_draft=True), make_console(is_error=as_json)
     metadata = run_metadata(pair, settings, context.obj, target, draft)
-    with progress_bar(console) as advance:
+    with progress_bar(make_console(is_error=True)) as advance:
         benchmark = Benchmark(pair, settings, advance)
         result = run_benchmark(benchmark, sets, metadata, output, resume, partial(show_cell, console))
     different = differences(result["cells"]) if is_exact(pair.target.dtype) else []
     for route, difference in different[:1]:
         _warn(f"pard bench: {difference_sentence(route, difference)}")
-    print(json.dumps(result, ensure_ascii=False))
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False))
     return EXIT_DIFFERENT if different else 0
 
 
@@ -503,6 +675,7 @@ def data(
 
     Rows {prompt}, {turns} or {messages} in, training rows out. The same command continues an interrupted run.
     """
+    from .evaluation.report import make_console, progress_bar
     from .training.responses import write_answers
 
     sources: list[dict[str, Any]] = []
@@ -510,25 +683,13 @@ def data(
     if not rows:
         raise ValueError(f"Expected at least one prompt in {', '.join(prompts)}, got none. Name another file.")
     pair = _load(target, draft, dtype, device, may_lack_draft=True)
-    progress = Progress()
-    counts = write_answers(
-        pair.target,
-        pair.tokenizer,
-        rows,
-        output,
-        draft=pair.draft,
-        sources=sources,
-        report=progress,
-        batch_size=batch_size,
-        num_assistant_tokens=num_assistant_tokens,
-        num_samples=num_samples,
-        temperature=temperature,
-        top_p=top_p,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        skip_bad_rows=skip_bad_rows,
-        restart=restart,
-    )
+    settings: dict[str, Any] = {"batch_size": batch_size, "num_assistant_tokens": num_assistant_tokens, "seed": seed}
+    settings |= {"num_samples": num_samples, "temperature": temperature, "top_p": top_p}
+    settings |= {"max_new_tokens": max_new_tokens, "skip_bad_rows": skip_bad_rows, "restart": restart}
+    with progress_bar(make_console(is_error=True)) as advance:
+        progress = Progress(advance)
+        answered = pair.target, pair.tokenizer, rows, output
+        counts = write_answers(*answered, draft=pair.draft, sources=sources, report=progress, **settings)
     if counts.left_out or counts.shortened:
         _warn(
             f"{counts.left_out} rows had no room for an answer, {counts.shortened} for every turn: lower "
@@ -557,20 +718,25 @@ def _read_all(prompts: list[str], skip_bad_rows: bool, sources: list[dict[str, A
 
 
 class Progress:
-    """Print the progress of `pard data` to standard error, one line every five seconds."""
+    """Show the progress of `pard data` on standard error: a bar on a terminal, else one line every five seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, advance: Callable[[float, str], None]) -> None:
+        self.advance = advance if sys.stderr.isatty() else None
         self.start = self.last = time.perf_counter()
-        self.speed, self.acceptance_length = 0.0, 0.0
+        self.speed, self.acceptance_length, self.share = 0.0, 0.0, 0.0
 
     def __call__(self, counts: Any, stats: Any) -> None:
-        now = time.perf_counter()
+        now, num_rows = time.perf_counter(), counts.new_rows + counts.waiting
         self.speed, self.acceptance_length = counts.new_tokens / (now - self.start), stats.acceptance_length
-        if now - self.last < 5.0 and counts.waiting:
-            return
-        self.last = now
         acceptance = f" · τ {self.acceptance_length:.2f}" if stats.num_rounds else ""
-        _warn(f"{counts.new_rows}/{counts.new_rows + counts.waiting} rows · {self.speed:.1f} tokens/s{acceptance}")
+        text = f"{counts.new_rows}/{num_rows} rows · {self.speed:.1f} tokens/s{acceptance}"
+        if self.advance is not None:
+            share = counts.new_rows / max(num_rows, 1)
+            self.advance(share - self.share, text)
+            self.share = share
+        elif now - self.last >= 5.0 or not counts.waiting:
+            self.last = now
+            _warn(text)
 
     def ratios(self) -> dict[str, float]:
         """Return tokens a second and, with a draft, the acceptance length."""
@@ -601,6 +767,8 @@ class HelpInSections(typer.core.TyperCommand):
 
 def train(context: typer.Context, **settings: Any) -> None:
     """Adapt a small causal LM into a parallel draft. Rows: {text}, {prompt, response} or {messages}."""
+    _find(settings["base"], settings["target"])
+
     from .evaluation.acceptance import prepare_evaluator
     from .hub.model_card import draft_card
     from .io import shown_command
@@ -642,13 +810,14 @@ DraftArgument = Annotated[Text, typer.Argument(help="folder or Hub id of the dra
 
 def _checkpoints(named: NamedPair | None, draft: str | None, target: str | None) -> tuple[str, str | None]:
     """Return folders or Hub ids of a draft and its target, by the flags of `pard check` and `pard export`."""
-    from .loading import named_pair
-
     if named is not None:
+        from .loading import named_pair
+
         _of_pair(named, target, draft)
         target, draft = named_pair(named)
     if draft is None:
         raise ValueError("Expected a draft or `--pair`, got neither. Name a folder, a Hub id or a pair.")
+    _find(draft, target)
     return draft, target
 
 
@@ -663,10 +832,11 @@ def check(
 
     Weights are not loaded. Exit code 0 where both would load it, 1 where one would not.
     """
+    draft, target = _checkpoints(named, draft, target)
+
     from .hub.engines import ENGINES, check_draft, would_load
     from .io import source_of
 
-    draft, target = _checkpoints(named, draft, target)
     if target is not None and (source := source_of(target)) is not None:
         print(f"target: {source}")
     findings = check_draft(draft, target)
@@ -701,14 +871,13 @@ def export(
 
     Exit code 0 where both would load it, 1 where it is written and one of them would not.
     """
-    from transformers.utils import logging
+    draft, target = _checkpoints(named, draft, target)
 
     from .hub.checkpoint import read_json, vocab_size
     from .hub.engines import check_draft
     from .hub.export import export_draft
 
-    draft, target = _checkpoints(named, draft, target)
-    logging.disable_progress_bar()
+    _show_downloads_only()
     folder = export_draft(draft, output, target, pad_vocab_to)
     findings = check_draft(folder, target, name=str(output))
     code = _print_findings(findings)
@@ -748,6 +917,8 @@ def card(
     if render_all and (output is None or output.is_file()):
         raise ValueError("Expected with --all a folder for the cards: pass --output model_cards.")
     written = []
+    if checkpoint is not None and checkpoint not in all_names():
+        _find(checkpoint)
     for name in [checkpoint] if checkpoint is not None else all_names():
         text = model_card(card_source(name, results or [], **stated))
         if output is None:
@@ -756,6 +927,32 @@ def card(
         written.append(output / f"{name.split('/')[-1]}.md" if render_all else output)
         text.save(written[-1])
     print(json.dumps({"cards": [file.name for file in written]}))
+
+
+KINDS = {"ok": "green", "note": "yellow", "problem": "red"}
+
+
+@app.command()
+def doctor(
+    target: Target = None,
+    draft: Draft = None,
+    named: PairFlag = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> int:
+    """Look at this machine: versions, devices, what will compile, whether a pair fits memory.
+
+    Weights are not loaded. Exit code 0, or 1 where there is a problem.
+    """
+    target, draft = _of_pair(named, target, draft)
+
+    from .doctor import examine
+
+    code = 0
+    for kind, text in examine(target, draft, dtype, device):
+        typer.echo(typer.style(f"{kind:9}", fg=KINDS[kind]) + text)
+        code |= kind == "problem"
+    return code
 
 
 if __name__ == "__main__":

@@ -14,13 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
-from typing import Any
-
-import torch
-import transformers
-from transformers import GenerationConfig
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
+
+if TYPE_CHECKING:  # The command line reads its words with this module, and imports neither for that.
+    import torch
 
 # Beside a converted checkpoint: what it was converted from.
 SOURCE_FILE = "source.json"
@@ -107,7 +106,10 @@ def text_problem(value: Any) -> str | None:
 
 def conditions_of(target: Any) -> dict[str, Any]:
     """Describe a run with `target`: date, commit, versions, device, dtype and decoding; paths are never recorded."""
-    config: GenerationConfig = target.generation_config
+    import torch
+    import transformers
+
+    config: transformers.GenerationConfig = target.generation_config
     changed = {name: value for name, value in config.to_diff_dict().items() if name in DECODING_SETTINGS and value}
     return {
         "date": date.today().isoformat(),
@@ -153,6 +155,8 @@ def commit() -> str | None:
 
 def device_name(device: torch.device) -> str:
     """Name a device, with the number of threads on a CPU."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":

@@ -11,11 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from .draft.model import PardDraftModel
 from .draft.packaged import is_packaged, load_packaged
 from .generation.mixin import with_pard
+from .locate import SMOLLM2
 from .smollm2 import Report, smollm2_folder, to_stderr
 
 # Folders of the bundled pair and, in a small form, of SmolLM2's draft.
 BUNDLED = Path(__file__).parent / "bundled"
-SMOLLM2: Literal["smollm2"] = "smollm2"
 
 
 class PairPaths(NamedTuple):

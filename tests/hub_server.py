@@ -47,6 +47,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.about(f"{org}/{name}", rest)
             case [org, name, "resolve", _, *path]:
                 self.about(f"{org}/{name}", ["resolve", *path])
+            case _:
+                self.answer({}, 404)
 
     do_HEAD = do_GET
 

@@ -2,19 +2,23 @@
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
 
 import pytest
 import torch
+import transformers
+import typer
 from documents import ROOT
 from families import make_draft, make_forgetful, make_model
 from huggingface_hub import constants
 from transformers import AutoTokenizer
 
+import pard_hf
 from pard_hf import smollm2
-from pard_hf.cli import TintedStreamer, main, with_optional_values
+from pard_hf.cli import TintedStreamer, app, main, with_optional_values
 
 
 @pytest.fixture
@@ -311,22 +315,20 @@ def test_demo_opens_with_smollm2_where_it_can_be_had(monkeypatch, capsys):
     assert "The bundled pair is a stand-in" in out
 
 
-@pytest.mark.parametrize(
-    ("words", "name", "message"),
-    [
-        ([], "pard", "Missing command"),
-        (["tell"], "pard tell", "No such command 'tell'"),
-        (["generate", "--max-new", "4"], "pard generate", "No such option: --max-new"),
-        (["bench", "--batch-sizes", "1", "4"], "pard bench", "unexpected extra argument"),
-        (
-            ["bench", "--batch-sizes", "1,four"],
-            "pard bench",
-            "Expected whole numbers separated by commas, got '1,four'",
-        ),
-        (["train", "--base", "base"], "pard train", "Missing option '--data'"),
-        (["train", "--objective", "mse"], "pard train", "'--objective'"),
-    ],
-)
+WRONG_WORDS = [
+    ([], "pard", "Missing command"),
+    (["tell"], "pard tell", "No such command 'tell'"),
+    (["generate", "--max-new", "4"], "pard generate", "No such option: --max-new"),
+    (["bench", "--batch-sizes", "1", "4"], "pard bench", "unexpected extra argument"),
+    (["bench", "--batch-sizes", "1,four"], "pard bench", "Expected whole numbers separated by commas, got '1,four'"),
+    (["bench", "--prompts", "a.jsonl,b.jsonl", "--repeat"], "pard bench", "No such option: --repeat"),
+    (["generate", "--pair", "smollm"], "pard generate", "'smollm' is not one of 'smollm2', 'bundled'"),
+    (["train", "--base", "base"], "pard train", "Missing option '--data'"),
+    (["train", "--objective", "mse"], "pard train", "not one of 'ce', 'kd', 'cat', 'tv', 'lk'"),
+]
+
+
+@pytest.mark.parametrize(("words", "name", "message"), WRONG_WORDS)
 def test_wrong_words_end_with_one_line(capsys, words, name, message):
     assert main(words) == 2
 
@@ -352,7 +354,7 @@ def test_interrupted_command_ends_with_130(monkeypatch, capsys):
 
     monkeypatch.setattr("pard_hf.hub.engines.check_draft", interrupted)
 
-    assert main(["check", "draft"]) == 130
+    assert main(["check", pard_hf.bundled_pair().draft]) == 130
     assert capsys.readouterr().err == "pard check: interrupted\n"
 
 
@@ -375,16 +377,55 @@ def test_flags_may_stand_without_a_value():
     assert with_optional_values(["--lookup", "4", "--lookup=6"]) == ["--lookup", "4", "--lookup=6"]
 
 
-def test_help_loads_no_models():
-    """Torch and transformers take seconds to import."""
-    program = """
+HEAVY = ("torch", "transformers", "huggingface_hub", "datasets", "gradio", "numpy")
+
+
+def run_and_list_modules(*commands, **variables):
+    """Run commands in one process of their own; its output, its errors and which of `HEAVY` it imported."""
+    program = f"""
 import sys
 from pard_hf.cli import main
-for words in ("--help", "generate --help", "bench --help", "train --help"):
-    assert main(words.split()) == 0
-assert not {"torch", "transformers", "datasets", "gradio"} & set(sys.modules)
+codes = [main(words.split()) for words in {commands}]
+print(codes, [name for name in {HEAVY} if name in sys.modules])
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **variables}
+    )
+    *out, last = done.stdout.splitlines()
+    return "\n".join(out), done.stderr, last
 
-    assert done.returncode == 0, done.stderr
-    assert "--num-assistant-tokens" in done.stdout
+
+def test_help_versions_and_errors_load_no_models():
+    """Torch and transformers take seconds to import."""
+    helps = [f"{name} --help" for name in ("", *typer.main.get_command(app).commands)]
+    out, _, loaded = run_and_list_modules(*helps, "--version")
+    wrong = [" ".join(words) for words, *_ in WRONG_WORDS]
+    wrong += ["generate hi --pair smollm2 --draft d", "data --prompts x"]
+    _, err, loaded_by_errors = run_and_list_modules(*wrong)
+
+    assert loaded == f"{[0] * (len(helps) + 1)} []"
+    assert loaded_by_errors == f"{[2] * len(wrong)} []"
+    assert "--num-assistant-tokens" in out
+    assert out.splitlines()[-1] == (
+        f"pard-hf {pard_hf.__version__} · torch {torch.__version__} · transformers {transformers.__version__}"
+    )
+    assert err.count("\n") == len(wrong)
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [("pard ch", {"check"}), ("pard generate --pair s", {"smollm2"}), ("pard train --objective t", {"tv"})],
+)
+def test_the_shell_completes_commands_flags_and_choices(words, offered):
+    """As the script of `pard --show-completion` asks for it."""
+    program = "import sys; from pard_hf.cli import main; sys.exit(main())"
+    number = len(words.split()) - 1
+    variables = {"_PARD_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(number)}
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", program],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, **variables},
+    )  # fmt: skip
+
+    assert done.returncode == 0
+    assert offered <= set(done.stdout.split())
+    assert not {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()} & set(HEAVY)

@@ -1,8 +1,13 @@
 """`pard generate` on files of prompts: in batches, printed in order."""
 
 import json
+import os
+import pty
+import subprocess
+import sys
 
 import pytest
+from documents import ROOT
 from families import make_draft, make_model
 
 from pard_hf.cli import main
@@ -70,3 +75,45 @@ def test_bad_files_are_a_sentence(command, tmp_path, capsys, text, arguments, me
     assert main([*command, *arguments, "--file", str(file)]) == 2
 
     assert message in capsys.readouterr().err
+
+
+def on_a_terminal(words):
+    """What a command writes to a terminal as its standard error, and to a pipe as its output."""
+    reading, writing = pty.openpty()
+    program = "import sys; from pard_hf.cli import main; sys.exit(main())"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100", "TERM": "xterm"}
+    command = [sys.executable, "-c", program, *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=writing, env=environment, text=True) as process:
+        os.close(writing)
+        shown = b""
+        while chunk := read_terminal(reading):
+            shown += chunk
+        out = process.stdout.read()
+    os.close(reading)
+    assert process.returncode == 0, shown.decode()
+    return out, shown.decode()
+
+
+def read_terminal(reading):
+    try:
+        return os.read(reading, 1 << 16)
+    except OSError:  # Linux reports the end of a terminal so.
+        return b""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are of Unix")
+@pytest.mark.parametrize("name", ["generate", "data"])
+def test_a_terminal_shows_progress_with_rate_and_remaining_time(command, prompts_file, tmp_path, name):
+    words = [*command, "--batch-size", "2", "--device", "cpu"]
+    if name == "generate":
+        words += ["--file", prompts_file, "--json"]
+    else:
+        words = ["data", *words[1:], "--prompts", prompts_file, "--output", str(tmp_path / "out.jsonl")]
+
+    out, shown = on_a_terminal(words)
+
+    assert "4/4" in shown
+    assert "tokens/s" in shown
+    assert "100%" in shown
+    assert "0:00:00" in shown
+    assert "\033" not in out

@@ -232,11 +232,12 @@ def parsed(words):
 def test_flags_in_prose_exist(document):
     """`--flag` alone is a flag of some command, `pard command --flag` of that command."""
     flags = flags_of_commands() | {"app.py": flags_of_app(pytest.importorskip("app"))}
+    root = [flag for parameter in typer.main.get_command(app).params for flag in parameter.opts]
     for code in inline_code(document.read_text(encoding="utf-8")):
         words = code.split()
         named = {word for word in words if re.fullmatch(r"--[a-z][\w-]+", word)}
         if words[0] == "pard":
-            assert words[1] in ("COMMAND:", "COMMAND", "--help") or named <= flags[words[1]], code
+            assert words[1] in ("COMMAND:", "COMMAND", "--help", *root) or named <= flags[words[1]], code
         elif words[0] == "make" and len(words) > 1:
             assert words[1] in TARGETS_OF_MAKE, code
         elif words[0] not in ("vllm", "hf", "accelerate", "python", "pip"):

@@ -60,8 +60,8 @@ def test_commands_measure_in_float32_on_a_cpu(folders, capsys):
 
     assert main(["demo", *pair, "--repeats", "1"]) == 0
     assert "· float32 ·" in capsys.readouterr().out
-    assert main(["bench", *pair, *settings]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["dtype"] == "float32"
+    assert main(["bench", *pair, *settings, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["dtype"] == "float32"
 
 
 def test_commands_do_without_a_draft(folders, capsys, monkeypatch):
@@ -73,7 +73,7 @@ def test_commands_do_without_a_draft(folders, capsys, monkeypatch):
         assert main(["generate", "abcabcabc", "--target", target, "--lookup", "--json", *settings]) == 0
         assert json.loads(capsys.readouterr().out)["num_new_tokens"] == 8
     measured = ["--limit", "1", "--repeats", "1", "--routes", "tier2,lookup", "--lookup", "6"]
-    assert main(["bench", "--target", "smollm2", *settings, *measured]) == 0
+    assert main(["bench", "--target", "smollm2", *settings, *measured, "--json"]) == 0
     captured = capsys.readouterr()
     result = json.loads(captured.out)
     [cell] = result["cells"]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..io import numbered_lines, parse_line, text_problem
+from ..locate import check_hub
 from ..tokens import pad_left, until_end
 
 DEMO_PROMPTS = (
@@ -137,6 +138,11 @@ def read_hub_conversations(source: str) -> tuple[str, list[dict[str, Any]]]:
 
 def read_hub_rows(source: str, default_split: str) -> tuple[str, str, list[dict[str, Any]]]:
     """Read `hub:org/name[/config][:split[:field]]`; return its name with the split, the field or `""`, the rows."""
+    path, split, field, *rest = [*source.removeprefix(HUB_PREFIX).split(":"), "", ""]
+    if not path or any(rest):
+        raise ValueError(f"Expected `hub:org/name[:split[:field]]`, got {source!r}. Drop the other parts.")
+    if not Path(path).exists():
+        check_hub([])  # A Hub that does not answer is not waited for, and `datasets` has a cache of its own.
     try:
         from datasets import load_dataset
         from datasets.exceptions import DatasetNotFoundError
@@ -144,9 +150,6 @@ def read_hub_rows(source: str, default_split: str) -> tuple[str, str, list[dict[
         raise ValueError(
             f"Expected the package `datasets` for {source!r}, got none. Do `pip install 'pard-hf[bench]'`."
         ) from None
-    path, split, field, *rest = [*source.removeprefix(HUB_PREFIX).split(":"), "", ""]
-    if not path or any(rest):
-        raise ValueError(f"Expected `hub:org/name[:split[:field]]`, got {source!r}. Drop the other parts.")
     split = split or default_split
     # A folder may lie anywhere; a Hub id has one slash, and a third part is the configuration.
     config = None

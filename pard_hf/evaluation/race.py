@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -50,9 +51,17 @@ class RaceResult:
 
 
 def race(
-    pair: Pair, ids: list[int], max_new_tokens: int, repeats: int, with_compiled: bool, **ours: Any
+    pair: Pair,
+    ids: list[int],
+    max_new_tokens: int,
+    repeats: int,
+    with_compiled: bool,
+    advance: Callable[[float, str], None] = lambda share, text: None,
+    **ours: Any,
 ) -> RaceResult:
     """Run each way on the token ids of a prompt in turns; the first run of each is not timed.
+
+    Each run is announced to `advance`, with its share of all.
 
     That run is as long as the others where something compiles, and a few tokens elsewhere. Compiled plain `generate`
     is a way of its own; the first prompt of a length compiles. `ours` are further arguments of our `generate`, what
@@ -69,6 +78,7 @@ def race(
     outputs: dict[str, Any] = {}
     for settings in (first, *[common] * repeats):
         for name, arguments in ways.items():
+            advance(1 / (1 + repeats) / len(ways), name)
             start = now(target.device)
             outputs[name] = target.generate(**batch.inputs, **settings, **arguments)
             seconds[name].append(now(target.device) - start)

@@ -1,4 +1,4 @@
-"""Show results on the terminal: a progress bar and tables, on standard error, as standard output holds the JSON."""
+"""Show results on the terminal: a progress bar, and tables that fit 80 columns."""
 
 from __future__ import annotations
 
@@ -10,30 +10,34 @@ from typing import Any
 from .routes import ROUTES
 
 GAP = "gap: how far the plain model prefers its best token where texts first differ, the largest"
-SPEED_HEADINGS = (
-    *("tokens/s", "after first", "TTFT ms", "speedup ÷ AR", "÷ AR+"),
-    *("τ", "α", "identical", "compile s", "peak MiB"),
-)
-ROUND_HEADINGS = (
-    *("draft ms", "verify ms", "loop ms", "verify ÷ step"),
-    *("ideal", "of ideal", "of ideal, decode", "of bandwidth"),
-)
+# What is looked at first stands first.
+SPEED_HEADINGS = ("speedup ÷ AR", "÷ AR+", "identical", "tokens/s", "τ", "α")
+TIME_HEADINGS = ("TTFT ms", "after first", "ideal", "of ideal", "compile s", "peak MiB")
+ROUND_HEADINGS = ("draft ms", "verify ms", "loop ms", "verify ÷ step", "of copying")
 
 
-def make_console() -> Any:
+def make_console(is_error: bool = False) -> Any:
+    """Make a console for tables on standard output, or for progress, and for tables beside JSON, on standard error."""
     from rich.console import Console
 
     # A file or a pipe has no width, and tables must not be folded there.
-    return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 170)
+    is_terminal = (sys.stderr if is_error else sys.stdout).isatty()
+    return Console(stderr=is_error, highlight=False, width=None if is_terminal else 120)
 
 
 @contextmanager
 def progress_bar(console: Any) -> Iterator[Callable[[float, str], None]]:
     """Show a bar; yield a function that takes the share of all work that begins now, and its name."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    columns = (BarColumn(bar_width=24), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True) as progress:
+    columns = (
+        *(BarColumn(bar_width=16), TaskProgressColumn(), TimeRemainingColumn(elapsed_when_finished=True)),
+        TextColumn("{task.description}"),
+    )
+    # Tables on a terminal go above the bar, those on a file or a pipe go there.
+    is_shared = sys.stdout.isatty()
+    shown: dict[str, Any] = {"disable": not console.is_terminal, "transient": True, "redirect_stdout": is_shared}
+    with Progress(*columns, console=console, **shown) as progress:
         task = progress.add_task("", total=1.0)
         yield lambda share, text: progress.update(task, advance=share, description=text)
 
@@ -51,6 +55,7 @@ def show_cell(console: Any, cell: dict[str, Any]) -> None:
     )
     routes = cell["routes"]
     console.print(table(SPEED_HEADINGS, {route["route"]: speed_row(route) for route in routes}))
+    console.print(table(TIME_HEADINGS, {route["route"]: time_row(route) for route in routes}))
     if "regrouped" in cell:
         console.print(rounding_sentence(cell), markup=False)
     rounds = {route["route"]: round_row(route) for route in routes if "draft_seconds" in route}
@@ -66,14 +71,22 @@ def show_cell(console: Any, cell: dict[str, Any]) -> None:
 def speed_row(route: dict[str, Any]) -> list[str]:
     """Format what a route reaches, under `SPEED_HEADINGS`."""
     return [
-        ranged(route, "tokens_per_second", ".1f"),
-        shown(route, "decode_tokens_per_second", ".1f"),
-        f"{route['time_to_first_token'] * 1000:.1f}",
         ranged(route, "speedup", ".2f"),
-        ranged(route, "speedup_over_ar_plus", ".2f"),
+        shown(route, "speedup_over_ar_plus", ".2f"),
+        agreement(route),
+        f"{route['tokens_per_second']:.1f}",
         shown(route, "acceptance_length", ".2f"),
         shown(route, "acceptance_rate", ".2f"),
-        agreement(route),
+    ]
+
+
+def time_row(route: dict[str, Any]) -> list[str]:
+    """Format the first token and those after it, what the speed is bound by and what it takes, by `TIME_HEADINGS`."""
+    return [
+        f"{route['time_to_first_token'] * 1000:.1f}",
+        shown(route, "decode_tokens_per_second", ".1f"),
+        f"{route['ideal_speedup']:.2f} × {ROUTES[route['baseline']].title}" if "ideal_speedup" in route else "–",
+        shown(route, "ideal_share", ".0%"),
         shown(route, "compile_seconds", ".1f"),
         f"{route['peak_memory'] / 2**20:.0f}" if "peak_memory" in route else "–",
     ]
@@ -85,9 +98,6 @@ def round_row(route: dict[str, Any]) -> list[str]:
     return [
         *steps,
         shown(route, "verify_ratio", ".2f"),
-        f"{route['ideal_speedup']:.2f} × {ROUTES[route['baseline']].title}" if "ideal_speedup" in route else "–",
-        shown(route, "ideal_share", ".0%"),
-        shown(route, "decode_ideal_share", ".0%"),
         shown(route, "bandwidth_share", ".0%"),
     ]
 
@@ -114,10 +124,12 @@ def table(headings: tuple[str, ...], rows: dict[str, list[str]], caption: str | 
     from rich import box
     from rich.table import Table
 
-    made = Table(box=box.SIMPLE, caption=caption, caption_justify="left", pad_edge=False)
-    made.add_column("route", no_wrap=True)
+    made = Table(box=box.SIMPLE, caption=caption, caption_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
+    made.add_column("route")
     for heading in headings:
-        made.add_column(heading, justify="right")
+        made.add_column(
+            heading, justify="right", min_width=max(len(row[len(made.columns) - 1]) for row in rows.values())
+        )
     for name, cells in rows.items():
         made.add_row(ROUTES[name].title, *cells, style="green" if ROUTES[name].is_pard else None)
     return made
