@@ -20,6 +20,7 @@ from demo.sentences import without_folders
 from demo.settings import DRAFT, LARGEST_TREE, MOST_DRAFT_TOKENS, MOST_NEW_TOKENS, PROPOSERS
 from demo.visitor import Visitor
 from demo.visits import NO_ROUNDS, Visits
+from demo.web import guards
 from pard_hf.evaluation.prompts import CHAT_PROMPTS
 from pard_hf.evaluation.routes import ROUTES
 from pard_hf.loading import default_pair
@@ -304,6 +305,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", default=host, help="where to listen (default: this machine only)")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     parser.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="answer to this Host name too, such as that of a proxy; may be given several times",
+    )
+    parser.add_argument(
         "--folder", type=Path, help="offer local models and .jsonl prompt sets below it (default: none)"
     )
     parser.add_argument(
@@ -327,6 +335,7 @@ def main() -> None:
         max_file_size="5mb",
         state_session_capacity=200,
         ssr_mode=False,
+        app_kwargs={"middleware": guards(args.host, args.allowed_host)},
         **LOOK,
     )
 
