@@ -16,14 +16,12 @@ from demo.inside import look_at_tree, look_inside
 from demo.job import DEVICE, Job, Stopped
 from demo.pairs import FOLDER, HUB, KINDS, MOST_LOADED, SMOLLM2, PairName, PairShelf
 from demo.race import Race
-from demo.room import check_disk, check_memory
 from demo.running import MOST_JOBS, RunningJobs
 from demo.sentences import in_words
 from demo.settings import BOTH, LOOKUP, Settings, encoded_prompt
 from demo.transcript import Round, Transcript
 from demo.visitor import MEMORIES, MOST_MEMORIES, Visitor
 from pard_hf import load_pair
-from pard_hf.loading import PairPaths
 
 CODE = "def is_even(n):\n"
 QUESTION = "A shop sells apples for $2 each. Anna buys 5 apples. How much does she pay in total?\n"
@@ -495,19 +493,6 @@ def test_only_hub_ids_are_asked_for(name):
         PairShelf().hub_path(name, print)
 
 
-def test_what_cannot_fit_is_refused(folder, monkeypatch):
-    paths = PairPaths(str(folder / "target"), str(folder / "draft"))
-    num_weights = sum(p.numel() for p in load_pair(*paths, dtype="float32", device="cpu").target.parameters())
-    check_memory(paths, "cpu")
-    monkeypatch.setattr(room, "available_memory", lambda device: 4 * num_weights)
-
-    with pytest.raises(ValueError, match=r"Expected models of less than the 0.0 GB of memory that are free, got"):
-        check_memory(paths, "cpu")
-    with pytest.raises(OSError, match=r"Expected room for 1000000000.0 GB of `huge`, got"):
-        check_disk("huge", 10**18)
-    check_disk("small", 0)
-
-
 def test_memory_is_what_the_system_says():
     assert 10**8 < room.available_memory("cpu") < 10**14
 
@@ -532,6 +517,8 @@ def test_a_failed_load_changes_nothing(folder):
     shelf = PairShelf(folder, "cpu")
     before = shelf.load(PairName())
 
+    shelf.load(PairName(FOLDER, "target", "draft"))
+    assert len(shelf.pairs) == MOST_LOADED
     with pytest.raises(ValueError, match="the config of `target` has no `pard_token`"):
         shelf.load(PairName(FOLDER, "target", "target"))
 
@@ -539,8 +526,8 @@ def test_a_failed_load_changes_nothing(folder):
         raise Stopped
 
     with pytest.raises(Stopped):
-        shelf.load(PairName(FOLDER, "target", "draft"), stop)
-    assert list(shelf.pairs) == [PairName()]
+        shelf.load(PairName(FOLDER, "draft", "draft"), stop)
+    assert list(shelf.pairs) == [PairName(), PairName(FOLDER, "target", "draft")]
     assert shelf.load(PairName()) is before
 
 

@@ -1,14 +1,25 @@
 """What the web demo refuses: hosts, frames, models too large, more than one's share of the queue, endless work."""
 
+import json
+import subprocess
+import sys
+
 import pytest
+import torch
+from families import make_draft, make_model
+from safetensors.torch import save_file
 
 pytest.importorskip("gradio")
 
-import app as web_app
 from gradio.routes import App
 from starlette.testclient import TestClient
 
-from demo import web
+import app as web_app
+from demo import pairs, web
+from demo.pairs import FOLDER, PairName, PairShelf
+from demo.room import check_disk, limited, needed_memory
+from pard_hf import load_pair
+from pard_hf.loading import PairPaths
 
 NAMES_OF_A_MACHINE = {"cafe": ["192.0.2.7", "2001:db8::7"]}
 
@@ -65,3 +76,79 @@ def test_only_the_hub_may_frame_a_space(client):
     assert at_home["x-frame-options"] == "DENY"
     assert "x-frame-options" not in on_a_space
     assert on_a_space["content-security-policy"] == "frame-ancestors https://huggingface.co"
+
+
+@pytest.fixture
+def folder(tmp_path, tokenizer):
+    for name, model in (("target", make_model("llama")), ("draft", make_draft(make_model("llama"), 4))):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+# Sizes a config may claim beside eight megabytes of weights: wide layers, many of them, and very many small ones.
+BOMBS = {
+    "wide": {"hidden_size": 65536, "intermediate_size": 262144, "num_hidden_layers": 4},
+    "deep": {"hidden_size": 8192, "intermediate_size": 32768, "num_hidden_layers": 1000},
+    "many": {"num_hidden_layers": 10_000_000},
+}
+LOADING = """
+import resource, sys
+from pathlib import Path
+from demo.pairs import FOLDER, PairName, PairShelf
+
+try:
+    PairShelf(Path(sys.argv[1]), "cpu").load(PairName(FOLDER, *sys.argv[2:]))
+except ValueError as error:
+    print(error)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.parametrize(("bomb", "role"), [("wide", "target"), ("deep", "draft"), ("many", "target")])
+def test_a_config_beyond_the_memory_is_refused_before_weights_are_read(folder, bomb, role):
+    config = folder / role / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | BOMBS[bomb]))
+    save_file({"x": torch.zeros(2_000_000)}, folder / role / "more.safetensors")
+
+    run = subprocess.run([sys.executable, "-c", LOADING, folder, "target", "draft"], capture_output=True, text=True)
+
+    assert run.returncode == 0, run.stderr
+    sentence, peak = run.stdout.splitlines()
+    assert sentence.startswith(("Expected models ", "Expected weights for all layers of the config"))
+    assert int(peak) < 1e9
+
+
+def test_the_memory_of_a_pair_is_that_of_its_models(folder):
+    paths = PairPaths(str(folder / "target"), str(folder / "draft"))
+    pair = load_pair(*paths, dtype="float32", device="cpu")
+    held = sum(t.nbytes for model in pair.models for t in [*model.parameters(), *model.buffers()])
+
+    assert needed_memory(paths, "cpu") == pytest.approx(held, rel=0.01)
+
+
+def test_only_the_own_thread_is_limited():
+    with limited(10, 10), pytest.raises(ValueError, match="Expected models that fit the memory"):
+        torch.nn.Linear(3, 4)
+    torch.nn.Linear(3, 4)
+
+
+def test_what_does_not_fit_beside_the_others_takes_the_place_of_the_oldest(folder, monkeypatch):
+    shelf = PairShelf(folder, "cpu")
+    shelf.load(PairName())
+    needed = needed_memory(PairPaths(str(folder / "target"), str(folder / "draft")), "cpu")
+
+    monkeypatch.setattr(pairs, "available_memory", lambda device: needed - 1)
+    shelf.load(PairName(FOLDER, "target", "draft"))
+    assert list(shelf.pairs) == [PairName(FOLDER, "target", "draft")]
+
+    monkeypatch.setattr(pairs, "available_memory", lambda device: 0)
+    with pytest.raises(ValueError, match="Expected models of less than the 0.0 GB of memory that there are, got"):
+        shelf.load(PairName())
+    assert list(shelf.pairs) == [PairName(FOLDER, "target", "draft")]
+
+
+def test_a_download_beyond_the_disk_is_refused():
+    with pytest.raises(OSError, match=r"Expected room for 1000000000.0 GB of `huge`, got"):
+        check_disk("huge", 10**18)
+    check_disk("small", 0)
