@@ -19,7 +19,7 @@ from pard_hf.generation.validation import check_pair
 from pard_hf.hub.checkpoint import DRAFT_FILES
 from pard_hf.loading import Pair, PairPaths, default_device, load_pair, named_pair
 
-from .job import DEVICE, TICK_SECONDS
+from .job import DEVICE, Job, Ticket
 from .room import available_memory, check_disk, needed_memory, too_large
 
 BUNDLED, SMOLLM2, FOLDER, HUB = "bundled pair", "SmolLM2", "local folder", "Hub id"
@@ -156,19 +156,20 @@ class PairShelf:
 
     def try_out(self, name: PairName, pair: Pair, report: Callable[[str], None]) -> None:
         """Run both routes once when the device is free, so that no race pays for first times."""
-        while not DEVICE.acquire(timeout=TICK_SECONDS):
-            report("Loaded; waiting for the device …")
-        try:
+        with self.dropped_unless_it_runs(name), DEVICE.turn(lambda: report("Loaded; waiting for the device …")):
             report("Trying the models …")
             ids = pair.tokenizer("1", return_tensors="pt")["input_ids"].to(pair.target.device)
             for draft in (None, pair.draft):
                 pair.target.generate(ids, assistant_model=draft, max_new_tokens=2, do_sample=False)
+
+    @contextmanager
+    def dropped_unless_it_runs(self, name: PairName) -> Iterator[None]:
+        try:
+            yield
         except Exception:
             with self.lock:
                 self.pairs.pop(name, None)
             raise
-        finally:
-            DEVICE.release()
 
     def settled(self, name: PairName) -> PairName:
         """A name as it is kept: folders by their path below the start folder, however they were written."""
@@ -213,6 +214,25 @@ class PairShelf:
 def pair_bytes(pair: Pair) -> int:
     """Bytes of a pair's weights."""
     return sum(p.numel() * p.itemsize for model in pair.models for p in model.parameters())
+
+
+class LoadJob(Job):
+    """Loading a pair."""
+
+    needs_device = False
+    most_seconds = 3600.0  # A download may take long.
+
+    def __init__(self, shelf: PairShelf, name: PairName, ticket: Ticket | None = None):
+        super().__init__(ticket)
+        self.shelf, self.name, self.doing = shelf, name, "Loading …"
+        self.pair: Pair | None = None
+
+    def work(self) -> None:
+        self.pair = self.shelf.load(self.name, self.report)
+
+    def report(self, text: str) -> None:
+        self.check()
+        self.doing = text
 
 
 @contextmanager

@@ -1,5 +1,6 @@
-"""What the web demo refuses: hosts, frames, models too large, more than one's share of the queue, endless work."""
+"""What the web demo refuses: hosts, frames, models too large, more than one's share of the line, endless work."""
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -16,8 +17,12 @@ from starlette.testclient import TestClient
 
 import app as web_app
 from demo import pairs, web
+from demo.chat import Chat, ChatTurn
+from demo.job import DEVICE, MOST_OF_A_VISITOR, MOST_OF_AN_ADDRESS, MOST_WAITING, Job, Line, Stopped, Ticket
 from demo.pairs import FOLDER, PairName, PairShelf
+from demo.race import Race
 from demo.room import check_disk, limited, needed_memory
+from demo.settings import Settings
 from pard_hf import load_pair
 from pard_hf.loading import PairPaths
 
@@ -152,3 +157,95 @@ def test_a_download_beyond_the_disk_is_refused():
     with pytest.raises(OSError, match=r"Expected room for 1000000000.0 GB of `huge`, got"):
         check_disk("huge", 10**18)
     check_disk("small", 0)
+
+
+def test_nobody_fills_the_line_for_all():
+    line = Line()
+    own = [Ticket("me", "mine") for _ in range(MOST_OF_A_VISITOR)]
+    for ticket in own:
+        line.join(ticket)
+
+    with pytest.raises(ValueError, match="Expected at most 2 requests of a page"):
+        line.join(Ticket("me", "mine"))
+    for number in range(MOST_OF_AN_ADDRESS - MOST_OF_A_VISITOR):
+        line.join(Ticket(f"me again {number}", "mine"))
+    with pytest.raises(ValueError, match="16 of an address"):
+        line.join(Ticket("and again", "mine"))
+    line.join(another := Ticket("you", "yours"))
+    assert line.num_before(another) == MOST_OF_AN_ADDRESS
+    line.leave(own[0])
+    line.join(Ticket("me", "mine"))
+    for number in range(MOST_WAITING - MOST_OF_AN_ADDRESS - 1):
+        line.join(Ticket(f"{number}", f"{number}"))
+    with pytest.raises(ValueError, match=f"Expected at most {MOST_WAITING} requests in the line"):
+        line.join(Ticket("late", "late"))
+
+
+class Ordered(Job):
+    """Work that writes down when it ran."""
+
+    def __init__(self, order):
+        super().__init__()
+        self.order = order
+
+    def work(self):
+        self.order.append(self)
+
+
+def test_jobs_have_the_device_in_order_and_one_at_a_time():
+    order = []
+    jobs = [Ordered(order) for _ in range(3)]
+
+    async def exhaust(job):
+        return [doing async for doing in job.watch()]
+
+    async def watch():
+        DEVICE.join(busy := Ticket())
+        watching = [asyncio.ensure_future(exhaust(job)) for job in jobs]
+        await asyncio.sleep(0.5)
+        assert order == []
+        DEVICE.leave(busy)
+        return await asyncio.gather(*watching)
+
+    said = asyncio.run(watch())
+    assert order == jobs
+    assert [line[0] for line in said] == [f"In the queue: {n} before you." for n in (1, 2, 3)]
+    assert DEVICE.tickets == []
+
+
+async def stop_while(job, is_reached):
+    async for _ in job.watch():
+        if is_reached():
+            job.stop()
+
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize("kind", [Race, ChatTurn])
+def test_a_chat_template_without_an_end_is_stopped(kind):
+    pair = load_pair(dtype="float32", device="cpu")
+    pair.tokenizer.chat_template = ENDLESS
+    job = Race(pair, "x", Settings()) if kind is Race else ChatTurn(pair, Chat(), "x", Settings())
+
+    with pytest.raises(Stopped):
+        asyncio.run(stop_while(job, lambda: job.thread.ident))
+
+    job.thread.join(60)
+    assert job.is_over
+    assert DEVICE.tickets == []
+
+
+@pytest.mark.parametrize("template", [ENDLESS, None])
+def test_what_takes_too_long_ends(template):
+    """Also with nobody watching: the device is free for others."""
+    pair = load_pair(dtype="float32", device="cpu")
+    if template is not None:
+        pair.tokenizer.chat_template = template
+    job = Race(pair, "def f():", Settings(4, 1000, temperature=2.0))
+    job.most_seconds = 0.5
+
+    with pytest.raises(ValueError, match="Expected an end within 0 seconds"):
+        asyncio.run(stop_while(job, lambda: False))
+    assert bool(job.plain.rounds) == (template is None)
+    assert DEVICE.tickets == []
