@@ -32,9 +32,10 @@ class Ticket:
 
 
 class Line:
-    """Who uses the device, and behind it who waits, in the order of arrival."""
+    """Who works, `at_once` at most, and behind them who waits, in the order of arrival."""
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: int = 1) -> None:
+        self.at_once = at_once
         self.tickets: list[Ticket] = []
         self.lock = threading.Lock()
 
@@ -57,9 +58,9 @@ class Line:
             self.tickets.append(ticket)
 
     def num_before(self, ticket: Ticket) -> int:
-        """Who comes first, the one at the device included."""
+        """How many must end first."""
         with self.lock:
-            return self.tickets.index(ticket)
+            return max(self.tickets.index(ticket) - self.at_once + 1, 0)
 
     def leave(self, ticket: Ticket) -> None:
         with self.lock:
@@ -79,18 +80,18 @@ class Line:
             self.leave(ticket)
 
 
-DEVICE = Line()
+DEVICE, DOWNLOADS = Line(), Line(at_once=4)
 # What stop buttons end.
 JOBS: weakref.WeakSet[Job] = weakref.WeakSet()
 
 
 class Job:
-    """Work in a thread of its own. A job that does not compute (`needs_device = False`) stands in no line.
+    """Work in a thread of its own, which waits for it in a line.
 
     A subclass does its work in `work`, which calls `check` often.
     """
 
-    needs_device = True
+    line = DEVICE
     most_seconds = 300.0
 
     def __init__(self, ticket: Ticket | None = None):
@@ -113,7 +114,7 @@ class Job:
             self.error = error
         finally:
             self.is_over = True
-            DEVICE.leave(self.ticket)
+            self.line.leave(self.ticket)
 
     def check(self) -> None:
         """Raise [`Stopped`] where the job has been stopped, a `ValueError` where its time is over."""
@@ -155,16 +156,15 @@ class Job:
     async def watch(self) -> AsyncIterator[str]:
         """Run; yields several times a second what is being done. Closing the iterator stops the job.
 
-        The device is free again when the work has ended.
+        Its place is free again when the work has ended.
 
         Raises:
             Stopped: The job was stopped.
             Exception: What the work raised, or the line.
         """
-        if self.needs_device:
-            DEVICE.join(self.ticket)
+        self.line.join(self.ticket)
         try:
-            while self.needs_device and (before := DEVICE.num_before(self.ticket)):
+            while before := self.line.num_before(self.ticket):
                 yield f"In the queue: {before} before you."
                 await asyncio.sleep(TICK_SECONDS)
                 self.check()
@@ -175,7 +175,7 @@ class Job:
         finally:
             self.stop()
             if not self.thread.ident:
-                DEVICE.leave(self.ticket)
+                self.line.leave(self.ticket)
         if self.error is not None:
             raise self.error
 
@@ -187,11 +187,11 @@ class Job:
 
 
 async def stop_jobs(session: str, kind: type[Job] = Job) -> list[Job]:
-    """Stop a session's jobs of a kind and give those at the device a moment to end; returns them."""
+    """Stop a session's jobs of a kind and give those at the device a moment to end; return them."""
     jobs = [job for job in list(JOBS) if job.ticket.session == session and isinstance(job, kind) and not job.is_over]
     for job in jobs:
         job.stop()
     for job in jobs:
-        if job.needs_device and job.thread.ident:
+        if job.line is DEVICE and job.thread.ident:
             await job.goes_on(STOP_SECONDS)
     return jobs

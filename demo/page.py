@@ -6,6 +6,7 @@ conversations and memories live in the session's own state, running jobs under t
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable
@@ -66,10 +67,11 @@ FREE: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progr
 
 
 def ticket_of(request: gr.Request) -> Ticket:
-    """The session and address of a request; a Space's proxy names the address."""
-    forwarded = request.headers.get("x-forwarded-for", "").split(",")[0].strip()
+    """The session and address of a request; on a Space all come from its proxy, which names the address."""
     address = str(getattr(request.client, "host", ""))
-    return Ticket(str(request.session_hash), forwarded or address)
+    if "SPACE_HOST" in os.environ:
+        address = request.headers.get("x-forwarded-for", "").split(",")[0].strip()
+    return Ticket(str(request.session_hash), address)
 
 
 def spoken(handler: Callable[..., AsyncIterator[dict[Any, Any]]]) -> Callable[..., AsyncIterator[dict[Any, Any]]]:
@@ -146,7 +148,7 @@ class Page:
             PROPOSERS,
             value=BOTH,
             label="Proposals from",
-            info="The text: copies of it, and what the target was likely to say next, remembered for your visit.",
+            info="The text: copies of it, and what the target was likely to say next; a chat remembers that.",
         )
         return [k, length, temperature, top_p, seed, tree, proposer]
 
@@ -200,7 +202,8 @@ class Page:
             async for doing in job.watch():
                 yield {self.status: html.message("" if job.thread.ident else doing), **show(job)}
         except Exception:
-            yield show(job)
+            if changes := show(job):  # Gradio takes an empty dictionary for a value.
+                yield changes
             raise
         yield {self.status: html.message(""), **show(job)}
 
@@ -216,7 +219,7 @@ class Page:
                 example.click(lambda text=text: text, outputs=prompt, **FREE)
         self.lanes = gr.HTML(elem_id="race", js_on_load=(Path(__file__).parent / "replay.js").read_text())
         gr.HTML(LEGEND)
-        self.race_inputs = [self.pair, self.visitor, prompt, *self.settings]
+        self.race_inputs = [self.pair, prompt, *self.settings]
         self.race_buttons = start, stop
 
     def lay_out_inside(self) -> None:
@@ -242,13 +245,13 @@ class Page:
 
     @spoken
     async def race(
-        self, name: PairName | None, visitor: Visitor, prompt: str, request: gr.Request, *settings: Any
+        self, name: PairName | None, prompt: str, request: gr.Request, *settings: Any
     ) -> AsyncIterator[dict[Any, Any]]:
         """Race plain `generate` and ours."""
         chosen, ticket, jobs = Settings.checked(*settings), ticket_of(request), []
 
         def make(pair: Pair) -> Race:
-            jobs.append(Race(pair, prompt, chosen, visitor, ticket))
+            jobs.append(Race(pair, prompt, chosen, ticket))
             return jobs[0]
 
         async for changes in self.run(name, ticket, make, self.show_race):

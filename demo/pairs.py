@@ -19,7 +19,7 @@ from pard_hf.generation.validation import check_pair
 from pard_hf.hub.checkpoint import DRAFT_FILES
 from pard_hf.loading import Pair, PairPaths, default_device, load_pair, named_pair
 
-from .job import DEVICE, Job, Ticket
+from .job import DEVICE, DOWNLOADS, Job, Ticket
 from .room import available_memory, check_disk, needed_memory, too_large
 
 BUNDLED, SMOLLM2, FOLDER, HUB = "bundled pair", "SmolLM2", "local folder", "Hub id"
@@ -219,7 +219,7 @@ def pair_bytes(pair: Pair) -> int:
 class LoadJob(Job):
     """Loading a pair."""
 
-    needs_device = False
+    line = DOWNLOADS
     most_seconds = 3600.0  # A download may take long.
 
     def __init__(self, shelf: PairShelf, name: PairName, ticket: Ticket | None = None):

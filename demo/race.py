@@ -17,7 +17,6 @@ from pard_hf.loading import Pair
 
 from .job import Job, Ticket
 from .settings import Settings, encoded_prompt
-from .visitor import Visitor
 
 
 @dataclass(frozen=True)
@@ -151,20 +150,18 @@ class Lane:
 
 
 class Race(Job):
-    """One prompt through both routes."""
+    """One prompt through both routes. Nothing is remembered from an earlier race: the same text again is no faster."""
 
-    def __init__(
-        self, pair: Pair, prompt: str, settings: Settings, visitor: Visitor | None = None, ticket: Ticket | None = None
-    ):
+    def __init__(self, pair: Pair, prompt: str, settings: Settings, ticket: Ticket | None = None):
         super().__init__(ticket)
-        self.pair, self.prompt, self.settings, self.visitor = pair, prompt, settings, visitor or Visitor()
+        self.pair, self.prompt, self.settings = pair, prompt, settings
         self.plain, self.ours = Lane(self.check), Lane(self.check)
         self.is_done = False
 
     def work(self) -> None:
         with self.traced():
             ids = encoded_prompt(self.pair, self.prompt, self.settings)
-        proposing = self.settings.proposing(self.pair, self.visitor)
+        proposing = self.settings.proposing(self.pair)
         for lane, name, arguments in ((self.plain, "plain generate", {}), (self.ours, "PARD", proposing)):
             self.doing = f"{name} runs, alone and at full speed."
             lane.run(self.pair, ids, self.settings, arguments)[CACHE_NAME] = None

@@ -81,13 +81,13 @@ class Settings:
             proposer=proposer,
         )
 
-    def proposing(self, pair: Pair, visitor: Visitor) -> dict[str, Any]:
-        """Arguments of `generate()` that say what proposes; the text's sources remember this visitor's own texts."""
+    def proposing(self, pair: Pair, visitor: Visitor | None = None) -> dict[str, Any]:
+        """Arguments of `generate()` that say what proposes; the text's sources remember a visitor's own texts."""
         arguments: dict[str, Any] = {"assistant_tree_size": self.tree_size}
         if self.proposer != LOOKUP:
             arguments |= {"assistant_model": pair.draft, "num_assistant_tokens": self.num_assistant_tokens}
         if self.proposer != DRAFT:
-            memory = visitor.memory_of(pair.target)
+            memory = None if visitor is None else visitor.memory_of(pair.target)
             arguments |= {"prompt_lookup_num_tokens": DEFAULT_DEPTH, "assistant_memory": memory}
         return arguments
 

@@ -12,7 +12,7 @@ from families import make_draft, make_model
 from demo import html, room
 from demo.bench import FIRST_ROUTES, HEADINGS, BenchJob, prompt_file, prompt_sets, remarks, rows
 from demo.chat import MOST_CACHES, Chat, ChatTurn
-from demo.job import DEVICE, Job, Stopped, Ticket, stop_jobs
+from demo.job import DEVICE, DOWNLOADS, Job, Stopped, Ticket, stop_jobs
 from demo.pairs import FOLDER, HUB, KINDS, MOST_LOADED, SMOLLM2, PairName, PairShelf
 from demo.race import Lane, Node, Race, Round
 from demo.sentences import in_words
@@ -219,17 +219,19 @@ def test_a_tree_lights_one_path():
 
 
 def test_a_visitor_is_remembered_and_alone(pair):
+    settings = Settings(max_new_tokens=60, proposer=LOOKUP)
     visitor, other = Visitor(), Visitor()
-    races = [run(Race(pair, CODE, Settings(proposer=LOOKUP), who)) for who in (visitor, visitor, other)]
+    turns = [run(ChatTurn(pair, Chat(), CODE, settings, who)) for who in (visitor, visitor, other)]
+    races = [run(Race(pair, CODE, settings)) for _ in range(2)]
 
-    lengths = [race.ours.acceptance_length for race in races]
+    lengths = [turn.lane.acceptance_length for turn in turns]
     assert lengths[1] > lengths[0] == lengths[2]
+    assert [race.ours.acceptance_length for race in races] == [lengths[0]] * 2
     assert visitor.memory is not other.memory
-    run(ChatTurn(pair, Chat(), CODE, Settings(8, 10, proposer=LOOKUP), visitor))
+    assert visitor.memory_of(load_pair(dtype="float32", device="cpu").target) is visitor.memory
     kept = visitor.memory
-    assert visitor.memory_of(load_pair(dtype="float32", device="cpu").target) is kept
     assert visitor.memory_of(make_model("llama")) is not kept
-    run(Race(pair, CODE, Settings(proposer=DRAFT), third := Visitor()))
+    run(ChatTurn(pair, Chat(), CODE, Settings(max_new_tokens=4, proposer=DRAFT), third := Visitor()))
     assert third.memory is None
 
 
@@ -620,7 +622,7 @@ def test_closing_waits_for_nothing():
 
 def test_a_stop_button_stops_its_own_kind_of_job():
     class Other(Waiting):
-        needs_device = False
+        line = DOWNLOADS
 
     mine, other, yours = Waiting(ticket=Ticket("me")), Other(ticket=Ticket("me")), Waiting(ticket=Ticket("you"))
 
