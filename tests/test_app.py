@@ -273,7 +273,9 @@ def test_without_the_draft_a_text_is_copied_and_coloured(page, pair):
     assert "this from the text" in page.locator("#pard span.pard-copy").first.get_attribute("title")
     assert colour_of(page, "#pard span.pard-copy") != colour_of(page, ".pard-legend span.pard-draft")
     assert colour_of(page, "#pard span.pard-copy.pard-0") == colour_of(page, ".pard-legend span.pard-copy")
+    number = re.match(r"round (\d+):", page.locator("#pard span.pard-copy").first.get_attribute("title"))[1]
     open_tab(page, "Look inside")
+    fill(page, "Round", number)
     expect(page.locator("#inside .pard-tree")).to_contain_text("from the text, accepted")
 
 
@@ -354,7 +356,7 @@ def test_a_download_shows_progress_and_can_be_cancelled(page, pair, hub):
     page.get_by_role("button", name="Load models").click()
     expect(page.locator("#status")).to_contain_text("Downloading org/slow-target")
     page.get_by_role("button", name="Stop loading").click()
-    expect(page.locator("#status")).to_contain_text("Stopped. Everything else is as it was.")
+    expect(page.locator("#status")).to_contain_text("Stopped. What was there stays.")
     hub.goes_on.set()
 
     race_to_the_end(page, pair, "What is 1 + 2?\n")
