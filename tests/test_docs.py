@@ -86,6 +86,17 @@ def test_messages_are_those_of_the_package():
         assert any(message.startswith(heading) for message in known), heading
 
 
+def test_reference_has_every_public_name():
+    text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    names = re.findall(r"^::: pard_hf\.([\w.]+)\.(\w+)$", text, flags=re.MULTILINE)
+
+    assert {name: module for module, name in names} == pard_hf.MODULES
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
 def test_citation_is_of_this_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     [paper] = citation["references"]

@@ -66,7 +66,7 @@ def rows_of_schedules():
 
 
 def rows_of_routes():
-    """The README's first table."""
+    """The bundled pair, one text at a time."""
     for name in SETS:
         routes = cells("bundled_routes")[name, 1]
         ours = [route for key, route in routes.items() if key.startswith(("tier", "adaptive"))]
@@ -78,10 +78,18 @@ def rows_of_routes():
 
 
 def rows_of_batches():
-    """The README's second table."""
+    """The bundled pair in batches."""
     for name in SETS:
         found = [cells("bundled_batches")[name, size]["adaptive"] for size in (1, 2, 4, 8, 16)]
         yield row(f"`{name}`", *(e for r in found for e in (f"{r['tokens_per_second']:.0f}", r["speedup"])))
+
+
+def rows_of_headline():
+    """The README's table."""
+    for name in SOURCE_SETS:
+        routes = result("sources_h100")["sets"][name]["routes"]
+        ways = ("ar_plus", "pld", "lookup_kept_compiled 16", "tree_head_compiled 32")
+        yield row(f"`{name}`", *(routes[way]["speedup"] for way in ways))
 
 
 def rows_of_trees():
@@ -154,6 +162,13 @@ def rows_of_lengths_by_source():
             yield row(f"`{way}`", *(route["acceptance_length"] for route in routes))
 
 
+def rows_of_cold_lengths():
+    for way, routes in by_way("sources_smollm2_cold"):
+        assert {route["identical_share"] for route in routes} == {1.0}
+        if way != "ar":
+            yield row(f"`{way}`", *(route["acceptance_length"] for route in routes))
+
+
 def rows_of_copied_shares():
     for way, routes in by_way("sources_smollm2_tau"):
         if way.startswith("lookup"):
@@ -190,8 +205,9 @@ def rows_published():
 
 
 TABLES = {
-    rows_of_routes: "README.md",
-    rows_of_batches: "README.md",
+    rows_of_headline: "README.md",
+    rows_of_routes: "benchmarks/README.md",
+    rows_of_batches: "benchmarks/README.md",
     rows_of_positions: "docs/choosing-k.md",
     rows_of_verify_ratios: "docs/choosing-k.md",
     rows_of_schedules: "docs/choosing-k.md",
@@ -203,6 +219,7 @@ TABLES = {
     rows_of_lookup: "docs/sources.md",
     rows_of_sources: "docs/sources.md",
     rows_of_lengths_by_source: "docs/sources.md",
+    rows_of_cold_lengths: "docs/sources.md",
     rows_of_copied_shares: "docs/sources.md",
     rows_of_h100: "docs/sources.md",
     rows_of_engines: "docs/serving.md",
@@ -271,7 +288,7 @@ def test_batches_of_others_are_as_published():
 
 
 def test_figures_of_the_remeasured_result_are_not_quoted():
-    """`bundled_batches.json` is linked from the docs, and stands in one table only, the README's."""
+    """`bundled_batches.json` is linked from the docs, and stands in one table only, that of the benchmarks."""
     section = text_of("docs/choosing-k.md").split("## Batches")[1]
 
     assert "bundled_batches.json" in section
@@ -282,6 +299,8 @@ def test_sources_were_measured_as_described():
     text = " ".join(text_of("docs/sources.md").split())
 
     alone, timed = result("sources_smollm2_tau"), result("sources_h100")
+    for key in ("dtype", "limit", "max_new_tokens", "prompt_lookup_num_tokens"):
+        assert result("sources_smollm2_cold")[key] == alone[key]
     assert (alone["dtype"], timed["dtype"]) == ("float32", "bfloat16")
     assert f"{alone['limit']} prompts a set in chat form, at most {alone['max_new_tokens']} new tokens" in text
     length, number = timed["longest_prompt"], timed["max_new_tokens"]
@@ -356,5 +375,5 @@ def test_every_drawing_is_shown():
     text = "".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
     shown = set(re.findall(r"!\[[^]]+\]\((?:docs/)?figures/(\w+\.svg)\)", text))
 
-    # The README may show `speedup.svg`.
+    # `benchmarks/README.md` shows `speedup.svg`.
     assert shown | {"speedup.svg"} == {path.name for path in (DOCS / "figures").iterdir()}

@@ -9,6 +9,7 @@ from every_family import families, varied_model
 from families import make_draft, make_model, make_prompts, make_scripted_draft, placed, texts_of
 from transformers import Cache
 
+from benchmarks import hybrids
 from pard_hf import with_pard, without_pard
 from pard_hf.generation import batch as batch_module
 from pard_hf.generation.recurrent import HybridCache
@@ -95,6 +96,32 @@ def test_every_depth_is_identical(family, batch_size, num_assistant_tokens):
 
     for draft in drafts(prompts, expected, num_assistant_tokens):
         assert torch.equal(drafted(family, prompts, assistant_model=draft).sequences, expected)
+
+
+@functools.cache
+def biased():
+    """A convolution whose bias turns the zeros of padding into something else."""
+    config = copy.deepcopy(made("Lfm2").config)
+    assert not config.conv_bias
+    config.conv_bias = True
+    torch.manual_seed(1)
+    model = type(made("Lfm2"))(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return placed(model)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_convolutions_with_a_bias_are_identical(batch_size):
+    prompts, arguments = make_prompts(batch_size), {"do_sample": False, "max_new_tokens": NEW_TOKENS}
+    expected = without_pard(biased()).generate(**prompts, **arguments)
+
+    for draft in drafts(prompts, expected, 4):
+        output = with_pard(biased()).generate(
+            **prompts, **arguments, assistant_model=draft, return_dict_in_generate=True
+        )
+        assert output.stats.loop == "own"
+        assert torch.equal(output.sequences, expected)
 
 
 @pytest.mark.parametrize("num_columns", [1, 2, 3, 40])
@@ -352,3 +379,20 @@ def test_step_sizes_are_limited_in_prompts_only(batch_size, chunk, monkeypatch):
         )
         assert torch.equal(got.sequences, expected)
         assert got.stats.loop == "own"
+
+
+def test_the_benchmark_counts_states_and_what_a_round_keeps():
+    """A convolution of 3 over 128 channels; the inputs of 5 tokens, and a column that says where each row begins."""
+    target = placed(hybrids.hybrid("lfm2", 128, 4))
+    draft = make_draft(make_model("llama", vocab_size=hybrids.VOCAB_SIZE), 4)
+    ids = torch.arange(3, 20)[None].to(target.device)
+
+    def rounds(**arguments):
+        return with_pard(target).generate(ids, assistant_model=draft, do_sample=False, **arguments)
+
+    found = hybrids.memory(target, rounds, 5)
+
+    num_layers, channels = 2, 128 * 4
+    assert found["state_bytes"] == num_layers * 3 * channels
+    assert found["kept_bytes"] == num_layers * ((3 + 5) * channels + 8)
+    assert hybrids.dense_like(target).num_parameters() == pytest.approx(target.num_parameters(), rel=0.01)

@@ -37,6 +37,29 @@ def test_only_large_float32_models_take_part(monkeypatch):
         assert bool(calls) == can_stream(model) == (fewest == 1 and dtype == torch.float32)
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a matter of CPUs")
+def test_compilers_are_given_ordinary_products(monkeypatch):
+    """Rounds over a static cache stream them as long as they run eagerly."""
+    monkeypatch.setattr(linear, "MIN_PARAMETERS", 1)
+    model, calls, functions = make_model("llama", num_hidden_layers=1), [], []
+    monkeypatch.setattr(torch, "mm", lambda *args, mm=torch.mm: calls.append(1) or mm(*args))
+    cached, positions = CachedModel(model, SlotCache.of(model, 16, is_static=True)), torch.arange(5).unsqueeze(0)
+    ids = torch.randint(3, 99, (1, 5))
+
+    def backend(graph, inputs):
+        functions.extend(node.target for node in graph.graph.nodes)
+        return graph.forward
+
+    with torch.no_grad():
+        eager = cached.forward(positions, 16, 5, input_ids=ids)
+        num_streamed = len(calls)
+        compiled = torch.compile(cached.forward, backend=backend, fullgraph=True)(positions, 16, 5, input_ids=ids)
+
+    torch.testing.assert_close(compiled, eager)
+    assert num_streamed == len(calls) == 7 + 1  # Of a layer and the LM head.
+    assert functions.count(torch.nn.functional.linear) == 8
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_text_is_that_of_plain_generate(family, batch_size, monkeypatch):

@@ -99,6 +99,20 @@ def test_figures_of_the_bundled_pair_are_in_the_results():
             assert set(re.findall(r"\d+\.\d+", row)) <= known, row
 
 
+def test_cards_quote_the_run_of_an_engine():
+    """Rounds and texts of the bundled draft in vLLM, and no card that says so without one."""
+    run = json.loads((RESULTS / "engines_bundled.json").read_text())
+    text = committed("bundled-draft").read_text()
+
+    assert f"{run['engine']} ran target and draft" in text
+    for name, found in run["sets"].items():
+        rounds = f"{found['vllm']['num_rounds']} | {found['ours']['num_rounds']}"
+        assert f"| `{name}` | {found['num_prompts']} | 100% | 100% | {rounds} |" in text
+    assert {found["same_as_ours"] for found in run["sets"].values()} == {1.0}
+    assert "Neither engine was run" not in text
+    assert all("Neither engine was run" in committed(draft.name).read_text() for draft in KNOWN_DRAFTS)
+
+
 def test_figures_of_smollm2s_draft_are_those_of_its_result():
     known = {f"{figure:.2f}" for figure in figures(json.loads((RESULTS / "draft_smollm2.json").read_text()))}
     rows = re.findall(r"^\| `\w+` \|.*$", committed(SMOLLM2_DRAFT).read_text(), flags=re.MULTILINE)

@@ -1,4 +1,4 @@
-"""What README's table says our loop serves, our loop serves: with rounds, and with the text of plain `generate`.
+"""What `docs/usage.md` says our loop serves, our loop serves: with rounds, and with the text of plain `generate`.
 
 Then calls at the edge of those, each of which once failed.
 """
@@ -17,7 +17,7 @@ from transformers import Cache, EosTokenCriteria, MaxLengthCriteria, StoppingCri
 
 from pard_hf import with_pard, without_pard
 
-README = Path(__file__).parent.parent / "README.md"
+USAGE = Path(__file__).parent.parent / "docs" / "usage.md"
 
 
 class EndsAt(StoppingCriteria):
@@ -70,7 +70,7 @@ FAMILY = {"sliding-window layers (Mistral, Gemma)": "gemma3"}
 
 def promised():
     """The rows to which the table says yes for our loop."""
-    rows = re.findall(r"^\| (.+?) \| .+? \| (yes.*?) \|$", README.read_text(encoding="utf-8"), re.MULTILINE)
+    rows = re.findall(r"^\| (.+?) \| .+? \| (yes.*?) \|$", USAGE.read_text(encoding="utf-8"), re.MULTILINE)
     return [name for name, _ in rows]
 
 

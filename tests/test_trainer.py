@@ -370,3 +370,11 @@ def test_a_run_of_some_minutes_ends_when_they_are_over(tmp_path):
     assert trainer.state.global_step == 4
     assert rates[0] == pytest.approx(5e-3, rel=0.2)  # The first step of the warm-up.
     assert rates[1] > rates[2] > rates[3]
+
+
+def test_a_run_of_some_minutes_ends_at_its_steps_if_they_come_first(tmp_path):
+    trainer = make_trainer(tmp_path, 2, max_minutes=60)
+
+    trainer.train()
+
+    assert trainer.state.global_step == 2

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from transformers import CompileConfig
 
-from ..generation.compilation import compile_cache_of, not_compilable_reason
+from ..generation.compilation import compile_cache_of, default_config, not_compilable_reason
 from ..generation.config import DEFAULT_DEPTH, TEXT_SOURCES
 from ..generation.memory import AssistantMemory
 from ..generation.mixin import without_pard
@@ -137,6 +137,7 @@ class RouteRunner:
 
     def arguments(self, route: Route) -> dict[str, Any]:
         if route.loop == "own":
+            at_once: dict[str, Any] = {"compile_config": default_config(self.target)}
             sources = {"assistant_sources": route.sources, "prompt_lookup_num_tokens": self.lookup_num_tokens}
             return {
                 "assistant_model": self.draft_of(route),
@@ -145,7 +146,7 @@ class RouteRunner:
                 "num_assistant_tokens_schedule": "adaptive" if route.is_adaptive else "constant",
                 **(sources if route.sources else {}),
                 **({"assistant_memory": self.memory} if route.keeps_memory else {}),
-                **({"cache_implementation": "static"} if route.is_compiled else {"disable_compile": True}),
+                **(at_once if route.is_compiled else {"disable_compile": True}),
             }
         if route.name == "pld":
             return {"prompt_lookup_num_tokens": self.num_assistant_tokens}

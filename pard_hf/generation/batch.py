@@ -60,7 +60,7 @@ class CachedModel:
     def __init__(self, model: PreTrainedModel, cache: SlotCache, num_unread: int = 0):
         self.model, self.cache, self.num_unread = model, cache, num_unread
         self.cut: CutModel | None = None  # See [`cut_of`].
-        self.is_streamed = not cache.slots.is_static and can_stream(model)  # Compiled steps do without.
+        self.is_streamed = can_stream(model)
         self.device, self.cache_name = input_device(model), cache_argument(model)
         self.takes_num_logits = "logits_to_keep" in forward_parameters(model)
         self.takes_positions = "position_ids" in forward_parameters(model)
@@ -99,10 +99,10 @@ class CachedModel:
         return outputs
 
     def call(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        """Call a forward, its linear layers streamed where that is faster."""
+        """Call a forward, its linear layers streamed where that is faster; compilers choose for themselves."""
         if isinstance(self.cache, HybridCache):
             forward = recording()(forward)
-        if not self.is_streamed:
+        if not self.is_streamed or torch.compiler.is_compiling():
             return forward(**arguments)
         with StreamedLinear():
             return forward(**arguments)

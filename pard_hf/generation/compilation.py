@@ -1,6 +1,10 @@
 """Run decoding steps with `torch.compile`: one graph for each step and shape, kept from call to call.
 
 What a compiled step reads and writes stays at the same addresses, as CUDA graphs need it.
+
+Compiling stops the loop, as torch cannot do it in a thread beside one: when it has compiled, it puts the process's
+random states back to what they were, so that noise drawn meanwhile comes again, and while it traces, every module of
+the process is called through its tracer. So a shape whose compiling nobody asked to wait for is compiled late.
 """
 
 from __future__ import annotations
@@ -8,6 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,7 +33,7 @@ from .layers import Step, after_layers, before_layers, cut_of, run_layer
 from .recurrent import is_hybrid
 from .schedule import Choice, RoundCosts, Schedule
 from .sources import Tables
-from .steps import grow_depth
+from .steps import grow_depth, verify_step
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +41,9 @@ logger = logging.getLogger(__name__)
 COMPILE_ERRORS = (TorchDynamoException, FailOnRecompileLimitHit)
 # Compiled steps that a pair keeps, those used last: three or four a shape, with the caches and rows of their shapes.
 MOST_STEPS = 128
+# Eager rounds of a shape, in earlier calls, that promise to repay compiling it: that takes as long as hundreds of
+# rounds of a small model.
+ROUNDS_BEFORE_COMPILING = 512
 
 
 class CompileCache:
@@ -51,6 +59,7 @@ class CompileCache:
         self.rows: dict[tuple[Any, ...], Any] = {}
         self.tables: dict[Hashable, Tables] = {}
         self.costs: dict[Hashable, RoundCosts] = {}
+        self.eager_rounds: Counter[Hashable] = Counter()  # By shape and kind.
         # Whether a step may be cut at the layers of its model, by the step's name and kind.
         self.can_cut: dict[tuple[str, tuple[Hashable, ...]], bool] = {}
         # The last error of torch for a step that could not be compiled.
@@ -90,11 +99,13 @@ class CompiledSteps:
     """The compiled steps of one call over the locked cache of its pair; a target that was moved gets other buffers.
 
     Of the config backend, mode and options count, and `fullgraph`, which compiles a model as one graph instead of one
-    layer for all; shapes are fixed whatever it holds.
+    layer for all; shapes are fixed whatever it holds. A call that `waits` compiles every shape it meets, any other
+    those that have run eagerly for long.
     """
 
-    def __init__(self, kept: CompileCache, config: CompileConfig, target: PreTrainedModel):
-        self.kept, self.config, self.compile_seconds = kept, config, 0.0
+    def __init__(self, kept: CompileCache, config: CompileConfig, target: PreTrainedModel, waits: bool = True):
+        self.kept, self.config, self.waits, self.compile_seconds = kept, config, waits, 0.0
+        self.eager_rounds: Counter[Hashable] = Counter()
         self.checked: set[Any] = set()  # The steps whose guards were checked in this call.
         self.placement = (target.dtype, str(target.device), autocast_dtype(target.device))
         # What steps belong to besides their shape.
@@ -132,9 +143,19 @@ class CompiledSteps:
         self.kept.tables[key].copy_(tables)
         return self.kept.tables[key]
 
-    def is_ready(self, step: Step, key: Hashable) -> bool:
-        """Return whether a step runs for these shapes without being compiled first."""
-        return (step.__name__, key, self.kind) in self.kept.steps
+    def compiles(self, shape: Hashable) -> bool:
+        """Return whether rounds of a shape run compiled.
+
+        Of eager rounds those of earlier calls count, so that equal calls change from eager to compiled between them.
+        """
+        return self.waits or self.kept.eager_rounds[shape, self.kind] >= ROUNDS_BEFORE_COMPILING
+
+    def count_eager(self, shape: Hashable) -> None:
+        self.eager_rounds[shape, self.kind] += 1
+
+    def is_ready(self, step: Step, shape: Hashable) -> bool:
+        """Return whether a step runs for a shape without being compiled first."""
+        return not self.compiles(shape) or (step.__name__, shape, self.kind) in self.kept.steps
 
     def begin_round(self) -> None:
         """Let CUDA graphs reuse the results of earlier rounds."""
@@ -144,7 +165,7 @@ class CompiledSteps:
         """Call a step with `args`, compiled; `key` holds every number among them that fixes a shape.
 
         What a step `repeats` can be compiled once: `"layers"` of the model that is its first argument, or `"depths"`
-        of a tree.
+        of a tree. The `"moves"` of keys and values in each layer are not compiled then.
         """
         name = (step.__name__, key, self.kind)
         compiled = self.kept.steps.pop(name, None)
@@ -183,6 +204,8 @@ class CompiledSteps:
             return ()
         if repeats == "depths":
             return (DepthwiseStep,)
+        if repeats == "moves":
+            return (UnmovedStep,)
         return (LayeredStep,) if self.can_cut(step, *args) else ()
 
     def can_cut(self, step: Step, model: CachedModel, *args: Any) -> bool:
@@ -236,6 +259,16 @@ class DepthwiseStep:
 
     def __call__(self, *args: Any) -> Any:
         return self.step(*args, grow=self.grow)
+
+
+class UnmovedStep:
+    """A compiled step that leaves out what moves in the cache, as two small kernels a layer compile longer than it."""
+
+    def __init__(self, step: Step, config: CompileConfig):
+        self.step, self.verify = step, compile_step(verify_step, config)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.step(*args, verify=self.verify)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -303,9 +336,12 @@ def compiled_steps(
     if kept is None:
         yield None
         return
+    waits = config.compile_config is not None or target.device.type == "cuda"
+    steps = CompiledSteps(kept, config.compile_config or default_config(target), target, waits)
     try:
-        yield CompiledSteps(kept, config.compile_config or default_config(target), target)
+        yield steps
     finally:
+        kept.eager_rounds.update(steps.eager_rounds)
         kept.evict()
         kept.lock.release()
 
@@ -323,7 +359,7 @@ def default_config(target: PreTrainedModel) -> CompileConfig:
 def wants_compilation(target: PreTrainedModel, config: GenerationConfig) -> bool:
     """Return whether a call asks for compiled rounds, by the options of transformers; on CUDA it need not ask.
 
-    On a CPU they are faster too, but compiling takes longer than most calls do.
+    On a CPU they are faster too, but compiling takes longer than most calls do; see `ROUNDS_BEFORE_COMPILING`.
     """
     is_asked = config.cache_implementation == "static" or config.compile_config is not None
     return not config.disable_compile and (is_asked or target.device.type == "cuda")

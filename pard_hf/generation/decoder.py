@@ -43,7 +43,7 @@ class PardDecoder:
         attention_mask (`torch.LongTensor` of shape `(batch_size, mask_length)`):
             1 for text, 0 for padding; longer than the prompt where it continues an earlier cache, `past`.
         compiled ([`CompiledSteps`], *optional*):
-            Runs the steps of all rounds but the first; without it all run eagerly.
+            Runs the steps of rounds that are to be compiled, never the first; without it all run eagerly.
     """
 
     loop = "own"
@@ -87,7 +87,7 @@ class PardDecoder:
         self.is_first, self.is_fixed = True, False
         self.noise = Noise(input_ids.device, is_ordered=len(input_ids) == 1)
         self.histogram = [0] * (self.schedule.largest.num_drafts + 1)
-        self.num_drafted = 0
+        self.num_drafted = self.num_compiled = 0
         self.accepted_by_component = [0] * len(COMPONENTS)
         self.scores = Recording(len(input_ids)) if returns_dict and config.output_scores else None
         self.logits = Recording(len(input_ids)) if returns_dict and config.output_logits else None
@@ -118,7 +118,8 @@ class PardDecoder:
     @property
     def stats(self) -> DecodingStats:
         by_source = None if self.sources is None else accepted_by_source(self.accepted_by_component)
-        return DecodingStats(tuple(self.histogram), self.num_drafted, self.loop, accepted_by_source=by_source)
+        counts = tuple(self.histogram), self.num_drafted, self.loop
+        return DecodingStats(*counts, accepted_by_source=by_source, num_compiled=self.num_compiled)
 
     def run(self) -> None:
         """Generate until every row has finished."""
@@ -135,6 +136,7 @@ class PardDecoder:
         """Draft, verify, accept, synchronize; return what unfinished rows accepted, where that is known."""
         longest = self.longest()
         self.batch.make_room(longest, choice)
+        self.is_fixed = self.compiles(choice)
         if self.compiled is not None:
             self.compiled.begin_round()
         with grouped_attention():
@@ -148,7 +150,7 @@ class PardDecoder:
         self.accept(proposals, logits, choice)
         accepted = self.synchronize(0 if self.is_first else self.num_ahead)
         self.mark("loop")
-        self.end_prefill()
+        self.is_first = False
         return accepted
 
     def read_embeddings(self, inputs_embeds: torch.Tensor) -> None:
@@ -160,17 +162,20 @@ class PardDecoder:
         self.synchronize()
         self.histogram[0] = 0  # Nothing was drafted: this was no round.
         self.mark("loop")
-        self.end_prefill()
-
-    def end_prefill(self) -> None:
-        """Let later rounds run compiled: only the first reads prompts of any length."""
-        self.is_first, self.is_fixed = False, self.compiled is not None
+        self.is_first = False
 
     def choose(self) -> Choice:
         """Choose K and the tree of the next round."""
         choice = self.schedule.choose(self.batch.cost_key, self.is_ready)
-        # The bonus token needs no proposal.
-        return choice if self.is_fixed else choice.at_most(self.batch.most_remaining() - 1)
+        if self.compiles(choice):
+            return choice
+        if self.compiled is not None and not self.is_first:
+            self.compiled.count_eager(self.batch.shape(choice))
+        return choice.at_most(self.batch.most_remaining() - 1)  # The bonus token needs no proposal.
+
+    def compiles(self, choice: Choice) -> bool:
+        """Return whether a round runs compiled: never the first, which reads prompts of any length."""
+        return self.compiled is not None and not self.is_first and self.compiled.compiles(self.batch.shape(choice))
 
     def observed_round(self, choice: Choice) -> None:
         """Run a round and record in the schedule its time, where typical, and what it accepted."""
@@ -267,7 +272,7 @@ class PardDecoder:
             self.sources,
         )
         key = (("end tokens", 0 if ends is None else len(ends)), ("samples", self.do_sample), *self.source_key)
-        return self.run_step(accept_step, choice, *arguments, key=key)
+        return self.run_step(accept_step, choice, *arguments, key=key, repeats="moves")
 
     def synchronize(self, num_ahead: int = 0) -> list[int]:
         """Read the outcome of all rounds but the last `num_ahead`: the one wait for the device in a round.
@@ -327,10 +332,12 @@ class PardDecoder:
     def account(self, grown: list[int], emitted: list[int], choice: Choice) -> None:
         """Update the host's lengths and the statistics after a round."""
         batch = self.batch
+        is_compiled = self.is_fixed and not (self.compiled and self.compiled.kept.failure)
         for row, count in enumerate(emitted):
             if count:
                 self.histogram[count - 1] += 1
                 self.num_drafted += choice.at_most(batch.remaining(row) - 1).num_proposals
+                self.num_compiled += is_compiled
             batch.lengths[row] += grown[row]
         batch.target.num_unread = 1
         # The draft has not read accepted proposals either: their entries were computed from masks.

@@ -68,7 +68,8 @@ class LockstepDecoder(PardDecoder):
             nodes_BK = torch.stack(path, dim=1) if path else logits.new_empty(len(logits), 0, dtype=torch.long)
             remember_step(self.sources, self.batch.rows, proposals.tree, logits, nodes_BK, num_matched)
         if proposals.tree is not None and path:
-            keep_step(self.batch.target, self.batch.rows, torch.stack(path, dim=1))
+            last = self.batch.rows.lengths - 1
+            keep_step(self.batch.target, self.batch.rows, last, torch.stack(path, dim=1))
         self.append(processed, raw, emitted, choice)
         self.batch.unfinished = going.tolist()
         self.batch.rows.is_finished.copy_(self.unfinished == 0)

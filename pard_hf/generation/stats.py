@@ -7,7 +7,7 @@ Ratios are derived, never stored, so that the statistics of two runs merge by ad
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
@@ -33,6 +33,8 @@ class DecodingStats:
         accepted_by_source (`dict[str, int]`, *optional*):
             Accepted tokens by what proposed them, `"draft"`, `"copy"` or `"successors"`; of a token that several
             proposed, the one that held it likeliest. `None` where a draft alone proposed.
+        num_compiled (`int`, *optional*, defaults to 0):
+            Rounds that ran through `torch.compile`; equal texts may differ in it.
     """
 
     histogram: tuple[int, ...] = ()
@@ -40,6 +42,7 @@ class DecodingStats:
     loop: str | None = None
     fallback_reason: str | None = None
     accepted_by_source: dict[str, int] | None = None
+    num_compiled: int = field(default=0, compare=False)
 
     @property
     def num_rounds(self) -> int:
@@ -87,6 +90,7 @@ class DecodingStats:
             "mixed" if len(loops) > 1 else next(iter(loops), None),
             self.fallback_reason or other.fallback_reason,
             added(self.accepted_by_source, other.accepted_by_source),
+            self.num_compiled + other.num_compiled,
         )
 
     def record(self, num_accepted: int, num_drafted: int) -> DecodingStats:

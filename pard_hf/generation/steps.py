@@ -154,6 +154,24 @@ def accept_step(
     eos_token_id: torch.Tensor | None,
     noise: torch.Tensor | None,
     sources: Sources | None = None,
+    verify: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Verify proposals as [`verify_step`], or `verify`, which is that compiled; keep the accepted path of a tree."""
+    last = rows.lengths - 1  # Before anything is appended.
+    outcome, nodes = (verify or verify_step)(rows, proposals, num_depths, scores, eos_token_id, noise, sources)
+    if nodes is not None:
+        keep_step(target, rows, last, nodes)
+    return outcome, nodes
+
+
+def verify_step(
+    rows: Rows,
+    proposals: Proposals,
+    num_depths: int,
+    scores: torch.Tensor,
+    eos_token_id: torch.Tensor | None,
+    noise: torch.Tensor | None,
+    sources: Sources | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Verify greedily, or by sample-and-match where there is `noise`; append what was accepted and finish rows.
 
@@ -165,7 +183,6 @@ def accept_step(
     if proposals.tree is not None and proposals.on_path is not None:
         choices = choose_at_nodes(proposals.tree, scores, noise)
         tokens, (nodes, num_matched) = walk(proposals.tree, proposals.on_path, choices, num_depths)
-        keep_step(target, rows, nodes)
     elif noise is None:
         tokens, num_matched = verify_greedy(proposals.tokens, scores)
     else:
@@ -202,9 +219,9 @@ def remember_step(
         learn(sources.tables, tree, nodes, num_matched.masked_fill(rows.is_finished, -1), sources.has_draft)
 
 
-def keep_step(target: CachedModel, rows: Rows, nodes: torch.Tensor) -> None:
-    """Move keys and values of the accepted nodes, `[B, K]`, to the slots of their positions."""
-    roots = rows.positions(rows.lengths.unsqueeze(1) - 1).squeeze(1)
+def keep_step(target: CachedModel, rows: Rows, last: torch.Tensor, nodes: torch.Tensor) -> None:
+    """Move keys and values of the accepted nodes `[B, K]` to their positions, those after the index `last` `[B]`."""
+    roots = rows.positions(last.unsqueeze(1)).squeeze(1)
     target.cache.keep_path(roots.to(target.device), nodes.to(target.device))
 
 

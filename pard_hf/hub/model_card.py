@@ -166,12 +166,12 @@ def load_result(path: Path) -> dict[str, Any]:
 def is_about(result: dict[str, Any], name: str) -> bool:
     """Return whether a result is about a checkpoint: by its `draft`, else by its file name.
 
-    `bundled_pair.json` is about the bundled pair, `draft_smollm2.json` about the draft of SmolLM2; results with random
-    layers added (`scale`) are about neither.
+    `bundled_pair.json` is about the bundled pair, `draft_smollm2.json` and `engines_smollm2.json` about the draft of
+    SmolLM2; results with random layers added (`scale`) are about neither.
     """
     is_measurement = not result.get("scale") and ("cells" in result or "sets" in result)
     named = result.get("draft", result["file"].split("_")[0])
-    return is_measurement and (named == name or result["file"] == f"draft_{name}.json")
+    return is_measurement and (named == name or result["file"] in (f"draft_{name}.json", f"engines_{name}.json"))
 
 
 def draft_card(provenance: dict[str, Any]) -> str:
@@ -194,7 +194,8 @@ def model_card(source: CardSource) -> ModelCard:
         num_drafts=source.num_assistant_tokens or DEFAULT_NUM_ASSISTANT_TOKENS,
         text=text_config(source.config),
         trained=training_table(provenance.get("metrics") or {}),
-        results=[(result, result_table(result)) for result in source.results],
+        results=[(result, result_table(result)) for result in source.results if "engine" not in result],
+        engine_runs=[(result, engine_table(result)) for result in source.results if "engine" in result],
         published=PUBLISHED.get(source.name, ()),
     )
 
@@ -205,7 +206,8 @@ def card_data(source: CardSource) -> ModelCardData:
     base = stated.get("base_model") or (known.base_model if known else None) or source.provenance.get("base")
     base_model = base if isinstance(base, str) and HUB_ID.fullmatch(base) else None
     # Measurements of a pair belong on the draft's card only.
-    results = [] if source.is_target else [one for result in source.results for one in evaluation_results(result)]
+    ours = () if source.is_target else (result for result in source.results if "engine" not in result)
+    results = [one for result in ours for one in evaluation_results(result)]
     relation: dict[str, Any] = {"base_model_relation": "finetune"} if base_model else {}
     return ModelCardData(
         language=stated.get("language"),
@@ -303,6 +305,17 @@ def source_table(sets: dict[str, Any], num_drafts: int | None) -> list[list[str]
         repeated = formatted(measured.get("repeated_4gram_share"), ".2f")
         number = [str(measured["num_prompts"]), formatted(num_drafts, "d")]
         rows.append([f"`{prompts}`", *number, *lengths, repeated, f"{identical:.0%}"])
+    return rows
+
+
+def engine_table(result: dict[str, Any]) -> list[list[str]]:
+    """Tabulate texts and rounds of a draft in a serving engine beside our loop's (`benchmarks/engines.py`)."""
+    heading = "prompts", "number", "same text as without a draft", "same as ours", "rounds", "rounds, ours"
+    rows = [list(heading)]
+    for name, found in result["sets"].items():
+        shares = (f"{found[key]:.0%}" for key in ("same_as_vllm_without_draft", "same_as_ours"))
+        rounds = (str(found[key]["num_rounds"]) for key in ("vllm", "ours"))
+        rows.append([f"`{name}`", str(found["num_prompts"]), *shares, *rounds])
     return rows
 
 

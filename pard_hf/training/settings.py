@@ -54,7 +54,7 @@ class MethodSettings:
     correction_head_learning_rate: float = setting(3e-3, "learning rate of the correction head, which starts at zero")
     freeze_embeddings: bool = setting(False, "keep the embedding and the LM head as they are")
     max_minutes: float | None = setting(
-        None, "minutes of training instead of epochs; the learning rate follows the time, a cosine after the warm-up"
+        None, "minutes of training, or `max_steps` before; the learning rate follows them, a cosine after the warm-up"
     )
 
     def label(self, name: str) -> str:

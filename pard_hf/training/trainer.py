@@ -52,7 +52,7 @@ class PardTrainingArguments(MethodSettings, TrainingArguments):
     def __post_init__(self) -> None:
         self.check(MethodSettings)
         if self.max_minutes is not None:
-            self.num_train_epochs, self.max_steps = 1e6, -1
+            self.num_train_epochs = 1e6
         if self.label_smoothing_factor:
             raise ValueError("Expected no `label_smoothing_factor`, which these objectives do not have. Leave it out.")
         if self.metric_for_best_model is None:
