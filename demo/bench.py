@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import base64
-import tempfile
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
-from benchmarks.plots import write_plots
 from pard_hf.draft.known_drafts import known_draft_for
 from pard_hf.evaluation.benchmark import Benchmark, BenchmarkSettings, run_metadata
 from pard_hf.evaluation.prompts import NAMED_SETS, load_prompts
@@ -17,12 +13,13 @@ from pard_hf.evaluation.report import SPEED_HEADINGS, difference_sentence, speed
 from pard_hf.evaluation.routes import ROUTES
 from pard_hf.loading import Pair
 
-from .html import message, table
-from .job import Job
+from .html import message
+from .job import Job, Ticket
 from .pairs import BUNDLED, NAMED, SMOLLM2, PairName, PairShelf
 from .settings import Settings, whole
 
 MOST_PROMPTS = 32
+HEADINGS = ["route", *SPEED_HEADINGS]
 # What compiles takes minutes on a CPU before anything is shown: left to visitors who want to wait.
 FIRST_ROUTES = ("ar", "pld", "ad", "tier1", "tier2", "adaptive", "lookup", "every_source")
 
@@ -40,6 +37,8 @@ class BenchJob(Job):
         ValueError: The set cannot be read, or a setting is out of range.
     """
 
+    most_seconds = 3600.0
+
     def __init__(
         self,
         pair: Pair,
@@ -49,8 +48,9 @@ class BenchJob(Job):
         limit: Any,
         repeats: Any,
         settings: Settings,
+        ticket: Ticket | None = None,
     ):
-        super().__init__(self.measure)
+        super().__init__(ticket)
         for route in routes or ("no route",):
             if route not in ROUTES:
                 raise ValueError(f"Expected routes among {', '.join(ROUTES)}, got {route!r}. Choose some of these.")
@@ -60,13 +60,13 @@ class BenchJob(Job):
             repeats=whole("Repeats", repeats, 1, 5),
             max_new_tokens=settings.max_new_tokens,
             limit=whole("Prompts", limit, 1, MOST_PROMPTS),
-            **({"tree_size": settings.tree_size} if settings.tree_size else {}),
+            tree_size=settings.tree_size,
         )
         words = [
             *("bench", "--prompts", prompts, "--limit", str(chosen.limit)),
             *("--repeats", str(chosen.repeats), "--max-new-tokens", str(chosen.max_new_tokens)),
             *("--num-assistant-tokens", str(settings.num_assistant_tokens)),
-            *(("--assistant-tree-size", str(chosen.tree_size)) if settings.tree_size else ()),
+            *("--assistant-tree-size", str(chosen.tree_size)),
             *("--routes", ",".join(routes)),
         ]
         models: tuple[str, str] | tuple[()] = ()
@@ -87,7 +87,7 @@ class BenchJob(Job):
         self.check()
         self.share, self.doing = self.share + share, text
 
-    def measure(self) -> None:
+    def work(self) -> None:
         self.benchmark.run(self.sets, keep=self.cells.append)
 
     @property
@@ -123,25 +123,18 @@ def progress(job: BenchJob) -> str:
     )
 
 
-def report(job: BenchJob) -> str:
-    """Table and figures of what was measured, and the command that measures it again."""
-    result = job.result
-    tables = "".join(cell_table(cell) for cell in result["cells"])
-    with tempfile.TemporaryDirectory() as folder:
-        plots = [(file.stem, file.read_bytes()) for file in write_plots(result, Path(folder) / "bench.json")]
-    figures = "".join(
-        f'<img alt="{escape(name.removeprefix("bench_").replace("_", " "))} of each route, in the table above" '
-        f'src="data:image/svg+xml;base64,{base64.b64encode(content).decode()}">'
-        for name, content in plots
+def rows(result: dict[str, Any]) -> list[list[str]]:
+    """What each route reached, under `HEADINGS`."""
+    return [[ROUTES[r["route"]].title, *speed_row(r)] for cell in result["cells"] for r in cell["routes"]]
+
+
+def remarks(result: dict[str, Any]) -> str:
+    """What was not served, which texts differ, and the command that measures it again."""
+    cells = result["cells"]
+    said = [f"{ROUTES[name].title}: not served: {why}" for cell in cells for name, why in cell["not_served"].items()]
+    routes = [route for cell in cells for route in cell["routes"] if "difference" in route]
+    said += [difference_sentence(route["route"], route["difference"]) for route in routes]
+    return (
+        "".join(message(text, True) for text in said)
+        + f"<p>On the shell: <code>{escape(result['command'])}</code></p>"
     )
-    command = escape(result["command"])
-    return f'{tables}<div class="pard-plots">{figures}</div><p>On the shell: <code>{command}</code></p>'
-
-
-def cell_table(cell: dict[str, Any]) -> str:
-    """What each route reached on one set."""
-    rows = [("", [ROUTES[route["route"]].title, *speed_row(route)]) for route in cell["routes"]]
-    left = [f"{ROUTES[name].title}: not served: {reason}" for name, reason in cell["not_served"].items()]
-    wrong = [difference_sentence(r["route"], r["difference"]) for r in cell["routes"] if "difference" in r]
-    title = f"{cell['prompts']}: {cell['num_prompts']} prompts, K = {cell['num_assistant_tokens']}"
-    return table(title, ("route", *SPEED_HEADINGS), rows) + "".join(message(text, True) for text in [*left, *wrong])

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import time
 import weakref
+from html import escape
 from typing import Any
 
-from pard_hf.generation.stats import DecodingStats
 from pard_hf.host import cache_of
 from pard_hf.loading import Pair
 from pard_hf.tokens import next_prompt
 
-from .generate import generate
-from .job import Job
+from .html import shares, tinted
+from .job import Job, Ticket
+from .race import Lane
 from .settings import Settings, check_length, checked_prompt
-from .transcript import Transcript
 from .visitor import Shelf, Visitor
 
 MOST_CACHES = 4
@@ -26,6 +25,7 @@ class Chat:
 
     def __init__(self) -> None:
         self.messages: list[dict[str, str]] = []
+        self.shown: list[tuple[str, str]] = []
         self.past: list[int] = []
         self.answer: list[int] = []
         self.target: weakref.ref[Any] | None = None
@@ -48,50 +48,59 @@ class Chat:
         length = self.cache.get_seq_length()
         return self.cache if 0 < length < len(ids) and ids[:length] == (self.past + self.answer)[:length] else None
 
-    def keep(self, pair: Pair, text: str, ids: list[int], answer: list[int], cache: Any) -> None:
+    def keep(self, turn: ChatTurn, cache: Any) -> None:
         """Add a turn."""
-        content = pair.tokenizer.decode(answer, skip_special_tokens=True)
-        self.messages = [*self.messages, {"role": "user", "content": text}, {"role": "assistant", "content": content}]
-        self.past, self.answer, self.target, self.cache = ids, answer, weakref.ref(pair.target), cache
+        answer = turn.lane.tokens
+        content = turn.pair.tokenizer.decode(answer, skip_special_tokens=True)
+        user, assistant = {"role": "user", "content": turn.text}, {"role": "assistant", "content": content}
+        self.messages = [*self.messages, user, assistant]
+        self.shown = turn.conversation(tinted(turn.pair.tokenizer, turn.lane.rounds))
+        self.past, self.answer, self.target, self.cache = turn.ids, answer, weakref.ref(turn.pair.target), cache
         CACHES.keep(self)
 
 
 class ChatTurn(Job):
-    """One question and its answer. A turn that is stopped keeps what was said; one that fails changes nothing.
+    """One question and its answer. A turn that is ended early keeps what was said; one that fails changes nothing."""
 
-    Raises:
-        ValueError: There is nothing to answer, or the conversation has become too long.
-    """
-
-    def __init__(self, pair: Pair, chat: Chat, text: str, settings: Settings, visitor: Visitor | None = None):
-        super().__init__(self.generate)
-        self.visitor = visitor
+    def __init__(
+        self,
+        pair: Pair,
+        chat: Chat,
+        text: str,
+        settings: Settings,
+        visitor: Visitor | None = None,
+        ticket: Ticket | None = None,
+    ):
+        super().__init__(ticket)
         self.pair, self.chat, self.text, self.settings = pair, chat, checked_prompt(text), settings
-        self.ids = chat.prompt(pair, self.text)
-        check_length(pair, self.ids, settings, "conversation")
-        self.cache = chat.usable_cache(pair, self.ids)
-        self.num_reused = 0 if self.cache is None else self.cache.get_seq_length()
-        self.transcript = Transcript(self.check)
-        self.stats: DecodingStats | None = None
-        self.seconds = 0.0
+        self.visitor, self.lane, self.doing = visitor or Visitor(), Lane(self.check), "Answering …"
+        self.ids: list[int] = []
+        self.num_reused = 0
 
-    def generate(self) -> None:
-        output, start = None, time.perf_counter()
+    def work(self) -> None:
+        chat, output = self.chat, None
+        with self.traced():
+            self.ids = chat.prompt(self.pair, self.text)
+        check_length(self.pair, self.ids, self.settings, "conversation")
+        cache, chat.cache = chat.usable_cache(self.pair, self.ids), None
+        self.num_reused = 0 if cache is None else cache.get_seq_length()
+        proposing = self.settings.proposing(self.pair, self.visitor)
         try:
-            call = self.pair, self.ids, self.settings, self.visitor
-            output = generate(*call, past_key_values=self.cache, streamer=self.transcript)
-            self.stats = output.stats
+            output = self.lane.run(self.pair, self.ids, self.settings, proposing, past_key_values=cache)
         finally:
-            self.seconds = time.perf_counter() - start
-            if output is not None or (self.is_stopped and self.transcript.tokens):
-                cache = None if output is None else cache_of(output)
-                self.chat.keep(self.pair, self.text, self.ids, self.transcript.tokens, cache)
-            self.cache = None
+            if output is not None or (self.is_ended_early and self.lane.rounds):
+                chat.keep(self, None if output is None else cache_of(output))
 
-    def messages(self) -> list[dict[str, str]]:
-        """The conversation, with as much of the answer as there is."""
-        if self.is_over:
-            return self.chat.messages
-        said = self.pair.tokenizer.decode(self.transcript.tokens, skip_special_tokens=True)
-        turn = [{"role": "user", "content": self.text}, {"role": "assistant", "content": said}]
-        return [*self.chat.messages, *turn]
+    def conversation(self, answer: str | None = None) -> list[tuple[str, str]]:
+        """What was said so far and this turn, untinted as long as it grows: by whom, and the HTML of it."""
+        if answer is None:
+            answer = escape(self.pair.tokenizer.decode(self.lane.tokens, skip_special_tokens=True))
+        return [*self.chat.shown, ("user", escape(self.text)), ("assistant", answer)]
+
+    def figures(self) -> str:
+        """What the answer took, in words."""
+        by = f" (accepted: {listed})" if (listed := shares(self.lane)) else ""
+        return (
+            f"{len(self.lane.tokens)} tokens in {self.lane.seconds:.2f} s, τ {self.lane.acceptance_length:.2f}{by}; "
+            f"{self.num_reused} of {len(self.ids)} tokens of the conversation were in the cache."
+        )

@@ -1,19 +1,17 @@
-"""What the page shows, as HTML: text with its rounds, figures, tables and bars. What anybody said is escaped."""
+"""What the page shows as HTML where no component fits: texts by round, messages, a tree. All of it is escaped."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
+import torch
+
 from pard_hf.evaluation.metrics import repeated_share
-from pard_hf.generation.stats import DecodingStats
 from pard_hf.tokens import IncrementalDetokenizer
 
-from .chat import ChatTurn
-from .inside import Node, Proposal
-from .race import Lane, RaceView
-from .transcript import Round
+from .race import Lane, Node, Race, Round
 
 # Share of repeated 4-grams from which a text is said to repeat itself.
 LOOPS = 0.3
@@ -39,194 +37,144 @@ def pieces(tokenizer: Any, groups: Sequence[Sequence[int]]) -> list[str]:
     return texts
 
 
-def plain_text(tokenizer: Any, lane: Lane) -> str:
-    """What a route said, untinted."""
-    text = tokenizer.decode(lane.tokens, skip_special_tokens=True)
-    return f'<pre class="pard-text" tabindex="0" aria-label="text of plain generate">{escape(text)}</pre>'
+def tinted(tokenizer: Any, rounds: Sequence[Round], clock: Callable[[Round], float] | None = None) -> str:
+    """A text: accepted tokens in the colour of their source, the target's own underlined; hovering names the round.
 
-
-def tinted_text(tokenizer: Any, lane: Lane, proposals: str) -> str:
-    """What ours said: accepted tokens in the colour of their source, bonus tokens underlined; hovering names both."""
-    groups = [group for round_ in lane.rounds for group in (*(run for _, run in round_.runs), (round_.bonus,))]
+    With `clock` each piece says when it was there (`data-t`, seconds) and how many tokens it has (`data-n`).
+    """
+    groups = [group for round_ in rounds for group in (*(run for _, run in round_.runs), (round_.bonus,))]
     texts = iter(pieces(tokenizer, groups))
     spans = []
-    for number, round_ in enumerate(lane.rounds):
-        title = f"round {number + 1}: {len(round_.accepted)} of {proposals} accepted"
-        for source, _ in round_.runs:
-            if accepted := next(texts):
-                kind = f"pard-accepted pard-{source} pard-{number % 2}"
-                by = f"{title}, these from {SOURCES[source]}"
-                spans.append(f'<span class="{kind}" title="{by}">{escape(accepted)}</span>')
-        own = f"{title}, then the target's own token"
-        spans.append(f'<span class="pard-bonus" title="{own}">{escape(next(texts))}</span>')
-    return f'<pre class="pard-text" tabindex="0" aria-label="text of PARD">{"".join(spans)}</pre>'
+    for number, round_ in enumerate(rounds):
+        shared = f'title="round {number + 1}: {len(round_.accepted)} accepted; '
+        when = "" if clock is None else f' data-t="{clock(round_):.3f}"'
+        for source, run in round_.runs:
+            kind = f"pard-accepted pard-{source} pard-{number % 2}"
+            by = f'{shared}this from {SOURCES[source]}"'
+            spans.append(f'<span class="{kind}" {by}{when} data-n="{len(run)}">{escape(next(texts))}</span>')
+        own = f"{shared}this is the target's own token\""
+        spans.append(f'<span class="pard-bonus" {own}{when} data-n="1">{escape(next(texts))}</span>')
+    return "".join(spans)
 
 
-def lane_figures(lane: Lane, more: Sequence[tuple[str, str]] = ()) -> str:
-    """Clock and rate of a route."""
+def race(job: Race) -> str:
+    """How a race stands, and both columns; one that has ended carries the clocks by which the page replays it."""
+    more = [("τ", f"{job.ours.acceptance_length:.2f}")]
+    columns = column("Plain generate", job.plain, job, []) + column("PARD", job.ours, job, more)
+    replay = ' data-replay=""' if job.is_done else ""
+    return f'<div{replay}>{verdict(job)}<div class="pard-columns">{columns}</div></div>'
+
+
+def column(name: str, lane: Lane, job: Race, more: list[tuple[str, str]]) -> str:
+    """A route: clock, rate and text, which is tinted once it is all there."""
     figures = [
         ("seconds", f"{lane.seconds:.2f}"),
         ("tokens", f"{len(lane.tokens)}"),
         ("tokens/s", f"{lane.tokens_per_second:.0f}"),
         *more,
     ]
-    cells = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in figures)
-    return f'<dl class="pard-figures">{cells}</dl>'
-
-
-def pard_figures(view: RaceView) -> str:
-    more = (("τ", f"{view.acceptance_length:.2f}"), ("speedup", f"{view.speedup:.2f}"))
-    return lane_figures(view.pard, more)
-
-
-def banner(view: RaceView, is_float32: bool) -> str:
-    """How a race stands, or how it ended."""
-    if view.is_stopped:
-        return verdict("Stopped. What was said so far stays.", "note")
-    if not view.is_done:
-        return verdict("Racing …", "note")
-    notes = f" Compiling took {view.compile_seconds:.1f} s, not counted." if view.compile_seconds else ""
-    if repeated_share([view.pard.tokens]) > LOOPS:
-        notes += " The text repeats itself, which is easy to guess: other texts gain less."
-    if view.is_identical:
-        return verdict(f"Identical texts, {view.speedup:.2f} times the speed of plain generate.{notes}", "good")
-    reason = (
-        " In float32 they should be: please report this prompt."
-        if is_float32
-        else " In 16 bit two nearly equal choices can fall either way."
+    cells = "".join(f'<div><dt>{title}</dt><dd data-figure="{title}">{value}</dd></div>' for title, value in figures)
+    tokenizer = job.pair.tokenizer
+    if job.is_over:
+        text = tinted(tokenizer, lane.rounds, lane.clock)
+    else:  # Cheap: it is shown while the other route, or this one, is timed.
+        text = escape(tokenizer.decode(lane.tokens, skip_special_tokens=True))
+    kind = "plain" if lane is job.plain else "pard"
+    return (
+        f'<section id="{kind}"><h2>{name}</h2><dl class="pard-figures">{cells}</dl>'
+        f'<pre class="pard-text" tabindex="0" aria-label="text of {name}">{text}</pre></section>'
     )
-    return verdict(f"The texts differ.{reason}{notes}", "error")
 
 
-def conversation(messages: Sequence[dict[str, str]]) -> str:
-    """What was said so far, by whom."""
+def verdict(job: Race) -> str:
+    """How a race stands, or how it ended."""
+    if not job.is_over:
+        return banner(job.doing, "note")
+    if not job.is_done:
+        return banner("Stopped. What was said so far stays.", "note")
+    target = job.pair.target
+    dtype = str(target.dtype).removeprefix("torch.")
+    where = f"in {dtype} on this {'GPU' if target.device.type == 'cuda' else target.device.type.upper()}"
+    notes = f" Compiling took {job.ours.compile_seconds:.1f} s, not counted." if job.ours.compile_seconds else ""
+    if repeated_share([job.ours.tokens]) > LOOPS:
+        notes += " The text repeats itself, which is easy to guess: other texts gain less."
+    if not job.is_identical:
+        reason = (
+            "In float32 they should be the same: please report this prompt."
+            if target.dtype == torch.float32
+            else "In 16 bit two nearly equal choices can fall either way."
+        )
+        return banner(f"The texts differ. {reason}{notes}", "error")
+    times = round(job.speedup, 2)
+    how, kind = ("faster", "good") if times > 1 else ("slower here" if times < 1 else "as fast", "note")
+    return banner(f"{times:.2f}x: {how}, {where}; same text.{notes}", kind)
+
+
+def banner(text: str, kind: str) -> str:
+    return (
+        f'<div class="pard-banner pard-{kind}" role="status"><span>{escape(text)}</span>'
+        '<button class="pard-again" hidden>Replay</button></div>'
+    )
+
+
+def conversation(turns: Sequence[tuple[str, str]]) -> str:
+    """What was said so far, by whom; the texts are HTML."""
     names = {"user": "you", "assistant": "target"}
     said = "".join(
-        f'<div class="pard-{m["role"]}"><span class="pard-who">{names[m["role"]]}</span>'
-        f"<pre>{escape(m['content'].strip())}</pre></div>"
-        for m in messages
+        f'<div class="pard-{who}"><span class="pard-who">{names[who]}</span><pre>{text}</pre></div>'
+        for who, text in turns
     )
     return f'<div class="pard-dialog" role="log" tabindex="0" aria-label="conversation">{said}</div>'
 
 
-def turn_figures(turn: ChatTurn) -> str:
-    """What an answer took, in words."""
-    assert turn.stats is not None
-    return (
-        f"{len(turn.transcript.tokens)} tokens in {turn.seconds:.2f} s, τ {turn.stats.acceptance_length:.2f}"
-        f"{shares(turn.stats)}; "
-        f"{turn.num_reused} of {len(turn.ids)} tokens of the conversation were in the cache."
-    )
+def shares(lane: Lane) -> str:
+    """The shares of accepted tokens by source, in words."""
+    found = (lane.stats and lane.stats.accepted_shares) or {}
+    return ", ".join(f"{share:.0%} {SOURCES[source]}" for source, share in found.items())
 
 
-def shares(stats: DecodingStats) -> str:
-    """The shares of accepted tokens by source, in words; empty with the draft alone."""
-    listed = ", ".join(f"{share:.0%} {SOURCES[source]}" for source, share in stats.accepted_shares.items())
-    return f" (accepted: {listed})" if listed else ""
+def tree(tokenizer: Any, lane: Lane, number: int) -> str:
+    """The tree of a round as nested lists, the accepted path lit, and the target's own token."""
+    nodes, round_ = lane.nodes(number), lane.rounds[number - 1]
+    path = accepted_path(nodes, round_)
+    following: dict[int, list[int]] = {}
+    for column, node in enumerate(nodes):
+        if node.token >= 0:  # The others had no candidate left.
+            following.setdefault(node.parent, []).append(column)
 
+    def branches(parent: int) -> str:
+        items = "".join(
+            f"<li>{leaf(tokenizer, nodes[column], column in path)}{branches(column)}</li>"
+            for column in following.get(parent, [])
+        )
+        return f"<ul>{items}</ul>" if items else ""
 
-def verdict(text: str, kind: str) -> str:
-    return f'<div class="pard-banner pard-{kind}" role="status">{escape(text)}</div>'
-
-
-def proposals_table(tokenizer: Any, proposals: Sequence[Proposal], number: int, num_rounds: int) -> str:
-    """The K proposals of a round."""
-    if not proposals:
-        return f"<p>Round {number} of {num_rounds} had room for the target's own token alone: nothing proposed.</p>"
-    headings = "position", "draft proposed", "draft's probability", "verdict", "target wanted", "target's probability"
-    rows = []
-    for p in proposals:
-        cells = [code(tokenizer, p.token), f"{p.probability:.1%}", p.verdict, "–", "–"]
-        if p.verdict != "not reached":
-            cells[3:] = code(tokenizer, p.target_token), f"{p.target_probability:.1%}"
-        rows.append((f"pard-{p.verdict.replace(' ', '-')}", [str(p.position), *cells]))
-    return table(
-        f"Round {number} of {num_rounds}: one draft forward proposed, one target forward answered", headings, rows
-    )
-
-
-def accepted_table(tokenizer: Any, round_: Round, number: int, num_rounds: int) -> str:
-    """The tokens of a round and what proposed each; what the others proposed depends on what was remembered then."""
-    rows = [
-        ("pard-accepted", [f"{position}", code(tokenizer, token), SOURCES[source]])
-        for position, (token, source) in enumerate(zip(round_.accepted, round_.sources, strict=True), start=1)
-    ]
-    own = [f"{len(rows) + 1}", code(tokenizer, round_.bonus), "nothing: the target's own token"]
-    return table(
-        f"Round {number} of {num_rounds}: accepted tokens", ("position", "token", "proposed by"), [*rows, ("", own)]
-    )
-
-
-def tree_list(tokenizer: Any, nodes: Sequence[Node], number: int, num_rounds: int) -> str:
-    """The tree of a round as nested lists, the accepted path lit."""
-    if not nodes:
-        return f"<p>Round {number} of {num_rounds} had room for the target's own token alone: nothing proposed.</p>"
     caption = (
-        f"Round {number} of {num_rounds}: {count(nodes)} continuations in one draft forward, checked in one target "
-        "forward. Each with the draft's probability of getting there; what the target said is lit."
+        f"Round {number} of {len(lane.rounds)}: {sum(map(len, following.values()))} proposals, checked in one target "
+        "forward. Each with the probability, as the sources saw it, of the text getting there."
     )
+    own = f'<p>Accepted: {len(path)}. Then the target\'s own token: <span class="pard-bonus">'
     return (
-        f'<div class="pard-scroll pard-tree" tabindex="0" role="region" aria-label="tree of round {number}">'
-        f"<p>{escape(caption)}</p>{branches(tokenizer, nodes)}</div>"
+        f'<div class="pard-tree" tabindex="0" role="region" aria-label="tree of round {number}"><p>{caption}</p>'
+        f"{branches(-1)}{own}{code(tokenizer, round_.bonus)}</span></p></div>"
     )
 
 
-def branches(tokenizer: Any, nodes: Sequence[Node]) -> str:
-    """Nodes and what follows each."""
-    items = ""
-    for node in nodes:
-        kind, verdict = (' class="pard-lit"', " accepted") if node.is_accepted else ("", "")
-        following = branches(tokenizer, node.children) if node.children else ""
-        said = f"{code(tokenizer, node.token)} {node.probability:.1%}{verdict}"
-        items += f"<li><span{kind}>{said}</span>{following}</li>"
-    return f"<ul>{items}</ul>"
+def accepted_path(nodes: Sequence[Node], round_: Round) -> list[int]:
+    """The columns of the nodes that were accepted."""
+    path: list[int] = []
+    for token in round_.accepted:
+        parent = path[-1] if path else -1
+        path += [c for c, node in enumerate(nodes) if (node.parent, node.token) == (parent, token)][:1]
+    return path
 
 
-def count(nodes: Sequence[Node]) -> int:
-    return sum(1 + count(node.children) for node in nodes)
-
-
-def table(caption: str, headings: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """A table that scrolls on a narrow screen; each row a class and cells of HTML, a heading first."""
-    head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
-    body = "".join(
-        f'<tr class="{kind}"><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>'
-        for kind, (first, *rest) in rows
-    )
-    return (
-        f'<div class="pard-scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table><caption>'
-        f"{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+def leaf(tokenizer: Any, node: Node, is_accepted: bool) -> str:
+    said = f"{code(tokenizer, node.token)} {node.probability:.1%} from {SOURCES[node.source]}"
+    return f'<span class="pard-accepted pard-{node.source} pard-0">{said}, accepted</span>' if is_accepted else said
 
 
 def code(tokenizer: Any, token: int) -> str:
     """One token, its white space made visible."""
     text = tokenizer.decode([token]).replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
     return f"<code>{escape(text)}</code>"
-
-
-def stats_bars(stats: DecodingStats | None) -> str:
-    """Position acceptance, the histogram of accepted counts, and the sources of a race."""
-    if stats is None or not stats.num_rounds:
-        return "<p>Run a race first: its rounds are counted here.</p>"
-    acceptance = [(f"{position}", a, f"{a:.0%}") for position, a in enumerate(stats.position_acceptance, start=1)]
-    counts = [(f"{n}", rounds / stats.num_rounds, f"{rounds}") for n, rounds in enumerate(stats.histogram)]
-    sources = [(SOURCES[s], share, f"{share:.0%}") for s, share in stats.accepted_shares.items()]
-    return (
-        '<div class="pard-charts">'
-        + bars(
-            "Position acceptance: rounds that accepted the proposal at this position", "position", "rounds", acceptance
-        )
-        + bars("Accepted proposals a round, the bonus token not counted", "accepted", "rounds", counts)
-        + (bars("Accepted tokens by what proposed them", "source", "accepted", sources) if sources else "")
-        + "</div>"
-    )
-
-
-def bars(title: str, name: str, unit: str, rows: Sequence[tuple[str, float, str]]) -> str:
-    """Horizontal bars: label, length in [0, 1], value in words."""
-    drawn = [
-        ("", [label, f'<span class="pard-bar" style="width:{length:.1%}"></span>', value])
-        for label, length, value in rows
-    ]
-    return table(title, (name, "share", unit), drawn)

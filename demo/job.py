@@ -1,93 +1,197 @@
-"""Work that is watched while it runs, one piece at a time, and ends when it is not watched any more."""
+"""Work that is watched while it runs, in a line for the device, and ends when nobody watches it any more."""
 
 from __future__ import annotations
 
+import asyncio
+import itertools
+import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
-TICK_SECONDS = 0.12
-# Two jobs would fight for the same cores. The page's queue keeps others waiting; this keeps a job that is being
-# stopped and the next one apart.
-DEVICE = threading.Lock()
+TICK_SECONDS = 0.15
+STOP_SECONDS = 10
+# What one visitor, one address and all together may have in the line.
+MOST_OF_A_VISITOR, MOST_OF_AN_ADDRESS, MOST_WAITING = 2, 16, 64
 
 
 class Stopped(Exception):
     """Raised inside work that is not waited for any more."""
 
 
-class Job:
-    """Work in threads of its own. A job that does not compute (`needs_device = False`) runs beside others.
+@dataclass(eq=False)
+class Ticket:
+    """A place in the line, and whose it is: a session of a page, and the address it comes from."""
 
-    Args:
-        parts (`Callable[[], None]`):
-            Each runs in one thread, calls `check` often, and may raise.
+    session: str = ""
+    address: str = ""
+
+
+class Line:
+    """Who works, `at_once` at most, and behind them who waits, in the order of arrival."""
+
+    def __init__(self, at_once: int = 1) -> None:
+        self.at_once = at_once
+        self.tickets: list[Ticket] = []
+        self.lock = threading.Lock()
+
+    def join(self, ticket: Ticket) -> None:
+        """Take the last place.
+
+        Raises:
+            ValueError: The line is full, or its owner's share of it.
+        """
+        with self.lock:
+            of_session = sum(ticket.session == other.session != "" for other in self.tickets)
+            of_address = sum(ticket.address == other.address != "" for other in self.tickets)
+            if of_session >= MOST_OF_A_VISITOR or of_address >= MOST_OF_AN_ADDRESS:
+                raise ValueError(
+                    f"Expected at most {MOST_OF_A_VISITOR} requests of a page, {MOST_OF_AN_ADDRESS} of an address, "
+                    "got one more. Wait for an answer, or press Stop."
+                )
+            if len(self.tickets) >= MOST_WAITING:
+                raise ValueError(f"Expected at most {MOST_WAITING} requests in the line, got one more. Try later.")
+            self.tickets.append(ticket)
+
+    def num_before(self, ticket: Ticket) -> int:
+        """How many must end first."""
+        with self.lock:
+            return max(self.tickets.index(ticket) - self.at_once + 1, 0)
+
+    def leave(self, ticket: Ticket) -> None:
+        with self.lock:
+            if ticket in self.tickets:
+                self.tickets.remove(ticket)
+
+    @contextmanager
+    def turn(self, wait: Callable[[], None]) -> Iterator[None]:
+        """Wait in this thread for a turn at the device; `wait` is called meanwhile and may raise."""
+        self.join(ticket := Ticket())
+        try:
+            while self.num_before(ticket):
+                wait()
+                time.sleep(TICK_SECONDS)
+            yield
+        finally:
+            self.leave(ticket)
+
+
+DEVICE, DOWNLOADS = Line(), Line(at_once=4)
+# What stop buttons end.
+JOBS: weakref.WeakSet[Job] = weakref.WeakSet()
+
+
+class Job:
+    """Work in a thread of its own, which waits for it in a line.
+
+    A subclass does its work in `work`, which calls `check` often.
     """
 
-    needs_device = True
+    line = DEVICE
+    most_seconds = 300.0
 
-    def __init__(self, *parts: Callable[[], None]):
-        self.threads = [threading.Thread(target=self.run, args=(part,), daemon=True) for part in parts]
-        self.num_running = len(parts)
-        self.lock = threading.Lock()
-        self.errors: list[BaseException] = []
-        self.is_stopped = False
+    def __init__(self, ticket: Ticket | None = None):
+        self.ticket = ticket or Ticket()
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.error: BaseException | None = None
+        self.is_stopped = self.is_over = False
+        self.deadline = float("inf")
+        self.doing = ""
+        JOBS.add(self)
 
-    def run(self, part: Callable[[], None]) -> None:
+    def work(self) -> None:
+        raise NotImplementedError
+
+    def run(self) -> None:
+        self.deadline = time.monotonic() + self.most_seconds
         try:
-            part()
-        except Stopped:
-            pass
+            self.work()
         except BaseException as error:  # Raised again in `watch`.
-            self.errors.append(error)
-            self.stop()
+            self.error = error
         finally:
-            with self.lock:
-                self.num_running -= 1
-                is_last = self.is_over
-            if is_last and self.needs_device:
-                DEVICE.release()
-
-    @property
-    def is_over(self) -> bool:
-        return self.num_running == 0
+            self.is_over = True
+            self.line.leave(self.ticket)
 
     def check(self) -> None:
-        """Raise [`Stopped`] where the job has been stopped."""
+        """Raise [`Stopped`] where the job has been stopped, a `ValueError` where its time is over."""
         if self.is_stopped:
             raise Stopped
+        if self.is_late:
+            raise ValueError(
+                f"Expected an end within {self.most_seconds:.0f} seconds, got none: it was stopped. "
+                "Ask for fewer new tokens, or choose a smaller model."
+            )
+
+    @property
+    def is_late(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    @property
+    def is_ended_early(self) -> bool:
+        return self.is_stopped or self.is_late
 
     def stop(self) -> None:
         """End the job where it next checks."""
         self.is_stopped = True
 
-    def watch(self) -> Iterator[None]:
-        """Run; yields about eight times a second. Closing the iterator stops the job and waits for nothing.
+    @contextmanager
+    def traced(self) -> Iterator[None]:
+        """Check at every line of Python: for what is others' code, such as a chat template, and may never end."""
 
-        The device is free again when the last part has ended.
+        def trace(*event: Any) -> Any:
+            self.check()
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            yield
+        finally:
+            sys.settrace(before)
+
+    async def watch(self) -> AsyncIterator[str]:
+        """Run; yields several times a second what is being done. Closing the iterator stops the job.
+
+        Its place is free again when the work has ended.
 
         Raises:
             Stopped: The job was stopped.
-            Exception: What a part raised.
+            Exception: What the work raised, or the line.
         """
-        while self.needs_device and not DEVICE.acquire(timeout=TICK_SECONDS):
-            self.check()
-            yield
-        for thread in self.threads:
-            thread.start()
+        self.line.join(self.ticket)
         try:
-            while not self.is_over:
-                self.wait(TICK_SECONDS)
+            while before := self.line.num_before(self.ticket):
+                yield f"In the queue: {before} before you."
+                await asyncio.sleep(TICK_SECONDS)
+                self.check()
+            self.thread.start()
+            while await self.goes_on(TICK_SECONDS):
                 if not self.is_stopped:
-                    yield
+                    yield self.doing
         finally:
-            if not self.is_over:
-                self.stop()
-        if self.errors:
-            raise self.errors[0]
-        self.check()
+            self.stop()
+            if not self.thread.ident:
+                self.line.leave(self.ticket)
+        if self.error is not None:
+            raise self.error
 
-    def wait(self, seconds: float) -> None:
-        """Wait for the end, or about so long."""
-        for thread in self.threads:
-            if thread.ident is not None:
-                thread.join(seconds / len(self.threads))
+    async def goes_on(self, seconds: float) -> bool:
+        """Wait for the end, or about so long; returns whether the work goes on."""
+        for _ in itertools.takewhile(lambda _: not self.is_over, range(round(seconds / 0.03))):
+            await asyncio.sleep(0.03)
+        return not self.is_over
+
+
+async def stop_jobs(session: str, kind: type[Job] = Job) -> list[Job]:
+    """Stop a session's jobs of a kind and give those at the device a moment to end; return them."""
+    jobs = [job for job in list(JOBS) if job.ticket.session == session and isinstance(job, kind) and not job.is_over]
+    for job in jobs:
+        job.stop()
+    for job in jobs:
+        if job.line is DEVICE and job.thread.ident:
+            await job.goes_on(STOP_SECONDS)
+    return jobs

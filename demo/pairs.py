@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import threading
 from collections import OrderedDict
@@ -16,10 +17,10 @@ from tqdm.auto import tqdm
 from pard_hf.draft.known_drafts import known_draft_for
 from pard_hf.generation.validation import check_pair
 from pard_hf.hub.checkpoint import DRAFT_FILES
-from pard_hf.loading import Pair, PairPaths, load_pair, named_pair
+from pard_hf.loading import Pair, PairPaths, default_device, load_pair, named_pair
 
-from .job import DEVICE, TICK_SECONDS
-from .room import check_disk, check_memory
+from .job import DEVICE, DOWNLOADS, Job, Ticket
+from .room import available_memory, check_disk, needed_memory, too_large
 
 BUNDLED, SMOLLM2, FOLDER, HUB = "bundled pair", "SmolLM2", "local folder", "Hub id"
 KINDS = (BUNDLED, SMOLLM2, FOLDER, HUB)
@@ -106,19 +107,32 @@ class PairShelf:
             pair = self.get(name)
             if pair is not None:
                 return pair
-            self.make_room()
             with named(name, paths):
                 pair = self.read(paths, report)
             with self.lock:
                 self.pairs[name] = pair
         self.try_out(name, pair, report)
+        with self.lock:
+            while len(self.pairs) > MOST_LOADED:
+                self.pairs.popitem(last=False)
         return pair
 
-    def make_room(self) -> None:
-        """Let the oldest pair go before another one is read: the two may fit only one after the other."""
+    def make_room(self, num_bytes: int) -> None:
+        """Let the oldest pairs go where another one does not fit beside them.
+
+        Raises:
+            ValueError: It does not fit at all; then none has gone.
+        """
+        device = self.device or default_device()
         with self.lock:
-            while len(self.pairs) >= MOST_LOADED:
+            loaded = [pair_bytes(pair) for pair in self.pairs.values()]
+            free = available_memory(device)
+            if num_bytes > free + sum(loaded):
+                raise ValueError(too_large(num_bytes, free + sum(loaded)))
+            while num_bytes > free and loaded:
+                free += loaded.pop(0)
                 self.pairs.popitem(last=False)
+        gc.collect()
 
     def find(self, name: PairName, report: Callable[[str], None]) -> PairPaths:
         """The folders of both models, downloaded if need be."""
@@ -134,7 +148,7 @@ class PairShelf:
     def read(self, paths: PairPaths, report: Callable[[str], None]) -> Pair:
         """Load both models, if there is memory for them, and see that they go together."""
         report("Loading the models …")
-        check_memory(paths, self.device)
+        self.make_room(needed_memory(paths, self.device))
         pair = load_pair(*paths, device=self.device)
         check_vocabulary(pair)
         check_pair(pair.target, pair.draft, pair.draft.num_assistant_tokens, None, None)
@@ -142,19 +156,20 @@ class PairShelf:
 
     def try_out(self, name: PairName, pair: Pair, report: Callable[[str], None]) -> None:
         """Run both routes once when the device is free, so that no race pays for first times."""
-        while not DEVICE.acquire(timeout=TICK_SECONDS):
-            report("Loaded; waiting for the device …")
-        try:
+        with self.dropped_unless_it_runs(name), DEVICE.turn(lambda: report("Loaded; waiting for the device …")):
             report("Trying the models …")
             ids = pair.tokenizer("1", return_tensors="pt")["input_ids"].to(pair.target.device)
             for draft in (None, pair.draft):
                 pair.target.generate(ids, assistant_model=draft, max_new_tokens=2, do_sample=False)
+
+    @contextmanager
+    def dropped_unless_it_runs(self, name: PairName) -> Iterator[None]:
+        try:
+            yield
         except Exception:
             with self.lock:
                 self.pairs.pop(name, None)
             raise
-        finally:
-            DEVICE.release()
 
     def settled(self, name: PairName) -> PairName:
         """A name as it is kept: folders by their path below the start folder, however they were written."""
@@ -194,6 +209,30 @@ class PairShelf:
                 raise OSError(f"`{name}` cannot be downloaded: {reason}") from error
             check_disk(name, sum(file.file_size for file in files if file.will_download))
         return Path(snapshot_download(name, allow_patterns=patterns, tqdm_class=bars, token=self.token))
+
+
+def pair_bytes(pair: Pair) -> int:
+    """Bytes of a pair's weights."""
+    return sum(p.numel() * p.itemsize for model in pair.models for p in model.parameters())
+
+
+class LoadJob(Job):
+    """Loading a pair."""
+
+    line = DOWNLOADS
+    most_seconds = 3600.0  # A download may take long.
+
+    def __init__(self, shelf: PairShelf, name: PairName, ticket: Ticket | None = None):
+        super().__init__(ticket)
+        self.shelf, self.name, self.doing = shelf, name, "Loading …"
+        self.pair: Pair | None = None
+
+    def work(self) -> None:
+        self.pair = self.shelf.load(self.name, self.report)
+
+    def report(self, text: str) -> None:
+        self.check()
+        self.doing = text
 
 
 @contextmanager

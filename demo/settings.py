@@ -6,12 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from pard_hf.generation.config import DEFAULT_DEPTH, DEFAULT_TREE_SIZE
-from pard_hf.generation.memory import AssistantMemory
+from pard_hf.generation.config import DEFAULT_DEPTH, MIN_TREE_SIZE
 from pard_hf.host import num_positions
 from pard_hf.io import text_problem
 from pard_hf.loading import Pair
 from pard_hf.tokens import encode_prompt
+
+from .visitor import Visitor
 
 # What proposes: the draft, the text and the target's own habits, or both.
 DRAFT, LOOKUP, BOTH = "the draft", "the text, no draft", "the draft and the text"
@@ -37,18 +38,18 @@ class Settings:
         seed (`int`):
             For sampling.
         tree_size (`int`):
-            N, nodes of a round's tree; 0 for a chain, or with `LOOKUP` or `BOTH` for a tree of the usual size.
+            N, nodes of a round's tree.
         proposer (`str`):
             One of `PROPOSERS`.
     """
 
-    num_assistant_tokens: int = 8
-    max_new_tokens: int = 128
+    num_assistant_tokens: int = 4
+    max_new_tokens: int = 192
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-    tree_size: int = 0
-    proposer: str = DRAFT
+    tree_size: int = 8
+    proposer: str = BOTH
 
     @classmethod
     def checked(
@@ -58,8 +59,8 @@ class Settings:
         temperature: Any,
         top_p: Any,
         seed: Any,
-        tree_size: Any = 0,
-        proposer: Any = DRAFT,
+        tree_size: Any = 8,
+        proposer: Any = BOTH,
     ) -> Settings:
         """Make settings from what a page sent.
 
@@ -76,30 +77,17 @@ class Settings:
             temperature=number("Temperature", temperature, 0, 2),
             top_p=number("Top-p", top_p, 0.01, 1),
             seed=whole("Seed", seed, 0, 2**32 - 1),
-            tree_size=whole("Tree", tree_size, 0, LARGEST_TREE),
+            tree_size=whole("Tree", tree_size, MIN_TREE_SIZE, LARGEST_TREE),
             proposer=proposer,
         )
 
-    @property
-    def looks_up(self) -> bool:
-        return self.proposer != DRAFT
-
-    @property
-    def num_nodes(self) -> int:
-        """N, as `generate()` is told: with lookup every round is a tree."""
-        return self.tree_size or (DEFAULT_TREE_SIZE if self.looks_up else 0)
-
-    @property
-    def proposals(self) -> str:
-        """What a round proposes, in words."""
-        return f"{self.num_nodes} nodes" if self.num_nodes else f"{self.num_assistant_tokens} proposals"
-
-    def proposing(self, draft: Any, memory: AssistantMemory | None) -> dict[str, Any]:
-        """Arguments of `generate()` that say what proposes; `memory` is the visitor's own, `None` for an empty one."""
-        arguments: dict[str, Any] = {"assistant_tree_size": self.num_nodes}
+    def proposing(self, pair: Pair, visitor: Visitor | None = None) -> dict[str, Any]:
+        """Arguments of `generate()` that say what proposes; the text's sources remember a visitor's own texts."""
+        arguments: dict[str, Any] = {"assistant_tree_size": self.tree_size}
         if self.proposer != LOOKUP:
-            arguments |= {"assistant_model": draft, "num_assistant_tokens": self.num_assistant_tokens}
-        if self.looks_up:
+            arguments |= {"assistant_model": pair.draft, "num_assistant_tokens": self.num_assistant_tokens}
+        if self.proposer != DRAFT:
+            memory = None if visitor is None else visitor.memory_of(pair.target)
             arguments |= {"prompt_lookup_num_tokens": DEFAULT_DEPTH, "assistant_memory": memory}
         return arguments
 

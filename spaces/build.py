@@ -26,8 +26,6 @@ def build(folder: Path) -> None:
         shutil.copy(file, folder)
     for package in ("pard_hf", "demo"):
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "benchmarks").mkdir()
-    shutil.copy(ROOT / "benchmarks" / "plots.py", folder / "benchmarks")
     (folder / "requirements.txt").write_text("\n".join(requirements()) + "\n", encoding="utf-8")
 
 

@@ -78,7 +78,7 @@ def running_browser():
         browser.close()
 
 
-def open_page(browser, address, width=1280, height=900, scheme="light"):
+def open_page(browser, address, width=1280, height=800, scheme="light"):
     """A page of a visitor of its own; `page.asked` are the addresses it asked, `page.faults` what it complained of."""
     context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
     page = context.new_page()
@@ -101,10 +101,12 @@ def open_tab(page, name):
         page.locator(".overflow-dropdown").get_by_text(name, exact=True).click()
 
 
-def unfold(page, name):
-    """Open an accordion."""
-    page.locator("button.label-wrap", has_text=name).click()
-    page.wait_for_timeout(500)  # Fields are put there anew while it opens.
+def open_settings(page):
+    """Open the side bar of settings and models."""
+    bar = page.locator(".sidebar")
+    if "open" not in bar.get_attribute("class").split():
+        bar.locator(".toggle-button").click()
+    page.wait_for_timeout(500)  # It slides in.
 
 
 def fill(page, label, value):

@@ -597,6 +597,33 @@ class Streamer:
         pass
 
 
+class Watcher(Streamer):
+    """Keeps of each round the token and the parent of each proposal, and what was accepted."""
+
+    def __init__(self):
+        super().__init__()
+        self.rounds = []
+
+    def put_proposals(self, proposals):
+        self.rounds.append((proposals.tokens[0].tolist(), proposals.tree.parents[0].tolist(), []))
+
+    def put_accepted(self, tokens, source):
+        self.rounds[-1][2].extend(tokens.tolist())
+
+
+def test_a_streamer_sees_what_a_round_proposes():
+    target, watcher = with_pard(make_model("llama")), Watcher()
+    call = {"assistant_tree_size": 8, "prompt_lookup_num_tokens": 3, "assistant_memory": AssistantMemory(target)}
+    for streamer in (None, watcher):
+        target.generate(**make_prompts(1), max_new_tokens=24, do_sample=False, streamer=streamer, **call)
+
+    assert any(accepted for *_, accepted in watcher.rounds)
+    for tokens, parents, accepted in watcher.rounds:
+        parent = 0
+        for token in accepted:
+            parent = 1 + list(zip(tokens, parents, strict=True)).index((token, parent))
+
+
 SAMPLED = {"do_sample": True, "temperature": 0.7, "top_k": 20}
 CALLS = {
     "text": (1, {}, {}),

@@ -41,7 +41,6 @@ def test_requirements_are_those_of_the_package(space):
         "huggingface-hub",
         "typer",
         "jinja2",
-        "matplotlib",
     ]
 
 

@@ -141,6 +141,7 @@ class PardDecoder:
             self.compiled.begin_round()
         with grouped_attention():
             proposals = self.propose(choice, longest)
+            self.show(proposals)
             self.mark("draft")
             logits = self.score(proposals, choice, longest + self.batch.offset)
         self.mark("verify")
@@ -321,6 +322,12 @@ class PardDecoder:
             put(tokens)
         else:
             put(tokens, source=COMPONENTS[component])
+
+    def show(self, proposals: Proposals) -> None:
+        """Pass the proposals of a round to the streamer's `put_proposals`, if it has that."""
+        put = getattr(self.streamer, "put_proposals", None)
+        if put is not None:
+            put(proposals)
 
     def account(self, grown: list[int], emitted: list[int], choice: Choice) -> None:
         """Update the host's lengths and the statistics after a round."""
