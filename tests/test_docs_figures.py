@@ -169,6 +169,13 @@ def rows_of_cold_lengths():
             yield row(f"`{way}`", *(route["acceptance_length"] for route in routes))
 
 
+def test_every_source_exceeds_the_draft_alone():
+    cold, kept = (result(f"sources_smollm2_{name}")["sets"] for name in ("cold", "tau"))
+    for name in SOURCE_SETS:
+        alone, together = cold[name]["routes"]["tree_head 32"], kept[name]["routes"]["every_source 32"]
+        assert together["acceptance_length"] > alone["acceptance_length"]
+
+
 def rows_of_copied_shares():
     for way, routes in by_way("sources_smollm2_tau"):
         if way.startswith("lookup"):
