@@ -605,7 +605,9 @@ class Watcher(Streamer):
         self.rounds = []
 
     def put_proposals(self, proposals):
-        self.rounds.append((proposals.tokens[0].tolist(), proposals.tree.parents[0].tolist(), []))
+        tree = proposals.tree  # `None` where there is room for the bonus token alone.
+        parts = ([], []) if tree is None else (proposals.tokens[0].tolist(), tree.parents[0].tolist())
+        self.rounds.append((*parts, []))
 
     def put_accepted(self, tokens, source):
         self.rounds[-1][2].extend(tokens.tolist())
