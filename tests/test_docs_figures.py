@@ -287,6 +287,19 @@ def test_long_context_is_as_quoted():
     assert f"{found['round_ratio_without_attention']:.2f} times without attention" in text
 
 
+def test_rounds_of_hybrids_are_as_quoted():
+    found, text = result("hybrids")["families"], " ".join(text_of("docs/limits.md").split())
+    titles = {"lfm2": "LFM2", "qwen3_next": "Qwen3-Next", "bamba": "Bamba", "mamba2": "Mamba-2"}
+    for family, title in titles.items():
+        assert f"{found[family]['round_over_dense']:.1f} ({title})" in text
+    steps = sorted(part["step_over_dense"] for part in found.values())
+    assert f"a plain step took {steps[0]:.1f} to {steps[-1]:.1f} times as long" in text
+    for name in ("state_bytes", "kept_bytes"):
+        sizes = sorted(part[name] for part in found.values())
+        assert f"{sizes[0]:,} to {sizes[-1]:,}" in text
+    assert all(part["is_identical"] == {"hybrid": True, "dense": True} for part in found.values())
+
+
 def test_batches_of_others_are_as_published():
     speedups = {f["prompts"]: f["speedup"] for f in PUBLISHED["amd/PARD-Llama-3.2-1B"] if "V0" in f["engine"]}
 
