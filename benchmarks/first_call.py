@@ -23,7 +23,7 @@ import torch
 from transformers import CompileConfig
 
 from pard_hf.tokens import encode_prompt
-from script import add_pair, finish, in_own_process, load_pair_of, parser_of, run_metadata
+from script import add_pair, command, finish, in_own_process, load_pair_of, parser_of, run_metadata
 
 PROMPT = "Write a Python function that returns the n-th Fibonacci number, then explain it line by line."
 NEXT_SIZE = 280  # Tokens of the prompt that needs a cache of the second size.
@@ -69,7 +69,13 @@ def all_parts(args: argparse.Namespace) -> dict[str, Any]:
         "cpu_seconds": layers["first"]["cpu_seconds"] / whole["first"]["cpu_seconds"],
         "further_shape": layers["further"]["compile_seconds"] / layers["first"]["compile_seconds"],
     }
-    return {**metadata, "repeats": args.repeats, **result, "ratios": {k: round(v, 3) for k, v in ratios.items()}}
+    return {
+        **metadata,
+        "command": command(),
+        "repeats": args.repeats,
+        **result,
+        "ratios": {k: round(v, 3) for k, v in ratios.items()},
+    }
 
 
 class Clock:

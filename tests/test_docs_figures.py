@@ -287,6 +287,18 @@ def test_long_context_is_as_quoted():
     assert f"{found['round_ratio_without_attention']:.2f} times without attention" in text
 
 
+def test_first_calls_are_as_quoted():
+    found, text = result("first_call"), " ".join(text_of("docs/usage.md").split())
+    layers, whole = (found["ways"][way] for way in ("layers", "whole"))
+    seconds = {n: (layers[n]["compile_seconds"], whole[n]["compile_seconds"]) for n in ("first", "further")}
+    first, further = (seconds[name] for name in ("first", "further"))
+    assert f"took {first[0]:.1f} seconds to compile layer by layer and {first[1]:.1f} as whole models" in text
+    assert f"a further shape {further[0]:.1f} and {further[1]:.1f}" in text
+    assert f"equally long both ways, and eager ones {found['steady']['eager_over_layers']:.2f} times as long" in text
+    assert found["steady"]["layers_over_whole"] == pytest.approx(1, abs=0.02)
+    assert found["steady"]["identical"]
+
+
 def test_rounds_of_hybrids_are_as_quoted():
     found, text = result("hybrids")["families"], " ".join(text_of("docs/limits.md").split())
     titles = {"lfm2": "LFM2", "qwen3_next": "Qwen3-Next", "bamba": "Bamba", "mamba2": "Mamba-2"}
