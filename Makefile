@@ -129,7 +129,7 @@ soak: $(VENV)/installed
 	$(BIN)/python benchmarks/soak.py --output benchmarks/results/soak.json
 
 screenshots: $(VENV)/installed
-	$(BIN)/python -m pytest -q -m browser -k pictures --screenshots docs/images
+	$(BIN)/python -m pytest -q -m browser -k pictures tests/test_app.py --screenshots docs/images
 
 quality: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -287,12 +287,19 @@ def test_what_is_remembered_for_a_visitor_no_other_meets(address):
     visitors = [Client(address, verbose=False) for _ in range(2)]
     settings = (8, 64, 0, 1, 0, 16, LOOKUP)
 
-    said = [visitor.predict(LOOPING, *settings, api_name="/chat") for visitor in (*visitors, visitors[0])]
+    def say(visitor):
+        """Return the last status and the last conversation that a visitor is shown."""
+        said = visitor.submit(LOOPING, *settings, api_name="/chat")
+        said.result()
+        statuses, dialogs = zip(*(output[:2] for output in said.outputs()), strict=True)
+        return statuses[-1], [dialog for dialog in dialogs if isinstance(dialog, str)][-1]
 
-    taus = [re.search(r"τ ([\d.]+)", status)[1] for status, *_ in said]
+    said = [say(visitor) for visitor in (*visitors, visitors[0])]
+
+    taus = [re.search(r"τ ([\d.]+)", status)[1] for status, _ in said]
     assert taus[0] == taus[1]
     assert said[0][1] == said[1][1]
-    assert said[2][1].count("pard-user") == 2
+    assert [dialog.count("pard-user") for _, dialog in said] == [1, 1, 2]
 
 
 def test_k_out_of_range_gets_a_sentence(address):
