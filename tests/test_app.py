@@ -1,6 +1,7 @@
 """The web demo as visitors meet it: a real server, a real browser."""
 
 import json
+import os
 import re
 import threading
 import time
@@ -546,11 +547,12 @@ def test_the_page_is_there_while_models_load(browser, monkeypatch):
 
 @pytest.fixture(scope="module")
 def pictured(request, address, tmp_path_factory):
-    """The demo as it opens by itself, where pictures are kept."""
+    """The demo as it opens by itself, on all cores, where pictures are kept."""
     if not request.config.getoption("--screenshots"):
         yield address
         return
-    with running_app(tmp_path_factory.mktemp("pictured"), HF_HOME=HF_HOME) as (opened, _):
+    threads = str(os.cpu_count())
+    with running_app(tmp_path_factory.mktemp("pictured"), HF_HOME=HF_HOME, OMP_NUM_THREADS=threads) as (opened, _):
         yield opened
 
 
