@@ -227,8 +227,10 @@ class Page:
         self.number = gr.Number(1, label="Round", info="Of the last race, from 1.", elem_id="round")
         self.inside = gr.HTML(NO_ROUNDS, elem_id="inside")
         with gr.Row():
-            self.acceptance = bars("acceptance", "position", "share of rounds", "Rounds that accepted a position")
-            self.counts = bars("counts", "accepted", "rounds", "Rounds by how many proposals they accepted")
+            titles = "Rounds that accepted a position", "Rounds by how many proposals they accepted"
+            numbers = {"sort": [str(number) for number in range(100)]}  # Else 10 comes before 2.
+            self.acceptance = bars("acceptance", "position", "share of rounds", titles[0], **numbers)
+            self.counts = bars("counts", "accepted", "rounds", titles[1], **numbers)
         self.number.input(
             self.look, [self.raced, self.number], [self.status, self.inside], trigger_mode="always_last", **FREE
         )
