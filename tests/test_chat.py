@@ -157,24 +157,30 @@ def test_on_a_terminal(folders):
     files = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
     with subprocess.Popen(command, **files, env=environment, start_new_session=True) as process:
         os.close(theirs)
-        shown = wait_for(ours, "› ")
-        os.write(ours, b"hello\r")
-        shown += wait_for(ours, "› ", after="tokens/s")
-        # A signal between the prompt and the wait for a key is heeded with the next one only.
-        while not select.select([ours], [], [], 1)[0]:
-            process.send_signal(signal.SIGINT)
-        shown += wait_for(ours, "› ", after="/quit")
-        os.write(ours, b"\x04")
-        shown += wait_for(ours)
+        try:
+            shown = wait_for(ours, "› ")
+            os.write(ours, b"hello\r")
+            shown += wait_for(ours, "› ", after="tokens/s")
+            # A signal between the prompt and the wait for a key is heeded with the next one only.
+            while not select.select([ours], [], [], 1)[0]:
+                process.send_signal(signal.SIGINT)
+            shown += wait_for(ours, "› ", after="/quit")
+            os.write(ours, b"\x04")
+            shown += wait_for(ours)
+            process.wait(60)
+        finally:
+            process.kill()  # Else a test that fails waits for it.
     assert process.returncode == 0
     assert plain_answers(folders[1], ["hello"])[0] in re.sub(r"\033\[\d+m", "", shown)
     assert "\033[32m" in shown
 
 
 def wait_for(terminal, text=None, after=""):
-    """Read a terminal until it shows `text`, behind `after`; or until its end."""
+    """Read a terminal until it shows `text`, behind `after`; or until its end, or two silent minutes."""
     shown = b""
     while text is None or text.encode() not in shown[shown.find(after.encode()) :] or after.encode() not in shown:
+        if not select.select([terminal], [], [], 120)[0]:
+            break
         try:
             shown += os.read(terminal, 1 << 12)
         except OSError:
