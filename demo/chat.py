@@ -6,9 +6,9 @@ import weakref
 from html import escape
 from typing import Any
 
+from pard_hf.conversation import Conversation
 from pard_hf.host import cache_of
 from pard_hf.loading import Pair
-from pard_hf.tokens import next_prompt
 
 from .html import shares, tinted
 from .job import Job, Ticket
@@ -21,42 +21,30 @@ CACHES = Shelf("cache", MOST_CACHES)
 
 
 class Chat:
-    """What has been said between one visitor and the target."""
+    """What one visitor and the target said to each other, and how the page shows it."""
 
     def __init__(self) -> None:
-        self.messages: list[dict[str, str]] = []
         self.shown: list[tuple[str, str]] = []
-        self.past: list[int] = []
-        self.answer: list[int] = []
+        self.said = Conversation()
         self.target: weakref.ref[Any] | None = None
-        self.cache: Any = None
 
-    def prompt(self, pair: Pair, text: str) -> list[int]:
-        """Token ids up to where the answer to `text` begins; those of earlier turns stay as they are."""
-        messages = [*self.messages, {"role": "user", "content": text}]
-        is_ours = self.is_with(pair)
-        return next_prompt(pair.tokenizer, messages, self.past if is_ours else [], self.answer if is_ours else [])
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        return self.said.messages
 
-    def is_with(self, pair: Pair) -> bool:
-        """Whether the last answer was this target's."""
-        return self.target is not None and self.target() is pair.target
+    def with_target(self, target: Any) -> Conversation:
+        """The conversation so far; to another target than the last one's, its token ids and cache mean nothing."""
+        if self.target is not None and self.target() is target:
+            return self.said
+        other = Conversation()
+        other.messages = self.messages
+        return other
 
-    def usable_cache(self, pair: Pair, ids: list[int]) -> Any:
-        """The cache of earlier turns where it is this target's and of these very ids, else `None`."""
-        if self.cache is None or not self.is_with(pair):
-            return None
-        length = self.cache.get_seq_length()
-        return self.cache if 0 < length < len(ids) and ids[:length] == (self.past + self.answer)[:length] else None
-
-    def keep(self, turn: ChatTurn, cache: Any) -> None:
-        """Add a turn."""
-        answer = turn.lane.tokens
-        content = turn.pair.tokenizer.decode(answer, skip_special_tokens=True)
-        user, assistant = {"role": "user", "content": turn.text}, {"role": "assistant", "content": content}
-        self.messages = [*self.messages, user, assistant]
+    def keep(self, turn: ChatTurn, said: Conversation) -> None:
+        """Show a turn from now on, and go on from a conversation that holds it."""
         self.shown = turn.conversation(tinted(turn.pair.tokenizer, turn.lane.rounds))
-        self.past, self.answer, self.target, self.cache = turn.ids, answer, weakref.ref(turn.pair.target), cache
-        CACHES.keep(self)
+        self.said, self.target = said, weakref.ref(turn.pair.target)
+        CACHES.keep(said)
 
 
 class ChatTurn(Job):
@@ -78,18 +66,20 @@ class ChatTurn(Job):
         self.num_reused = 0
 
     def work(self) -> None:
-        chat, output = self.chat, None
+        said, output = self.chat.with_target(self.pair.target), None
         with self.traced():
-            self.ids = chat.prompt(self.pair, self.text)
+            self.ids = said.prompt(self.pair.tokenizer, self.text)
         check_length(self.pair, self.ids, self.settings, "conversation")
-        cache, chat.cache = chat.usable_cache(self.pair, self.ids), None
+        cache = said.take_cache(self.ids)
         self.num_reused = 0 if cache is None else cache.get_seq_length()
         proposing = self.settings.proposing(self.pair, self.visitor)
         try:
             output = self.lane.run(self.pair, self.ids, self.settings, proposing, past_key_values=cache)
         finally:
             if output is not None or (self.is_ended_early and self.lane.rounds):
-                chat.keep(self, None if output is None else cache_of(output))
+                cache = None if output is None else cache_of(output)
+                said.keep(self.pair.tokenizer, self.text, self.ids, self.lane.tokens, cache)
+                self.chat.keep(self, said)
 
     def conversation(self, answer: str | None = None) -> list[tuple[str, str]]:
         """What was said so far and this turn, untinted as long as it grows: by whom, and the HTML of it."""

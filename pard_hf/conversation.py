@@ -30,5 +30,6 @@ class Conversation:
     def keep(self, tokenizer: Any, text: str, ids: list[int], answer: list[int], cache: Any = None) -> None:
         """Add a turn: what was asked, the ids it was asked with, those of the answer, and the cache of both."""
         content = tokenizer.decode(answer, skip_special_tokens=True)
-        self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": content}]
+        turn = [{"role": "user", "content": text}, {"role": "assistant", "content": content}]
+        self.messages = [*self.messages, *turn]
         self.past, self.answer, self.cache = ids, answer, cache

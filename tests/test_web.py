@@ -348,7 +348,7 @@ def test_few_caches_are_kept(pair):
     for chat in chats:
         run(ChatTurn(pair, chat, CODE, Settings(8, 4)))
 
-    assert [chat.cache is not None for chat in chats] == [False] * 2 + [True] * MOST_CACHES
+    assert [chat.said.cache is not None for chat in chats] == [False] * 2 + [True] * MOST_CACHES
     assert run(ChatTurn(pair, chats[0], QUESTION, Settings(8, 4))).num_reused == 0
 
 
