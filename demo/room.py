@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import shutil
 import sys
 import threading
@@ -19,6 +18,7 @@ from safetensors import safe_open
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from pard_hf import doctor
 from pard_hf.loading import PairPaths, default_device, weight_dtype
 
 # A tensor of a checkpoint may become several of the model, as of fused projections.
@@ -120,19 +120,14 @@ def limited(most: int, most_tensors: int) -> Iterator[None]:
 
 def available_memory(device: str) -> int:
     """Bytes that can be taken on a device; without bound where the system does not tell."""
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
-    return in_meminfo("MemAvailable")
+    return or_unbounded(doctor.available_memory(device))
 
 
 def total_memory(device: str) -> int:
     """Bytes that a device has; without bound where the system does not tell."""
-    return torch.cuda.mem_get_info(device)[1] if device.startswith("cuda") else in_meminfo("MemTotal")
+    on_cuda = device.startswith("cuda")
+    return torch.cuda.mem_get_info(device)[1] if on_cuda else or_unbounded(doctor.in_meminfo("MemTotal"))
 
 
-def in_meminfo(name: str) -> int:
-    """Bytes by a line of the kernel's account of memory."""
-    meminfo = Path("/proc/meminfo")
-    text = meminfo.read_text() if meminfo.exists() else ""
-    found = re.search(rf"^{name}:\s+(\d+) kB", text, flags=re.MULTILINE)
-    return int(found[1]) * 1024 if found else sys.maxsize
+def or_unbounded(num_bytes: int | None) -> int:
+    return sys.maxsize if num_bytes is None else num_bytes

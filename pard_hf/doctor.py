@@ -95,10 +95,13 @@ def examine_devices() -> Iterator[Finding]:
 
 def available_memory(device: str) -> int | None:
     """Return the bytes that can be taken on a device; `None` where the system does not tell."""
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
+    return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else in_meminfo("MemAvailable")
+
+
+def in_meminfo(name: str) -> int | None:
+    """Return the bytes in a line of the kernel's account of memory; `None` where there is none."""
     try:
-        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), flags=re.MULTILINE)
+        found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/meminfo").read_text(), flags=re.MULTILINE)
     except OSError:
         return None
     return int(found[1]) * 1024 if found else None
@@ -117,7 +120,7 @@ def examine_compiler(device: str) -> Finding:
 
 
 def examine_hub() -> Finding:
-    """Ask the Hub for a sign of life."""
+    """Say whether the Hub answers."""
     cache = f"Folders and the cache `{constants.HF_HUB_CACHE}` are all there is."
     if is_offline_mode():
         return Finding("note", f"HF_HUB_OFFLINE is set. {cache}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Literal
 
-# How long the Hub is asked for a sign of life.
+# How long an answer of the Hub is waited for.
 SECONDS = 4.0
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 SMOLLM2: Literal["smollm2"] = "smollm2"  # Neither a folder nor a Hub id: it is looked for in several ways.
