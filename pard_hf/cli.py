@@ -916,9 +916,9 @@ def card(
         raise ValueError(f"Expected {', '.join(flags)} with one checkpoint only, got --all.")
     if render_all and (output is None or output.is_file()):
         raise ValueError("Expected with --all a folder for the cards: pass --output model_cards.")
-    written = []
     if checkpoint is not None and checkpoint not in all_names():
         _find(checkpoint)
+    written = []
     for name in [checkpoint] if checkpoint is not None else all_names():
         text = model_card(card_source(name, results or [], **stated))
         if output is None:

@@ -79,6 +79,16 @@ class CardSource:
     is_bundled: bool = False
     is_packaged: bool = False
 
+    @property
+    def measurements(self) -> list[dict[str, Any]]:
+        """Return the results of our loop."""
+        return [result for result in self.results if "engine" not in result]
+
+    @property
+    def engine_runs(self) -> list[dict[str, Any]]:
+        """Return the results of `benchmarks/engines.py`."""
+        return [result for result in self.results if "engine" in result]
+
 
 def all_names() -> list[str]:
     """Name every model that has a card in this repository."""
@@ -194,8 +204,8 @@ def model_card(source: CardSource) -> ModelCard:
         num_drafts=source.num_assistant_tokens or DEFAULT_NUM_ASSISTANT_TOKENS,
         text=text_config(source.config),
         trained=training_table(provenance.get("metrics") or {}),
-        results=[(result, result_table(result)) for result in source.results if "engine" not in result],
-        engine_runs=[(result, engine_table(result)) for result in source.results if "engine" in result],
+        results=[(result, result_table(result)) for result in source.measurements],
+        engine_runs=[(result, engine_table(result)) for result in source.engine_runs],
         published=PUBLISHED.get(source.name, ()),
     )
 
@@ -206,8 +216,7 @@ def card_data(source: CardSource) -> ModelCardData:
     base = stated.get("base_model") or (known.base_model if known else None) or source.provenance.get("base")
     base_model = base if isinstance(base, str) and HUB_ID.fullmatch(base) else None
     # Measurements of a pair belong on the draft's card only.
-    ours = () if source.is_target else (result for result in source.results if "engine" not in result)
-    results = [one for result in ours for one in evaluation_results(result)]
+    results = [] if source.is_target else [one for ours in source.measurements for one in evaluation_results(ours)]
     relation: dict[str, Any] = {"base_model_relation": "finetune"} if base_model else {}
     return ModelCardData(
         language=stated.get("language"),
