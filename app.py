@@ -43,7 +43,7 @@ THEME = gr.themes.Default(
     button_cancel_background_fill_dark="#b3261e",
     button_cancel_text_color="#ffffff",
 )
-# Jobs have a line of their own, with a place for each visitor: this one only bounds what waits to be asked.
+# Jobs have a queue of their own, with a place for each visitor: this one only bounds what waits to be asked.
 MOST_QUEUED = 256
 LOOK = {"theme": THEME, "css_paths": Path(__file__).parent / "demo" / "page.css", "footer_links": ["settings"]}
 

@@ -1,4 +1,4 @@
-"""Work that is watched while it runs, in a line for the device, and ends when nobody watches it any more."""
+"""Work that is watched while it runs, in a queue for the device, and ends when nobody watches it any more."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 TICK_SECONDS = 0.15
 STOP_SECONDS = 10
-# What one visitor, one address and all together may have in the line.
+# What one visitor, one address and all together may have in the queue.
 MOST_OF_A_VISITOR, MOST_OF_AN_ADDRESS, MOST_WAITING = 2, 16, 64
 
 
@@ -25,13 +25,13 @@ class Stopped(Exception):
 
 @dataclass(eq=False)
 class Ticket:
-    """A place in the line, and whose it is: a session of a page, and the address it comes from."""
+    """A place in the queue, and whose it is: a session of a page, and the address it comes from."""
 
     session: str = ""
     address: str = ""
 
 
-class Line:
+class Queue:
     """Who works, `at_once` at most, and behind them who waits, in the order of arrival."""
 
     def __init__(self, at_once: int = 1) -> None:
@@ -43,7 +43,7 @@ class Line:
         """Take the last place.
 
         Raises:
-            ValueError: The line is full, or its owner's share of it.
+            ValueError: The queue is full, or its owner's share of it.
         """
         with self.lock:
             of_session = sum(ticket.session == other.session != "" for other in self.tickets)
@@ -54,7 +54,7 @@ class Line:
                     "got one more. Wait for an answer, or press Stop."
                 )
             if len(self.tickets) >= MOST_WAITING:
-                raise ValueError(f"Expected at most {MOST_WAITING} requests in the line, got one more. Try later.")
+                raise ValueError(f"Expected at most {MOST_WAITING} requests in the queue, got one more. Try later.")
             self.tickets.append(ticket)
 
     def num_before(self, ticket: Ticket) -> int:
@@ -80,18 +80,18 @@ class Line:
             self.leave(ticket)
 
 
-DEVICE, DOWNLOADS = Line(), Line(at_once=4)
+DEVICE, DOWNLOADS = Queue(), Queue(at_once=4)
 # What stop buttons end.
 JOBS: weakref.WeakSet[Job] = weakref.WeakSet()
 
 
 class Job:
-    """Work in a thread of its own, which waits for it in a line.
+    """Work in a thread of its own, which waits for it in a queue.
 
     A subclass does its work in `work`, which calls `check` often.
     """
 
-    line = DEVICE
+    queue = DEVICE
     most_seconds = 300.0
 
     def __init__(self, ticket: Ticket | None = None):
@@ -114,7 +114,7 @@ class Job:
             self.error = error
         finally:
             self.is_over = True
-            self.line.leave(self.ticket)
+            self.queue.leave(self.ticket)
 
     def check(self) -> None:
         """Raise [`Stopped`] where the job has been stopped, a `ValueError` where its time is over."""
@@ -160,11 +160,11 @@ class Job:
 
         Raises:
             Stopped: The job was stopped.
-            Exception: What the work raised, or the line.
+            Exception: What the work raised, or the queue.
         """
-        self.line.join(self.ticket)
+        self.queue.join(self.ticket)
         try:
-            while before := self.line.num_before(self.ticket):
+            while before := self.queue.num_before(self.ticket):
                 yield f"In the queue: {before} before you."
                 await asyncio.sleep(TICK_SECONDS)
                 self.check()
@@ -175,7 +175,7 @@ class Job:
         finally:
             self.stop()
             if not self.thread.ident:
-                self.line.leave(self.ticket)
+                self.queue.leave(self.ticket)
         if self.error is not None:
             raise self.error
 
@@ -192,6 +192,6 @@ async def stop_jobs(session: str, kind: type[Job] = Job) -> list[Job]:
     for job in jobs:
         job.stop()
     for job in jobs:
-        if job.line is DEVICE and job.thread.ident:
+        if job.queue is DEVICE and job.thread.ident:
             await job.goes_on(STOP_SECONDS)
     return jobs

@@ -106,7 +106,7 @@ class Page:
         self.visitor = gr.State(Visitor())  # Every session gets a copy, which it changes in place.
         gr.Markdown(INTRODUCTION + ABOUT[kind] + (f" {why}" if why else ""), elem_id="introduction")
         self.status = gr.HTML(elem_id="status")
-        # Jobs stand in a line of their own, so Gradio's lets all pass.
+        # Jobs stand in a queue of their own, so Gradio's lets all pass.
         self.queued: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden"}
         with gr.Sidebar(open=False):
             gr.Markdown("## Settings")

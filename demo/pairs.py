@@ -219,7 +219,7 @@ def pair_bytes(pair: Pair) -> int:
 class LoadJob(Job):
     """Loading a pair."""
 
-    line = DOWNLOADS
+    queue = DOWNLOADS
     most_seconds = 3600.0  # A download may take long.
 
     def __init__(self, shelf: PairShelf, name: PairName, ticket: Ticket | None = None):

@@ -622,7 +622,7 @@ def test_closing_waits_for_nothing():
 
 def test_a_stop_button_stops_its_own_kind_of_job():
     class Other(Waiting):
-        line = DOWNLOADS
+        queue = DOWNLOADS
 
     mine, other, yours = Waiting(ticket=Ticket("me")), Other(ticket=Ticket("me")), Waiting(ticket=Ticket("you"))
 

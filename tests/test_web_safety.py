@@ -1,4 +1,4 @@
-"""What the web demo refuses: hosts, frames, models too large, more than one's share of the line, endless work."""
+"""What the web demo refuses: hosts, frames, models too large, more than one's share of the queue, endless work."""
 
 import asyncio
 import json
@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 import app as web_app
 from demo import pairs, web
 from demo.chat import Chat, ChatTurn
-from demo.job import DEVICE, MOST_OF_A_VISITOR, MOST_OF_AN_ADDRESS, MOST_WAITING, Job, Line, Stopped, Ticket
+from demo.job import DEVICE, MOST_OF_A_VISITOR, MOST_OF_AN_ADDRESS, MOST_WAITING, Job, Queue, Stopped, Ticket
 from demo.pairs import FOLDER, PairName, PairShelf
 from demo.race import Race
 from demo.room import check_disk, limited, needed_memory
@@ -161,25 +161,25 @@ def test_a_download_beyond_the_disk_is_refused():
 
 
 def test_nobody_fills_the_line_for_all():
-    line = Line()
+    queue = Queue()
     own = [Ticket("me", "mine") for _ in range(MOST_OF_A_VISITOR)]
     for ticket in own:
-        line.join(ticket)
+        queue.join(ticket)
 
     with pytest.raises(ValueError, match="Expected at most 2 requests of a page"):
-        line.join(Ticket("me", "mine"))
+        queue.join(Ticket("me", "mine"))
     for number in range(MOST_OF_AN_ADDRESS - MOST_OF_A_VISITOR):
-        line.join(Ticket(f"me again {number}", "mine"))
+        queue.join(Ticket(f"me again {number}", "mine"))
     with pytest.raises(ValueError, match="16 of an address"):
-        line.join(Ticket("and again", "mine"))
-    line.join(another := Ticket("you", "yours"))
-    assert line.num_before(another) == MOST_OF_AN_ADDRESS
-    line.leave(own[0])
-    line.join(Ticket("me", "mine"))
+        queue.join(Ticket("and again", "mine"))
+    queue.join(another := Ticket("you", "yours"))
+    assert queue.num_before(another) == MOST_OF_AN_ADDRESS
+    queue.leave(own[0])
+    queue.join(Ticket("me", "mine"))
     for number in range(MOST_WAITING - MOST_OF_AN_ADDRESS - 1):
-        line.join(Ticket(f"{number}", f"{number}"))
-    with pytest.raises(ValueError, match=f"Expected at most {MOST_WAITING} requests in the line"):
-        line.join(Ticket("late", "late"))
+        queue.join(Ticket(f"{number}", f"{number}"))
+    with pytest.raises(ValueError, match=f"Expected at most {MOST_WAITING} requests in the queue"):
+        queue.join(Ticket("late", "late"))
 
 
 class Ordered(Job):
