@@ -149,15 +149,16 @@ def accept_step(
     target: CachedModel,
     rows: Rows,
     proposals: Proposals,
-    *verified: Any,
+    num_depths: int,
+    scores: torch.Tensor,
+    eos_token_id: torch.Tensor | None,
+    noise: torch.Tensor | None,
+    sources: Sources | None = None,
     verify: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Verify proposals as [`verify_step`], which takes `verified`; keep the accepted path of a tree.
-
-    `verify` is `verify_step` compiled.
-    """
+    """Verify proposals as [`verify_step`], or `verify`, which is that compiled; keep the accepted path of a tree."""
     last = rows.lengths - 1  # Before anything is appended.
-    outcome, nodes = (verify or verify_step)(rows, proposals, *verified)
+    outcome, nodes = (verify or verify_step)(rows, proposals, num_depths, scores, eos_token_id, noise, sources)
     if nodes is not None:
         keep_step(target, rows, last, nodes)
     return outcome, nodes
