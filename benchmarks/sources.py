@@ -144,6 +144,7 @@ class PromptSet:
 def main() -> None:
     args = parse()
     args.end = time.time() + args.seconds
+    share_threads(args)
     pair = load_pair_of(args)
     ways, not_served = make_ways(args, pair)
     names = ("limit", "longest_prompt", "max_new_tokens", "batch_size", "prompt_lookup_num_tokens")
@@ -356,7 +357,14 @@ def measure_in_jobs(args: Any, sets: list[PromptSet]) -> Iterator[PromptSet]:
             future.result()
 
 
+def share_threads(args: Any) -> None:
+    """Leave each process of `--jobs` its share of the cores: more threads than cores wait for one another."""
+    if args.jobs:
+        torch.set_num_threads(max(torch.get_num_threads() // args.jobs, 1))
+
+
 def begin_job(args: Any) -> None:
+    share_threads(args)
     ways, _ = make_ways(args, load_pair_of(args))
     job.update(args=args, ways={way.name: way for way in ways})
 
