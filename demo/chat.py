@@ -27,6 +27,7 @@ class Chat:
         self.shown: list[tuple[str, str]] = []
         self.said = Conversation()
         self.target: weakref.ref[Any] | None = None
+        self.is_left = False  # For a new one; not shown any more.
 
     @property
     def messages(self) -> list[dict[str, str]]:

@@ -88,7 +88,7 @@ def column(name: str, lane: Lane, job: Race, more: list[tuple[str, str]]) -> str
 
 def verdict(job: Race) -> str:
     """How a race stands, or how it ended."""
-    if not job.is_over:
+    if not (job.is_over or job.is_stopped):
         return banner(job.doing, "note")
     if not job.is_done:
         return banner("Stopped. What was said so far stays.", "note")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 TICK_SECONDS = 0.15
-STOP_SECONDS = 10
+STOP_SECONDS = 5
 # What one visitor, one address and all together may have in the queue.
 MOST_OF_A_VISITOR, MOST_OF_AN_ADDRESS, MOST_WAITING = 2, 16, 64
 
@@ -159,7 +159,7 @@ class Job:
         Its place is free again when the work has ended.
 
         Raises:
-            Stopped: The job was stopped.
+            Stopped: The job was stopped; it may still work where it has not checked for seconds.
             Exception: What the work raised, or the queue.
         """
         self.queue.join(self.ticket)
@@ -169,13 +169,15 @@ class Job:
                 await asyncio.sleep(TICK_SECONDS)
                 self.check()
             self.thread.start()
-            while await self.goes_on(TICK_SECONDS):
-                if not self.is_stopped:
-                    yield self.doing
+            while not self.is_stopped and await self.goes_on(TICK_SECONDS):
+                yield self.doing
+            is_left_behind = await self.goes_on(STOP_SECONDS)
         finally:
             self.stop()
             if not self.thread.ident:
                 self.queue.leave(self.ticket)
+        if is_left_behind:
+            raise Stopped
         if self.error is not None:
             raise self.error
 
@@ -186,12 +188,9 @@ class Job:
         return not self.is_over
 
 
-async def stop_jobs(session: str, kind: type[Job] = Job) -> list[Job]:
-    """Stop a session's jobs of a kind and give those at the device a moment to end; return them."""
+def stop_jobs(session: str, kind: type[Job] = Job) -> list[Job]:
+    """Stop a session's jobs of a kind, running or waiting; return them."""
     jobs = [job for job in list(JOBS) if job.ticket.session == session and isinstance(job, kind) and not job.is_over]
     for job in jobs:
         job.stop()
-    for job in jobs:
-        if job.queue is DEVICE and job.thread.ident:
-            await job.goes_on(STOP_SECONDS)
     return jobs

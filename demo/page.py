@@ -83,7 +83,7 @@ def spoken(handler: Callable[..., AsyncIterator[dict[Any, Any]]]) -> Callable[..
             async for changes in handler(self, *args):
                 yield changes
         except Stopped:
-            pass  # The stop button says so.
+            yield {self.status: html.message("Stopped.")}
         except (Exception, SystemExit) as error:
             yield {self.status: html.message(in_words(error), is_error=True)}
 
@@ -122,19 +122,20 @@ class Page:
             with gr.Tab(name):
                 lay_out()
 
-    def on_stop(self, button: gr.Button, kind: type[Job], events: list[Any], *shown: Any) -> None:
-        """Let a button end a session's jobs of a kind, running or waiting."""
+    def on_stop(self, button: gr.Button, kind: type[Job]) -> None:
+        """Let a button end a session's jobs of a kind, running or waiting.
 
-        async def stop(request: gr.Request) -> dict[Any, Any]:
-            jobs = await stop_jobs(str(request.session_hash), kind)
-            changes = {self.status: html.message("Stopped. What was there stays.")}
-            return changes | (self.show_race(jobs[0]) if jobs and isinstance(jobs[0], Race) else {})
+        Their own handlers show it: what two handlers show may reach a page in another order than it was sent in.
+        """
 
-        button.click(stop, None, [self.status, *shown], cancels=events, **FREE)
+        def stop(request: gr.Request) -> None:
+            stop_jobs(str(request.session_hash), kind)
 
-    async def leave(self, request: gr.Request) -> None:
+        button.click(stop, **FREE)
+
+    def leave(self, request: gr.Request) -> None:
         """A page was closed."""
-        await stop_jobs(str(request.session_hash))
+        stop_jobs(str(request.session_hash))
 
     def lay_out_settings(self) -> list[Any]:
         """How to generate, in the order of [`Settings`]."""
@@ -161,8 +162,8 @@ class Page:
         )
         load, stop = gr.Button("Load models"), gr.Button("Stop loading")
         shown = [self.status, self.pair, self.settings[0]]
-        loading = load.click(self.load, [kind, target, draft], shown, api_name="load", **self.queued)
-        self.on_stop(stop, LoadJob, [loading])
+        load.click(self.load, [kind, target, draft], shown, api_name="load", **self.queued)
+        self.on_stop(stop, LoadJob)
 
     async def loaded(self, name: PairName, ticket: Ticket) -> AsyncIterator[Pair | str]:
         """Load a pair unless it is there; yields what is being done, at last the pair."""
@@ -237,13 +238,10 @@ class Page:
         start, stop = self.race_buttons
         shown = [self.status, self.lanes, self.raced, self.number, self.inside, self.acceptance, self.counts]
         # A race begins with the page, and with its button.
-        racing = [
-            start.click(self.race, self.race_inputs, shown, api_name="race", **self.queued),
-            gr.context.Context.root_block.load(
-                self.race, self.race_inputs, shown, api_visibility="private", **self.queued
-            ),
-        ]
-        self.on_stop(stop, Race, racing, self.lanes)
+        start.click(self.race, self.race_inputs, shown, api_name="race", **self.queued)
+        root = gr.context.Context.root_block
+        root.load(self.race, self.race_inputs, shown, api_visibility="private", **self.queued)
+        self.on_stop(stop, Race)
 
     @spoken
     async def race(
@@ -309,8 +307,8 @@ class Page:
         self.download = gr.DownloadButton("Download the JSON", interactive=False)
         inputs = [self.pair, prompts, upload, routes, limit, repeats, *self.settings]
         shown = [self.status, self.measured, self.table, self.speedups, self.download]
-        measuring = start.click(self.bench, inputs, shown, api_name="bench", **self.queued)
-        self.on_stop(stop, BenchJob, [measuring], self.measured)
+        start.click(self.bench, inputs, shown, api_name="bench", **self.queued)
+        self.on_stop(stop, BenchJob)
 
     @spoken
     async def bench(
@@ -365,12 +363,10 @@ class Page:
             forget = gr.Button("New conversation")
         inputs = [self.pair, self.visitor, self.chat, self.said, *self.settings]
         shown = [self.status, self.dialog, self.said, self.chat]
-        chatting = [
-            send.click(self.answer, inputs, shown, api_name="chat", **self.queued),
-            self.said.submit(self.answer, inputs, shown, api_visibility="private", **self.queued),
-        ]
-        self.on_stop(stop, ChatTurn, chatting)
-        forget.click(self.forget, None, [self.status, self.dialog, self.chat], cancels=chatting, **FREE)
+        send.click(self.answer, inputs, shown, api_name="chat", **self.queued)
+        self.said.submit(self.answer, inputs, shown, api_visibility="private", **self.queued)
+        self.on_stop(stop, ChatTurn)
+        forget.click(self.forget, None, [self.status, self.dialog, self.chat], **FREE)
 
     @spoken
     async def answer(
@@ -392,16 +388,17 @@ class Page:
         def show(job: ChatTurn) -> dict[Any, Any]:
             said = {self.said: text} if job.error is not None else {}
             turns = chat.shown if job.is_over else job.conversation()
-            return {self.dialog: html.conversation(turns), **said}
+            return {self.dialog: html.conversation([] if chat.is_left else turns), **said}
 
         yield {self.chat: chat, self.said: ""}
         async for changes in self.run(name, ticket, make, show):
             yield changes
         yield {self.status: html.message(jobs[0].figures())}
 
-    async def forget(self, request: gr.Request) -> dict[Any, Any]:
+    def forget(self, request: gr.Request) -> dict[Any, Any]:
         """Begin a new conversation."""
-        await stop_jobs(str(request.session_hash), ChatTurn)
+        for turn in stop_jobs(str(request.session_hash), ChatTurn):
+            turn.chat.is_left = True
         return {
             self.status: html.message("A new conversation."),
             self.dialog: html.conversation([]),

@@ -2,8 +2,10 @@
 
 import asyncio
 import errno
+import importlib
 import itertools
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -626,10 +628,65 @@ def test_a_stop_button_stops_its_own_kind_of_job():
 
     mine, other, yours = Waiting(ticket=Ticket("me")), Other(ticket=Ticket("me")), Waiting(ticket=Ticket("you"))
 
-    assert asyncio.run(stop_jobs("me", Other)) == [other]
+    assert stop_jobs("me", Other) == [other]
     assert [job.is_stopped for job in (mine, other, yours)] == [False, True, False]
-    asyncio.run(stop_jobs("me"))
+    stop_jobs("me")
     assert [job.is_stopped for job in (mine, yours)] == [True, False]
+
+
+class Visitors:
+    """A page of the demo with models, and what its handlers show a visitor."""
+
+    def __init__(self, pair):
+        gradio = pytest.importorskip("gradio")
+        shelf = PairShelf(None, "cpu")
+        shelf.load(PairName())
+        self.request = SimpleNamespace(session_hash="me", client=None)
+        with gradio.Blocks():
+            self.page = importlib.import_module("demo.page").Page(shelf, PairName().kind, "")
+
+    async def last_shown(self, handler, is_reached, stop):
+        """Run a handler, stop it where something is reached; return what it shows last."""
+        is_stopped, shown = False, {}
+        async for changes in handler:
+            shown |= changes
+            if not is_stopped and is_reached(shown):
+                stop(self.request)
+                is_stopped = True
+        assert is_stopped
+        return shown
+
+
+@pytest.fixture(scope="module")
+def visitors(pair):
+    return Visitors(pair)
+
+
+@pytest.mark.parametrize("is_waiting", [True, False])
+def test_a_stopped_race_says_so_itself(visitors, is_waiting):
+    """What another handler says may reach the page before the last that this one said."""
+    page, others = visitors.page, Ticket("others")
+    if is_waiting:
+        DEVICE.join(others)
+    handler = page.race(None, CODE, visitors.request, 4, 1000, 2.0, 1, 0, 8, BOTH)
+
+    def is_reached(shown):
+        return "In the queue" in shown[page.status] if is_waiting else "pard-text" in shown.get(page.lanes, "")
+
+    shown = asyncio.run(visitors.last_shown(handler, is_reached, lambda request: stop_jobs("me", Race)))
+    DEVICE.leave(others)
+
+    assert "Stopped." in shown[page.status]
+    assert is_waiting or "Stopped" in shown[page.lanes]
+
+
+def test_an_answer_of_a_conversation_that_was_left_is_not_shown(visitors):
+    page, chat = visitors.page, Chat()
+    handler = page.answer(None, Visitor(), chat, CODE, visitors.request, 4, 1000, 2.0, 1, 0, 8, BOTH)
+
+    shown = asyncio.run(visitors.last_shown(handler, lambda shown: CODE in shown.get(page.dialog, ""), page.forget))
+
+    assert CODE not in shown[page.dialog]
 
 
 def test_errors_become_sentences(caplog):
