@@ -10,6 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    Cache,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
@@ -20,6 +21,8 @@ from transformers import (
     GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LogitsProcessorList,
@@ -91,6 +94,9 @@ FAMILIES = {
         {**COMMON, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1},
     ),
 }
+# Targets only: a convolution's state, and attention.
+HYBRIDS = {"lfm2": (Lfm2ForCausalLM, Lfm2Config, {**COMMON, "layer_types": ["conv", "full_attention"]})}
+TARGETS = [*FAMILIES, *(HYBRIDS if hasattr(Cache, "get_conv_state") else ())]
 
 
 def placed(model: PreTrainedModel) -> PreTrainedModel:
@@ -102,7 +108,7 @@ def placed(model: PreTrainedModel) -> PreTrainedModel:
 
 def make_model(family: str, seed: int = 0, **changes) -> PreTrainedModel:
     torch.manual_seed(seed)
-    model_class, config_class, settings = FAMILIES[family]
+    model_class, config_class, settings = (FAMILIES | HYBRIDS)[family]
     model = model_class(config_class(**{**settings, **changes})).eval()
     # No end token unless a test chooses one: every text has its full length.
     model.generation_config.eos_token_id = None

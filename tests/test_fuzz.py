@@ -20,6 +20,8 @@ import pytest
 from device import torch
 from families import (
     FAMILIES,
+    HYBRIDS,
+    TARGETS,
     WINDOW,
     add_head,
     character_tokenizer,
@@ -178,10 +180,11 @@ class Call:
 
 def sizes_of(family: str) -> list[tuple[tuple[str, Any], ...]]:
     """Changes to a family's tiny model, each on its own."""
-    base = FAMILIES[family][2]
+    base = (FAMILIES | HYBRIDS)[family][2]
     layers = "num_hidden_layers" if "num_hidden_layers" in base else "n_layer"
-    fewer: dict[str, Any] = {layers: 1, **({"layer_types": ("sliding_attention",)} if "layer_types" in base else {})}
-    changes: list[dict[str, Any]] = [{}, fewer, {"attn_implementation": "eager"}]
+    types = ("conv", "full_attention", "conv") if family in HYBRIDS else ("sliding_attention",)
+    other = {layers: len(types), "layer_types": types} if "layer_types" in base else {layers: 1}
+    changes: list[dict[str, Any]] = [{}, other, {"attn_implementation": "eager"}]
     if "num_key_value_heads" in base:
         changes += [{"num_key_value_heads": 1}, {"num_key_value_heads": 4}]
     if WINDOW.keys() <= base.keys():
@@ -191,7 +194,7 @@ def sizes_of(family: str) -> list[tuple[tuple[str, Any], ...]]:
 
 @st.composite
 def calls(draw: Any) -> Call:
-    family = draw(st.sampled_from(sorted(FAMILIES)))
+    family = draw(st.sampled_from(sorted(TARGETS)))
     lengths = draw(st.lists(st.integers(1, LONGEST_PROMPT), min_size=1, max_size=4))
     new_tokens = draw(st.integers(1, MOST_TOKENS))
     places = st.tuples(st.integers(0, len(lengths) - 1), st.integers(0, new_tokens - 1))
@@ -229,6 +232,8 @@ def calls(draw: Any) -> Call:
         brings_cache=draw(st.booleans()),
         only_new_ids=draw(st.booleans()),
     )
+    if call.draft == "self" and family in HYBRIDS:
+        call = replace(call, draft="llama")
     if call.draft is None and not call.looks_up:
         call = replace(call, lookup=5)
     if call.num_assistant_tokens not in (2, 4, 8):
@@ -360,10 +365,13 @@ def draft_for(
     return draft
 
 
-def is_refused(call: Call, prompts: dict[str, torch.Tensor]) -> bool:
-    """Whether our loop says no, in words: to padding inside a row that a window would count."""
-    window = {**FAMILIES[call.family][2], **dict(call.sizes)}.get("sliding_window")
+def is_refused(call: Call, prompts: dict[str, torch.Tensor], past: Any) -> bool:
+    """Whether our loop says no, in words: to padding inside a row that a window would count, or a state take in."""
+    window = {**(FAMILIES | HYBRIDS)[call.family][2], **dict(call.sizes)}.get("sliding_window")
     mask = prompts["attention_mask"]
+    if call.family in HYBRIDS:
+        num_past = 0 if past is None else past.get_seq_length()
+        return num_past > 0 and not bool(mask[:, num_past:].all())
     return window is not None and mask.shape[1] + call.new_tokens > window and bool((mask.diff(dim=1) < 0).any())
 
 
@@ -375,10 +383,12 @@ def state_of(model: PreTrainedModel) -> tuple[Any, ...]:
 
 
 def entries_of(past: Any, mask: torch.Tensor) -> list[torch.Tensor]:
-    """Keys and values of a cache where there is text: padding holds anything."""
-    states = [states for layer in past.layers for states in (layer.keys, layer.values)]
+    """Keys and values of a cache where there is text, for padding holds anything; and the states of a hybrid."""
+    layers = [layer for layer in past.layers if hasattr(layer, "keys")]
+    states = [states for layer in layers for states in (layer.keys, layer.values)]
     mask = mask[:, : past.get_seq_length()]
-    return [kept * mask[:, None, mask.shape[1] - kept.shape[2] :, None] for kept in states]
+    entries = [kept * mask[:, None, mask.shape[1] - kept.shape[2] :, None] for kept in states]
+    return entries + [layer.conv_states[0] for layer in past.layers if hasattr(layer, "conv_states")]
 
 
 def check(call: Call) -> None:
@@ -421,12 +431,13 @@ def check_turn(
         assert [state_of(model) for model in changeable] == before, "changed by a call that was interrupted"
 
     streamers = [Recorder() if call.has_streamer else None for _ in range(2)]
+    is_plain = is_refused(call, prompts, pasts[0])
     past = {HOST_KEYWORD: pasts[0]}
     expected = generate(call, plain, **prompts, **arguments_of(call, ends), **past, streamer=streamers[0])
     expected_noise, past = torch.get_rng_state(), {call.cache_keyword: pasts[1]}
-    refusal = pytest.warns(UserWarning, match="generating without") if is_refused(call, prompts) else nullcontext()
+    refusal = pytest.warns(UserWarning, match="generating without") if is_plain else nullcontext()
     with warnings.catch_warnings(), refusal:
-        if not is_refused(call, prompts):
+        if not is_plain:
             warnings.filterwarnings("error", "(?s).*generating without")
         got = generate(call, target, **given, **arguments_of(call, ends), **ours, **past, streamer=streamers[1])
 
@@ -439,7 +450,7 @@ def check_turn(
     assert text.tolist() == sequences.tolist()
     if call.returns_dict:
         loop = "lockstep" if call.is_lockstep else "own"
-        assert got.stats.loop == ("none" if is_refused(call, prompts) else loop)
+        assert got.stats.loop == ("none" if is_plain else loop)
         assert got.stats.num_rounds > 0 or got.stats.loop == "none"
         assert (got.stats.accepted_by_source is not None) == (call.looks_up and got.stats.loop != "none")
         if got.stats.accepted_by_source is not None:
