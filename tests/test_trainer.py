@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from device import DEVICE, torch
@@ -12,9 +13,10 @@ from transformers import TrainerCallback
 
 from pard_hf import DecodingStats, PardDraftModel
 from pard_hf.evaluation.acceptance import AcceptanceEvaluator
+from pard_hf.training import trainer as trainer_module
 from pard_hf.training.collator import pack_rows
 from pard_hf.training.objective import check_attention
-from pard_hf.training.trainer import TrainingClock, last_checkpoint
+from pard_hf.training.trainer import STEP_PARTS, TrainingClock, last_checkpoint
 
 accelerate = pytest.importorskip("accelerate")
 from pard_hf import PardTrainer, PardTrainingArguments  # noqa: E402
@@ -336,8 +338,49 @@ def test_the_clock_counts_where_the_batch_is_and_waits_for_nothing():
     clock = TrainingClock(num_tokens=5, num_rows=7)
     clock.count(torch.tensor([[0, 1, 1, -1]]), torch.tensor([[0, 0, 1, 0]]))
     clock.count(torch.tensor([[0, -1]]), torch.tensor([[0, 0]]))
-    assert clock.metrics() == {"train_seconds": 0.0, "num_tokens": 8, "num_rows": 11}
-    assert clock.state()["attributes"] == {"seconds": 0.0, "num_tokens": 8, "num_rows": 11}
+    assert clock.counts() == {"num_tokens": 8, "num_rows": 11}
+    assert clock.state()["attributes"].items() >= clock.counts().items()
+
+
+def test_the_log_says_where_the_time_went(tmp_path):
+    """Parts of a step add up to its time, rates are of that time, and a resumed run goes on counting."""
+    saving = {"save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2, "logging_steps": 1}
+    make_trainer(tmp_path, 2, **saving).train()
+    trainer = make_trainer(tmp_path, 4, **saving)
+    trainer.train(resume_from_checkpoint=True)
+
+    first, last = (one for one in trainer.state.log_history if "loss" in one and one["step"] in (2, 4))
+    for name in ("fetch", "forward", "backward", "optimizer"):
+        assert 0 < first[f"{name}_seconds"] < last[f"{name}_seconds"]
+    parts = [last[f"{name}_seconds"] for name in STEP_PARTS]
+    assert sum(parts) == pytest.approx(last["train_seconds"], abs=0.003)
+    for name in ("tokens", "rows"):
+        rate = last[f"num_{name}"] / last["train_seconds"]
+        assert last[f"{name}_per_second"] == pytest.approx(rate, rel=0.05)
+
+
+def test_each_part_of_a_step_is_timed_apart(tmp_path, monkeypatch):
+    """By a clock that only moves where batches are fetched, and in the backward passes of two batches a step."""
+    trainer, clock = make_trainer(tmp_path, 3, gradient_accumulation_steps=2), SimpleNamespace(now=1.0)
+    monkeypatch.setattr(trainer_module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+
+    def slowed(function, seconds):
+        def slow(*args, **kwargs):
+            clock.now += seconds
+            return function(*args, **kwargs)
+
+        return slow
+
+    for owner, name, seconds in (
+        (trainer, "get_batch_samples", 1),
+        (trainer, "compute_loss", 0.25),
+        (trainer.accelerator, "backward", 0.5),
+        (trainer.optimizer or trainer.create_optimizer(), "step", 2),
+    ):
+        monkeypatch.setattr(owner, name, slowed(getattr(owner, name), seconds))
+    trainer.train()
+
+    assert trainer.clock.parts == {"fetch": 3, "forward": 1.5, "backward": 3, "optimizer": 6}
 
 
 def test_frozen_embeddings_stay(tmp_path):

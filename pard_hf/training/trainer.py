@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 # Kernels of attention take masks whose rows are aligned, and few shapes are easier on the allocator.
 CUDA_ROW_MULTIPLE = 128
+# What a step spends its time on, in order; the head's backward pass is taken with its loss, in the forward.
+STEP_PARTS = ("fetch", "forward", "backward", "optimizer")
 # From a draft, and the share `(i, n)` of the prompts that process i of n decodes, to statistics of each prompt set.
 Evaluator = Callable[[PardDraftModel, tuple[int, int]], dict[str, DecodingStats]]
 
@@ -163,6 +165,7 @@ class PardTrainer(Trainer):
             loss = loss * self.accelerator.num_processes  # Labels were counted over all; gradients are averaged.
         if model.training:
             self.clock.count(inputs["anchors"], inputs["depths"])
+            self.clock.end("forward")
         return (loss, {}) if return_outputs else loss
 
     def stop_at(self, loss: torch.Tensor, sources: Any) -> None:
@@ -348,15 +351,17 @@ def last_checkpoint(folder: str | Path) -> str | None:
 
 
 class TrainingClock(TrainerCallback, ExportableState):
-    """Count seconds of training (without evaluations and saving), tokens and rows; a resumed run continues them.
+    """Count seconds of training by part of a step, tokens and rows; a resumed run continues them.
 
-    A run of `max_minutes` ends with the step that reaches them.
+    Evaluations and saving are left out. On a CUDA device a part is the time until its kernels are launched, and waits
+    for them fall into whichever part reads a result. A run of `max_minutes` ends with the step that reaches them.
     """
 
     max_minutes: float | None = None
 
-    def __init__(self, seconds: float = 0.0, num_tokens: int = 0, num_rows: int = 0):
-        self.seconds, self.num_tokens, self.num_rows = seconds, num_tokens, num_rows
+    def __init__(self, parts: dict[str, float] | None = None, num_tokens: int = 0, num_rows: int = 0):
+        self.parts = dict.fromkeys(STEP_PARTS, 0.0) | (parts or {})
+        self.num_tokens, self.num_rows = num_tokens, num_rows
         self.last: float | None = None
         self.pending: torch.Tensor | None = None  # Tokens and rows, counted on the device and not read yet.
 
@@ -375,11 +380,24 @@ class TrainingClock(TrainerCallback, ExportableState):
         return {"num_tokens": self.num_tokens, "num_rows": self.num_rows}
 
     def metrics(self) -> dict[str, float]:
-        """Return what is logged, of this process."""
-        return {"train_seconds": round(self.seconds, 3), **self.counts()}
+        """Return what is logged, of this process and the whole run so far."""
+        counts, seconds = self.counts(), self.seconds
+        rates = {f"{name[4:]}_per_second": round(n / seconds, 1) for name, n in counts.items()} if seconds else {}
+        parts = {f"{part}_seconds": round(spent, 3) for part, spent in self.parts.items()}
+        return {"train_seconds": round(seconds, 3), **parts, **counts, **rates}
 
     def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"seconds": self.seconds, **self.counts()}}
+        return {"args": {}, "attributes": {"parts": self.parts, **self.counts()}}
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.parts.values())
+
+    def end(self, part: str) -> None:
+        """Count the time since the last part ended for this one."""
+        now = time.perf_counter()
+        self.parts[part] += now - (self.last or now)
+        self.last = now
 
     @property
     def share(self) -> float:
@@ -392,10 +410,16 @@ class TrainingClock(TrainerCallback, ExportableState):
 
     on_evaluate = on_save = on_train_begin
 
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.end("fetch")
+
+    def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+        self.end("backward")
+
+    on_pre_optimizer_step = on_substep_end
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        now = time.perf_counter()
-        self.seconds += now - (self.last or now)
-        self.last = now
+        self.end("optimizer")
         control.should_training_stop |= self.share == 1
 
 
