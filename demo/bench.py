@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from pard_hf.draft.known_drafts import known_draft_for
-from pard_hf.evaluation.benchmark import Benchmark, BenchmarkSettings, run_metadata
+from pard_hf.evaluation.benchmark import Benchmark, BenchmarkSettings, EncodedSet, run_metadata
 from pard_hf.evaluation.prompts import NAMED_SETS, load_prompts
 from pard_hf.evaluation.report import SPEED_HEADINGS, difference_sentence, speed_row
 from pard_hf.evaluation.routes import ROUTES
@@ -22,6 +22,18 @@ MOST_PROMPTS = 32
 HEADINGS = ["route", *SPEED_HEADINGS]
 # What compiles takes minutes on a CPU before anything is shown: left to visitors who want to wait.
 FIRST_ROUTES = ("ar", "pld", "ad", "tier1", "tier2", "adaptive", "lookup", "every_source")
+
+
+class WatchedBenchmark(Benchmark):
+    """A benchmark whose job can be ended inside a chat template too."""
+
+    def __init__(self, job: BenchJob, *args: Any):
+        super().__init__(*args)
+        self.job = job
+
+    def encode(self, name: str, rows: list[dict[str, Any]]) -> EncodedSet:
+        with self.job.traced():
+            return super().encode(name, rows)
 
 
 class BenchJob(Job):
@@ -77,7 +89,7 @@ class BenchJob(Job):
             models = name.target, name.draft or known_draft_for(pair.target).name
             words += [f"--{role}={model}" for role, model in zip(("target", "draft"), models, strict=True)]
         self.sets = dict([load_prompts(prompts)])
-        self.benchmark = Benchmark(pair, chosen, self.advance)
+        self.benchmark = WatchedBenchmark(self, pair, chosen, self.advance)
         self.conditions = run_metadata(pair, chosen, words, *models)
         self.share, self.doing = 0.0, "Beginning …"
         self.cells: list[dict[str, Any]] = []

@@ -51,17 +51,17 @@ ABOUT = {
 INTRODUCTION = """# pard-hf
 A small draft model and the text itself propose several tokens, the target model checks them in **one** forward pass:
 the text stays what plain `generate` says. """
-LEGEND = """<p class="pard-legend">Accepted: <span class="pard-accepted pard-draft pard-0">from the draft</span>
+TINTS = """<p class="pard-legend">Accepted: <span class="pard-accepted pard-draft pard-0">from the draft</span>
 <span class="pard-accepted pard-draft pard-1">of the next round</span>
 <span class="pard-accepted pard-copy pard-0">copied from the text</span>
 <span class="pard-accepted pard-successors pard-0">from the target's own habits</span>;
-<span class="pard-bonus">the target's own token</span>. Hover to see the round. τ: tokens a round, on average.
-Both routes run one after the other, each alone and at full speed, reading the prompt included; then both are
-replayed on their clocks.</p>"""
+<span class="pard-bonus">the target's own token</span>. Hover to see the round. τ: tokens a round, on average.</p>"""
+RACE_NOTE = """<p class="pard-legend">Both routes run one after the other, each alone and at full speed, reading the prompt
+included; then both are replayed on their clocks.</p>"""
 BENCH_NOTE = """What `pard bench` measures: every way to generate, interleaved, on the same prompts, always greedy. K,
 the tree and the length count among the settings. Stop takes effect behind the run that is being timed."""
-ROUTES_NOTE = """AR is plain generate, AD the same draft token by token, PLD prompt lookup; + and compiled ones compile
-for minutes on a CPU."""
+ROUTES_NOTE = """AR is plain generate, AD the same draft token by token, PLD prompt lookup; tier 1 is the loop of
+transformers, tier 2 ours; + and compiled ones compile for minutes on a CPU. α: the share of proposals accepted."""
 NO_ROUNDS = "<p>Run a race first: its rounds are shown here.</p>"
 FREE: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
 
@@ -141,7 +141,9 @@ class Page:
         """How to generate, in the order of [`Settings`]."""
         k = slider(1, MOST_DRAFT_TOKENS, 4, "K", "How many tokens ahead the draft proposes.")
         length = gr.Number(192, label="Max new tokens", info=f"Where a text ends, 1 to {MOST_NEW_TOKENS}.")
-        temperature = gr.Number(0, label="Temperature", info="0 always takes the likeliest token; to 2.")
+        temperature = gr.Number(
+            0, label="Temperature", info="0 always takes the likeliest token, up to 2 draws others too."
+        )
         top_p = gr.Number(1, label="Top-p", info="Draw from the likeliest tokens of this share only.")
         seed = gr.Number(0, label="Seed", info="The same seed draws the same text.")
         tree = slider(MIN_TREE_SIZE, LARGEST_TREE, 8, "Tree", "How many proposals are checked a round.")
@@ -219,7 +221,7 @@ class Page:
                 example = gr.Button(f"Example: {name.lower()}", size="sm")
                 example.click(lambda text=text: text, outputs=prompt, **FREE)
         self.lanes = gr.HTML(elem_id="race", js_on_load=(Path(__file__).parent / "replay.js").read_text())
-        gr.HTML(LEGEND)
+        gr.HTML(TINTS + RACE_NOTE)
         self.race_inputs = [self.pair, prompt, *self.settings]
         self.race_buttons = start, stop
 
@@ -356,6 +358,7 @@ class Page:
         """A conversation with the target."""
         gr.Markdown("Several turns in the target's chat template. What it has read stays in its cache.")
         self.dialog = gr.HTML(html.conversation([]), autoscroll=True, max_height=420, elem_id="dialog")
+        gr.HTML(TINTS)
         self.said = gr.Textbox(label="Your message", lines=2, elem_id="said")
         with gr.Row():
             send = gr.Button("Send", variant="primary", elem_id="send")

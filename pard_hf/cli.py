@@ -40,6 +40,11 @@ app = typer.Typer(
 
 EXIT_DIFFERENT = 3  # A float32 text differs from plain generate's.
 WIDTH = 80  # Columns of `pard demo`.
+STAND_IN = "The bundled pair answers, a tiny stand-in: name models, or take a chat model with --pair smollm2."
+ROUTE_NAMES = (
+    "ar, ar_plus, ad, pld, tier1, tier2, head, tree, tree_head, adaptive, copy, successors, lookup, lookup_kept, "
+    "lookup_adaptive, every_source, every_source_adaptive; some also with _compiled"
+)
 UNDERLINE, RESET = "\033[4m", "\033[0m"
 TINTS = {"draft": "\033[32m", "copy": "\033[36m", "successors": "\033[33m"}
 # Flags that may stand without a value: what they may be given, and what they mean without.
@@ -181,6 +186,7 @@ def generate(
     color: Color = "auto",
 ) -> None:
     """Complete one prompt, streamed; or all prompts of files, in batches."""
+    is_stand_in = named is target is draft is None
     target, draft = _of_pair(named, target, draft)
     prompts, is_single = _read_prompts(prompt, file or [])
 
@@ -195,6 +201,8 @@ def generate(
 
     pair = _load(target, draft, dtype, device, may_lack_draft=lookup is not None)
     proposing = _proposing(pair, num_assistant_tokens, assistant_tree_size, lookup)
+    if is_stand_in:
+        _warn(STAND_IN)
     if seed is not None:
         torch.manual_seed(seed)
     arguments: dict[str, Any] = {
@@ -599,7 +607,7 @@ def bench(
     limit: Annotated[int, _flag("prompts a set")] = 16,
     seed: Annotated[int, _flag("which prompts of a set")] = 0,
     length: Annotated[int | None, _flag("put other text before prompts up to so many tokens", "--context")] = None,
-    routes: Annotated[Texts, _several("compared with plain generate (default: all that apply)")] = None,
+    routes: Annotated[Texts, _several(f"among {ROUTE_NAMES} (default: all that apply)")] = None,
     num_assistant_tokens: Annotated[
         Integers, _several("K, draft tokens a round (default: the draft's)", _integers)
     ] = None,

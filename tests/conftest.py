@@ -1,7 +1,9 @@
 """Tiny models made on the spot: no downloads, float32, seeded."""
 
 import random
+import re
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,12 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
 from pard_hf import PardDraftModel, bundled_pair
+from pard_hf.draft.known_drafts import KNOWN_DRAFTS
 
 TINY = {
     "vocab_size": 100,
@@ -109,18 +113,23 @@ def small_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def stand_ins(monkeypatch):
-    """Hub ids are answered with the bundled pair; everything else is a document's own code."""
+    """Hub ids are answered with the bundled pair; everything else is a document's own code.
+
+    Targets of a draft whose family has several vocabulary sizes get rows that the draft has not.
+    """
+
+    def answered(load, path, name, **kwargs):
+        kwargs = {keyword: value for keyword, value in kwargs.items() if keyword != "device_map"}
+        found = load(name if Path(name).exists() else path, **kwargs)
+        known = next((draft for draft in KNOWN_DRAFTS if re.fullmatch(draft.targets, str(name))), None)
+        if known and known.needs_export and isinstance(found, PreTrainedModel):
+            found.resize_token_embeddings(found.config.vocab_size + 64)
+        return found
+
     pair = bundled_pair()
     for kind, path in (
         (AutoModelForCausalLM, pair.target),
         (AutoTokenizer, pair.target),
         (PardDraftModel, pair.draft),
     ):
-        original = kind.from_pretrained
-        monkeypatch.setattr(
-            kind,
-            "from_pretrained",
-            lambda name, original=original, path=path, **kwargs: original(
-                name if Path(name).exists() else path, **{k: v for k, v in kwargs.items() if k != "device_map"}
-            ),
-        )
+        monkeypatch.setattr(kind, "from_pretrained", partial(answered, kind.from_pretrained, path))

@@ -18,7 +18,8 @@ from transformers import AutoTokenizer
 
 import pard_hf
 from pard_hf import smollm2
-from pard_hf.cli import TintedStreamer, app, main, with_optional_values
+from pard_hf.cli import ROUTE_NAMES, STAND_IN, TintedStreamer, app, main, with_optional_values
+from pard_hf.evaluation.routes import ROUTES
 
 
 @pytest.fixture
@@ -50,6 +51,20 @@ def test_streamed_text_is_the_text(pair_folders, capsys):
 
     assert captured.out == text + "\n"
     assert "τ" in captured.err
+
+
+def test_the_stand_in_says_what_it_is(pair_folders, capsys):
+    main(["generate", "x = 1", "--max-new-tokens", "2"])
+    assert STAND_IN in capsys.readouterr().err
+
+    main(["generate", "hello", *pair_folders])
+    assert STAND_IN not in capsys.readouterr().err
+
+
+def test_routes_are_listed():
+    names = ROUTE_NAMES.partition(";")[0].split(", ")
+    assert {name for name in ROUTES if name.removesuffix("_compiled") not in names} == set()
+    assert set(names) <= ROUTES.keys()
 
 
 def test_accepted_tokens_are_tinted(pair_folders, capsys):

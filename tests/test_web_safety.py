@@ -17,6 +17,7 @@ from starlette.testclient import TestClient
 
 import app as web_app
 from demo import pairs, web
+from demo.bench import BenchJob
 from demo.chat import Chat, ChatTurn
 from demo.job import DEVICE, MOST_OF_A_VISITOR, MOST_OF_AN_ADDRESS, MOST_WAITING, Job, Queue, Stopped, Ticket
 from demo.pairs import FOLDER, PairName, PairShelf
@@ -223,11 +224,19 @@ async def stop_while(job, is_reached):
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
 
-@pytest.mark.parametrize("kind", [Race, ChatTurn])
-def test_a_chat_template_without_an_end_is_stopped(kind):
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda pair: Race(pair, "x", Settings()),
+        lambda pair: ChatTurn(pair, Chat(), "x", Settings()),
+        lambda pair: BenchJob(pair, PairName(), "demo", ["ar"], 1, 1, Settings()),
+    ],
+    ids=["race", "chat", "benchmark"],
+)
+def test_a_chat_template_without_an_end_is_stopped(make):
     pair = load_pair(dtype="float32", device="cpu")
     pair.tokenizer.chat_template = ENDLESS
-    job = Race(pair, "x", Settings()) if kind is Race else ChatTurn(pair, Chat(), "x", Settings())
+    job = make(pair)
 
     with pytest.raises(Stopped):
         asyncio.run(stop_while(job, lambda: job.thread.ident))

@@ -184,6 +184,11 @@ def is_about(result: dict[str, Any], name: str) -> bool:
     return is_measurement and (named == name or result["file"] in (f"draft_{name}.json", f"engines_{name}.json"))
 
 
+def hub_id(name: Any) -> str | None:
+    """Return the Hub id that a name is, `None` where it is that of a folder."""
+    return name if isinstance(name, str) and HUB_ID.fullmatch(name) else None
+
+
 def draft_card(provenance: dict[str, Any]) -> str:
     """Render the card of a training checkpoint, which has no name yet, from its provenance."""
     return str(model_card(CardSource(name=UNNAMED_DRAFT, provenance=provenance)))
@@ -200,7 +205,7 @@ def model_card(source: CardSource) -> ModelCard:
         known=known,
         title=f"PARD draft of {base}" if base and not known else source.name,
         base=base,
-        target=source.target or (known.example if known else None) or provenance.get("target") or PLACEHOLDER,
+        target=source.target or (known.example if known else None) or hub_id(provenance.get("target")) or PLACEHOLDER,
         num_drafts=source.num_assistant_tokens or DEFAULT_NUM_ASSISTANT_TOKENS,
         text=text_config(source.config),
         trained=training_table(provenance.get("metrics") or {}),
@@ -214,7 +219,7 @@ def card_data(source: CardSource) -> ModelCardData:
     """Make the metadata that the Hub filters and links by."""
     stated, known = source.metadata, source.known
     base = stated.get("base_model") or (known.base_model if known else None) or source.provenance.get("base")
-    base_model = base if isinstance(base, str) and HUB_ID.fullmatch(base) else None
+    base_model = hub_id(base)
     # Measurements of a pair belong on the draft's card only.
     results = [] if source.is_target else [one for ours in source.measurements for one in evaluation_results(ours)]
     relation: dict[str, Any] = {"base_model_relation": "finetune"} if base_model else {}
