@@ -55,11 +55,12 @@ TINTS = """<p class="pard-legend">Accepted: <span class="pard-accepted pard-draf
 <span class="pard-accepted pard-draft pard-1">of the next round</span>
 <span class="pard-accepted pard-copy pard-0">copied from the text</span>
 <span class="pard-accepted pard-successors pard-0">from the target's own habits</span>;
-<span class="pard-bonus">the target's own token</span>. Hover to see the round. τ: tokens a round, on average.</p>"""
-RACE_NOTE = """<p class="pard-legend">Both routes run one after the other, each alone and at full speed, reading the prompt
-included; then both are replayed on their clocks.</p>"""
-BENCH_NOTE = """What `pard bench` measures: every way to generate, interleaved, on the same prompts, always greedy. K,
-the tree and the length count among the settings. Stop takes effect behind the run that is being timed."""
+<span class="pard-bonus">the target's own token</span>. Hover to see the round. τ: tokens a round, on average.
+</p>"""
+RACE_NOTE = """<p class="pard-legend">Both routes run one after the other, each alone and at full speed, reading the
+prompt included; then both are replayed on their clocks.</p>"""
+BENCH_NOTE = """What `pard bench` measures: every way to generate, interleaved, on the same prompts, always greedy.
+K, the tree and the length count among the settings. Stop takes effect behind the run that is being timed."""
 ROUTES_NOTE = """AR is plain generate, AD the same draft token by token, PLD prompt lookup; tier 1 is the loop of
 transformers, tier 2 ours; + and compiled ones compile for minutes on a CPU. α: the share of proposals accepted."""
 NO_ROUNDS = "<p>Run a race first: its rounds are shown here.</p>"
