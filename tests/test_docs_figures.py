@@ -158,10 +158,10 @@ def rows_of_sources():
         yield row(f"`{name}`", *(route["acceptance_length"] for route in routes))
 
 
-def by_way(name):
-    """Every way of a result of `sources.py` that was measured on all sets, with what it gave on each."""
-    found = result(name)["sets"]
-    routes = [found[key]["routes"] for key in SOURCE_SETS]
+def by_way(*names):
+    """Every way of results of `sources.py` that was measured on all sets, with what it gave on each."""
+    found = [result(name)["sets"] for name in names]
+    routes = [{way: route for sets in found for way, route in sets[key]["routes"].items()} for key in SOURCE_SETS]
     ways = [way for way in routes[0] if all(way in others for others in routes)]
     for way in sorted(ways, key=lambda way: (way.split()[0], *map(int, way.split()[1:]))):
         yield way, [others[way] for others in routes]
@@ -177,16 +177,16 @@ def rows_of_lengths_by_source():
 
 
 def rows_of_cold_lengths():
-    for way, routes in by_way("sources_smollm2_cold"):
+    for way, routes in by_way("sources_smollm2_cold", "sources_smollm2_each"):
         assert {route["identical_share"] for route in routes} == {1.0}
         if way != "ar":
             yield row(f"`{way}`", *(route["acceptance_length"] for route in routes))
 
 
-def test_every_source_exceeds_the_draft_alone():
-    cold, kept = (result(f"sources_smollm2_{name}")["sets"] for name in ("cold", "tau"))
-    for name in SOURCE_SETS:
-        alone, together = cold[name]["routes"]["tree_head 32"], kept[name]["routes"]["every_source 32"]
+@pytest.mark.parametrize("size", [8, 16, 32])
+def test_every_source_exceeds_the_draft_alone(size):
+    found = dict(by_way(*(f"sources_smollm2_{name}" for name in ("cold", "each", "tau"))))
+    for alone, together in zip(found[f"tree_head {size}"], found[f"every_source {size}"], strict=True):
         assert together["acceptance_length"] > alone["acceptance_length"]
 
 
@@ -346,7 +346,7 @@ def test_sources_were_measured_as_described():
 
     alone, timed = result("sources_smollm2_tau"), result("sources_h100")
     for key in ("dtype", "limit", "max_new_tokens", "prompt_lookup_num_tokens"):
-        assert result("sources_smollm2_cold")[key] == alone[key]
+        assert result("sources_smollm2_cold")[key] == result("sources_smollm2_each")[key] == alone[key]
     assert (alone["dtype"], timed["dtype"]) == ("float32", "bfloat16")
     assert f"{alone['limit']} prompts a set in chat form, at most {alone['max_new_tokens']} new tokens" in text
     length, number = timed["longest_prompt"], timed["max_new_tokens"]
