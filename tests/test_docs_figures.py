@@ -151,11 +151,15 @@ def rows_of_lookup():
 
 
 def rows_of_sources():
+    """The bundled pair: chains, and trees by their number of nodes."""
     for name, found in result("sources_bundled")["sets"].items():
-        sizes = (f"{route} {size}" for size in (16, 32) for route in ("tree_head", "every_source"))
-        routes = [found["routes"][route] for route in ("pld", "lookup 16", "lookup 32", "head", *sizes)]
-        assert {route["identical_share"] for route in routes} == {1.0}
-        yield row(f"`{name}`", *(route["acceptance_length"] for route in routes))
+        routes = found["routes"]
+        assert {route["identical_share"] for route in routes.values()} == {1.0}
+        for way in dict.fromkeys(key.split()[0] for key in routes if key != "ar"):
+            keys = (way, *(f"{way} {size}" for size in (8, 16, 32, 64)))
+            yield row(
+                f"`{name}`", f"`{way}`", *(routes[key]["acceptance_length"] if key in routes else "" for key in keys)
+            )
 
 
 def by_way(*names):
