@@ -150,6 +150,13 @@ def rows_of_lookup():
         yield row(f"`{name}`", found["repeated_4gram_share"], *figures)
 
 
+def rows_of_timed_sources():
+    ways = dict(by_way("sources_smollm2_timed"))
+    assert {route["identical_share"] for routes in ways.values() for route in routes} == {1.0}
+    for way in sorted(set(ways) - {"ar"}):
+        yield row(f"`{way}`", *(route["speedup"] for route in ways[way]))
+
+
 def rows_of_sources():
     """The bundled pair: chains, and trees by their number of nodes."""
     for name, found in result("sources_bundled")["sets"].items():
@@ -242,6 +249,7 @@ TABLES = {
     rows_of_compiled_trees: "docs/trees.md",
     rows_of_tree_batches: "docs/trees.md",
     rows_of_lookup: "docs/sources.md",
+    rows_of_timed_sources: "docs/sources.md",
     rows_of_sources: "docs/sources.md",
     rows_of_lengths_by_source: "docs/sources.md",
     rows_of_cold_lengths: "docs/sources.md",
