@@ -61,8 +61,10 @@ RACE_NOTE = """<p class="pard-legend">Both routes run one after the other, each 
 prompt included; then both are replayed on their clocks.</p>"""
 BENCH_NOTE = """What `pard bench` measures: every way to generate, interleaved, on the same prompts, always greedy.
 K, the tree and the length count among the settings. Stop takes effect behind the run that is being timed."""
-ROUTES_NOTE = """AR is plain generate, AD the same draft token by token, PLD prompt lookup; tier 1 is the loop of
-transformers, tier 2 ours; + and compiled ones compile for minutes on a CPU. α: the share of proposals accepted."""
+ROUTES_NOTE = (
+    "AR is plain generate, AD the same draft token by token, PLD prompt lookup; tier 1 is the loop of transformers, "
+    "tier 2 ours; + and compiled ones compile for minutes on a CPU. α: the share of proposals accepted."
+)
 NO_ROUNDS = "<p>Run a race first: its rounds are shown here.</p>"
 FREE: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
 

@@ -161,7 +161,7 @@ def test_a_download_beyond_the_disk_is_refused():
     check_disk("small", 0)
 
 
-def test_nobody_fills_the_line_for_all():
+def test_nobody_fills_the_queue_for_all():
     queue = Queue()
     own = [Ticket("me", "mine") for _ in range(MOST_OF_A_VISITOR)]
     for ticket in own:

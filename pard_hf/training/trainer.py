@@ -382,7 +382,7 @@ class TrainingClock(TrainerCallback, ExportableState):
     def metrics(self) -> dict[str, float]:
         """Return what is logged, of this process and the whole run so far."""
         counts, seconds = self.counts(), self.seconds
-        rates = {f"{name[4:]}_per_second": round(n / seconds, 1) for name, n in counts.items()} if seconds else {}
+        rates = {f"{n}_per_second": round(counts[f"num_{n}"] / seconds, 1) for n in ("tokens", "rows") if seconds}
         parts = {f"{part}_seconds": round(spent, 3) for part, spent in self.parts.items()}
         return {"train_seconds": round(seconds, 3), **parts, **counts, **rates}
 
@@ -391,6 +391,7 @@ class TrainingClock(TrainerCallback, ExportableState):
 
     @property
     def seconds(self) -> float:
+        """Return the seconds of training so far."""
         return sum(self.parts.values())
 
     def end(self, part: str) -> None:
