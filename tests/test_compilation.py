@@ -20,6 +20,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from pard_hf import AssistantMemory, with_pard
+from pard_hf.generation.capture import CAPTURE
 from pard_hf.generation.compilation import CompiledSteps, compile_cache_of, default_config
 from pard_hf.generation.schedule import Choice, Schedule
 from pard_hf.generation.sources import Sources, Tables, encode_references
@@ -66,6 +67,54 @@ def test_compiled_is_eager(family, batch_size):
     assert compiled.stats == eager.stats
     assert compiled.compile_seconds > 0
     assert not eager.compile_seconds
+
+
+@pytest.mark.parametrize(
+    ("family", "batch_size", "tree_size", "looks_up", "do_sample"),
+    [("llama", 1, 0, False, True), ("gemma3", 3, 12, False, False), ("gpt2", 3, 6, True, False)],
+)
+def test_recorded_is_eager(family, batch_size, tree_size, looks_up, do_sample):
+    """Whatever changes between calls reaches a recording: texts, end tokens, noise, what is copied from."""
+    target = make_model(family, max_position_embeddings=1024)
+    draft = add_head(make_self_draft(target), 0.3)
+    recorded = {"compile_config": CompileConfig(backend=CAPTURE), "assistant_tree_size": tree_size}
+    for number, longest in enumerate((20, 26, 280, 30)):
+        prompts = make_prompts(batch_size, longest=longest)
+        kwargs = {
+            "max_new_tokens": NEW_TOKENS,
+            "do_sample": do_sample,
+            "eos_token_id": [5 + number],
+            "pad_token_id": 0,
+        }
+        torch.manual_seed(number)
+        expected = target.generate(**prompts, **kwargs)
+        if looks_up:
+            recorded |= {"prompt_lookup_num_tokens": 4, "assistant_reference_texts": [expected[0].tolist()] * number}
+        torch.manual_seed(number)
+        got = pard(target, draft, prompts, **kwargs, **recorded)
+        assert torch.equal(got.sequences, expected)
+        assert got.stats.num_compiled
+
+    kept = compile_cache_of(target, draft)
+    assert kept.failure is None
+    assert all(step.replay is not None for key, step in kept.steps.items() if dict(key[1])["target cache"] == 256)
+    assert graphs() == 0
+
+
+def test_step_that_cannot_be_recorded_runs_eagerly(monkeypatch, caplog):
+    def refuse(function, device):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr("pard_hf.generation.capture.recorded", refuse)
+    target, prompts = make_llama(), make_prompts(2)
+    draft = make_self_draft(target)
+    expected = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
+
+    got = pard(target, draft, prompts, compile_config=CompileConfig(backend=CAPTURE))
+
+    assert torch.equal(got.sequences, expected)
+    assert "not permitted" in compile_cache_of(target, draft).failure
+    assert sum("cannot be compiled" in message for message in caplog.messages) == 3
 
 
 @pytest.mark.parametrize(
@@ -336,6 +385,33 @@ def test_long_text_crosses_cache_sizes():
         assert torch.equal(got.sequences, expected)
     sizes = {dict(key[1][:5])["target cache"] for key in compile_cache_of(target, draft).steps}
     assert sizes == {256, 512}
+
+
+@pytest.mark.parametrize(
+    ("family", "batch_size", "tree_size", "looks_up"),
+    [("llama", 1, 0, False), ("gemma3", 3, 12, False), ("gpt2", 3, 6, True), ("qwen3_moe", 2, 0, False)],
+)
+def test_further_cache_size_compiles_nothing(family, batch_size, tree_size, looks_up):
+    """What is compiled reads the size of a cache from its buffers; three sizes, and the first again."""
+    target = make_model(family, max_position_embeddings=2048)
+    draft = add_head(make_self_draft(target), 0.3)
+    kwargs = {"max_new_tokens": 10, "assistant_tree_size": tree_size}
+    if looks_up:
+        kwargs["prompt_lookup_num_tokens"] = 4
+    sizes, made = (30, 300, 600, 30), []
+
+    for longest in sizes:
+        prompts = make_prompts(batch_size, longest=longest)
+        expected = target.generate(**prompts, max_new_tokens=10, do_sample=False)
+        got = pard(target, draft, prompts, **kwargs)
+        assert torch.equal(got.sequences, expected)
+        assert got.stats.num_compiled
+        made.append(graphs())
+
+    assert made == made[:1] * len(sizes)
+    kept = compile_cache_of(target, draft)
+    assert kept.failure is None
+    assert len({dict(key[1])["target cache"] for key in kept.steps}) == 3
 
 
 def test_scores_and_cache_are_handed_back():

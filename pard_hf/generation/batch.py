@@ -70,7 +70,7 @@ class CachedModel:
     def forward(
         self,
         positions: torch.Tensor,
-        num_visible: int,
+        num_visible: int | None,
         num_logits: int,
         on_path: torch.Tensor | None = None,
         **inputs: torch.Tensor,
@@ -89,7 +89,7 @@ class CachedModel:
         return logits[:, -num_logits:]
 
     def draft(
-        self, positions: torch.Tensor, num_visible: int, num_drafts: int, input_ids: torch.Tensor
+        self, positions: torch.Tensor, num_visible: int | None, num_drafts: int, input_ids: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run a draft; return logits of the last `num_drafts` positions, and hidden states for a correction head."""
         model: Any = self.model
@@ -108,7 +108,11 @@ class CachedModel:
             return forward(**arguments)
 
     def prepare(
-        self, positions: torch.Tensor, num_visible: int, on_path: torch.Tensor | None, inputs: dict[str, torch.Tensor]
+        self,
+        positions: torch.Tensor,
+        num_visible: int | None,
+        on_path: torch.Tensor | None,
+        inputs: dict[str, torch.Tensor],
     ) -> dict[str, Any]:
         """Set the slots to write and return the arguments of a forward over the cache."""
         positions = positions.to(self.device)

@@ -18,7 +18,7 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
-from ..host import PLAIN_LAYERS, cache_layers, uses_attention_interface
+from ..host import PLAIN_LAYERS, cache_layers, input_device, uses_attention_interface
 
 
 def attention_windows(config: PreTrainedConfig) -> list[int | None]:
@@ -44,9 +44,10 @@ class Slots:
     """State that a cache shares with its layers, which hold no reference to it: a cycle would outlive the call."""
 
     num_slots: int  # Positions a row may use, without the spare slot.
-    num_visible: int  # Slots that attention reads.
+    num_visible: int | None  # Slots that attention reads; `None` for all, by the shapes of the buffers.
     num_layers: int
     is_static: bool  # Whether compiled code may rely on the buffers' addresses.
+    serves_any_size: bool = False  # Whether compiled code is to serve caches of other sizes as well.
     is_contiguous: bool = False  # Whether attention is given copies laid out as a growing cache, for code that asks.
     flat_rows: torch.Tensor | None = None  # Where each query of the next forward is written, `[B * query_length]`.
 
@@ -89,6 +90,8 @@ class SlotLayer(CacheLayerMixin):
             ) from error
         if self.slots.is_static:
             torch._dynamo.mark_static_address(buffer)
+        if self.slots.serves_any_size:
+            torch._dynamo.maybe_mark_dynamic(buffer, 0)
         return buffer
 
     def update(
@@ -113,8 +116,8 @@ class SlotLayer(CacheLayerMixin):
         """
         dtype = torch.promote_types(buffer.dtype, states.dtype)
         buffer = buffer.to(dtype).index_copy_(0, index, states.transpose(1, 2).flatten(0, 1).to(dtype))
-        visible = buffer.view(-1, self.slots.num_slots + 1, *buffer.shape[1:])[:, : self.slots.num_visible]
-        visible = visible.transpose(1, 2)
+        end = -1 if self.slots.num_visible is None else self.slots.num_visible  # The spare slot is the last.
+        visible = buffer.view(len(states), -1, *buffer.shape[1:])[:, :end].transpose(1, 2)
         return buffer, visible.contiguous() if self.slots.is_contiguous else visible
 
     def by_row(self, buffer: torch.Tensor) -> torch.Tensor:
@@ -133,7 +136,7 @@ class SlotLayer(CacheLayerMixin):
             self.by_row(mine)[:, :length].index_copy_(0, ours.to(self.device), rows)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.slots.num_visible, 0
+        return self.slots.num_slots if self.slots.num_visible is None else self.slots.num_visible, 0
 
     def get_seq_length(self) -> int:
         # Rows differ in length, so positions and masks are handed to the model; nothing may derive them from here.
@@ -146,15 +149,26 @@ class SlotLayer(CacheLayerMixin):
 class SlotCache(Cache):
     """A cache for one model, shared by rows of different lengths, of `num_slots` positions each; see [`Slots`]."""
 
+    # Every slot's number, `[num_slots]`, where compiled code reads the size from it.
+    numbers: torch.Tensor | None = None
+
     def __init__(self, config: PreTrainedConfig, num_slots: int, is_static: bool = False, is_contiguous: bool = False):
         self.windows, self.num_slots = attention_windows(config), num_slots
         self.slots = Slots(num_slots, num_slots, len(self.windows), is_static, is_contiguous)
         super().__init__(layers=[SlotLayer(self.slots) for _ in self.windows])
 
     @classmethod
-    def of(cls, model: PreTrainedModel, num_slots: int, is_static: bool = False) -> SlotCache:
+    def of(
+        cls, model: PreTrainedModel, num_slots: int, is_static: bool = False, serves_any_size: bool = False
+    ) -> SlotCache:
         """Make an empty cache for a model, laid out as its attention needs it."""
-        return cls(model.config, num_slots, is_static, is_contiguous=not uses_attention_interface(model))
+        cache = cls(model.config, num_slots, is_static, is_contiguous=not uses_attention_interface(model))
+        if serves_any_size:
+            cache.slots.serves_any_size = True
+            with torch.inference_mode(False):
+                cache.numbers = torch.arange(num_slots, device=input_device(model))
+            torch._dynamo.maybe_mark_dynamic(cache.numbers, 0)
+        return cache
 
     @property
     def has_memory(self) -> bool:
@@ -169,15 +183,15 @@ class SlotCache(Cache):
                 layer.values.zero_()
 
     def prepare(
-        self, positions: torch.Tensor, num_visible: int, on_path: torch.Tensor | None = None
+        self, positions: torch.Tensor, num_visible: int | None, on_path: torch.Tensor | None = None
     ) -> torch.Tensor | dict[str, torch.Tensor]:
         """Set the slots that the next forward writes, and return its attention mask.
 
         Args:
             positions (`torch.LongTensor` of shape `(batch_size, query_length)`):
                 Logical position of each query; negative for padding.
-            num_visible (`int`):
-                Slots read by attention; every one that is written must lie below it.
+            num_visible (`int`, *optional*):
+                Slots read by attention, all by default; every one that is written must lie below it.
             on_path (`torch.BoolTensor` of shape `(batch_size, N + 1, N + 1)`, *optional*):
                 The last N queries are nodes of a tree whose root is the query before them: which of root and nodes
                 each of them may see. They see the text as the root does.
@@ -188,12 +202,12 @@ class SlotCache(Cache):
         """
         # A padding query attends to slot 0, not to nothing: an empty softmax is NaN.
         query = positions.clamp(min=0)[:, None, :, None]
-        position = torch.arange(num_visible, device=positions.device)
+        position = self.first_slots(num_visible, positions.device)
         if on_path is None:
             slots, causal = positions, position <= query
         else:
             slots, position, causal = tree_slots(positions, on_path, position)
-        self.slots.flat_rows = self.storage_index(torch.where(slots < 0, self.num_slots, slots))
+        self.slots.flat_rows = self.storage_index(torch.where(slots < 0, self.size, slots))
         self.slots.num_visible = num_visible
         masks = {window: causal if window is None else causal & (position > query - window) for window in self.windows}
         if len(masks) == 1:
@@ -202,7 +216,18 @@ class SlotCache(Cache):
 
     def storage_index(self, slots: torch.Tensor) -> torch.Tensor:
         """Compute the indices in a layer's storage, `[B * n]`, of slots `[B, n]` of each row."""
-        return (torch.arange(len(slots), device=slots.device).unsqueeze(1) * (self.num_slots + 1) + slots).flatten()
+        return (torch.arange(len(slots), device=slots.device).unsqueeze(1) * (self.size + 1) + slots).flatten()
+
+    @property
+    def size(self) -> int:
+        """Return the number of slots, where compiled code serves several from the shape of a buffer."""
+        return self.num_slots if self.numbers is None else self.numbers.shape[0]
+
+    def first_slots(self, count: int | None, device: torch.device) -> torch.Tensor:
+        """Return the numbers of the first slots, or of all."""
+        if count is None and self.numbers is not None:
+            return self.numbers
+        return torch.arange(self.num_slots if count is None else count, device=device)
 
     def keep_path(self, roots: torch.Tensor, nodes: torch.Tensor) -> None:
         """Move the nodes of a path to the slots of their positions: one gather a layer, nothing else moves.

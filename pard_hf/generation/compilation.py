@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from types import CodeType, FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary, finalize
@@ -28,6 +29,7 @@ from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 from ..host import can_compile, warn_once
 from .batch import CachedModel
 from .cache import SlotCache
+from .capture import CAPTURE, CapturedStep
 from .kernels import MIN_PARAMETERS
 from .layers import Step, after_layers, before_layers, cut_of, run_layer
 from .recurrent import is_hybrid
@@ -41,6 +43,8 @@ logger = logging.getLogger(__name__)
 COMPILE_ERRORS = (TorchDynamoException, FailOnRecompileLimitHit)
 # Compiled steps that a pair keeps, those used last: three or four a shape, with the caches and rows of their shapes.
 MOST_STEPS = 128
+# Sizes of caches that share what is compiled. Where code asks for a size, torch compiles it anew, eight times at most.
+MOST_SIZES = 6
 # Eager rounds of a shape, in earlier calls, that promise to repay compiling it: that takes as long as hundreds of
 # rounds of a small model.
 ROUNDS_BEFORE_COMPILING = 512
@@ -99,15 +103,17 @@ class CompiledSteps:
     """The compiled steps of one call over the locked cache of its pair; a target that was moved gets other buffers.
 
     Of the config backend, mode and options count, and `fullgraph`, which compiles a model as one graph instead of one
-    layer for all; shapes are fixed whatever it holds. A call that `waits` compiles every shape it meets, any other
-    those that have run eagerly for long.
+    layer for all; shapes are fixed whatever it holds, but that layers serve caches of any size. A call that `waits`
+    compiles every shape it meets, any other those that have run eagerly for long.
     """
 
     def __init__(self, kept: CompileCache, config: CompileConfig, target: PreTrainedModel, waits: bool = True):
         self.kept, self.config, self.waits, self.compile_seconds = kept, config, waits, 0.0
-        self.eager_rounds: Counter[Hashable] = Counter()
+        self.device, self.eager_rounds = target.device, Counter[Hashable]()
         self.checked: set[Any] = set()  # The steps whose guards were checked in this call.
-        self.placement = (target.dtype, str(target.device), autocast_dtype(target.device))
+        # A model compiled as one graph is compiled for one size of caches, its layers for any.
+        self.serves_any_size = not config.fullgraph and config.backend != CAPTURE
+        self.placement = (target.dtype, str(target.device), autocast_dtype(target.device), self.serves_any_size)
         # What steps belong to besides their shape.
         backend = (str(config.backend), config.mode, str(config.options), config.fullgraph)
         self.kind: tuple[Hashable, ...] = (self.placement, *backend, torch.is_inference_mode_enabled())
@@ -116,7 +122,7 @@ class CompiledSteps:
         """Return an empty static cache for one of the two models; `name` tells them apart."""
         key = (name, batch_size, num_slots, self.placement)
         if key not in self.kept.caches:
-            self.kept.caches[key] = SlotCache.of(model, num_slots, is_static=True)
+            self.kept.caches[key] = SlotCache.of(model, num_slots, True, self.serves_any_size)
         self.kept.caches[key].clear()
         return self.kept.caches[key]
 
@@ -128,6 +134,8 @@ class CompiledSteps:
                 self.kept.rows[key] = replace(rows, **{name: tensor.clone() for name, tensor in vars(rows).items()})
             for tensor in vars(self.kept.rows[key]).values():
                 torch._dynamo.mark_static_address(tensor)
+            if self.serves_any_size:
+                torch._dynamo.maybe_mark_dynamic(self.kept.rows[key].tokens, 1)
         static = self.kept.rows[key]
         for name, tensor in vars(rows).items():
             getattr(static, name).copy_(tensor)
@@ -179,18 +187,19 @@ class CompiledSteps:
 
     def compile_and_run(self, step: Step, name: tuple[str, Any, Any], repeats: str | None, *args: Any) -> Any:
         """Compile a step and call it; one that cannot be compiled runs eagerly from now on."""
-        logger.warning("Compiling `%s` for %s: once for this shape, then kept in torch's cache.", *name[:2])
-        start = time.perf_counter()
+        start, same = time.perf_counter(), self.of_other_size(name)
+        if same is None:
+            logger.warning("Compiling `%s` for %s: once for this shape, then kept in torch's cache.", *name[:2])
+        makes = (*self.cuts(repeats, step, *args), compile_step) if same is None else (lambda *_: same, compile_step)
         try:
-            for make in (*self.cuts(repeats, step, *args), compile_step):
+            for make in makes:
                 compiled = self.kept.steps[name] = make(step, self.config)
                 try:
                     return compiled(*args)
                 except COMPILE_ERRORS as error:  # Raised before anything ran but layers, which write the same again.
                     reason = str(error).strip().partition("\n")[0]
-            logger.warning("`%s` cannot be compiled (%s); it runs without torch.compile.", name[0], reason)
+            self.note_failure(step, reason)
             self.kept.steps[name] = step
-            self.kept.failure = reason
             return step(*args)
         except BaseException:
             self.kept.steps.pop(name, None)
@@ -198,8 +207,21 @@ class CompiledSteps:
         finally:
             self.compile_seconds += time.perf_counter() - start
 
+    def of_other_size(self, name: tuple[str, Any, Any]) -> Callable[..., Any] | None:
+        """Return the same step of caches of another size, if it is compiled for any."""
+        if not self.serves_any_size:
+            return None
+        twins = [step for other, step in self.kept.steps.items() if without_sizes(other) == without_sizes(name)]
+        return next((step for step in twins if twins.count(step) < MOST_SIZES), None)
+
+    def note_failure(self, step: Step, reason: str) -> None:
+        logger.warning("`%s` cannot be compiled (%s); it runs without torch.compile.", step.__name__, reason)
+        self.kept.failure = reason
+
     def cuts(self, repeats: str | None, step: Step, *args: Any) -> tuple[Callable[..., Any], ...]:
         """Return the ways to compile a step in parts."""
+        if self.config.backend == CAPTURE:
+            return (lambda step, config: CapturedStep(step, self.device, partial(self.note_failure, step)),)
         if self.config.fullgraph or repeats is None:
             return ()
         if repeats == "depths":
@@ -215,6 +237,12 @@ class CompiledSteps:
             cut = cut_of(model)
             self.kept.can_cut[key] = cut is not None and cut.check(step, *args)
         return self.kept.can_cut[key]
+
+
+def without_sizes(name: tuple[str, Any, Any]) -> tuple[Any, ...]:
+    """Return the name of a step without the sizes of caches."""
+    step, shape, kind = name
+    return step, tuple(part for part in shape if part[0] not in ("draft cache", "target cache")), kind
 
 
 class LayeredStep:

@@ -201,12 +201,13 @@ class PardDecoder:
         most_unread = choice.num_drafts + 1 if self.is_fixed else PREFILL_CHUNK
         if draft.num_unread > most_unread or (self.is_fixed and not draft.cache.has_memory):
             self.batch.read(draft, longest)
-        width, num_visible = draft.num_unread, longest + num_drafts - 1
         if self.is_fixed:  # An entry written twice is the same twice, so one width serves every accepted count.
-            width, num_visible = most_unread, draft.cache.num_slots
-        return self.draft(draft, choice, width, num_drafts, num_visible)
+            return self.draft(draft, choice, most_unread, num_drafts, None)
+        return self.draft(draft, choice, draft.num_unread, num_drafts, longest + num_drafts - 1)
 
-    def draft(self, draft: CachedModel, choice: Choice, width: int, num_drafts: int, num_visible: int) -> Proposals:
+    def draft(
+        self, draft: CachedModel, choice: Choice, width: int, num_drafts: int, num_visible: int | None
+    ) -> Proposals:
         """Run the draft over each row's last `width` tokens and choose the best proposals."""
         arguments = draft, self.batch.rows, width, num_drafts, num_visible, self.vocab_size
         if self.sources is None:
@@ -240,7 +241,7 @@ class PardDecoder:
         target = self.batch.target
         if target.num_unread > PREFILL_CHUNK:
             self.batch.read(target, longest)
-        num_visible = target.cache.num_slots if self.is_fixed else longest + proposals.tokens.shape[1]
+        num_visible = None if self.is_fixed else longest + proposals.tokens.shape[1]
         arguments = (target, self.batch.rows, proposals, target.num_unread, num_visible)
         return self.run_step(target_step, choice, *arguments, repeats="layers")
 
@@ -429,7 +430,9 @@ class PardDecoder:
 class RatioTestDecoder(PardDecoder):
     """Speculative sampling: draw a chain from the draft's distributions and accept it by the ratio test."""
 
-    def draft(self, draft: CachedModel, choice: Choice, width: int, num_drafts: int, num_visible: int) -> Proposals:
+    def draft(
+        self, draft: CachedModel, choice: Choice, width: int, num_drafts: int, num_visible: int | None
+    ) -> Proposals:
         arguments = (draft, self.batch.rows, width, num_drafts, num_visible, self.vocab_size)
         outputs = self.run_step(score_step, choice, *arguments, repeats="layers")
         model: Any = draft.model

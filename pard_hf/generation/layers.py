@@ -80,6 +80,8 @@ class CutModel:
         """
         calls, flat_rows = before(step, self.around, self.visit, *args)
         hidden, slots = calls[0][0], self.cache.slots
+        if slots.serves_any_size:
+            mark_masks(calls)
         slots.flat_rows = flat_rows
         try:
             for (layer, cache), (_, given, named) in zip(self.layers, calls, strict=True):
@@ -113,6 +115,14 @@ def is_same(one: Any, other: Any, tolerance: float) -> bool:
     is_float = one.is_floating_point()
     is_equal = torch.isclose(one, other, tolerance, tolerance, equal_nan=True) if is_float else one == other
     return bool(to_host(is_equal.all())())
+
+
+def mark_masks(calls: list[Any]) -> None:
+    """Let masks `[B, 1, q, num_slots]` that layers are given have any number of slots."""
+    for _, given, named in calls:
+        for value in (*given, *named.values()):
+            if isinstance(value, torch.Tensor) and value.dim() == 4:
+                torch._dynamo.maybe_mark_dynamic(value, 3)
 
 
 def before_layers(step: Step, model: CachedModel, visit: Visit, *args: Any) -> tuple[list[Any], torch.Tensor | None]:

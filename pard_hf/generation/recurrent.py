@@ -267,7 +267,7 @@ class HybridCache(SlotCache):
         for layer in self.state_layers:
             layer.block, layer.window, layer.advance = Block(positions, num_open, num_prompt), None, None
 
-    def prepare(self, positions: torch.Tensor, num_visible: int, on_path: torch.Tensor | None = None) -> Any:
+    def prepare(self, positions: torch.Tensor, num_visible: int | None, on_path: torch.Tensor | None = None) -> Any:
         """Set the slots to write and return the mask of attention; see [`SlotCache.prepare`].
 
         Layers with a state are given none: [`StateLayer`] knows padding by its position.

@@ -53,7 +53,7 @@ def draft_step(
     rows: Rows,
     width: int,
     num_drafts: int,
-    num_visible: int,
+    num_visible: int | None,
     vocab_size: int,
     tree_size: int,
 ) -> Proposals:
@@ -104,7 +104,7 @@ def grow_depth(mixture: Mixture, depth: Depth, scores: torch.Tensor | None, num_
 
 
 def score_step(
-    draft: CachedModel, rows: Rows, width: int, num_drafts: int, num_visible: int, vocab_size: int
+    draft: CachedModel, rows: Rows, width: int, num_drafts: int, num_visible: int | None, vocab_size: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run the draft alone: logits `[B, num_drafts, vocab_size]`, and hidden states for a correction head."""
     model = draft.model
@@ -131,7 +131,9 @@ def proposals_from(
     return Proposals(tree.tokens, tree=tree, on_path=ancestors(tree, scores.shape[1]))
 
 
-def target_step(target: CachedModel, rows: Rows, proposals: Proposals, width: int, num_visible: int) -> torch.Tensor:
+def target_step(
+    target: CachedModel, rows: Rows, proposals: Proposals, width: int, num_visible: int | None
+) -> torch.Tensor:
     """Run the target once over each row's last `width` tokens and the proposals.
 
     Returns:
