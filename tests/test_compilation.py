@@ -9,6 +9,7 @@ import gc
 import json
 import logging
 import threading
+import time
 import weakref
 
 import pytest
@@ -661,7 +662,8 @@ def test_graph_that_breaks_runs_eagerly(caplog):
 
 @pytest.fixture
 def few_rounds(monkeypatch):
-    """Stand in for inductor by what runs the graph, and compile after few rounds."""
+    """Stand in for inductor by what runs the graph, compile after few rounds, and do not ask whether it is faster."""
+    monkeypatch.setattr("pard_hf.generation.compilation.NUM_TIMED", 1000)
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, *args, **kwargs: graph.forward)
     monkeypatch.setattr("pard_hf.generation.compilation.ROUNDS_BEFORE_COMPILING", 2)
 
@@ -737,6 +739,51 @@ def test_other_shapes_have_rounds_of_their_own(dtype, few_rounds):
 
     assert sizes == [set(), {(1, 256)}, {(1, 256), (1, 512)}, {(1, 256), (1, 512)}]
     assert got.stats.num_compiled == 0
+
+
+def test_layers_go_on_compiled_in_a_larger_cache(few_rounds, monkeypatch):
+    """What layers are compiled for serves any size: a text that grows never goes back to eager rounds."""
+    monkeypatch.setattr("pard_hf.generation.compilation.MIN_PARAMETERS", 0)
+    target = make_llama(max_position_embeddings=1024)
+    draft, prompts, made = make_self_draft(target), make_prompts(1, longest=240), []
+    expected = target.generate(**prompts, max_new_tokens=60, do_sample=False)
+
+    for _ in range(3):
+        got = unasked(target, draft, prompts, max_new_tokens=60)
+        assert torch.equal(got.sequences, expected)
+        made.append((got.stats.num_compiled, got.stats.num_rounds, graphs()))
+
+    assert made[0][0] == 0
+    assert made[1] == made[2]
+    assert made[1][0] == made[1][1] - 1
+    assert {dict(key[1][:5])["target cache"] for key in compile_cache_of(target, draft).steps} == {256, 512}
+
+
+def test_what_is_no_faster_compiled_runs_eagerly(few_rounds, monkeypatch):
+    """A compiler whose code is slow: it is used for a call, measured there, and not again; of another shape it is."""
+
+    def slow(graph, *args, **kwargs):
+        def run(*inputs):
+            time.sleep(0.03)
+            return graph.forward(*inputs)
+
+        return run
+
+    monkeypatch.setattr("pard_hf.generation.compilation.NUM_TIMED", 9)
+    target, prompts = make_llama(), make_prompts(1)
+    draft, num_compiled = make_draft(make_llama(seed=5)), []
+    expected = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
+    for compiler in (slow, slow, slow, None):
+        if compiler is not None:
+            monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compiler)
+        got = unasked(target, draft, prompts)
+        assert torch.equal(got.sequences, expected)
+        num_compiled.append(got.stats.num_compiled)
+    other = [unasked(target, draft, prompts, num_assistant_tokens=3).stats.num_compiled for _ in range(2)]
+
+    assert num_compiled[0] == 0 < num_compiled[1]
+    assert num_compiled[2:] == [0, 0]
+    assert other[0] == 0 < other[1]
 
 
 class Stopping:

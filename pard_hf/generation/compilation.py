@@ -12,11 +12,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from statistics import median
 from types import CodeType, FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary, finalize
@@ -48,6 +49,8 @@ MOST_SIZES = 6
 # Eager rounds of a shape, in earlier calls, that promise to repay compiling it: that takes as long as hundreds of
 # rounds of a small model.
 ROUNDS_BEFORE_COMPILING = 512
+# Rounds of a shape, eager and compiled, of which the median is compared.
+NUM_TIMED = 9
 
 
 class CompileCache:
@@ -63,7 +66,10 @@ class CompileCache:
         self.rows: dict[tuple[Any, ...], Any] = {}
         self.tables: dict[Hashable, Tables] = {}
         self.costs: dict[Hashable, RoundCosts] = {}
-        self.eager_rounds: Counter[Hashable] = Counter()  # By shape and kind.
+        self.eager_rounds: Counter[Hashable] = Counter()  # By what has to be compiled for.
+        # Seconds of the latest rounds, eager and compiled ones, and what turned out to be no faster compiled.
+        self.seconds: defaultdict[tuple[Hashable, bool], deque[float]] = defaultdict(lambda: deque(maxlen=NUM_TIMED))
+        self.no_faster: set[Hashable] = set()
         # Whether a step may be cut at the layers of its model, by the step's name and kind.
         self.can_cut: dict[tuple[str, tuple[Hashable, ...]], bool] = {}
         # The last error of torch for a step that could not be compiled.
@@ -151,19 +157,41 @@ class CompiledSteps:
         self.kept.tables[key].copy_(tables)
         return self.kept.tables[key]
 
-    def compiles(self, shape: Hashable) -> bool:
+    def compiles(self, shape: Any) -> bool:
         """Return whether rounds of a shape run compiled.
 
-        Of eager rounds those of earlier calls count, so that equal calls change from eager to compiled between them.
+        Of eager rounds those of earlier calls count, so that equal calls change from eager to compiled between them,
+        and back where compiled ones took no less time.
         """
-        return self.waits or self.kept.eager_rounds[shape, self.kind] >= ROUNDS_BEFORE_COMPILING
+        key = self.compiled_for(shape)
+        is_worth_it = self.kept.eager_rounds[key] >= ROUNDS_BEFORE_COMPILING and key not in self.kept.no_faster
+        return self.waits or is_worth_it
 
-    def count_eager(self, shape: Hashable) -> None:
-        self.eager_rounds[shape, self.kind] += 1
+    def count(self, shape: Any, is_compiled: bool, seconds: float) -> None:
+        """Count a round of a shape."""
+        if not self.waits:
+            key = self.compiled_for(shape)
+            self.eager_rounds[key] += not is_compiled
+            self.kept.seconds[key, is_compiled].append(seconds)
 
-    def is_ready(self, step: Step, shape: Hashable) -> bool:
+    def compare(self) -> None:
+        """Note the shapes whose compiled rounds were measured and take no less time than eager ones."""
+        for key in [key for key, is_compiled in self.kept.seconds if is_compiled]:
+            eager, compiled = (self.kept.seconds[key, is_compiled] for is_compiled in (False, True))
+            if len(compiled) == len(eager) == NUM_TIMED and median(compiled) >= median(eager):
+                logger.info("Rounds of %s take no less time compiled; they run eagerly.", key)
+                self.kept.no_faster.add(key)
+
+    def compiled_for(self, shape: Any) -> Hashable:
+        """Return what of a shape has to be compiled for."""
+        return without_sizes(shape) if self.serves_any_size else shape, self.kind
+
+    def is_ready(self, step: Step, shape: Any) -> bool:
         """Return whether a step runs for a shape without being compiled first."""
-        return not self.compiles(shape) or (step.__name__, shape, self.kind) in self.kept.steps
+        if not self.compiles(shape):
+            return True
+        name = step.__name__, shape, self.kind
+        return name in self.kept.steps or self.of_other_size(name) is not None
 
     def begin_round(self) -> None:
         """Let CUDA graphs reuse the results of earlier rounds."""
@@ -211,8 +239,13 @@ class CompiledSteps:
         """Return the same step of caches of another size, if it is compiled for any."""
         if not self.serves_any_size:
             return None
-        twins = [step for other, step in self.kept.steps.items() if without_sizes(other) == without_sizes(name)]
-        return next((step for step in twins if twins.count(step) < MOST_SIZES), None)
+        step, shape, kind = name
+        alike = [
+            compiled
+            for (other, its_shape, its_kind), compiled in self.kept.steps.items()
+            if other == step and its_kind == kind and without_sizes(its_shape) == without_sizes(shape)
+        ]
+        return next((compiled for compiled in alike if alike.count(compiled) < MOST_SIZES), None)
 
     def note_failure(self, step: Step, reason: str) -> None:
         logger.warning("`%s` cannot be compiled (%s); it runs without torch.compile.", step.__name__, reason)
@@ -239,10 +272,9 @@ class CompiledSteps:
         return self.kept.can_cut[key]
 
 
-def without_sizes(name: tuple[str, Any, Any]) -> tuple[Any, ...]:
-    """Return the name of a step without the sizes of caches."""
-    step, shape, kind = name
-    return step, tuple(part for part in shape if part[0] not in ("draft cache", "target cache")), kind
+def without_sizes(shape: Any) -> tuple[tuple[str, Any], ...]:
+    """Return a shape without the sizes of caches."""
+    return tuple(part for part in shape if part[0] not in ("draft cache", "target cache"))
 
 
 class LayeredStep:
@@ -370,6 +402,7 @@ def compiled_steps(
         yield steps
     finally:
         kept.eager_rounds.update(steps.eager_rounds)
+        steps.compare()
         kept.evict()
         kept.lock.release()
 

@@ -83,8 +83,8 @@ class PardDecoder:
         self.batch = Batch(target, draft, rows, budget, self.schedule.largest, compiled, self.returns_cache)
         self.load_past(past)
 
-        # Whether this round reads the prompt, and whether its shapes are those of compiled steps.
-        self.is_first, self.is_fixed = True, False
+        # Whether this round reads the prompt, whether its shapes are those of compiled steps, and which these are.
+        self.is_first, self.is_fixed, self.shape = True, False, self.batch.shape(self.schedule.largest)
         self.noise = Noise(input_ids.device, is_ordered=len(input_ids) == 1)
         self.histogram = [0] * (self.schedule.largest.num_drafts + 1)
         self.num_drafted = self.num_compiled = 0
@@ -127,7 +127,10 @@ class PardDecoder:
             self.read_embeddings(self.inputs_embeds)
         run_round = self.observed_round if self.schedule.is_adaptive else self.round
         while self.batch.has_unfinished:
-            run_round(self.choose())
+            choice, was_first, start = self.choose(), self.is_first, time.perf_counter()
+            run_round(choice)
+            if self.compiled is not None and not was_first:
+                self.compiled.count(self.shape, self.is_fixed, time.perf_counter() - start)
             self.drop_finished_rows()
         self.synchronize()  # Rounds that began when every row had ended.
         self.batch.restore_finished_rows()
@@ -167,10 +170,9 @@ class PardDecoder:
     def choose(self) -> Choice:
         """Choose K and the tree of the next round."""
         choice = self.schedule.choose(self.batch.cost_key, self.is_ready)
+        self.shape = self.batch.shape(choice)
         if self.compiles(choice):
             return choice
-        if self.compiled is not None and not self.is_first:
-            self.compiled.count_eager(self.batch.shape(choice))
         return choice.at_most(self.batch.most_remaining() - 1)  # The bonus token needs no proposal.
 
     def compiles(self, choice: Choice) -> bool:
