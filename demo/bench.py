@@ -49,7 +49,7 @@ class BenchJob(Job):
         ValueError: The set cannot be read, or a setting is out of range.
     """
 
-    most_seconds = 3600.0
+    most_seconds = 1200.0  # Others wait for the device.
 
     def __init__(
         self,

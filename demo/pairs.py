@@ -18,6 +18,7 @@ from pard_hf.draft.known_drafts import known_draft_for
 from pard_hf.generation.validation import check_pair
 from pard_hf.hub.checkpoint import DRAFT_FILES
 from pard_hf.loading import Pair, PairPaths, default_device, load_pair, named_pair
+from pard_hf.locate import hub_problem, is_cached
 
 from .job import DEVICE, DOWNLOADS, Job, Ticket
 from .room import available_memory, check_disk, needed_memory, too_large
@@ -199,7 +200,10 @@ class PairShelf:
             raise ValueError(f"Expected a Hub id such as `Qwen/Qwen2.5-7B-Instruct`, got {name!r}. Correct the id.")
         patterns = list(DRAFT_FILES)
         bars = bar_class(name, report)
-        if not is_offline_mode():
+        problem = None if is_offline_mode() else hub_problem()
+        if problem is not None and not is_cached(name):
+            raise OSError(f"Expected the Hub to answer for `{name}`, but it does not: {problem}. Look to the network.")
+        if problem is None and not is_offline_mode():
             try:
                 files: Any = snapshot_download(
                     name, allow_patterns=patterns, dry_run=True, tqdm_class=bars, token=self.token
@@ -208,7 +212,12 @@ class PairShelf:
                 reason = " ".join(str(error.__cause__ or error).split())
                 raise OSError(f"`{name}` cannot be downloaded: {reason}") from error
             check_disk(name, sum(file.file_size for file in files if file.will_download))
-        return Path(snapshot_download(name, allow_patterns=patterns, tqdm_class=bars, token=self.token))
+        is_away = problem is not None
+        return Path(
+            snapshot_download(
+                name, allow_patterns=patterns, tqdm_class=bars, token=self.token, local_files_only=is_away
+            )
+        )
 
 
 def pair_bytes(pair: Pair) -> int:

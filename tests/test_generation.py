@@ -608,6 +608,16 @@ def test_different_tokenizers_are_named(bundled_like_tokenizer, tmp_path):
         target.generate(**prompts, assistant_model=draft)
 
 
+def test_tokenizers_of_equal_files_are_not_loaded(bundled_like_tokenizer, tmp_path, monkeypatch):
+    target, draft = with_pard(make_model("llama")), make_draft(make_model("llama", seed=2))
+    for model, name in ((target, "target"), (draft, "draft")):
+        bundled_like_tokenizer.save_pretrained(tmp_path / name)
+        model.config.name_or_path = str(tmp_path / name)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", None)
+
+    target.generate(**make_prompts(1), max_new_tokens=3, assistant_model=draft)
+
+
 def test_tokenizers_are_compared_when_a_pair_is_first_met(bundled_like_tokenizer, monkeypatch):
     target, draft = with_pard(make_model("llama")), make_draft(make_model("llama", seed=2))
     tokenizers = {"tokenizer": bundled_like_tokenizer, "assistant_tokenizer": bundled_like_tokenizer}

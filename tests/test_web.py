@@ -5,6 +5,7 @@ import errno
 import importlib
 import itertools
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +22,7 @@ from demo.sentences import in_words
 from demo.settings import BOTH, DRAFT, LOOKUP, Settings, encoded_prompt
 from demo.visitor import MEMORIES, MOST_MEMORIES, Visitor
 from pard_hf import load_pair
+from pard_hf.locate import SECONDS
 
 CODE = "def is_even(n):\n"
 QUESTION = "A shop sells apples for $2 each. Anna buys 5 apples. How much does she pay in total?\n"
@@ -394,6 +396,17 @@ def test_without_a_start_folder_there_are_no_local_models(folder):
 def test_only_hub_ids_are_asked_for(name):
     with pytest.raises(ValueError, match="Expected a Hub id such as"):
         PairShelf().hub_path(name, print)
+
+
+def test_hub_that_does_not_answer_is_said_soon(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    start = time.monotonic()
+
+    with pytest.raises(OSError, match="Expected the Hub to answer for `org/none`"):
+        PairShelf().hub_path("org/none", print)
+
+    assert time.monotonic() - start < 2 * SECONDS
 
 
 def test_memory_is_what_the_system_says():

@@ -7,6 +7,7 @@ versions of transformers), a few short forwards of the model do, once a model.
 
 from __future__ import annotations
 
+import filecmp
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,7 @@ from .config import CALL_ARGUMENTS, text_sources
 from .recurrent import HybridCache, cache_for, can_take_over, is_hybrid, unsupported_states
 from .schedule import check_schedule
 
+TOKENIZER_FILE = "tokenizer.json"
 # Vocabularies of one family are padded to multiples of 64 to 1024 rows; a larger difference is another tokenizer.
 MAX_PADDING_ROWS = 1024
 # Model arguments that our loop makes itself. Any other that the caller passes (images, token types …) is for the loop
@@ -117,12 +119,19 @@ def check_pair(
     if draft in compared.setdefault(target, WeakSet()):
         return
     if tokenizer is None or draft_tokenizer is None:
-        tokenizer, draft_tokenizer = (saved_tokenizer(model.config.name_or_path) for model in (target, draft))
-    if tokenizer is None or draft_tokenizer is None:
-        check_vocabulary_sizes(draft, target)
+        check_saved_tokenizers(draft, target)
     else:
         check_tokenizers(draft_tokenizer, tokenizer)
     compared[target].add(draft)
+
+
+def check_saved_tokenizers(draft: PreTrainedModel, target: PreTrainedModel) -> None:
+    """Compare the tokenizers saved with the weights, which are loaded only where their files differ."""
+    ours, theirs = (tokenizer_folder(model.config.name_or_path) for model in (draft, target))
+    if ours is None or theirs is None:
+        check_vocabulary_sizes(draft, target)
+    elif not filecmp.cmp(ours / TOKENIZER_FILE, theirs / TOKENIZER_FILE, shallow=False):
+        check_tokenizers(AutoTokenizer.from_pretrained(ours), AutoTokenizer.from_pretrained(theirs))
 
 
 def keeps_no_cache(model: PreTrainedModel) -> bool:
@@ -130,20 +139,18 @@ def keeps_no_cache(model: PreTrainedModel) -> bool:
     return model.training and getattr(model, "is_gradient_checkpointing", False)
 
 
-def saved_tokenizer(name_or_path: str | None) -> Any:
-    """Load the tokenizer saved with a model's weights, in their folder or the Hub's cache; `None` without one."""
+def tokenizer_folder(name_or_path: str | None) -> Path | None:
+    """Return where the tokenizer of a model's weights is, their folder or the Hub's cache; `None` without one."""
     if not name_or_path:
         return None
     folder = Path(name_or_path)
-    if not (folder / "tokenizer.json").is_file():
-        try:
-            cached = try_to_load_from_cache(name_or_path, "tokenizer.json")
-        except HFValidationError:  # A folder without a tokenizer, not a Hub id.
-            return None
-        if not isinstance(cached, str):
-            return None
-        folder = Path(cached).parent
-    return AutoTokenizer.from_pretrained(folder)
+    if (folder / TOKENIZER_FILE).is_file():
+        return folder
+    try:
+        cached = try_to_load_from_cache(name_or_path, TOKENIZER_FILE)
+    except HFValidationError:  # A folder without a tokenizer, not a Hub id.
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def check_tokenizers(draft: Any, target: Any) -> None:
