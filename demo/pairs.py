@@ -13,9 +13,12 @@ from typing import Any, Literal, NamedTuple
 
 from huggingface_hub import is_offline_mode, snapshot_download
 from tqdm.auto import tqdm
+from transformers import AutoConfig
 
 from pard_hf.draft.known_drafts import known_draft_for
-from pard_hf.generation.validation import check_pair
+from pard_hf.draft.model import saved_mask_token
+from pard_hf.draft.packaged import is_packaged
+from pard_hf.generation.validation import check_pair, check_saved_tokenizers
 from pard_hf.hub.checkpoint import DRAFT_FILES
 from pard_hf.loading import Pair, PairPaths, default_device, load_pair, named_pair
 from pard_hf.locate import hub_problem, is_cached
@@ -149,6 +152,10 @@ class PairShelf:
     def read(self, paths: PairPaths, report: Callable[[str], None]) -> Pair:
         """Load both models, if there is memory for them, and see that they go together."""
         report("Loading the models …")
+        # What is wrong with a pair in any case: no other has to make room to find it out.
+        if not is_packaged(paths.draft):
+            saved_mask_token(AutoConfig.from_pretrained(paths.draft, trust_remote_code=False), paths.draft)
+        check_saved_tokenizers(paths.draft, paths.target)
         self.make_room(needed_memory(paths, self.device))
         pair = load_pair(*paths, device=self.device)
         check_vocabulary(pair)

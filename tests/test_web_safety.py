@@ -155,6 +155,23 @@ def test_what_does_not_fit_beside_the_others_takes_the_place_of_the_oldest(folde
     assert list(shelf.pairs) == [PairName(FOLDER, "target", "draft")]
 
 
+@pytest.mark.parametrize("fault", ["mask token", "tokenizer"])
+def test_what_cannot_be_a_pair_takes_no_place(fault, folder, monkeypatch):
+    shelf = PairShelf(folder, "cpu")
+    shelf.load(PairName())
+    needed = needed_memory(PairPaths(str(folder / "target"), str(folder / "draft")), "cpu")
+    monkeypatch.setattr(pairs, "available_memory", lambda device: needed - 1)
+    file = folder / "draft" / ("config.json" if fault == "mask token" else "tokenizer.json")
+    text = file.read_text()
+    file.write_text(text.replace("pard_token", "no_token").replace('"A": 35', '"A": 36').replace('"B": 36', '"B": 35'))
+
+    with pytest.raises(ValueError, match="no `pard_token`" if fault == "mask token" else "share a tokenizer"):
+        shelf.load(PairName(FOLDER, "target", "draft"))
+
+    file.write_text(text)
+    assert list(shelf.pairs) == [PairName()]
+
+
 def test_a_download_beyond_the_disk_is_refused():
     with pytest.raises(OSError, match=r"Expected room for 1000000000.0 GB of `huge`, got"):
         check_disk("huge", 10**18)

@@ -82,6 +82,17 @@ output = with_pard(target).generate(**inputs, assistant_model=draft)
 """
 
 
+def saved_mask_token(config: Any, name: Any) -> int:
+    """Return the mask token of a checkpoint's config; raise a `ValueError` that names the checkpoint without one."""
+    mask_token_id: int | None = getattr(config, "pard_token", None)
+    if mask_token_id is None:
+        raise ValueError(
+            f"Expected a PARD checkpoint, but the config of `{name}` has no `pard_token`. Pass `mask_token_id=` "
+            "(an id the tokenizer never produces), or load a draft made by `pard train`."
+        )
+    return mask_token_id
+
+
 class PardDraftModel(PreTrainedModel):
     """A causal LM adapted to propose several tokens in one forward pass.
 
@@ -134,12 +145,7 @@ class PardDraftModel(PreTrainedModel):
         loaded = AutoModelForCausalLM.from_pretrained(name, *args, **{"use_safetensors": True, **kwargs})
         model, *info = loaded if kwargs.get("output_loading_info") else (loaded,)
         if mask_token_id is None:
-            mask_token_id = getattr(model.config, "pard_token", None)
-        if mask_token_id is None:
-            raise ValueError(
-                f"Expected a PARD checkpoint, but the config of `{name}` has no `pard_token`. Pass `mask_token_id=` "
-                "(an id the tokenizer never produces), or load a draft made by `pard train`."
-            )
+            mask_token_id = saved_mask_token(model.config, name)
         if num_assistant_tokens is None:
             num_assistant_tokens = model.generation_config.num_assistant_tokens or DEFAULT_NUM_ASSISTANT_TOKENS
         draft = cls.from_causal_lm(model, mask_token_id, num_assistant_tokens)

@@ -119,19 +119,24 @@ def check_pair(
     if draft in compared.setdefault(target, WeakSet()):
         return
     if tokenizer is None or draft_tokenizer is None:
-        check_saved_tokenizers(draft, target)
+        if not check_saved_tokenizers(draft.config.name_or_path, target.config.name_or_path):
+            check_vocabulary_sizes(draft, target)
     else:
         check_tokenizers(draft_tokenizer, tokenizer)
     compared[target].add(draft)
 
 
-def check_saved_tokenizers(draft: PreTrainedModel, target: PreTrainedModel) -> None:
-    """Compare the tokenizers saved with the weights, which are loaded only where their files differ."""
-    ours, theirs = (tokenizer_folder(model.config.name_or_path) for model in (draft, target))
+def check_saved_tokenizers(draft: str | None, target: str | None) -> bool:
+    """Compare the tokenizers saved with weights, by folder or Hub id, loaded only where their files differ.
+
+    Returns whether both are there.
+    """
+    ours, theirs = tokenizer_folder(draft), tokenizer_folder(target)
     if ours is None or theirs is None:
-        check_vocabulary_sizes(draft, target)
-    elif not filecmp.cmp(ours / TOKENIZER_FILE, theirs / TOKENIZER_FILE, shallow=False):
+        return False
+    if not filecmp.cmp(ours / TOKENIZER_FILE, theirs / TOKENIZER_FILE, shallow=False):
         check_tokenizers(AutoTokenizer.from_pretrained(ours), AutoTokenizer.from_pretrained(theirs))
+    return True
 
 
 def keeps_no_cache(model: PreTrainedModel) -> bool:
