@@ -25,6 +25,7 @@ from pard_hf.locate import hub_problem, is_cached
 
 from .job import DEVICE, DOWNLOADS, Job, Ticket
 from .room import available_memory, check_disk, needed_memory, too_large
+from .template import check_template
 
 BUNDLED, SMOLLM2, FOLDER, HUB = "bundled pair", "SmolLM2", "local folder", "Hub id"
 KINDS = (BUNDLED, SMOLLM2, FOLDER, HUB)
@@ -159,6 +160,7 @@ class PairShelf:
         self.make_room(needed_memory(paths, self.device))
         pair = load_pair(*paths, device=self.device)
         check_vocabulary(pair)
+        check_template(pair.tokenizer)
         check_pair(pair.target, pair.draft, pair.draft.num_assistant_tokens, None, None)
         return pair
 

@@ -263,6 +263,21 @@ def test_a_chat_template_without_an_end_is_stopped(make):
     assert DEVICE.tickets == []
 
 
+@pytest.mark.parametrize("expression", ["9**9**9", "'a' * 9999999999", "'a'|center(1e12)"])
+def test_a_template_that_nothing_can_stop_is_refused(expression, folder):
+    config = folder / "target" / "tokenizer_config.json"
+    text = config.read_text()
+    config.write_text(json.dumps(json.loads(text) | {"chat_template": f"{{{{ {expression} }}}}"}))
+    (folder / "target" / "chat_template.jinja").unlink(missing_ok=True)
+    shelf = PairShelf(folder, "cpu")
+
+    with pytest.raises(ValueError, match="Expected a chat template without powers"):
+        shelf.load(PairName(FOLDER, "target", "draft"))
+
+    config.write_text(text)
+    assert not shelf.pairs
+
+
 @pytest.mark.parametrize("template", [ENDLESS, None])
 def test_what_takes_too_long_ends(template):
     """Also with nobody watching: the device is free for others."""
