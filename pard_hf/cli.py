@@ -316,6 +316,23 @@ def _load(
     return load_models(target, None, dtype, device)
 
 
+def _served(endpoint: str, target: str | None, draft: str | None) -> tuple[Pair, Any]:
+    """Describe the target that a server runs, and find the server."""
+    if target is None or draft is not None:
+        raise ValueError(
+            "Expected --target, whose tokenizer and template write the prompts, and no --draft with --endpoint, got "
+            + ("no target." if target is None else "a draft. Serve the target with it.")
+        )
+    _find(target, None)
+
+    from .loading import Pair, describe_target
+    from .training.endpoint import Endpoint
+
+    found = Endpoint(endpoint)
+    model, tokenizer = describe_target(target)
+    return Pair(model, None, tokenizer), found
+
+
 def _show_downloads_only() -> None:
     """Leave the bars of the Hub's downloads, on a terminal, and none of reading weights."""
     from huggingface_hub.utils import enable_progress_bars
@@ -666,6 +683,7 @@ def data(
     output: Annotated[Path, _flag(".jsonl file that the rows are appended to")],
     target: Target = None,
     draft: Annotated[Text, _flag("folder or Hub id of a draft that makes it faster")] = None,
+    endpoint: Annotated[Text, _flag("OpenAI-compatible server that runs --target, as http://HOST:8000/v1")] = None,
     temperature: Temperature = 0.0,
     top_p: Annotated[float, _flag("probability mass sampled from")] = 1.0,
     num_samples: Annotated[int, _flag("answers to a prompt")] = 1,
@@ -690,10 +708,12 @@ def data(
     rows = list(itertools.islice(_read_all(prompts, skip_bad_rows, sources), limit))
     if not rows:
         raise ValueError(f"Expected at least one prompt in {', '.join(prompts)}, got none. Name another file.")
-    pair = _load(target, draft, dtype, device, may_lack_draft=True)
+    served = None if endpoint is None else _served(endpoint, target, draft)
+    pair = _load(target, draft, dtype, device, may_lack_draft=True) if served is None else served[0]
     settings: dict[str, Any] = {"batch_size": batch_size, "num_assistant_tokens": num_assistant_tokens, "seed": seed}
     settings |= {"num_samples": num_samples, "temperature": temperature, "top_p": top_p}
     settings |= {"max_new_tokens": max_new_tokens, "skip_bad_rows": skip_bad_rows, "restart": restart}
+    settings |= {"endpoint": None if served is None else served[1]}
     with progress_bar(make_console(is_error=True)) as advance:
         progress = Progress(advance)
         answered = pair.target, pair.tokenizer, rows, output

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from .draft.model import PardDraftModel
 from .draft.packaged import is_packaged, load_packaged
@@ -95,6 +96,17 @@ def load_target(target: str, dtype: str | torch.dtype = "auto", device: str | No
     tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     return with_pard(model.to(device).eval()), tokenizer
+
+
+def describe_target(target: str) -> tuple[Any, Any]:
+    """Make a target without weights, on the meta device, and load its tokenizer and generation config."""
+    folder = smollm2_folder() if target == SMOLLM2 else target
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    with suppress(OSError):  # One need not be there.
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def default_device() -> str:

@@ -30,6 +30,7 @@ from ..io import conditions_of, sha256_of, shown_model, whole_file, write_whole
 from ..loading import bundled_pair
 from ..tokens import Message, encode_prompt, next_prompt, pad_left, until_end
 from .data import PROMPTS, check_rows, given_messages, read_rows, response_ids, skip_or_raise
+from .endpoint import Endpoint
 
 # Settings of a checkpoint that change its answers.
 OWN_SETTINGS = (
@@ -220,6 +221,28 @@ class ResponseGenerator:
         return [until_end(answer, self.end_token_ids) for answer in output.sequences[:, longest:].tolist()]
 
 
+@dataclass
+class ServedGenerator(ResponseGenerator):
+    """A target that a server runs; `target` describes it, and may lie on the meta device, without weights."""
+
+    endpoint: Endpoint | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """Return what the answers depend on; whose weights are served, only the server knows."""
+        assert self.endpoint is not None
+        found = super().identity()
+        found["settings"] |= {"served_model": self.endpoint.model, "dtype": None, "weights_sha256": None}
+        return found
+
+    def generate(self, samples: Sequence[Sample]) -> list[list[int]]:
+        assert self.endpoint is not None
+        settings, keys = self.settings, [(s.conversation.digest, s.number, len(s.answers)) for s in samples]
+        sampling = {"max_tokens": settings.max_new_tokens, "temperature": settings.temperature}
+        sampling |= {"top_p": settings.top_p, "seed": int(digest_of([settings.seed, keys])[:8], 16) >> 1}
+        prompts = [sample.prompt for sample in samples]
+        return self.endpoint.complete(prompts, self.end_token_ids, self.tokenizer, **sampling)
+
+
 def digest_of(text: Any) -> str:
     return hashlib.sha256(str(text).encode()).hexdigest()[:16]
 
@@ -393,6 +416,7 @@ def write_answers(
     restart: bool = False,
     sources: Sequence[dict[str, Any]] = (),
     report: Callable[[Counts, DecodingStats], None] | None = None,
+    endpoint: Endpoint | None = None,
     **settings: Any,
 ) -> Counts:
     """Let the target answer prompts, and write the answers to `out`; answers that are there already are kept.
@@ -418,13 +442,19 @@ def write_answers(
             Where the rows are from, for the manifest.
         report (`Callable`, *optional*):
             Called after each batch with the counts and the decoding statistics so far.
+        endpoint ([`Endpoint`], *optional*):
+            A server that runs the target, of which only config and generation config are read here.
 
     Raises:
         ValueError: A row is bad, or `out` has answers of another target or other settings; nothing was written.
     """
     if batch_size < 1:
         raise ValueError(f"Expected `batch_size` of at least 1, got {batch_size}.")
+    if endpoint is not None and draft is not None:
+        raise ValueError("Expected no draft with an endpoint, got one. Serve the target with it (`docs/serving.md`).")
     generator = ResponseGenerator(target, tokenizer, AnswerSettings(**settings), draft, num_assistant_tokens)
+    if endpoint is not None:
+        generator = ServedGenerator(target, tokenizer, AnswerSettings(**settings), endpoint=endpoint)
     skipped = [number for source in sources for number in source.get("skipped", ())]
     num_rows, digests, conversations = 0, set[str](), list[Conversation]()
     for row in check_rows(enumerate(rows, 1), "row {}", PROMPTS, skip_bad_rows, skipped):
@@ -445,6 +475,8 @@ def write_answers(
     counts.waiting, counts.left_out = len(waiting), len(samples) - len(waiting)
     run = conditions_of(target) | {"draft": draft and model_name(draft), "batch_size": batch_size}
     del run["decoding"]  # The settings record it.
+    if endpoint is not None:
+        run |= {"device": "a server", "dtype": None}
     file.write_manifest(run, sources)
     start = time.perf_counter()
     for first in range(0, len(waiting), batch_size):
