@@ -3,6 +3,7 @@
 import pytest
 from device import DEVICE, torch
 from families import make_draft, make_model, make_prompts
+from transformers import CompileConfig
 
 from pard_hf import with_pard
 from pard_hf.generation import kernels as linear
@@ -38,26 +39,42 @@ def test_only_large_float32_models_take_part(monkeypatch):
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="a matter of CPUs")
-def test_compilers_are_given_ordinary_products(monkeypatch):
-    """Rounds over a static cache stream them as long as they run eagerly."""
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_compilers_are_given_the_same_products(is_whole, monkeypatch):
+    """Whole models and single layers alike: a compiler leaves products to the libraries that pack weights."""
     monkeypatch.setattr(linear, "MIN_PARAMETERS", 1)
-    model, calls, functions = make_model("llama", num_hidden_layers=1), [], []
-    monkeypatch.setattr(torch, "mm", lambda *args, mm=torch.mm: calls.append(1) or mm(*args))
-    cached, positions = CachedModel(model, SlotCache.of(model, 16, is_static=True)), torch.arange(5).unsqueeze(0)
-    ids = torch.randint(3, 99, (1, 5))
+    target, draft, prompts = make_model("llama"), make_draft(make_model("llama", seed=5)), make_prompts(2)
+    expected, functions = target.generate(**prompts, max_new_tokens=20, do_sample=False), set()
 
     def backend(graph, inputs):
-        functions.extend(node.target for node in graph.graph.nodes)
+        functions.update(node.target for node in graph.graph.nodes)
         return graph.forward
 
-    with torch.no_grad():
-        eager = cached.forward(positions, 16, 5, input_ids=ids)
-        num_streamed = len(calls)
-        compiled = torch.compile(cached.forward, backend=backend, fullgraph=True)(positions, 16, 5, input_ids=ids)
+    config = CompileConfig(backend=backend, mode="default", fullgraph=is_whole)
+    kwargs = {"assistant_model": draft, "compile_config": config, "return_dict_in_generate": True}
+    got = with_pard(target).generate(**prompts, max_new_tokens=20, do_sample=False, **kwargs)
 
-    torch.testing.assert_close(compiled, eager)
-    assert num_streamed == len(calls) == 7 + 1  # Of a layer and the LM head.
-    assert functions.count(torch.nn.functional.linear) == 8
+    assert torch.equal(got.sequences, expected)
+    assert got.stats.num_compiled
+    assert torch.mm in functions
+    assert torch.nn.functional.linear not in functions
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a matter of CPUs")
+def test_attention_after_products_takes_the_fast_kernel(monkeypatch):
+    """Products come as rows: of columns, whose last stride is not 1, torch computes attention the slow way."""
+    monkeypatch.setattr(linear, "MIN_PARAMETERS", 1)
+    target, prompts = make_model("llama"), make_prompts(3)
+    draft = make_draft(make_model("llama", seed=5))
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with_pard(target).generate(
+            **prompts, max_new_tokens=6, do_sample=False, assistant_model=draft, num_assistant_tokens=1
+        )
+
+    calls = {event.key for event in profile.key_averages()}
+    assert any("flash_attention" in name for name in calls)
+    assert "aten::_scaled_dot_product_attention_math" not in calls
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])

@@ -99,10 +99,10 @@ class CachedModel:
         return outputs
 
     def call(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        """Call a forward, its linear layers streamed where that is faster; compilers choose for themselves."""
+        """Call a forward, its linear layers streamed where that is faster."""
         if isinstance(self.cache, HybridCache):
             forward = recording()(forward)
-        if not self.is_streamed or torch.compiler.is_compiling():
+        if not self.is_streamed:
             return forward(**arguments)
         with StreamedLinear():
             return forward(**arguments)

@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .batch import CachedModel, to_host
 from .cache import SlotCache, SlotLayer
+from .kernels import StreamedLinear
 
 logger = logging.getLogger(__name__)
 Step = Callable[..., Any]
@@ -87,7 +88,7 @@ class CutModel:
             for (layer, cache), (_, given, named) in zip(self.layers, calls, strict=True):
                 given = tuple(cache if value is self.cache else value for value in given)
                 named = {name: cache if value is self.cache else value for name, value in named.items()}
-                hidden = layer_of(layer, hidden, given, named)
+                hidden = layer_of(layer, hidden, given, named, self.whole.is_streamed)
                 layer_of = next_layer_of or layer_of
         finally:
             slots.flat_rows = None
@@ -134,9 +135,14 @@ def before_layers(step: Step, model: CachedModel, visit: Visit, *args: Any) -> t
     return calls, flat_rows
 
 
-def run_layer(layer: Any, hidden_states: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """Run a decoder layer over hidden states `[B, q, hidden_size]`."""
-    return layer(hidden_states, *args, **kwargs)
+def run_layer(
+    layer: Any, hidden_states: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], is_streamed: bool = False
+) -> torch.Tensor:
+    """Run a decoder layer over hidden states `[B, q, hidden_size]`; for `is_streamed` see [`StreamedLinear`]."""
+    if not is_streamed:
+        return layer(hidden_states, *args, **kwargs)
+    with StreamedLinear():
+        return layer(hidden_states, *args, **kwargs)
 
 
 def after_layers(step: Step, model: CachedModel, visit: Visit, hidden_states: torch.Tensor, *args: Any) -> Any:
