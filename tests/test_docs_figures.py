@@ -320,7 +320,7 @@ def test_first_calls_are_as_quoted():
     first, further = (seconds[name] for name in ("first", "further"))
     assert f"took {first[0]:.1f} seconds to compile layer by layer and {first[1]:.1f} as whole models" in text
     assert f"the next size of caches {further[0]:.1f} and {further[1]:.1f}" in text
-    steady = found["steady"]
+    steady = result("streamed_rounds")["steady"]
     assert f"layer by layer then took {steady['layers_over_whole']:.2f} times as long as those of whole models" in text
     assert f"eager ones {steady['eager_over_layers']:.2f} times as long" in text
     assert steady["identical"]
