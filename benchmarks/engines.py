@@ -28,7 +28,7 @@ from pard_hf.hub.export import export_draft
 from pard_hf.loading import Pair
 from script import add_pair, finish, load_pair_of, parser_of, run_metadata, write
 
-MOST_ROUNDS = 0.01  # As a share; in other kernels a near tie of the draft may fall the other way.
+MOST_ROUNDS = 0.03  # As a share; in other kernels near ties of the draft fall the other way.
 
 
 def main() -> int:
