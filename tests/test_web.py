@@ -466,7 +466,8 @@ def test_a_loaded_pair_is_there_while_another_is_looked_for(folder):
 
 
 def test_a_tokenizer_of_another_model_is_refused(folder, pair):
-    pair.tokenizer.save_pretrained(folder / "target")
+    for name in ("target", "draft"):
+        pair.tokenizer.save_pretrained(folder / name)
 
     with pytest.raises(ValueError, match="Expected a tokenizer of at most 100 tokens, the rows of the target's"):
         PairShelf(folder, "cpu").load(PairName(FOLDER, "target", "draft"))

@@ -47,8 +47,8 @@ class Slots:
     num_visible: int | None  # Slots that attention reads; `None` for all, by the shapes of the buffers.
     num_layers: int
     is_static: bool  # Whether compiled code may rely on the buffers' addresses.
-    serves_any_size: bool = False  # Whether compiled code is to serve caches of other sizes as well.
     is_contiguous: bool = False  # Whether attention is given copies laid out as a growing cache, for code that asks.
+    serves_any_size: bool = False  # Whether compiled code is to serve caches of other sizes as well.
     flat_rows: torch.Tensor | None = None  # Where each query of the next forward is written, `[B * query_length]`.
 
 
@@ -154,7 +154,7 @@ class SlotCache(Cache):
 
     def __init__(self, config: PreTrainedConfig, num_slots: int, is_static: bool = False, is_contiguous: bool = False):
         self.windows, self.num_slots = attention_windows(config), num_slots
-        self.slots = Slots(num_slots, num_slots, len(self.windows), is_static, is_contiguous)
+        self.slots = Slots(num_slots, num_slots, len(self.windows), is_static, is_contiguous=is_contiguous)
         super().__init__(layers=[SlotLayer(self.slots) for _ in self.windows])
 
     @classmethod
