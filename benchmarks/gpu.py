@@ -39,7 +39,7 @@ from script import finish, parser_of, run_metadata, write
 TINY = Shape("llama", 192, 448, 2, 6, 6, 32, 2100, True)
 PAIRS: dict[str, tuple[str | Shape, str | Shape]] = {"cpu": ("cpu-1.2b", "cpu-0.15b"), "tiny": (TINY, TINY)}
 PAIRS |= {"llama-8b": ("llama-3.1-8b", "llama-3.2-1b"), "qwen-7b": ("qwen2.5-7b", "qwen2.5-0.5b")}
-EAGER, WHOLE, LAYERS, RECORDED = "eager", "whole model", "layers", "recorded"
+EAGER, WHOLE, LAYERS, CAPTURED = "eager", "whole model", "layers", "captured"
 # What has arrived, the prompt first, when kernels begin to be counted and when they no longer are.
 FIRST_COUNTED, LAST_COUNTED = 3, 7
 # A token that was waited for so many times longer than the median one came before full speed.
@@ -53,7 +53,7 @@ COLUMNS |= {"first s": "first_token_seconds", "full s": "full_speed_seconds", "s
 
 
 class Case(NamedTuple):
-    """A route at a batch size: eager, compiled in one of two ways, or recorded from eager calls."""
+    """A route at a batch size: eager, compiled in one of two ways, or captured from eager calls."""
 
     name: str
     way: str = EAGER
@@ -64,10 +64,10 @@ class Case(NamedTuple):
 CHECKS = [Case(name, EAGER, size) for name in ("tier2", "tree_head", "every_source", "lookup") for size in (1, 5)]
 CHECKS += [Case("tier1"), *(Case(name, EAGER, 1, True) for name in ("tier2", "tree_head", "every_source"))]
 CHECKS += [Case("tier2", WHOLE), Case("tier2", WHOLE, 1, True), Case("every_source", LAYERS, 5)]
-CHECKS += [Case("tier2", RECORDED, 1, True), Case("every_source", RECORDED, 5)]
+CHECKS += [Case("tier2", CAPTURED, 1, True), Case("every_source", CAPTURED, 5)]
 # Plain `generate` first, which others are compared with; the rest by its worth, as time may end.
 OF_ONE = [Case("ar"), Case("ar_plus", WHOLE), Case("tier2_compiled", WHOLE), Case("tree_head_compiled", WHOLE)]
-OF_ONE += [Case("tier2"), Case("tier2_compiled", RECORDED), Case("tree_head_compiled", RECORDED)]
+OF_ONE += [Case("tier2"), Case("tier2_compiled", CAPTURED), Case("tree_head_compiled", CAPTURED)]
 OF_ONE += [Case("tier2_compiled", LAYERS), Case("tier1"), Case("tree_head")]
 OF_MANY = [Case("ar"), Case("ar_plus", WHOLE), Case("tier2_compiled", WHOLE), Case("tree_head_compiled", LAYERS)]
 
@@ -133,7 +133,7 @@ class Calls:
         if way == EAGER:
             return {}
         config = compile_anywhere()
-        config.fullgraph, config.backend = way == WHOLE, CAPTURE if way == RECORDED else self.args.backend
+        config.fullgraph, config.backend = way == WHOLE, CAPTURE if way == CAPTURED else self.args.backend
         config.mode = config.mode if config.backend == "inductor" else "default"
         return {"disable_compile": False, "cache_implementation": "static", "compile_config": config}
 

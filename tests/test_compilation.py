@@ -74,11 +74,11 @@ def test_compiled_is_eager(family, batch_size):
     ("family", "batch_size", "tree_size", "looks_up", "do_sample"),
     [("llama", 1, 0, False, True), ("gemma3", 3, 12, False, False), ("gpt2", 3, 6, True, False)],
 )
-def test_recorded_is_eager(family, batch_size, tree_size, looks_up, do_sample):
-    """Whatever changes between calls reaches a recording: texts, end tokens, noise, what is copied from."""
+def test_captured_is_eager(family, batch_size, tree_size, looks_up, do_sample):
+    """Whatever changes between calls reaches a capture: texts, end tokens, noise, what is copied from."""
     target = make_model(family, max_position_embeddings=1024)
     draft = add_head(make_self_draft(target), 0.3)
-    recorded = {"compile_config": CompileConfig(backend=CAPTURE), "assistant_tree_size": tree_size}
+    captured = {"compile_config": CompileConfig(backend=CAPTURE), "assistant_tree_size": tree_size}
     for number, longest in enumerate((20, 26, 280, 30)):
         prompts = make_prompts(batch_size, longest=longest)
         kwargs = {
@@ -90,9 +90,9 @@ def test_recorded_is_eager(family, batch_size, tree_size, looks_up, do_sample):
         torch.manual_seed(number)
         expected = target.generate(**prompts, **kwargs)
         if looks_up:
-            recorded |= {"prompt_lookup_num_tokens": 4, "assistant_reference_texts": [expected[0].tolist()] * number}
+            captured |= {"prompt_lookup_num_tokens": 4, "assistant_reference_texts": [expected[0].tolist()] * number}
         torch.manual_seed(number)
-        got = pard(target, draft, prompts, **kwargs, **recorded)
+        got = pard(target, draft, prompts, **kwargs, **captured)
         assert torch.equal(got.sequences, expected)
         assert got.stats.num_compiled
 
@@ -102,11 +102,11 @@ def test_recorded_is_eager(family, batch_size, tree_size, looks_up, do_sample):
     assert graphs() == 0
 
 
-def test_step_that_cannot_be_recorded_runs_eagerly(monkeypatch, caplog):
+def test_step_that_cannot_be_captured_runs_eagerly(monkeypatch, caplog):
     def refuse(function, device):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr("pard_hf.generation.capture.recorded", refuse)
+    monkeypatch.setattr("pard_hf.generation.capture.captured", refuse)
     target, prompts = make_llama(), make_prompts(2)
     draft = make_self_draft(target)
     expected = target.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)

@@ -1,8 +1,8 @@
-"""Record what a step launches on a CUDA device once, and replay it: the kernels of eager code, without its launches.
+"""Capture what a step launches on a CUDA device once, and replay it: the kernels of eager code, without its launches.
 
-Recording takes as long as one eager call, compiling a hundred times as long; what is replayed are eager kernels, more
-and slower ones than a compiler makes. Every tensor that a recording reads or writes keeps its address: static buffers
-are written in place, anything else is copied to where the recording found it.
+Capturing takes as long as one eager call, compiling a hundred times as long; what is replayed are eager kernels, more
+and slower ones than a compiler makes. Every tensor that a capture reads or writes keeps its address: static buffers
+are written in place, anything else is copied to where the capture found it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ CAPTURE = "capture"
 
 
 class CapturedStep:
-    """A step that runs eagerly at its first call, is recorded at its second, and replayed from then on.
+    """A step that runs eagerly at its first call, is captured at its second, and replayed from then on.
 
-    The first call loads kernels and sets up libraries, which must not happen while a device records. Results are the
-    same tensors at every call. What cannot be recorded runs eagerly; `on_failure` is told why.
+    The first call loads kernels and sets up libraries, which must not happen while a device captures. Results are the
+    same tensors at every call. What cannot be captured runs eagerly; `on_failure` is told why.
     """
 
     def __init__(self, step: Callable[..., Any], device: torch.device, on_failure: Callable[[str], None]):
@@ -34,7 +34,7 @@ class CapturedStep:
 
     def __call__(self, *args: Any) -> Any:
         if self.is_warm and self.replay is None and not self.is_eager:
-            self.record(args)
+            self.capture(args)
         self.is_warm = True
         if self.replay is None:
             return self.step(*args)
@@ -45,28 +45,28 @@ class CapturedStep:
                 mine.copy_(value)
         return self.replay()
 
-    def record(self, args: tuple[Any, ...]) -> None:
+    def capture(self, args: tuple[Any, ...]) -> None:
         own = with_tensors(args, self.keep)
         try:
-            self.replay = recorded(lambda: self.step(*own), self.device)
+            self.replay = captured(lambda: self.step(*own), self.device)
         except RuntimeError as error:  # Something in the step waits for the device; nothing has run.
             self.is_eager = True
             self.on_failure(str(error).strip().partition("\n")[0])
 
     def keep(self, value: torch.Tensor) -> torch.Tensor:
-        """Keep a tensor for the step to read; results of other recorded steps are always the same ones."""
-        self.inputs.append(value if hasattr(value, "is_recorded") else value.clone())
+        """Keep a tensor for the step to read; results of other captured steps are always the same ones."""
+        self.inputs.append(value if hasattr(value, "is_captured") else value.clone())
         return self.inputs[-1]
 
 
-def recorded(function: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+def captured(function: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
     """Return what replays a function of tensors and returns its results, the same tensors each time.
 
-    On other devices than CUDA, which have no recordings, it is called again and its results are copied.
+    On other devices than CUDA, which capture nothing, it is called again and its results are copied.
     """
     if device.type != "cuda":
         return Repeated(function)
-    # A memory pool of its own: in a common one a recording could write over the results of a later one.
+    # A memory pool of its own: in a common one a capture could write over the results of a later one.
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = function()
@@ -80,7 +80,7 @@ def recorded(function: Callable[[], Any], device: torch.device) -> Callable[[], 
 
 
 def mark(result: Any) -> None:
-    result.is_recorded = True
+    result.is_captured = True
 
 
 class Repeated:

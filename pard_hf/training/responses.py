@@ -205,16 +205,17 @@ class ResponseGenerator:
                     messages = [*sample.messages, *turns[len(sample.answers)]]
                     sample.prompt = next_prompt(self.tokenizer, messages, sample.prompt, answer)
 
-    def generate(self, samples: Sequence[Sample]) -> list[list[int]]:
-        """Generate the next answer of each sample, up to and with its end token.
+    def seed_of(self, samples: Sequence[Sample]) -> int:
+        """Return a seed that follows from what the batch holds, so that the order of batches does not change it."""
+        keys = [(s.conversation.digest, s.number, len(s.answers)) for s in samples]
+        return int(digest_of(json.dumps([self.settings.seed, keys])), 16)
 
-        The seed follows from what the batch holds, so that the order of batches does not change it.
-        """
+    def generate(self, samples: Sequence[Sample]) -> list[list[int]]:
+        """Generate the next answer of each sample, up to and with its end token."""
         device = input_device(self.target)
         inputs = pad_left([sample.prompt for sample in samples], self.generate_kwargs["pad_token_id"]).items()
-        keys = [(s.conversation.digest, s.number, len(s.answers)) for s in samples]
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-            torch.manual_seed(int(digest_of(json.dumps([self.settings.seed, keys])), 16))
+            torch.manual_seed(self.seed_of(samples))
             output = self.target.generate(**{n: values.to(device) for n, values in inputs}, **self.generate_kwargs)
         self.stats += getattr(output, "stats", None) or DecodingStats()
         longest = max(len(sample.prompt) for sample in samples)
@@ -236,9 +237,9 @@ class ServedGenerator(ResponseGenerator):
 
     def generate(self, samples: Sequence[Sample]) -> list[list[int]]:
         assert self.endpoint is not None
-        settings, keys = self.settings, [(s.conversation.digest, s.number, len(s.answers)) for s in samples]
+        settings = self.settings
         sampling = {"max_tokens": settings.max_new_tokens, "temperature": settings.temperature}
-        sampling |= {"top_p": settings.top_p, "seed": int(digest_of([settings.seed, keys])[:8], 16) >> 1}
+        sampling |= {"top_p": settings.top_p, "seed": self.seed_of(samples) % 2**31}
         prompts = [sample.prompt for sample in samples]
         return self.endpoint.complete(prompts, self.end_token_ids, self.tokenizer, **sampling)
 
