@@ -3,14 +3,14 @@
     python benchmarks/adaptation.py cod --base BASE --data answers.jsonl --prompts a.jsonl b.jsonl --output cod.json
 
 Experiments: `cod` (retention rates and K_train, seconds to the acceptance length of training without dropping),
-`objectives` (ce, kd and cat at equal steps), `first-position` (what adaptation does to the next token, and to the
+`objectives` (all of them at equal steps), `first-position` (what adaptation does to the next token, and to the
 base model's own autoregressive blocks), `targets` (one run on each file of `--data`, measured with every target: what
 a draft is worth to a target whose text it never saw), `correction-head` (a head on the draft `--base`, trained alone,
 jointly, and the draft trained on without one; each measured as a chain, with the head, and with a tree).
 
-Every run starts from the same weights, sees its rows in the same order, and is measured by the decoding loop. Seconds
-are steps times the median seconds of a step, timed apart: one step of each run in turn, so that all meet the same
-machine.
+Every run starts from the same weights, sees its rows in the order of its seed, and is measured by the decoding loop.
+Seconds are steps times the median seconds of a step, timed apart: one step of each run in turn, so that all meet the
+same machine.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ EXPERIMENTS: dict[str, dict[str, dict[str, Any]]] = {
         "K_train = 4": {"num_draft_tokens": 4},
         "K_train = 16": {"num_draft_tokens": 16},
     },
-    "objectives": {name: {"objective": name} for name in ("ce", "kd", "cat")},
+    "objectives": {name: {"objective": name} for name in ("ce", "kd", "cat", "tv", "lk")},
     "first-position": {"loss on answers": {}, "loss on all tokens": {"whole_text": True}},
     "targets": {},
     "correction-head": {
@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--prompts", nargs="+", required=True, help="held-out prompt sets")
     parser.add_argument("--whole-text", action="store_true", help="learn prompts as well, as the paper's trainer does")
     parser.add_argument("--limit", type=int, default=32, help="prompts of each set")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42], help="of the order of rows and what is dropped")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--timed-steps", type=int, default=5, help="rounds of step timing; 0 leaves seconds out")
     numbers = {"steps": 120, "eval-steps": 30, "batch-size": 16, "max-length": 320, "max-new-tokens": 100}
@@ -94,7 +95,11 @@ class Adaptation:
         self.args, self.tokenizer = args, AutoTokenizer.from_pretrained(args.base)
         self.rows = {file.stem: self.rows_of(file) for file in args.data}
         runs = EXPERIMENTS[args.experiment] or {name: {"data": name} for name in self.rows}
-        self.runs = {name: {**PAPER, **settings} for name, settings in runs.items()}
+        self.runs = {
+            name if len(args.seeds) == 1 else f"{name}, seed {seed}": {**PAPER, **settings, "seed": seed}
+            for seed in args.seeds
+            for name, settings in runs.items()
+        }
         sets = {}
         for name, rows in map(load_prompts, args.prompts):
             chosen = choose_rows(rows, args.limit, seed=0)

@@ -4,6 +4,7 @@ import gzip
 import json
 
 import pytest
+import torch
 from families import TEMPLATE
 
 from pard_hf.training.data import encode_row, read_rows, tokenize_rows
@@ -111,6 +112,23 @@ def test_short_row_is_named(tokenizer):
     assert len(list(tokenize_rows(tokenizer, rows, max_length=6, skip_bad_rows=True))) == 1
     with pytest.raises(ValueError, match="row 1, but it has .'prompt'"):
         list(tokenize_rows(tokenizer, [{"prompt": "no response"}], max_length=6))
+
+
+def test_processes_encode_as_one_does(tokenizer, caplog):
+    """The same rows in the same order, the same problems by name; the process's random state stays."""
+    rows = [{"text": chr(97 + n % 26) * (n % 9)} for n in range(300)]
+    before = torch.random.get_rng_state()
+
+    alone, shared = (list(tokenize_rows(tokenizer, rows, 7, True, num_workers=count)) for count in (0, 2))
+
+    assert alone == shared
+    assert [row["source"] for row in shared[:2]] == ["row 2", "row 3"]
+    assert torch.equal(before, torch.random.get_rng_state())
+    half = len(caplog.messages) // 2
+    assert caplog.messages[:half] == caplog.messages[half:]
+    assert "row 1 skipped" in caplog.text
+    with pytest.raises(ValueError, match="row 9, but it has 1 tokens"):
+        list(tokenize_rows(tokenizer, rows[1:], 7, num_workers=2))
 
 
 @pytest.mark.parametrize("end", ["</s>{% endgeneration %}", "{% endgeneration %}</s>"])

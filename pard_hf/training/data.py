@@ -10,9 +10,13 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import torch
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..io import numbered_lines, parse_line, text_problem
@@ -211,6 +215,41 @@ def encode_last_answer(tokenizer: PreTrainedTokenizerBase, messages: list[Messag
     return answer + end if last is None else answer[: last + 1]
 
 
+class Encoded(NamedTuple):
+    """What became of a row: an example to train on, or none because it is too long or has a `problem`."""
+
+    source: str
+    example: dict[str, list[int]] | None
+    is_overlong: bool = False
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class RowEncoder(Dataset[list[Encoded]]):
+    """Encode lists of rows, here or in the processes of a `DataLoader`; a list is its own index."""
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    overlong: Literal["truncate", "drop"]
+    mask_token_id: int | None
+
+    def __getitem__(self, rows: list[Row]) -> list[Encoded]:
+        return [self.encode(row) for row in rows]
+
+    def encode(self, row: Row) -> Encoded:
+        try:
+            encoded = encode_row(self.tokenizer, row)
+            is_overlong = len(encoded["input_ids"]) > self.max_length
+            if is_overlong and self.overlong == "drop":
+                return Encoded(row.source, None, is_overlong)
+            example = {name: values[: self.max_length] for name, values in encoded.items()}
+            check_example(self.tokenizer, example, self.max_length, self.mask_token_id)
+        except Exception as error:  # Chat templates raise errors of many kinds.
+            problem = str(error) if isinstance(error, ValueError) else f"the chat template fails: {error}"
+            return Encoded(row.source, None, problem=problem)
+        return Encoded(row.source, example, is_overlong)
+
+
 def tokenize_rows(
     tokenizer: PreTrainedTokenizerBase,
     rows: Iterable[dict[str, Any]],
@@ -218,32 +257,39 @@ def tokenize_rows(
     skip_bad_rows: bool = False,
     overlong: Literal["truncate", "drop"] = "truncate",
     mask_token_id: int | None = None,
+    num_workers: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """Encode rows for training, one after the other: `input_ids`, `loss_mask` and the `source` of each.
+    """Encode rows for training, in their order: `input_ids`, `loss_mask` and the `source` of each.
 
     Rows of more than `max_length` tokens are cut (`overlong="truncate"`) or left out (`"drop"`), and counted in the
     log. A row that cannot be encoded, contains the mask token, or has nothing to learn within `max_length` raises a
-    `ValueError` with its source; with `skip_bad_rows` it is logged and left out.
+    `ValueError` with its source; with `skip_bad_rows` it is logged and left out. With `num_workers` other processes
+    encode, and a few hundred rows are in memory.
     """
+    encoder = RowEncoder(tokenizer, max_length, overlong, mask_token_id)
+    lists = in_lists(check_rows(enumerate(rows, start=1), "row {}", TRAINING, skip_bad_rows), 64 if num_workers else 1)
+    # A generator of its own leaves the process's random state alone.
+    options: dict[str, Any] = {"sampler": lists, "num_workers": num_workers, "generator": torch.Generator()}
     num_rows = num_overlong = 0
-    for row in check_rows(enumerate(rows, start=1), "row {}", TRAINING, skip_bad_rows):
+    for encoded in chain.from_iterable(DataLoader(encoder, batch_size=None, collate_fn=as_it_is, **options)):
         num_rows += 1
-        try:
-            encoded = encode_row(tokenizer, row)
-            is_overlong = len(encoded["input_ids"]) > max_length
-            num_overlong += is_overlong
-            if is_overlong and overlong == "drop":
-                continue
-            example = {name: values[:max_length] for name, values in encoded.items()}
-            check_example(tokenizer, example, max_length, mask_token_id)
-        except Exception as error:  # Chat templates raise errors of many kinds.
-            problem = str(error) if isinstance(error, ValueError) else f"the chat template fails: {error}"
-            skip_or_raise("a row to train on", row.source, problem, skip_bad_rows)
-            continue
-        yield {**example, "source": row.source}
+        num_overlong += encoded.is_overlong
+        if encoded.problem is not None:
+            skip_or_raise("a row to train on", encoded.source, encoded.problem, skip_bad_rows)
+        elif encoded.example is not None:
+            yield {**encoded.example, "source": encoded.source}
     if num_overlong:
         done = f"{max_length} tokens and were {'cut there' if overlong == 'truncate' else 'left out'}"
         logger.warning("%d of %d rows are longer than %s.", num_overlong, num_rows, done)
+
+
+def in_lists(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
+    while found := list(islice(rows, size)):
+        yield found
+
+
+def as_it_is(encoded: list[Encoded]) -> list[Encoded]:
+    return encoded
 
 
 def check_example(

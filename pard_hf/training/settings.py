@@ -166,10 +166,14 @@ class TrainingSettings(MethodSettings):
     save_steps: int = setting(200, "steps between checkpoints, the best draft's apart")
     dtype: str = setting("float32", "dtype of the draft's weights")
     target_dtype: str | None = setting(None, "dtype of the target (default: its checkpoint's; float32 on a CPU)")
-    bf16: bool = setting(False, "compute in bfloat16; weights keep their dtype")
+    bf16: bool = setting(False, "compute in bfloat16, as GPUs do by default; weights keep their dtype")
     gradient_checkpointing: bool = setting(False, "recompute activations: less memory, one more forward")
     attention: Literal["sdpa", "eager", "flex_attention"] = setting("sdpa", "attention implementation of the draft")
     device: Literal["auto", "cpu"] = setting("auto", "cpu keeps off the GPU")
+    workers: int | None = setting(
+        None, "processes that tokenize rows and build batches (default: by the cores; on a CPU they build none)",
+        argument="dataloader_num_workers",
+    )  # fmt: skip
     report_to: str = setting("none", "wandb, tensorboard, …")
     seed: int = setting(42, "seed of the run", identity=True)
     restart: bool = setting(False, "move checkpoints in --output aside and begin anew")

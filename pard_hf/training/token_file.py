@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from array import array
 from collections import defaultdict
 from collections.abc import Iterable
@@ -15,6 +16,9 @@ from torch.utils.data import Dataset
 from ..io import whole_file
 
 DTYPES = defaultdict(lambda: torch.int64, ids=torch.int32, loss_mask=torch.uint8, sources=torch.uint8)
+TYPECODES = {torch.int32: "i", torch.int64: "q", torch.uint8: "B"}
+# Values that are collected in memory before they are written.
+NUM_COLLECTED = 2**16
 
 
 class TokenFile(Dataset[dict[str, Any]]):
@@ -60,25 +64,48 @@ class TokenFile(Dataset[dict[str, Any]]):
         }
 
 
+class Column:
+    """Values that are written to a file as they come, and read back as a tensor that stays on disk."""
+
+    def __init__(self, path: Path, dtype: torch.dtype):
+        self.path, self.dtype, self.length = path, dtype, 0
+        self.file, self.values = path.open("wb"), array(TYPECODES[dtype])
+
+    def extend(self, values: Iterable[int]) -> None:
+        collected = len(self.values)
+        self.values.extend(values)
+        self.length += len(self.values) - collected
+        if len(self.values) >= NUM_COLLECTED:
+            self.flush()
+
+    def flush(self) -> None:
+        self.values.tofile(self.file)
+        del self.values[:]
+
+    def tensor(self) -> torch.Tensor:
+        self.flush()
+        self.file.close()
+        return torch.from_file(str(self.path), size=self.length, dtype=self.dtype)
+
+
 def write_token_file(examples: Iterable[dict[str, Any]], file: Path) -> None:
     """Write examples with `input_ids`, `loss_mask`, `source` and, of packed ones, `text_lengths`; all or nothing.
 
     Raises:
         ValueError: There is no example.
     """
-    ids, loss_mask, text_lengths, sources = array("i"), array("B"), array("q"), bytearray()
-    ends = {name: array("q") for name in ("token_ends", "text_ends", "source_ends")}
-    for example in examples:
-        ids.extend(example["input_ids"])
-        loss_mask.extend(example["loss_mask"])
-        text_lengths.extend(example.get("text_lengths") or [len(example["input_ids"])])
-        sources.extend(example.get("source", "?").encode())
-        for name, values in zip(ends, (ids, text_lengths, sources), strict=True):
-            ends[name].append(len(values))
-    if not ids:
-        raise ValueError("Expected examples to write, got none.")
-    arrays = {"ids": ids, "loss_mask": loss_mask, "text_lengths": text_lengths, "sources": sources, **ends}
-    tensors = {name: torch.frombuffer(values, dtype=DTYPES[name]) for name, values in arrays.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(file) as written:
-        save_file(tensors, written)
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f"{file.name}.") as folder:
+        ends = {"ids": "token_ends", "text_lengths": "text_ends", "sources": "source_ends"}
+        columns = {name: Column(Path(folder, name), DTYPES[name]) for name in ("loss_mask", *ends, *ends.values())}
+        for example in examples:
+            columns["ids"].extend(example["input_ids"])
+            columns["loss_mask"].extend(example["loss_mask"])
+            columns["text_lengths"].extend(example.get("text_lengths") or [len(example["input_ids"])])
+            columns["sources"].extend(example.get("source", "?").encode())
+            for name, end in ends.items():
+                columns[end].extend([columns[name].length])
+        if not columns["ids"].length:
+            raise ValueError("Expected examples to write, got none.")
+        with whole_file(file) as written:
+            save_file({name: column.tensor() for name, column in columns.items()}, written)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
@@ -35,6 +36,11 @@ from .token_file import TokenFile, write_token_file
 from .trainer import Evaluator, PardTrainer, PardTrainingArguments, last_checkpoint
 
 logger = logging.getLogger(__name__)
+
+# Bytes of rows from which it pays to start processes that tokenize them, and the most that are started by default.
+SHARED_BYTES = 2**24
+MOST_TOKENIZING, MOST_COLLATING = 16, 4
+SHORT_DTYPES = ("bfloat16", "float16")
 
 Provenance = dict[str, Any]
 CardMaker = Callable[[Provenance], str]
@@ -79,6 +85,7 @@ def train_draft(
     trainer = PardTrainer(draft, args, target, evaluator, train_dataset=rows, processing_class=tokenizer)
     if settings.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))
+    log_choices(settings, args)
     content = provenance_of(settings, trainer, counts, target)
     trainer.provenance = partial(write_provenance, content, make_card)
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(settings, trainer, content["identity"]))
@@ -118,8 +125,10 @@ def token_key(settings: TrainingSettings, tokenizer: Any, mask_token_id: int) ->
 def write_rows(settings: TrainingSettings, tokenizer: Any, mask_token_id: int, file: Path) -> None:
     """Tokenize rows into a file, packed where the settings say so."""
     texts = (row for path in settings.data for row in read_rows(path, settings.skip_bad_rows))
+    is_large = sum(Path(path).stat().st_size for path in settings.data) >= SHARED_BYTES
+    workers = settings.workers if settings.workers is not None else min(num_cores(), MOST_TOKENIZING) * is_large
     rows = tokenize_rows(
-        tokenizer, texts, settings.max_length, settings.skip_bad_rows, settings.overlong, mask_token_id
+        tokenizer, texts, settings.max_length, settings.skip_bad_rows, settings.overlong, mask_token_id, workers
     )
     first = next(rows, None)
     if first is None:
@@ -147,10 +156,36 @@ def training_arguments(settings: TrainingSettings) -> PardTrainingArguments:
     given = {argument: value for argument, value in given.items() if value is not None and value is not False}
     given |= settings.training_arguments
     defaults: dict[str, Any] = {"use_cpu": settings.device == "cpu", "save_total_limit": 2}
-    defaults["dataloader_pin_memory"] = torch.cuda.is_available() and not (defaults | given)["use_cpu"]
+    if torch.cuda.is_available() and not (defaults | given)["use_cpu"]:
+        workers = given.get("dataloader_num_workers", min(num_cores(), MOST_COLLATING))
+        defaults |= {"dataloader_num_workers": workers, "dataloader_persistent_workers": workers > 0}
+        defaults |= {"bf16": torch.cuda.is_bf16_supported() and not given.get("fp16")}
+    else:
+        defaults["dataloader_pin_memory"] = False
     if settings.eval_prompts:
         defaults |= {"eval_strategy": "steps", "eval_steps": given["save_steps"], "load_best_model_at_end": True}
     return PardTrainingArguments(str(settings.output / "checkpoints"), **(defaults | given))
+
+
+def log_choices(settings: TrainingSettings, args: PardTrainingArguments) -> None:
+    """Log what decides how a run learns, most of which nobody named."""
+    warmup = args.warmup_steps
+    logger.warning(
+        "Learning rate: up to %g, after a warm-up of %s, then %s. Weights in %s, computed in %s.",
+        args.learning_rate, f"{warmup:.0%} of the steps" if warmup < 1 else f"{warmup:.0f} steps",
+        str.lower(args.lr_scheduler_type), settings.dtype,
+        "bfloat16" if args.bf16 else "float16" if args.fp16 else settings.dtype,
+    )  # fmt: skip
+    if settings.dtype in SHORT_DTYPES:
+        logger.warning(
+            "Weights in %s lose updates smaller than their last bit: take `--dtype float32` with `--bf16`, unless "
+            "memory forbids it.", settings.dtype,
+        )  # fmt: skip
+
+
+def num_cores() -> int:
+    """Count the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def load_tokenizer(settings: TrainingSettings) -> Any:

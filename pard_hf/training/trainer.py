@@ -45,11 +45,13 @@ Evaluator = Callable[[PardDraftModel, tuple[int, int]], dict[str, DecodingStats]
 
 @dataclass
 class PardTrainingArguments(MethodSettings, TrainingArguments):
-    """`TrainingArguments` with the settings of PARD; defaults are the paper's."""
+    """`TrainingArguments` with the settings of PARD, whose defaults are the paper's; warm-up and cosine are ours."""
 
     # The collator reads columns that no model's forward names.
     remove_unused_columns: bool = setting(False, "keep False: rows are built of all columns")
     restore_callback_states_from_checkpoint: bool = setting(True, "continue the clock and patience of a resumed run")
+    lr_scheduler_type: str = setting("cosine", "how the learning rate falls after the warm-up")
+    warmup_steps: float = setting(0.03, "steps, or below 1 the share of steps, until the learning rate is reached")
 
     def __post_init__(self) -> None:
         self.check(MethodSettings)
@@ -193,12 +195,16 @@ class PardTrainer(Trainer):
         if self.args.max_minutes is None:
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
-            warmup = max(int(self.args.warmup_steps), 1)
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 optimizer or self.optimizer,
-                lambda step: min((step + 1) / warmup, 1.0) * (1 + math.cos(math.pi * self.clock.share)) / 2,
+                lambda step: self.warmth(step) * (1 + math.cos(math.pi * self.clock.share)) / 2,
             )
         return self.lr_scheduler
+
+    def warmth(self, step: int) -> float:
+        """Return how far the warm-up of a run that is limited in time has come, up to 1."""
+        warmup = self.args.warmup_steps
+        return min(self.clock.share / warmup if 0 < warmup < 1 else (step + 1) / max(warmup, 1), 1.0)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         super().log({**logs, **self.clock.metrics()}, *args, **kwargs)
