@@ -64,11 +64,11 @@ def serve() -> None:
 
 
 class Checkout:
-    """A process that runs the package of one folder."""
+    """A process that runs a script with the package of one folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, script: str = __file__) -> None:
         environment = {**os.environ, "PYTHONPATH": str(folder.resolve()), "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, str(Path(__file__).resolve()), "--serve"]
+        command = [sys.executable, str(Path(script).resolve()), "--serve"]
         pipe = subprocess.PIPE
         self.process: Any = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, text=True, bufsize=1, cwd=folder, env=environment
@@ -112,6 +112,19 @@ def compare(checkouts: dict[str, Checkout], kwargs: dict[str, Any], repeats: int
     }
 
 
+def conditions_of_comparison(checkouts: dict[str, Checkout], num_threads: int) -> dict[str, Any]:
+    device = f"CPU, {num_threads} thread{'s' * (num_threads > 1)}, {torch.backends.cpu.get_cpu_capability()}"
+    return {
+        "commits": {name: checkout.commit for name, checkout in checkouts.items()},
+        "conditions": {
+            "date": date.today().isoformat(),
+            "device": device,
+            "dtype": "float32",
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        },
+    }
+
+
 def main() -> None:
     from script import finish, parser_of
 
@@ -122,13 +135,7 @@ def main() -> None:
     checkouts = dict(zip(("before", "after"), map(Checkout, args.folders), strict=True))
     result = {
         "command": f"python benchmarks/compare_checkouts.py BEFORE AFTER --repeats {args.repeats}",
-        "commits": {name: checkout.commit for name, checkout in checkouts.items()},
-        "conditions": {
-            "date": date.today().isoformat(),
-            "device": f"CPU, 1 thread, {torch.backends.cpu.get_cpu_capability()}",
-            "dtype": "float32",
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        },
+        **conditions_of_comparison(checkouts, num_threads=1),
         "calls": {name: compare(checkouts, kwargs, args.repeats) for name, kwargs in CALLS.items()},
     }
     finish(result, args.output)
