@@ -687,6 +687,9 @@ def data(
     temperature: Temperature = 0.0,
     top_p: Annotated[float, _flag("probability mass sampled from")] = 1.0,
     num_samples: Annotated[int, _flag("answers to a prompt")] = 1,
+    top_logits: Annotated[
+        int, _flag("store so many of the target's most probable tokens at each token: none runs in training", min=0)
+    ] = 0,
     max_new_tokens: MaxNewTokens = 512,
     batch_size: Annotated[int, _flag("prompts at a time")] = 16,
     limit: Annotated[int | None, _flag("read this many prompts at most", min=1)] = None,
@@ -713,6 +716,7 @@ def data(
     settings: dict[str, Any] = {"batch_size": batch_size, "num_assistant_tokens": num_assistant_tokens, "seed": seed}
     settings |= {"num_samples": num_samples, "temperature": temperature, "top_p": top_p}
     settings |= {"max_new_tokens": max_new_tokens, "skip_bad_rows": skip_bad_rows, "restart": restart}
+    settings |= {"top_logits": top_logits}
     settings |= {"endpoint": None if served is None else served[1]}
     with progress_bar(make_console(is_error=True)) as advance:
         progress = Progress(advance)

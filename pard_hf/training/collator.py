@@ -9,11 +9,13 @@ from itertools import accumulate
 from typing import Any
 from zlib import crc32
 
+import numpy as np
 import torch
 from transformers import TrainerCallback
 
 from .cod import build_rows, keep_rows
 from .settings import MethodSettings, check_ranges
+from .token_file import TOP_LOGITS
 
 # Values of padding rows: they have no label, and no real row attends to them.
 PADDING = {"input_ids": 0, "position_ids": 0, "labels": -100, "anchors": -1, "depths": 0, "starts": 0}
@@ -49,6 +51,7 @@ def joined(texts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Join texts into one packed example."""
     return {
         **{name: [one for text in texts for one in text[name]] for name in ("input_ids", "loss_mask")},
+        **{name: np.concatenate([text[name] for text in texts]) for name in TOP_LOGITS if name in texts[0]},
         "text_lengths": [len(text["input_ids"]) for text in texts],
         "source": "; ".join(text.get("source", "?") for text in texts),
     }
@@ -100,7 +103,8 @@ class DataCollatorForPard(TrainerCallback):
 
         Returns:
             `input_ids`, `position_ids`, `labels`, `anchors`, `depths` and `starts` of shape `(batch_size, num_rows)`,
-            real tokens first; labels are already shifted. `sources` lists where the examples came from.
+            real tokens first; labels are already shifted. `sources` lists where the examples came from. What a
+            teacher says of each real token, if it is stored, is `(batch_size, num_tokens, k)`.
 
         Raises:
             ValueError: A text is shorter than 2 tokens or its loss mask is of another length.
@@ -113,6 +117,9 @@ class DataCollatorForPard(TrainerCallback):
         if room := -padded["input_ids"].shape[1] % self.multiple:
             for name, value in PADDING.items():
                 padded[name] = torch.nn.functional.pad(padded[name], (0, room), value=value)
+        for name in TOP_LOGITS if TOP_LOGITS[0] in examples[0] else ():
+            values = [torch.tensor(example[name]) for example in examples]
+            padded[name] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True)
         return {**padded, "sources": [example.get("source") for example in examples]}
 
     def rows_of(self, example: dict[str, Any]) -> dict[str, torch.Tensor]:

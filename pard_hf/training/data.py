@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..io import numbered_lines, parse_line, text_problem
 from ..tokens import Message, encode_prompt, next_prompt, turn_end_ids
+from .top_logits import TopLogits
 
 logger = logging.getLogger(__name__)
 
@@ -98,14 +99,23 @@ def row_problem(row: Any, fields: str = TRAINING) -> str | None:
     if not has_text and not has_messages:
         return f"it has {sorted(row)}"
     if "response_ids" not in row:
-        return None
+        return "it has `top_logits`, and no `response_ids` that they belong to" if "top_logits" in row else None
     answers = response_ids(row)
     num_answers = 1 if has_text else sum(message["role"] == "assistant" for message in messages or ())
     if not isinstance(answers, list) or not all(are_token_ids(answer) for answer in answers):
         return "its `response_ids` are no list of token ids, nor one list for each answer"
     if len(answers) != num_answers:
         return f"its `response_ids` are of {len(answers)} answers, and it has {num_answers}"
-    return None
+    return top_logits_problem(row, sum(map(len, answers))) if "top_logits" in row else None
+
+
+def top_logits_problem(row: dict[str, Any], num_tokens: int) -> str | None:
+    """Return what is wrong with what a row says of a teacher."""
+    try:
+        found = len(TopLogits.from_json(row["top_logits"]).ids)
+    except ValueError as error:
+        return str(error)
+    return None if found == num_tokens else f"its `top_logits` are of {found} tokens, its answers of {num_tokens}"
 
 
 def prompt_problem(row: dict[str, Any]) -> str | None:
@@ -148,11 +158,11 @@ def has_marks(tokenizer: PreTrainedTokenizerBase) -> bool:
     return ANSWER_MARK.search(str(tokenizer.chat_template)) is not None
 
 
-def encode_row(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> dict[str, list[int]]:
-    """Encode a training row: `input_ids` and `loss_mask`.
+def encode_row(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> dict[str, Any]:
+    """Encode a training row: `input_ids` and `loss_mask`; with `top_logits`, `top_ids` and `top_logprobs` too.
 
     The target's own `response_ids` are kept as they are: text that is encoded again may split words elsewhere, and an
-    answer that was cut short teaches no end token.
+    answer that was cut short teaches no end token. What a teacher says of them is `[num_tokens, k]`.
 
     Raises:
         ValueError: The row has `messages` and the tokenizer no chat template.
@@ -185,7 +195,10 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> dict[
         # A template that rewrites earlier turns (drops their thinking, say) leaves nothing of them to learn.
         kept = loss_mask if past[: len(before)] == before else []
         loss_mask = kept + [0] * (len(past) - len(kept)) + [1] * len(answer)
-    return {"input_ids": past + answer, "loss_mask": loss_mask}
+    if "top_logits" not in row:
+        return {"input_ids": past + answer, "loss_mask": loss_mask}
+    top_ids, top_logprobs = TopLogits.from_json(row["top_logits"]).at(loss_mask)
+    return {"input_ids": past + answer, "loss_mask": loss_mask, "top_ids": top_ids, "top_logprobs": top_logprobs}
 
 
 def encode_marked(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> dict[str, list[int]]:
@@ -219,7 +232,7 @@ class Encoded(NamedTuple):
     """What became of a row: an example to train on, or none because it is too long or has a `problem`."""
 
     source: str
-    example: dict[str, list[int]] | None
+    example: dict[str, Any] | None
     is_overlong: bool = False
     problem: str | None = None
 
@@ -293,7 +306,7 @@ def as_it_is(encoded: list[Encoded]) -> list[Encoded]:
 
 
 def check_example(
-    tokenizer: PreTrainedTokenizerBase, example: dict[str, list[int]], max_length: int, mask_token_id: int | None
+    tokenizer: PreTrainedTokenizerBase, example: dict[str, Any], max_length: int, mask_token_id: int | None
 ) -> None:
     """Raise a `ValueError` if an example contains the mask token or has nothing to learn."""
     ids, loss_mask = example["input_ids"], example["loss_mask"]

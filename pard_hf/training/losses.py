@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,8 +22,21 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 Correction = Callable[[torch.Tensor, slice], torch.Tensor]
 # From a slice of rows and their hidden states to the sum of their losses.
 ChunkLoss = Callable[[slice, torch.Tensor], torch.Tensor]
-# How far a draft is from its teacher in each row, `[num_rows]`: from both logits and a temperature.
-Divergence = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+# The least probability of all tokens that a teacher did not store: rounded ones may add up to more than 1.
+LEAST_REST = 1e-6
+
+
+class TopLogprobs(NamedTuple):
+    """The log-probabilities of a teacher's k most probable tokens in each row, `[num_rows, k]`, and their ids."""
+
+    ids: torch.Tensor
+    logprobs: torch.Tensor
+
+
+# How a teacher says what follows: by logits `[num_rows, vocab_size]`, or by what is stored of them.
+Teaching = torch.Tensor | TopLogprobs
+# How far a draft is from its teacher in each row, `[num_rows]`: from its logits, the teaching and a temperature.
+Divergence = Callable[[torch.Tensor, Teaching, float], torch.Tensor]
 
 
 def confidence_weights(gold_logprobs: torch.Tensor, anchors: torch.Tensor, depths: torch.Tensor) -> torch.Tensor:
@@ -39,7 +52,7 @@ def confidence_weights(gold_logprobs: torch.Tensor, anchors: torch.Tensor, depth
     return (total.gather(-1, end) - total.gather(-1, start)).exp().to(gold_logprobs.dtype)
 
 
-def divergence(logits: torch.Tensor, target_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+def divergence(logits: torch.Tensor, target_logits: Teaching, temperature: float = 1.0) -> torch.Tensor:
     """Compute the Kullback-Leibler divergence KL(p || q) of each row, `[num_rows]`, times the squared temperature.
 
     The factor keeps gradients of one size at any temperature, https://huggingface.co/papers/1503.02531.
@@ -48,15 +61,13 @@ def divergence(logits: torch.Tensor, target_logits: torch.Tensor, temperature: f
     return torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(dim=-1) * temperature**2
 
 
-def total_variation(logits: torch.Tensor, target_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+def total_variation(logits: torch.Tensor, target_logits: Teaching, temperature: float = 1.0) -> torch.Tensor:
     """Compute the total variation distance of p and q in each row, `[num_rows]`: one minus the acceptance."""
     q, p = logprobs_of(logits, target_logits, temperature)
     return (p.exp() - q.exp()).abs().sum(dim=-1) / 2
 
 
-def negative_log_acceptance(
-    logits: torch.Tensor, target_logits: torch.Tensor, temperature: float = 1.0
-) -> torch.Tensor:
+def negative_log_acceptance(logits: torch.Tensor, target_logits: Teaching, temperature: float = 1.0) -> torch.Tensor:
     """Compute -log of the acceptance of each row, `[num_rows]`.
 
     The acceptance, the probability that speculative sampling keeps a draw from q, is the sum of min(p, q) over the
@@ -68,12 +79,36 @@ def negative_log_acceptance(
 
 
 def logprobs_of(
-    logits: torch.Tensor, target_logits: torch.Tensor, temperature: float
+    logits: torch.Tensor, target_logits: Teaching, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return log q and log p; vocabularies that differ by padding are compared where both have ids."""
+    """Return log q and log p; vocabularies that differ by padding are compared where both have ids.
+
+    Of a teacher that stored its most probable tokens all others count as one. That is never farther than the whole
+    distributions are.
+    """
+    if isinstance(target_logits, TopLogprobs):
+        stored = logits.float().log_softmax(dim=-1).gather(-1, target_logits.ids)
+        return with_rest(stored), with_rest(target_logits.logprobs)
     width = min(logits.shape[-1], target_logits.shape[-1])
     q, p = ((one[..., :width].float() / temperature).log_softmax(dim=-1) for one in (logits, target_logits))
     return q, p
+
+
+def with_rest(logprobs: torch.Tensor) -> torch.Tensor:
+    """Append the log-probability of all other tokens to those of some, `[..., k]`."""
+    rest = (1 - logprobs.exp().sum(dim=-1, keepdim=True)).clamp(min=LEAST_REST)
+    return torch.cat([logprobs, rest.log()], dim=-1)
+
+
+def stored_gold_logprobs(top: TopLogprobs, ids: torch.Tensor) -> torch.Tensor:
+    """Look up log p of the tokens `ids` `[...]`: of one that is not stored, that of all others; 0 without a teacher.
+
+    Ids of `top` are negative where a token has no teacher.
+    """
+    is_gold = top.ids == ids.unsqueeze(-1)
+    found = (with_rest(top.logprobs)[..., :-1] * is_gold).sum(dim=-1)
+    others = torch.where(is_gold.any(dim=-1), found, with_rest(top.logprobs)[..., -1])
+    return torch.where(top.ids[..., 0] < 0, 0.0, others)
 
 
 # What each objective with a teacher adds to the cross-entropy.
@@ -109,7 +144,7 @@ def logits_loss(
     correction: torch.Tensor | None,
     labels: torch.Tensor,
     row_weights: torch.Tensor,
-    target_logits: torch.Tensor | None,
+    target_logits: Teaching | None,
     loss_weights: tuple[float, float],
     temperature: float,
     divergence_of: Divergence,
@@ -177,13 +212,14 @@ def row_loss(
     temperature: float = 1.0,
     correction: Correction | None = None,
     divergence_of: Divergence = divergence,
+    top: TopLogprobs | None = None,
 ) -> torch.Tensor:
     """Sum the weighted losses of labeled rows, a chunk at a time, each with its gradient.
 
     `hidden` is `[num_rows, hidden_size]`, `labels` and `row_weights` (1 by default) `[num_rows]`; `vocab_size` is that
     of the larger LM head, `parameters` are those of both heads. `target_index` `[num_rows]` is which of
     `target_hidden` `[num_positions, target_hidden_size]` predicts each row's token, since depths of one text share
-    them; without a target there is no divergence.
+    them; `top` is what is stored of a teacher in each row. Without either there is no divergence.
     """
     weights = torch.ones(len(labels), device=hidden.device) if row_weights is None else row_weights
     of_logits = logits_loss_on(hidden.device.type)
@@ -192,7 +228,7 @@ def row_loss(
         with without_cast_cache(chunk.device.type):
             logits = head(chunk)
             corrected = None if correction is None else correction(chunk, rows)
-        target_logits = None
+        target_logits: Teaching | None = None if top is None else TopLogprobs(top.ids[rows], top.logprobs[rows])
         if target_head is not None and target_hidden is not None and target_index is not None:
             with torch.no_grad():
                 target_logits = target_head(target_hidden[target_index[rows]]).to(logits.device)

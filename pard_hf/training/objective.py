@@ -12,7 +12,16 @@ from ..draft.vocabulary import head_of
 from ..generation.cache import attention_windows
 from ..host import input_device
 from .cod import attends, attention_mask
-from .losses import DIVERGENCES, Correction, confidence_weights, divergence, gold_logprobs, row_loss
+from .losses import (
+    DIVERGENCES,
+    Correction,
+    TopLogprobs,
+    confidence_weights,
+    divergence,
+    gold_logprobs,
+    row_loss,
+    stored_gold_logprobs,
+)
 from .settings import ObjectiveName, check_ranges, objective_weights
 
 ATTENTIONS = ("sdpa", "eager", "flex_attention")
@@ -89,8 +98,8 @@ class Objective:
     `"ce"` is cross-entropy (PARD), `"kd"` adds the divergence from the target's distribution, and `"cat"` weights both
     in each row by the probability that a block gets that far (PARD-2, target-independent). `"tv"` and `"lk"` add the
     total variation (DSpark) or -log of the acceptance instead. `depth_decay` weighs rows at depth d by e^(-d/γ), as
-    DFlash does. The target, with the draft's tokenizer, is never trained; the default weights are those of
-    `objective_weights`.
+    DFlash does. The target, with the draft's tokenizer, is never trained; with `is_stored` batches hold what it said,
+    and none runs. The default weights are those of `objective_weights`.
     """
 
     name: str = "ce"
@@ -99,6 +108,7 @@ class Objective:
     temperature: float = 1.0
     target: PreTrainedModel | None = None
     depth_decay: float | None = None
+    is_stored: bool = False
 
     def __post_init__(self) -> None:
         check_ranges({"depth_decay": self.depth_decay})
@@ -106,8 +116,16 @@ class Objective:
             raise ValueError(
                 f"Expected the objective to be one of {', '.join(get_args(ObjectiveName))}, got {self.name!r}."
             )
-        if self.name != "ce" and self.target is None:
-            raise ValueError(f"Expected a target for the objective {self.name!r}, got none. Name the target model.")
+        if self.name != "ce" and self.target is None and not self.is_stored:
+            raise ValueError(
+                f"Expected a target for the objective {self.name!r}, got none. Name the target model, or train on "
+                "answers that `pard data --top-logits` wrote."
+            )
+        if self.is_stored and self.temperature != 1:
+            raise ValueError(
+                f"Expected a distillation temperature of 1 with stored `top_logits`, got {self.temperature}: other "
+                "temperatures need the whole distribution. Train on rows without them, with a target."
+            )
         self.weights = objective_weights(
             self.name, self.cross_entropy_weight, self.divergence_weight, self.temperature
         )
@@ -127,9 +145,10 @@ class Objective:
             position_ids=batch["position_ids"],
             use_cache=False,
         ).last_hidden_state
-        teacher = self.teacher(batch, is_label) if self.target is not None and self.name != "ce" else {}
+        teacher = {} if self.name == "ce" else self.stored(batch, is_label) or self.teacher(batch, is_label)
         row_weights = self.row_weights(batch["depths"][is_label], teacher.pop("row_weights", None))
-        sizes = [model.config.get_text_config().vocab_size for model in (draft, self.target) if model is not None]
+        target = self.target if "target_head" in teacher else None
+        sizes = [model.config.get_text_config().vocab_size for model in (draft, target) if model is not None]
         total = row_loss(
             head_of(draft), hidden[is_label], batch["labels"][is_label], max(sizes), head_parameters(draft),
             loss_weights=self.weights, temperature=self.temperature, correction=correction_of(draft, batch, is_label),
@@ -143,6 +162,21 @@ class Objective:
             return confidence
         decayed = (-depths.float() / self.depth_decay).exp()
         return decayed if confidence is None else confidence * decayed
+
+    @torch.no_grad()
+    def stored(self, batch: dict[str, Any], is_label: torch.Tensor) -> dict[str, Any]:
+        """Return what `teacher` does, by what a batch stores of one; nothing if it does not."""
+        if not self.is_stored:
+            return {}
+        ids, logprobs = batch["top_ids"].long(), batch["top_logprobs"].float()
+        examples = torch.arange(len(ids), device=ids.device).unsqueeze(1).expand_as(is_label)[is_label]
+        predicted = (batch["anchors"] + batch["depths"] + 1)[is_label]
+        arguments: dict[str, Any] = {"top": TopLogprobs(ids[examples, predicted], logprobs[examples, predicted])}
+        if self.name != "cat":
+            return arguments
+        gold = stored_gold_logprobs(TopLogprobs(ids, logprobs), batch["input_ids"][:, : ids.shape[1]])
+        weights = confidence_weights(gold, batch["anchors"], batch["depths"])
+        return {**arguments, "row_weights": weights[is_label]}
 
     @torch.no_grad()
     def teacher(self, batch: dict[str, Any], is_label: torch.Tensor) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from ..loading import bundled_pair
 from ..tokens import Message, encode_prompt, next_prompt, pad_left, until_end
 from .data import PROMPTS, check_rows, given_messages, read_rows, response_ids, skip_or_raise
 from .endpoint import Endpoint
+from .top_logits import TopLogits, top_logits_of
 
 # Settings of a checkpoint that change its answers.
 OWN_SETTINGS = (
@@ -48,9 +49,10 @@ class AnswerSettings:
     max_new_tokens: int = 512
     num_samples: int = 1  # Answers to each prompt.
     seed: int = 0
+    top_logits: int = 0  # Most probable tokens of the target that are stored at each token, for training.
 
     def __post_init__(self) -> None:
-        for name, least in (("temperature", 0), ("max_new_tokens", 1), ("num_samples", 1)):
+        for name, least in (("temperature", 0), ("max_new_tokens", 1), ("num_samples", 1), ("top_logits", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"Expected `{name}` of at least {least}, got {getattr(self, name)}.")
         if not 0 < self.top_p <= 1:
@@ -114,6 +116,7 @@ class Sample:
     prompt: list[int]
     messages: list[Message] = field(default_factory=list)
     answers: list[list[int]] = field(default_factory=list)
+    top_logits: list[TopLogits] = field(default_factory=list)
 
     @property
     def is_finished(self) -> bool:
@@ -121,6 +124,8 @@ class Sample:
 
     def to_row(self) -> dict[str, Any]:
         row: dict[str, Any] = {"id": self.conversation.id, "sample": self.number}
+        if self.top_logits:
+            row["top_logits"] = TopLogits.joined(self.top_logits).to_json()
         if len(self.conversation.turns) == len(self.conversation.turns[0]) == 1:
             prompt, response = (message["content"] for message in self.messages)
             return {**row, "prompt": prompt, "response": response, "response_ids": self.answers[0]}
@@ -162,7 +167,7 @@ class ResponseGenerator:
         return {
             "target": model_name(self.target),
             "settings": {
-                **asdict(self.settings),
+                **{name: value for name, value in asdict(self.settings).items() if value or name != "top_logits"},
                 "dtype": str(self.target.dtype).removeprefix("torch."),
                 "generation_config": {name: own[name] for name in OWN_SETTINGS if name in own},
                 "chat_template_sha256": digest_of(self.tokenizer.chat_template),
@@ -197,13 +202,25 @@ class ResponseGenerator:
     def answer(self, batch: Sequence[Sample]) -> None:
         """Answer the turns of a batch one after the other, each sample's as long as it has room."""
         while asked := [sample for sample in batch if not sample.is_finished and self.has_room(sample)]:
-            for sample, answer in zip(asked, self.generate(asked), strict=True):
+            answers = self.generate(asked)
+            for sample, top_logits in zip(asked, self.top_logits(asked, answers), strict=False):
+                sample.top_logits.append(top_logits)
+            for sample, answer in zip(asked, answers, strict=True):
                 turns, content = sample.conversation.turns, self.tokenizer.decode(answer, skip_special_tokens=True)
                 sample.messages += [*turns[len(sample.answers)], {"role": "assistant", "content": content}]
                 sample.answers.append(answer)
                 if not sample.is_finished:
                     messages = [*sample.messages, *turns[len(sample.answers)]]
                     sample.prompt = next_prompt(self.tokenizer, messages, sample.prompt, answer)
+
+    def top_logits(self, samples: Sequence[Sample], answers: Sequence[list[int]]) -> list[TopLogits]:
+        """Return what the target says of each answer, if that is stored."""
+        if not self.settings.top_logits:
+            return []
+        # Rows of a vocabulary that were added as padding are no tokens.
+        num_ids = min(len(self.tokenizer), self.target.config.get_text_config().vocab_size)
+        prompts = [sample.prompt for sample in samples]
+        return top_logits_of(self.target, prompts, answers, min(self.settings.top_logits, num_ids), num_ids)
 
     def seed_of(self, samples: Sequence[Sample]) -> int:
         """Return a seed that follows from what the batch holds, so that the order of batches does not change it."""
@@ -453,6 +470,8 @@ def write_answers(
         raise ValueError(f"Expected `batch_size` of at least 1, got {batch_size}.")
     if endpoint is not None and draft is not None:
         raise ValueError("Expected no draft with an endpoint, got one. Serve the target with it (`docs/serving.md`).")
+    if endpoint is not None and settings.get("top_logits"):
+        raise ValueError("Expected no `top_logits` with an endpoint, whose logits stay there. Leave one of them out.")
     generator = ResponseGenerator(target, tokenizer, AnswerSettings(**settings), draft, num_assistant_tokens)
     if endpoint is not None:
         generator = ServedGenerator(target, tokenizer, AnswerSettings(**settings), endpoint=endpoint)

@@ -211,8 +211,6 @@ class TrainingSettings(MethodSettings):
             raise ValueError(
                 f"Expected an `--output` beside the base model, got `{self.output}` for both. Name another folder."
             )
-        if self.objective != "ce" and self.target is None:
-            raise ValueError(f"Expected a target for the objective {self.objective!r}, got none. Name it: `--target`.")
         if self.eval_prompts and self.target is None:
             raise ValueError("Expected a target that evaluations decode with, got none. Name it with `--target`.")
         evaluations = (self.eval_steps, self.training_arguments.get("eval_steps"), self.early_stopping_patience)

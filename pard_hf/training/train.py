@@ -69,6 +69,7 @@ def train_draft(
     tokenizer = load_tokenizer(settings)
     check_base(settings, configs[0], tokenizer)
     check_template(tokenizer)
+    has_stored = check_teacher(settings)
     warn_of_dropped_addons(settings)
     mask_token_id = mask_token_of(settings, configs, tokenizer)
     make_evaluator = None
@@ -78,7 +79,7 @@ def train_draft(
     counts = {"num_rows": rows.num_texts, "num_tokens": rows.num_tokens}
     draft = load_base(settings, mask_token_id, args.correction_head is not None)
     target = None
-    if settings.target and (make_evaluator or args.objective != "ce"):
+    if settings.target and (make_evaluator or args.objective != "ce" and not has_stored):
         dtype = settings.target_dtype or ("float32" if args.device.type == "cpu" else "auto")
         target = AutoModelForCausalLM.from_pretrained(settings.target, dtype=dtype, use_safetensors=True)
     evaluator = make_evaluator(target) if make_evaluator else None
@@ -261,6 +262,20 @@ def check_template(tokenizer: Any) -> None:
             f"Expected a chat template with the same prompt before an answer, got {before!r} and {whole!r}: where the "
             f"answer begins cannot be told. {remedy}"
         )
+
+
+def check_teacher(settings: TrainingSettings) -> bool:
+    """Return whether the rows hold what a teacher said; raise a `ValueError` where the objective would have none."""
+    first: dict[str, Any] = next((row for path in settings.data for row in read_rows(path, True)), {})
+    has_stored = "top_logits" in first and settings.objective != "ce"
+    if settings.objective != "ce" and settings.target is None and not has_stored:
+        raise ValueError(
+            f"Expected a target for the objective {settings.objective!r}, got none. Name it with `--target`, or train "
+            "on answers that `pard data --top-logits` wrote."
+        )
+    if has_stored:
+        logger.warning("The teacher is what the rows hold of it: no target runs in the steps.")
+    return has_stored
 
 
 def warn_of_dropped_addons(settings: TrainingSettings) -> None:

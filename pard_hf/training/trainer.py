@@ -84,7 +84,7 @@ class PardTrainer(Trainer):
         model ([`PardDraftModel`]):
             The draft; `PardDraftModel.from_causal_lm` makes one of any small causal LM.
         target ([`PreTrainedModel`], *optional*):
-            The teacher, for all objectives but `"ce"`.
+            The teacher, for all objectives but `"ce"`, unless rows hold what it said (`pard data --top-logits`).
         evaluator (`Callable`, *optional*):
             Such as an [`AcceptanceEvaluator`]: called with the draft and the share `(i, n)` of the prompts that
             process i of n decodes, returns [`DecodingStats`] of each prompt set.
@@ -119,9 +119,11 @@ class PardTrainer(Trainer):
         check_loadable(model)
         set_seed(args.seed)  # The correction head is initialized before `Trainer` sets the seed.
         prepare_trained(model, args)
+        example: dict[str, Any] = next(iter(kwargs.get("train_dataset") or ()), {})
+        is_stored = "top_ids" in example and args.objective != "ce"
         self.objective = Objective(
             args.objective, args.cross_entropy_weight, args.divergence_weight, args.distillation_temperature, target,
-            args.depth_decay,
+            args.depth_decay, is_stored,
         )  # fmt: skip
         if "data_collator" not in kwargs:
             seed = args.seed if args.data_seed is None else args.data_seed
@@ -130,9 +132,9 @@ class PardTrainer(Trainer):
             kwargs["data_collator"] = DataCollatorForPard(model.mask_token_id, *method, seed, multiple)
         check_attention(model, device=args.device)
         check_head(model)
-        if target is not None and args.objective != "ce":
+        if target is not None and args.objective != "ce" and not is_stored:
             check_head(target.eval().requires_grad_(False))
-            if "text_lengths" in next(iter(kwargs.get("train_dataset") or ()), {}):
+            if "text_lengths" in example:
                 check_attention(target, is_teacher=True)
         # `Trainer` requires a data set wherever it evaluates; the evaluator has its own.
         super().__init__(model, args, eval_dataset=() if evaluator else None, **kwargs)
