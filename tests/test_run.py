@@ -23,6 +23,7 @@ from pard_hf.cli import main
 pytest.importorskip("accelerate")
 from pard_hf.hub.model_card import draft_card
 from pard_hf.training.data import tokenize_rows
+from pard_hf.training.responses import write_answers
 from pard_hf.training.settings import TrainingSettings
 from pard_hf.training.token_file import TokenFile, write_token_file
 from pard_hf.training.train import train_draft
@@ -83,6 +84,19 @@ def test_large_files_are_tokenized_in_processes(base, data, tmp_path, monkeypatc
 
     assert counts == [0, 2, 1]
     assert files[0] == files[1] == files[2]
+
+
+def test_answers_with_their_teacher_need_no_target(base, bundled_like_tokenizer, tmp_path, caplog):
+    answers, target = tmp_path / "answers.jsonl", make_model("llama", seed=1)
+    prompts = [{"prompt": chr(97 + n)} for n in range(8)]
+    write_answers(target, bundled_like_tokenizer, prompts, answers, max_new_tokens=9, top_logits=4)
+
+    draft = train(base, answers, tmp_path / "out", objective="kd", pack=True)
+
+    assert "no target runs in the steps" in caplog.text
+    assert not torch.equal(weights(draft)["lm_head.weight"], weights(base)["lm_head.weight"])
+    with pytest.raises(ValueError, match="temperature of 1 with stored"):
+        train(base, answers, tmp_path / "warm", objective="kd", distillation_temperature=2.0)
 
 
 def test_what_decides_how_a_run_learns_is_logged(base, data, tmp_path, caplog):
