@@ -31,10 +31,11 @@ from transformers.cache_utils import (
 
 from ..host import EMPTY_LAYERS, PLAIN_LAYERS, cache_layers, cached_columns, uses_attention_interface
 from .cache import SlotCache, SlotLayer, Slots
+from .recurrences import Advance, delta_rule, state_space
 
 STATE_LAYERS = (LinearAttentionLayer, LinearAttentionAndFullAttentionLayer)
-# A recurrence over fewer tokens is computed token by token, as plain `generate` does: chunks are as long as this many.
-SHORTEST_CHUNK = 16
+# Most tokens that a recurrence computes without chunks, with weights for each pair.
+FEW_TOKENS = 32
 
 
 class Kernel(NamedTuple):
@@ -45,8 +46,8 @@ class Kernel(NamedTuple):
     switches: tuple[str, ...]
     initial_state: str
     asks_for_state: str
-    # The function for few tokens, in the same module and with the same arguments.
-    token_by_token: str | None = None
+    # What computes it over few tokens from a state, with the state after any first ones.
+    over_few: Callable[[dict[str, Any], torch.Tensor | None], tuple[torch.Tensor, Advance]]
     # What makes the switches of the arguments, given how many of the tokens are the prompt's.
     prepare: Callable[[dict[str, Any], int], dict[str, Any]] | None = None
 
@@ -71,16 +72,18 @@ DELTA_RULE = Kernel(
     switches=("g", "beta"),
     initial_state="initial_state",
     asks_for_state="output_final_state",
+    over_few=delta_rule,
 )
 # By the name in the families' modules.
 KERNELS = {
-    "torch_chunk_gated_delta_rule": DELTA_RULE._replace(token_by_token="torch_recurrent_gated_delta_rule"),
-    "chunk_kimi_delta_attention": DELTA_RULE._replace(token_by_token="recurrent_kimi_delta_attention"),
+    "torch_chunk_gated_delta_rule": DELTA_RULE,
+    "chunk_kimi_delta_attention": DELTA_RULE,
     "mamba2_chunk_scan": Kernel(
         inputs=("hidden_states", "dt", "B", "C"),
         switches=("dt",),
         initial_state="initial_states",
         asks_for_state="return_final_states",
+        over_few=state_space,
         prepare=step_sizes,
     ),
 }
@@ -122,7 +125,7 @@ class StateLayer(LinearAttentionCacheLayerMixin):
         # Of the last forward: inputs of the convolution behind its state, and where the state ends in each row.
         self.window: tuple[torch.Tensor, torch.Tensor] | None = None
         # Of the last forward: the recurrence as a function of which tokens enter and where it starts.
-        self.advance: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self.advance: Advance | None = None
         self.block: Block | None = None
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
@@ -154,8 +157,10 @@ class StateLayer(LinearAttentionCacheLayerMixin):
             raise NotImplementedError("Expected a recurrence that can be computed again")
         return recurrent_states
 
-    def run(self, kernel: Kernel, function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[torch.Tensor, Any]:
-        """Compute a recurrence from our state, and keep the inputs of the tokens that may go."""
+    def run(
+        self, kernel: Kernel, function: Callable[..., Any], arguments: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Compute a recurrence from our state, and keep what the tokens that may go would add to it."""
         assert self.block is not None
         num_sure, outputs = self.block.num_sure, []
         is_text = (self.block.positions >= 0).to(arguments[kernel.inputs[0]].device)
@@ -163,12 +168,12 @@ class StateLayer(LinearAttentionCacheLayerMixin):
             arguments = kernel.prepare(arguments, self.block.num_prompt)
         arguments = turned_off(kernel, arguments, is_text)
         if num_sure:
-            output, self.recurrent = computed(kernel, function, sliced(kernel, arguments, 0, num_sure), self.recurrent)
+            sure_tokens = sliced(kernel, arguments, 0, num_sure)
+            output, advance = computed(kernel, function, sure_tokens, self.recurrent)
+            self.recurrent = advance(torch.ones_like(is_text[:, :num_sure]))
             outputs.append(output)
-        open_tokens = sliced(kernel, arguments, num_sure, None)
-        output, final = computed(kernel, function, open_tokens, self.recurrent)
-        self.advance = functools.partial(advanced, kernel, function, open_tokens, self.recurrent)
-        return torch.cat([*outputs, output], dim=1), final
+        output, self.advance = computed(kernel, function, sliced(kernel, arguments, num_sure, None), self.recurrent)
+        return torch.cat([*outputs, output], dim=1), self.recurrent
 
     def commit(self, enters: torch.Tensor) -> None:
         """Advance the states over those open tokens that `enters` `[B, num_open]` names, first ones of each row."""
@@ -324,8 +329,8 @@ def select_columns(states: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 
 
 def sliced(kernel: Kernel, arguments: dict[str, Any], start: int, stop: int | None) -> dict[str, Any]:
-    """Select tokens from the inputs of a kernel; copies, as inputs are parts of larger tensors."""
-    return arguments | {name: arguments[name][:, start:stop].clone() for name in kernel.inputs}
+    """Select tokens from the inputs of a kernel."""
+    return arguments | {name: arguments[name][:, start:stop] for name in kernel.inputs}
 
 
 def turned_off(kernel: Kernel, arguments: dict[str, Any], enters: torch.Tensor) -> dict[str, Any]:
@@ -337,35 +342,23 @@ def turned_off(kernel: Kernel, arguments: dict[str, Any], enters: torch.Tensor) 
 
 def computed(
     kernel: Kernel, function: Callable[..., Any], arguments: dict[str, Any], initial: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute a recurrence: outputs of its tokens and the state after them."""
-    output, final = function(**arguments, **{kernel.initial_state: initial, kernel.asks_for_state: True})
-    return output, final
+) -> tuple[torch.Tensor, Advance]:
+    """Compute a recurrence: outputs of its tokens, and the state after any first ones."""
+    if arguments[kernel.inputs[0]].shape[1] <= FEW_TOKENS:
+        return kernel.over_few(arguments, initial)
+    asked = {kernel.initial_state: initial, kernel.asks_for_state: True}
+    output, final = function(**arguments, **asked)
+
+    def advance(enters: torch.Tensor) -> torch.Tensor:
+        entered = turned_off(kernel, arguments, enters.to(final.device))
+        return final if enters.all() else function(**entered, **asked)[1]
+
+    return output, advance
 
 
-def advanced(
-    kernel: Kernel,
-    function: Callable[..., Any],
-    arguments: dict[str, Any],
-    initial: torch.Tensor | None,
-    enters: torch.Tensor,
-) -> torch.Tensor:
-    """Compute the state after those tokens that enter, by `enters` `[B, n]`."""
-    enters = enters.to(arguments[kernel.inputs[0]].device)
-    return computed(kernel, function, turned_off(kernel, arguments, enters), initial)[1]
-
-
-def recording_version(name: str, function: Callable[..., Any], module: dict[str, Any]) -> Callable[..., Any]:
+def recording_version(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a kernel: inside [`recording`] it computes from the state of the layer that asked for it."""
     kernel, signature = KERNELS[name], inspect.signature(function)
-
-    def compute(**arguments: Any) -> Any:
-        """Compute over few tokens one by one, or in chunks that are not mostly padding."""
-        num_tokens = arguments[kernel.inputs[0]].shape[1]
-        if kernel.token_by_token is None:
-            shortest = max(SHORTEST_CHUNK, 1 << (num_tokens - 1).bit_length())
-            return function(**arguments | {"chunk_size": min(arguments["chunk_size"], shortest)})
-        return (module[kernel.token_by_token] if num_tokens <= SHORTEST_CHUNK else function)(**arguments)
 
     @functools.wraps(function)
     def recording_kernel(*args: Any, **kwargs: Any) -> Any:
@@ -377,7 +370,7 @@ def recording_version(name: str, function: Callable[..., Any], module: dict[str,
         arguments = {**bound, **bound.pop("kwargs", {})}
         for name in (kernel.initial_state, kernel.asks_for_state):
             arguments.pop(name, None)
-        return layer.run(kernel, compute, arguments)
+        return layer.run(kernel, function, arguments)
 
     recording_kernel.records = True  # type: ignore[attr-defined]
     return recording_kernel
@@ -389,7 +382,7 @@ def install(model: PreTrainedModel) -> None:
         names = inspect.unwrap(owner.forward).__globals__
         for name in KERNELS.keys() & names.keys():
             if not hasattr(names[name], "records"):
-                names[name] = recording_version(name, names[name], names)
+                names[name] = recording_version(name, names[name])
 
 
 @contextmanager
