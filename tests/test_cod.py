@@ -36,6 +36,33 @@ def test_each_depth_keeps_its_share():
     assert (depths == 0).sum() == 101
 
 
+def test_anchors_are_bounded():
+    anchors, depths = rows_of([1] * 101, num_draft_tokens=8, max_anchors=30)
+
+    assert len(set(anchors[depths > 0].tolist())) == 30
+    for depth in range(1, 8):
+        assert (depths == depth).sum() == min(round((101 - depth - 1) * max(0.7**depth, 0.2)), 30)
+    assert (depths == 0).sum() == 101
+
+
+def test_rows_that_attend_to_the_same_stand_together():
+    """Blocks of 128 columns that no row of a block attends to are skipped; depth by depth, most would be attended to."""
+    length = 1024
+    batch = DataCollatorForPard(MASK, multiple=128)([{"input_ids": list(range(length))}])
+    anchors, depths, starts = (batch[name] for name in ("anchors", "depths", "starts"))
+    by_depth = (depths * length + anchors + (depths < 1) * -length).argsort(-1)
+
+    def attended(order):
+        rows = [values.gather(1, order) for values in (anchors, depths, starts)]
+        mask = attention_mask(*rows)[0]
+        blocks = mask.unflatten(1, (-1, 128)).any(-1).unflatten(0, (-1, 128)).any(1)
+        return blocks.float().mean().item()
+
+    as_they_stand = torch.arange(anchors.shape[1])[None]
+    assert attended(as_they_stand) < 0.75 * attended(by_depth)
+    assert (depths[0, :length] == 0).all()
+
+
 def test_nothing_is_dropped_at_rate_one():
     anchors, depths = rows_of([1] * 6, retention_rate=1.0)
 

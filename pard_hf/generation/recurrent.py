@@ -6,10 +6,10 @@ advances over the row's own tokens ([`HybridCache.commit`]): a round is one targ
 
 The families' code is used as it is. Convolutions pass their inputs to the cache. Recurrences pass it the last state
 only, so the functions that compute them ([`KERNELS`]) are wrapped in the modules of a family when a cache is first
-made for one of its models: inside [`recording`] they start from our state and keep their inputs, elsewhere they are
-what they were. Tokens that are not to enter a state, padding and rejected ones, are turned off in the inputs: a decay
-of 1 and an update of 0. To the layers a cache never has a state, so that they always take their path for several
-tokens.
+made for one of its models: inside [`recording`] they start from our state, compute the few tokens of a round by
+[`recurrences`], and keep what may enter; elsewhere they are what they were. Tokens that are not to enter a state,
+padding and rejected ones, are turned off in the inputs: a decay of 1 and an update of 0. To the layers a cache never
+has a state, so that they always take their path for several tokens.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class StateLayer(LinearAttentionCacheLayerMixin):
         self.recurrent: torch.Tensor | None = None
         # Of the last forward: inputs of the convolution behind its state, and where the state ends in each row.
         self.window: tuple[torch.Tensor, torch.Tensor] | None = None
-        # Of the last forward: the recurrence as a function of which tokens enter and where it starts.
+        # Of the last forward: the state of the recurrence as a function of which open tokens enter.
         self.advance: Advance | None = None
         self.block: Block | None = None
 
@@ -343,7 +343,7 @@ def turned_off(kernel: Kernel, arguments: dict[str, Any], enters: torch.Tensor) 
 def computed(
     kernel: Kernel, function: Callable[..., Any], arguments: dict[str, Any], initial: torch.Tensor | None
 ) -> tuple[torch.Tensor, Advance]:
-    """Compute a recurrence: outputs of its tokens, and the state after any first ones."""
+    """Compute a recurrence: outputs of its tokens, and the state after any first ones; of many by the family's own."""
     if arguments[kernel.inputs[0]].shape[1] <= FEW_TOKENS:
         return kernel.over_few(arguments, initial)
     asked = {kernel.initial_state: initial, kernel.asks_for_state: True}

@@ -19,10 +19,12 @@ def keep_rows(
     retention_rate: float,
     min_retention_rate: float,
     generator: torch.Generator | None = None,
+    max_anchors: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose the training rows of one text: depths 0 … K_train - 1, `max(r ** d, r_min)` of the labels at depth d.
 
-    `is_label` `[length]` tells which tokens are learned; entry 0 is ignored, since no token precedes it.
+    `is_label` `[length]` tells which tokens are learned; entry 0 is ignored, since no token precedes it. With
+    `max_anchors` at most so many anchors have mask rows, which bounds the rows of a long text.
 
     Returns:
         Anchors and depths, `[num_rows]` each: every real token in order (depth 0, with or without a label, since
@@ -37,7 +39,7 @@ def keep_rows(
         chain = chain[chain + depth + 1 < length]
         chain = chain[is_label[chain + depth + 1]]
         num_all = int(is_label[depth + 1 :].sum())
-        chain = chain[: round(num_all * max(retention_rate**depth, min_retention_rate))]
+        chain = chain[: round(num_all * max(retention_rate**depth, min_retention_rate))][:max_anchors]
         anchors.append(chain.sort().values)
         depths.append(torch.full((len(chain),), depth))
     return torch.cat(anchors), torch.cat(depths)

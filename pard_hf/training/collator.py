@@ -72,6 +72,8 @@ class DataCollatorForPard(TrainerCallback):
             Seed, epoch and text decide which rows are dropped, in a resumed run and on more devices, too.
         multiple (`int`, *optional*, defaults to 1):
             The number of rows is padded to a multiple of this.
+        max_anchors (`int`, *optional*):
+            Most anchors of a text that have mask rows.
     """
 
     mask_token_id: int
@@ -80,6 +82,7 @@ class DataCollatorForPard(TrainerCallback):
     min_retention_rate: float = MethodSettings.min_retention_rate
     seed: int = 0
     multiple: int = 1
+    max_anchors: int | None = None
 
     def __post_init__(self) -> None:
         # Shared memory: workers that outlive an epoch must see the next one begin.
@@ -136,8 +139,9 @@ class DataCollatorForPard(TrainerCallback):
             for start, length in zip(accumulate(lengths, initial=0), lengths, strict=False)
         ]
         joined = {name: torch.cat([text[name] for text in texts]) for name in PADDING}
-        # Stable: real tokens stay in order and come first, where the teacher reads them.
-        order = (joined["depths"] > 0).long().argsort(stable=True)
+        # Real tokens come first, in order, where the teacher reads them; then mask rows by anchor, so that rows that
+        # attend to the same stand together, as attention in blocks wants them.
+        order = (joined["anchors"] + len(ids) * (joined["depths"] > 0)).argsort(stable=True)
         return {name: values[order] for name, values in joined.items()}
 
     def rows_of_text(self, token_ids: list[int], loss_mask: list[int], start: int) -> dict[str, torch.Tensor]:
@@ -146,6 +150,6 @@ class DataCollatorForPard(TrainerCallback):
         seed = crc32(ids.numpy().tobytes(), crc32(f"{self.seed} {self.epoch}".encode()))
         generator = torch.Generator().manual_seed(seed)
         settings = (self.num_draft_tokens, self.retention_rate, self.min_retention_rate)
-        anchors, depths = keep_rows(is_label, *settings, generator)
+        anchors, depths = keep_rows(is_label, *settings, generator, self.max_anchors)
         rows = build_rows(ids, is_label, anchors, depths, self.mask_token_id)
         return {**rows, "anchors": anchors + start, "depths": depths, "starts": torch.full_like(anchors, start)}

@@ -17,7 +17,8 @@ RATES = ("retention_rate", "min_retention_rate")
 POSITIVE = ("depth_decay", "max_minutes")
 # Settings that are at least 1 where they are given.
 COUNTS = (
-    "num_draft_tokens", "correction_head_rank", "max_length", "eval_steps", "eval_limit", "eval_batch_size",
+    "num_draft_tokens", "max_anchors", "correction_head_rank", "max_length", "eval_steps", "eval_limit",
+    "eval_batch_size",
     "eval_max_new_tokens", "num_assistant_tokens", "batch_size", "gradient_accumulation_steps", "save_steps",
 )  # fmt: skip
 
@@ -36,6 +37,7 @@ class MethodSettings:
     num_draft_tokens: int = setting(8, "K_train, the depths that are trained; at inference K may be larger")
     retention_rate: float = setting(0.7, "r of COD: depth d keeps max(r^d, r_min) of its rows; 1 drops nothing")
     min_retention_rate: float = setting(0.2, "r_min of COD, the smallest share that a depth keeps")
+    max_anchors: int | None = setting(None, "most anchors of a text with mask rows, which bounds those of long ones")
     objective: ObjectiveName = setting(
         "ce",
         "cross-entropy (ce), with the target's distribution by KL divergence (kd), the same weighted by confidence "

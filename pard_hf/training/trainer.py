@@ -129,7 +129,8 @@ class PardTrainer(Trainer):
             seed = args.seed if args.data_seed is None else args.data_seed
             method = (args.num_draft_tokens, args.retention_rate, args.min_retention_rate)
             multiple = CUDA_ROW_MULTIPLE if args.device.type == "cuda" else 1
-            kwargs["data_collator"] = DataCollatorForPard(model.mask_token_id, *method, seed, multiple)
+            settings = (*method, seed, multiple, args.max_anchors)
+            kwargs["data_collator"] = DataCollatorForPard(model.mask_token_id, *settings)
         check_attention(model, device=args.device)
         check_head(model)
         if target is not None and args.objective != "ce" and not is_stored:
