@@ -46,7 +46,7 @@ def test_anchors_are_bounded():
 
 
 def test_rows_that_attend_to_the_same_stand_together():
-    """Blocks of 128 columns that no row of a block attends to are skipped; depth by depth, most would be attended to."""
+    """Blocks of 128 columns that no row of a block attends to are skipped; depth by depth, there are few."""
     length = 1024
     batch = DataCollatorForPard(MASK, multiple=128)([{"input_ids": list(range(length))}])
     anchors, depths, starts = (batch[name] for name in ("anchors", "depths", "starts"))

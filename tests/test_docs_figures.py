@@ -228,6 +228,24 @@ def rows_of_engines():
             yield row(file.stem.removeprefix("engines_"), f"`{name}`", number, *percent, theirs, own)
 
 
+def rows_of_training_rows():
+    starts = {(found["num_rows"], found["way"]): found for found in result("training_rows")["starts"]}
+    for num_rows in sorted({key[0] for key in starts}):
+        ways = [starts[num_rows, way] for way in ("one process", "all cores", "second start")]
+        seconds = (f"{way['seconds']:.2f}" if way["seconds"] < 1 else f"{way['seconds']:.0f}" for way in ways)
+        memory = (f"{way['memory_bytes'] / 1e6:.0f}" for way in ways[:2])
+        yield row(f"{num_rows:,}", f"{ways[0]['num_tokens'] / 1e6:.0f}", *seconds, *memory)
+
+
+def rows_of_objectives():
+    """Means over seeds, with the least and the largest."""
+    runs = result("adaptation_seeds")["runs"]
+    for objective in dict.fromkeys(run["objective"] for run in runs):
+        found = [run["points"][-1]["acceptance_length"] for run in runs if run["objective"] == objective]
+        lengths = [[lengths[f"bundled_{name}"] for lengths in found] for name in SETS]
+        yield row(f"`{objective}`", *(f"{sum(of) / len(of):.2f} ({min(of):.2f} to {max(of):.2f})" for of in lengths))
+
+
 def rows_published():
     targets = (("Llama 3.1 8B", "A100"), ("Llama 3.3 70B", "H20"), ("Qwen3 8B", "A100"))
     figures = [figure for part in PUBLISHED.values() for figure in part if "V1 engine" in figure["engine"]]
@@ -256,6 +274,7 @@ TABLES = {
     rows_of_copied_shares: "docs/sources.md",
     rows_of_h100: "docs/sources.md",
     rows_of_engines: "docs/serving.md",
+    rows_of_training_rows: "benchmarks/README.md",
     rows_published: "docs/limits.md",
 }
 

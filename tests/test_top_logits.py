@@ -115,6 +115,16 @@ def test_broken_teachers_are_named(bundled_like_tokenizer, tmp_path, change, pro
         list(tokenize_rows(bundled_like_tokenizer, read_rows(file), 64))
 
 
+def test_a_file_has_one_kind_of_rows(tiny_target, bundled_like_tokenizer, tmp_path):
+    for before, now in ((2, 0), (0, 2)):
+        out = tmp_path / f"{before}.jsonl"
+        write_answers(tiny_target, bundled_like_tokenizer, [{"prompt": "a"}], out, max_new_tokens=2, top_logits=before)
+        with pytest.raises(ValueError, match=f"`top_logits` was {before or None} and is {now or None}"):
+            write_answers(
+                tiny_target, bundled_like_tokenizer, [{"prompt": "b"}], out, max_new_tokens=2, top_logits=now
+            )
+
+
 def test_what_needs_the_whole_distribution_is_refused(tiny_target, bundled_like_tokenizer, tmp_path):
     with pytest.raises(ValueError, match="temperature of 1 with stored"):
         Objective("kd", temperature=2.0, is_stored=True)

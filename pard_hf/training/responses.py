@@ -163,11 +163,13 @@ class ResponseGenerator:
 
     def identity(self) -> dict[str, Any]:
         """Return what the answers depend on, which does not include the draft."""
-        own = self.target.generation_config.to_diff_dict()
+        own, settings = self.target.generation_config.to_diff_dict(), asdict(self.settings)
+        if not self.settings.top_logits:
+            del settings["top_logits"]  # Manifests of files without them may be older than the setting.
         return {
             "target": model_name(self.target),
             "settings": {
-                **{name: value for name, value in asdict(self.settings).items() if value or name != "top_logits"},
+                **settings,
                 "dtype": str(self.target.dtype).removeprefix("torch."),
                 "generation_config": {name: own[name] for name in OWN_SETTINGS if name in own},
                 "chat_template_sha256": digest_of(self.tokenizer.chat_template),
@@ -403,11 +405,13 @@ def earlier_runs(path: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:
             f"Expected a readable manifest `{manifest_path(path).name}` of the rows in `{path}`, got "
             f"{type(error).__name__}. Pass `--restart` to move the rows aside, or choose another output."
         ) from error
-    for name, now in {"target": identity["target"], **identity["settings"]}.items():
-        if before.get(name) != now:
+    now = {"target": identity["target"], **identity["settings"]}
+    for name in {**now, **before}:
+        if before.get(name) != now.get(name):
             raise ValueError(
                 f"Expected the settings of the answers in `{path}`, but `{name}` was {before.get(name)!r} and is "
-                f"{now!r}. Take the same, pass `--restart` to move the old answers aside, or choose another output."
+                f"{now.get(name)!r}. Take the same, pass `--restart` to move the old answers aside, or choose another "
+                "output."
             )
     return runs
 
