@@ -4,8 +4,9 @@
 
 Weights are random, and so are the draft's, so that nearly nothing is accepted: a round is a draft of K tokens and a
 verify of K + 1. The dense model is a Llama of the same width and depth whose MLP is as wide as it takes for equally
-many parameters. Plain steps and rounds of both take turns, eagerly; the first tokens, prefill among them, are timed
-apart and taken off. `round_over_dense` compares rounds, `round_over_step` rounds with plain steps of the same model.
+many parameters. Plain steps and rounds of both take turns, eager ones and compiled layer by layer; the first tokens,
+prefill among them, are timed apart and taken off, and compiling comes before. `round_over_dense` compares eager rounds,
+`compiled_over_dense` compiled ones, `round_over_step` eager rounds with plain steps of the same model.
 `state_bytes` is what states take a row, `kept_bytes` the inputs of the tokens of a round that may be rejected.
 """
 
@@ -17,10 +18,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, CompileConfig, LlamaConfig, PreTrainedModel
 
 from pard_hf import PardDraftModel, with_pard, without_pard
 from pard_hf.evaluation.metrics import ratios
+from pard_hf.generation.compilation import compile_cache_of
 from pard_hf.generation.recurrent import HybridCache, StateLayer
 from pard_hf.generation.stats import now
 from pard_hf.host import cache_in
@@ -132,24 +134,32 @@ def measure(family: str, args: Any, draft: PardDraftModel, prompt: torch.Tensor)
     def rounds(model: PreTrainedModel, **arguments: Any) -> Any:
         return with_pard(model).generate(prompt, assistant_model=draft, disable_compile=True, **settings, **arguments)
 
-    same = {
-        name: torch.equal(plain(m, max_new_tokens=24).sequences, rounds(m, max_new_tokens=24).sequences)
+    def compiled(model: PreTrainedModel, **arguments: Any) -> Any:
+        given = {"assistant_model": draft, "compile_config": CompileConfig(), **settings, **arguments}
+        return with_pard(model).generate(prompt, **given)
+
+    length = 4 + args.num_tokens  # The caches of what is measured, compiled here.
+    texts = {
+        name: [kind(m, max_new_tokens=length).sequences for kind in (plain, rounds, compiled)]
         for name, m in models.items()
     }
     ways = {
         f"{name}_{kind.__name__}": functools.partial(kind, model)
         for name, model in models.items()
-        for kind in (plain, rounds)
+        for kind in (plain, rounds, compiled)
     }
+    failures = {name: compile_cache_of(model, draft).failure for name, model in models.items()}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(args.repeats):
         for name, generate in ways.items():
             seconds[name].append(seconds_each(generate, prompt.device, args.num_tokens))
     return {
         "num_parameters": {name: model.num_parameters() for name, model in models.items()},
-        "is_identical": same,
+        "is_identical": {name: all(torch.equal(text, one[0]) for text in one) for name, one in texts.items()},
+        "compile_failure": failures,
         "milliseconds": {name: round(median(past) * 1e3, 3) for name, past in seconds.items()},
         "round_over_dense": round(median(ratios(seconds["hybrid_rounds"], seconds["dense_rounds"])), 3),
+        "compiled_over_dense": round(median(ratios(seconds["hybrid_compiled"], seconds["dense_compiled"])), 3),
         "step_over_dense": round(median(ratios(seconds["hybrid_plain"], seconds["dense_plain"])), 3),
         "round_over_step": round(median(ratios(seconds["hybrid_rounds"], seconds["hybrid_plain"])), 3),
         "round_over_step_dense": round(median(ratios(seconds["dense_rounds"], seconds["dense_plain"])), 3),

@@ -7,11 +7,12 @@ import pytest
 from device import torch
 from every_family import families, varied_model
 from families import make_draft, make_model, make_prompts, make_scripted_draft, placed, texts_of
-from transformers import Cache
+from transformers import Cache, CompileConfig
 
 from benchmarks import hybrids
 from pard_hf import with_pard, without_pard
 from pard_hf.generation import batch as batch_module
+from pard_hf.generation.compilation import compile_cache_of
 from pard_hf.generation.recurrent import HybridCache
 from pard_hf.host import CACHE_NAMES, forward_parameters
 
@@ -86,6 +87,36 @@ def test_every_hybrid_is_identical(family, batch_size, num_assistant_tokens):
         assert got.stats.loop == "own"
         accepted.append(got.stats.acceptance_length)
     assert max(accepted) > 2.5
+
+
+@pytest.mark.parametrize(
+    ("family", "batch_size"), [*((family, 1) for family in HYBRIDS), *((kind, 5) for kind in KINDS)]
+)
+def test_compiled_rounds_are_identical(family, batch_size):
+    """Traced as every backend would be; states of one call do not reach the next, which uses the same cache."""
+    prompts = make_prompts(batch_size)
+    expected, config = plain(family, prompts), CompileConfig(backend="eager", mode=None)
+    draft = make_scripted_draft(texts_of(expected, prompts["attention_mask"]), 2, 4)
+
+    for _ in range(2):
+        got = drafted(family, prompts, assistant_model=draft, compile_config=config)
+        assert torch.equal(got.sequences, expected)
+        assert got.stats.num_compiled > 0
+        assert got.stats.acceptance_length > 1.5
+    assert compile_cache_of(made(family), draft).failure is None
+
+
+def test_rounds_of_states_are_not_captured(caplog):
+    """A recorded graph would leave states where Python put them once."""
+    prompts = make_prompts(1)
+    expected = plain("Lfm2", prompts)
+    draft = make_scripted_draft(texts_of(expected, prompts["attention_mask"]), 2, 4)
+
+    got = drafted("Lfm2", prompts, assistant_model=draft, compile_config=CompileConfig(backend="capture", mode=None))
+
+    assert torch.equal(got.sequences, expected)
+    assert got.stats.num_compiled == 0
+    assert "keeps states" in caplog.text
 
 
 @pytest.mark.parametrize(("batch_size", "num_assistant_tokens"), [(1, 1), (1, 4), (5, 1), (5, 9)])

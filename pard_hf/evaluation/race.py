@@ -101,7 +101,7 @@ def prompt_batch(pair: Pair, ids: list[int], size: int = 1) -> PromptBatch:
 
 def compile_plain(pair: Pair, ids: list[int], max_new_tokens: int) -> str | None:
     """Compile plain `generate` for prompts no longer than `ids`; return the reason where that fails."""
-    if (reason := not_compilable_reason(pair.target, pair.target)) is not None:
+    if (reason := not_compilable_reason(pair.target, pair.target, of_rounds=False)) is not None:
         return reason
     inputs = prompt_batch(pair, ids).inputs
     try:

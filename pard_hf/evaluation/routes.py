@@ -126,7 +126,8 @@ class RouteRunner:
         if route.is_adaptive and not route.sources and self.num_assistant_tokens not in COUNTS[1:]:
             return f"the adaptive schedule chooses up to a K of {COUNTS[1:]}, not {self.num_assistant_tokens}"
         if route.is_compiled:
-            return not_compilable_reason(self.target, self.draft_of(route) or self.target)
+            draft = self.draft_of(route) or self.target
+            return not_compilable_reason(self.target, draft, of_rounds=route.loop == "own")
         return None
 
     def draft_of(self, route: Route) -> Any:

@@ -60,6 +60,8 @@ class CachedModel:
     def __init__(self, model: PreTrainedModel, cache: SlotCache, num_unread: int = 0):
         self.model, self.cache, self.num_unread = model, cache, num_unread
         self.cut: CutModel | None = None  # See [`cut_of`].
+        # Whether the layers are the model's own, and whether a forward tells the states of these what it reads.
+        self.has_layers = self.begins = True
         self.is_streamed = can_stream(model)
         self.device, self.cache_name = input_device(model), cache_argument(model)
         self.takes_num_logits = "logits_to_keep" in forward_parameters(model)
@@ -80,7 +82,7 @@ class CachedModel:
         With `on_path` the last columns are nodes of a tree; see [`SlotCache.prepare`].
         """
         arguments = self.prepare(positions, num_visible, on_path, inputs)
-        if isinstance(self.cache, HybridCache):
+        if isinstance(self.cache, HybridCache) and self.begins:
             self.cache.begin(positions.to(self.device), num_logits)
         if self.takes_num_logits:
             arguments["logits_to_keep"] = num_logits
@@ -100,7 +102,7 @@ class CachedModel:
 
     def call(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Call a forward, its linear layers streamed where that is faster."""
-        if isinstance(self.cache, HybridCache):
+        if isinstance(self.cache, HybridCache) and self.has_layers:
             forward = recording()(forward)
         if not self.is_streamed:
             return forward(**arguments)

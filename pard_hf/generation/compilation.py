@@ -33,7 +33,7 @@ from .cache import SlotCache
 from .capture import CAPTURE, CapturedStep
 from .kernels import MIN_PARAMETERS
 from .layers import Step, after_layers, before_layers, cut_of, run_layer
-from .recurrent import is_hybrid
+from .recurrent import cache_for, is_hybrid
 from .schedule import Choice, RoundCosts, Schedule
 from .sources import Tables
 from .steps import grow_depth, verify_step
@@ -128,7 +128,7 @@ class CompiledSteps:
         """Return an empty static cache for one of the two models; `name` tells them apart."""
         key = (name, batch_size, num_slots, self.placement)
         if key not in self.kept.caches:
-            self.kept.caches[key] = SlotCache.of(model, num_slots, True, self.serves_any_size)
+            self.kept.caches[key] = cache_for(model, num_slots, True, self.serves_any_size)
         self.kept.caches[key].clear()
         return self.kept.caches[key]
 
@@ -392,7 +392,7 @@ def compiled_steps(
 ) -> Iterator[CompiledSteps | None]:
     """Yield the compiled steps of a call where it asks for them and they are possible; `None` for eager ones."""
     draft = draft or target  # Without a draft the target stands for both.
-    kept = acquire_compile_cache(target, draft) if wants_compilation(target, config) else None
+    kept = acquire_compile_cache(target, draft, config) if wants_compilation(target, config) else None
     if kept is None:
         yield None
         return
@@ -413,22 +413,29 @@ def default_config(target: PreTrainedModel) -> CompileConfig:
     On CUDA the whole model, as calls of one layer after the other were not measured there. Neither do they pay in a
     small model, which compiles soon, and whose layers take no longer than calls of compiled code do.
     """
-    is_small = target.num_parameters() < MIN_PARAMETERS
-    return CompileConfig(fullgraph=is_small or target.device.type == "cuda")
+    is_whole = target.num_parameters() < MIN_PARAMETERS or target.device.type == "cuda"
+    return CompileConfig(fullgraph=is_whole and not is_hybrid(target.config))
 
 
 def wants_compilation(target: PreTrainedModel, config: GenerationConfig) -> bool:
     """Return whether a call asks for compiled rounds, by the options of transformers; on CUDA it need not ask.
 
+    But for hybrid targets, whose compiled layers were not tried there.
+
     On a CPU they are faster too, but compiling takes longer than most calls do; see `ROUNDS_BEFORE_COMPILING`.
     """
     is_asked = config.cache_implementation == "static" or config.compile_config is not None
-    return not config.disable_compile and (is_asked or target.device.type == "cuda")
+    need_not_ask = target.device.type == "cuda" and not is_hybrid(target.config)
+    return not config.disable_compile and (is_asked or need_not_ask)
 
 
-def acquire_compile_cache(target: PreTrainedModel, draft: PreTrainedModel) -> CompileCache | None:
+def acquire_compile_cache(
+    target: PreTrainedModel, draft: PreTrainedModel, config: GenerationConfig
+) -> CompileCache | None:
     """Lock and return the compile cache of a pair; `None`, with a log message, where that is impossible."""
     reason = not_compilable_reason(target, draft)
+    if is_hybrid(target.config) and config.compile_config is not None and config.compile_config.backend == CAPTURE:
+        reason = f"`{type(target).__name__}` keeps states, which are no static buffers"
     if reason is not None:
         warn_once(f"{reason}; rounds run without torch.compile.")
         return None
@@ -439,15 +446,16 @@ def acquire_compile_cache(target: PreTrainedModel, draft: PreTrainedModel) -> Co
     return None
 
 
-def not_compilable_reason(target: PreTrainedModel, draft: PreTrainedModel) -> str | None:
-    """Return why the rounds of a pair cannot be compiled; `None` if they can."""
+def not_compilable_reason(target: PreTrainedModel, draft: PreTrainedModel, of_rounds: bool = True) -> str | None:
+    """Return why the rounds of a pair, or else plain `generate` of the target, cannot be compiled; `None` if they can.
+
+    Layers of a hybrid may be compiled in rounds one by one.
+    """
     for model in (target, draft):
         name, quantizer = type(model).__name__, getattr(model, "hf_quantizer", None)
         devices = {str(device) for device in getattr(model, "hf_device_map", {}).values()}
         is_offloaded = devices & {"cpu", "disk"} and len(devices) > 1 or "disk" in devices
-        if is_hybrid(model.config):
-            return f"`{name}` keeps states, which are no static buffers"
-        if not can_compile(model):
+        if not can_compile(model) and not (of_rounds and is_hybrid(model.config)):
             return f"`{name}` cannot be compiled as one graph"
         if is_offloaded or any(parameter.is_meta for parameter in model.parameters()):
             return f"Parts of `{name}` are offloaded"

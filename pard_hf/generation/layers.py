@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .batch import CachedModel, to_host
 from .cache import SlotCache, SlotLayer
 from .kernels import StreamedLinear
+from .recurrent import asked_by, recording
 
 logger = logging.getLogger(__name__)
 Step = Callable[..., Any]
@@ -61,6 +62,21 @@ class OneLayerCache(Cache):
         layer: SlotLayer = self.layers[0]
         return layer.update(key_states, value_states)
 
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        """Hide the state, as [`HybridCache`] does."""
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        asked_by(self.layers[0])
+
+    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.layers[0].update_conv_state(conv_states, *args, **kwargs)
+
+    def update_recurrent_state(self, recurrent_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        return self.layers[0].update_recurrent_state(recurrent_states, *args, **kwargs)
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return False
+
 
 class CutModel:
     """A model and its cache, cut at the decoder layers: `around` is the model with stand-ins for them."""
@@ -70,7 +86,7 @@ class CutModel:
         self.layers = [(layer, OneLayerCache(part)) for layer, part in zip(layers, self.cache.layers, strict=True)]
         stand_ins = torch.nn.ModuleList(StandIn(layer, self.cache, self.visit) for layer in layers)
         self.around = copy.copy(whole)
-        self.around.model = with_module(whole.model, name, stand_ins)
+        self.around.model, self.around.has_layers = with_module(whole.model, name, stand_ins), False
 
     def call(
         self, step: Step, before: Step, layer_of: Step, after: Step, *args: Any, next_layer_of: Step | None = None
@@ -85,11 +101,12 @@ class CutModel:
             mark_masks(calls)
         slots.flat_rows = flat_rows
         try:
-            for (layer, cache), (_, given, named) in zip(self.layers, calls, strict=True):
-                given = tuple(cache if value is self.cache else value for value in given)
-                named = {name: cache if value is self.cache else value for name, value in named.items()}
-                hidden = layer_of(layer, hidden, given, named, self.whole.is_streamed)
-                layer_of = next_layer_of or layer_of
+            with recording():
+                for (layer, cache), (_, given, named) in zip(self.layers, calls, strict=True):
+                    given = tuple(cache if value is self.cache else value for value in given)
+                    named = {name: cache if value is self.cache else value for name, value in named.items()}
+                    hidden = layer_of(layer, hidden, given, named, self.whole.is_streamed)
+                    layer_of = next_layer_of or layer_of
         finally:
             slots.flat_rows = None
         return after(step, self.around, self.visit, hidden, *args)
@@ -128,7 +145,7 @@ def mark_masks(calls: list[Any]) -> None:
 
 def before_layers(step: Step, model: CachedModel, visit: Visit, *args: Any) -> tuple[list[Any], torch.Tensor | None]:
     """Return what a step gives each layer, `(hidden_states, args, kwargs)`, and where the cache is written."""
-    visit.calls, visit.result = [], None
+    visit.calls, visit.result, model.begins = [], None, True
     step(model, *args)
     calls, flat_rows = visit.calls, visit.flat_rows
     visit.calls, visit.flat_rows = [], None
@@ -147,7 +164,7 @@ def run_layer(
 
 def after_layers(step: Step, model: CachedModel, visit: Visit, hidden_states: torch.Tensor, *args: Any) -> Any:
     """Return what a step returns when its last layer has computed `hidden_states` `[B, q, hidden_size]`."""
-    visit.result = hidden_states
+    visit.result, model.begins = hidden_states, False
     result = step(model, *args)
     visit.calls, visit.flat_rows, visit.result = [], None, None
     return result

@@ -29,7 +29,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from ..host import EMPTY_LAYERS, PLAIN_LAYERS, cache_layers, cached_columns, uses_attention_interface
+from ..host import EMPTY_LAYERS, PLAIN_LAYERS, cache_layers, cached_columns
 from .cache import SlotCache, SlotLayer, Slots
 from .recurrences import Advance, delta_rule, state_space
 
@@ -185,6 +185,10 @@ class StateLayer(LinearAttentionCacheLayerMixin):
             self.recurrent = self.advance(enters)
         self.window = self.advance = None
 
+    def forget(self) -> None:
+        """Begin anew, without a state."""
+        self.conv = self.recurrent = self.window = self.advance = self.block = None
+
     def copy_states(self, other: StateLayer, ours: torch.Tensor, theirs: torch.Tensor) -> None:
         """Copy the states of rows of another layer; without any yet, make as many rows as `ours`."""
         for name in ("conv", "recurrent"):
@@ -232,7 +236,7 @@ class StateAndSlotLayer(StateLayer, SlotLayer):
 class HybridCache(SlotCache):
     """A `SlotCache` of which some layers keep a state."""
 
-    def __init__(self, config: PreTrainedConfig, num_slots: int, is_contiguous: bool = False):
+    def __init__(self, config: PreTrainedConfig, num_slots: int, is_static: bool = False, is_contiguous: bool = False):
         kinds = cache_layers(config)
         self.windows = [
             getattr(kind, "sliding_window", None)
@@ -246,7 +250,7 @@ class HybridCache(SlotCache):
         self.is_all_prompt = False
         # Whether the next forward is the first after an earlier call's cache.
         self.is_taken_over = False
-        self.slots = Slots(num_slots, num_slots, len(kinds), is_static=False, is_contiguous=is_contiguous)
+        self.slots = Slots(num_slots, num_slots, len(kinds), is_static, is_contiguous)
         Cache.__init__(self, layers=[layer_like(kind, self.slots) for kind in kinds])
 
     @property
@@ -258,7 +262,17 @@ class HybridCache(SlotCache):
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> None:
         """Hide the state, and remember which layer asked: its recurrence starts from it in [`StateLayer.run`]."""
-        state.layer = self.layers[layer_idx]
+        asked_by(self.layers[layer_idx])
+
+    def clear(self) -> None:
+        """Zero every entry, in place, and forget every state."""
+        for layer in self.layers:
+            if isinstance(layer, SlotLayer) and layer.is_initialized:
+                layer.keys.zero_()
+                layer.values.zero_()
+        for layer in self.state_layers:
+            layer.forget()
+        self.reads_prompt, self.is_taken_over = True, False
 
     def begin(self, positions: torch.Tensor, num_open: int) -> None:
         """Tell the layers what the next forward reads; its last `num_open` queries may be rejected or read again."""
@@ -395,17 +409,24 @@ def recording() -> Iterator[None]:
         state.layer = None
 
 
+def asked_by(layer: StateLayer) -> None:
+    """Remember which layer computes its recurrence next, in this thread."""
+    state.layer = layer
+
+
 def is_hybrid(config: PreTrainedConfig) -> bool:
     """Return whether a layer keeps a state, by the cache that transformers makes for a config."""
     return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache_layers(config))
 
 
-def cache_for(model: PreTrainedModel, num_slots: int) -> SlotCache:
-    """Make an empty cache for a model, with states where its layers keep them."""
+def cache_for(
+    model: PreTrainedModel, num_slots: int, is_static: bool = False, serves_any_size: bool = False
+) -> SlotCache:
+    """Make an empty cache for a model, with states where its layers keep them; see [`SlotCache.of`]."""
     if not is_hybrid(model.config):
-        return SlotCache.of(model, num_slots)
+        return SlotCache.of(model, num_slots, is_static, serves_any_size)
     install(model)
-    return HybridCache(model.config, num_slots, is_contiguous=not uses_attention_interface(model))
+    return HybridCache.of(model, num_slots, is_static, serves_any_size)
 
 
 def can_take_over(config: PreTrainedConfig, past: Cache, mask: torch.Tensor) -> bool:
