@@ -5,8 +5,8 @@
 Weights are random, and so are the draft's, so that nearly nothing is accepted: a round is a draft of K tokens and a
 verify of K + 1. The dense model is a Llama of the same width and depth whose MLP is as wide as it takes for equally
 many parameters. Plain steps and rounds of both take turns, eager ones and compiled layer by layer; the first tokens,
-prefill among them, are timed apart and taken off, and compiling comes before. `round_over_dense` compares eager rounds,
-`compiled_over_dense` compiled ones, `round_over_step` eager rounds with plain steps of the same model.
+prefill among them, are timed apart and taken off, and compiling comes before. `round_over_dense` compares rounds,
+`compiled_over_dense` compiled ones, `round_over_step` rounds with plain steps of the same model.
 `state_bytes` is what states take a row, `kept_bytes` the inputs of the tokens of a round that may be rejected.
 """
 
