@@ -194,6 +194,14 @@ def rows_of_cold_lengths():
             yield row(f"`{way}`", *(route["acceptance_length"] for route in routes))
 
 
+def rows_of_more_prompts():
+    for name, found in result("sources_smollm2_more")["sets"].items():
+        routes = [found["routes"][way] for way in ("head", "every_source 32")]
+        assert {route["identical_share"] for route in routes} == {1.0}
+        lengths = (route["acceptance_length"] for route in routes)
+        yield row(f"`{name}`", str(found["num_prompts"]), found["repeated_4gram_share"], *lengths)
+
+
 @pytest.mark.parametrize("size", [8, 16, 32])
 def test_every_source_exceeds_the_draft_alone(size):
     found = dict(by_way(*(f"sources_smollm2_{name}" for name in ("cold", "each", "tau"))))
@@ -271,6 +279,7 @@ TABLES = {
     rows_of_sources: "docs/sources.md",
     rows_of_lengths_by_source: "docs/sources.md",
     rows_of_cold_lengths: "docs/sources.md",
+    rows_of_more_prompts: "docs/sources.md",
     rows_of_copied_shares: "docs/sources.md",
     rows_of_h100: "docs/sources.md",
     rows_of_engines: "docs/serving.md",
