@@ -359,11 +359,17 @@ def test_rounds_of_hybrids_are_as_quoted():
     titles = {"lfm2": "LFM2", "qwen3_next": "Qwen3-Next", "bamba": "Bamba", "mamba2": "Mamba-2"}
     for family, title in titles.items():
         assert f"{found[family]['round_over_dense']:.1f} ({title})" in text
+    compiled = [f"{found[family]['compiled_over_dense']:.1f}" for family in titles]
+    assert f"a compiled one {', '.join(compiled[:3])} and {compiled[3]}" in text
+    times = [part["milliseconds"] for part in found.values()]
+    gains = sorted(ways["hybrid_rounds"] / ways["hybrid_compiled"] for ways in times)
+    assert f"Eager rounds of a hybrid took {gains[0]:.1f} to {gains[-1]:.1f} times as long" in text
     steps = sorted(part["step_over_dense"] for part in found.values())
     assert f"a plain step took {steps[0]:.1f} to {steps[-1]:.1f} times as long" in text
     for name in ("state_bytes", "kept_bytes"):
         sizes = sorted(part[name] for part in found.values())
         assert f"{sizes[0]:,} to {sizes[-1]:,}" in text
+    assert all(part["compile_failure"] == {"hybrid": None, "dense": None} for part in found.values())
     assert all(part["is_identical"] == {"hybrid": True, "dense": True} for part in found.values())
 
 
