@@ -420,9 +420,8 @@ def default_config(target: PreTrainedModel) -> CompileConfig:
 def wants_compilation(target: PreTrainedModel, config: GenerationConfig) -> bool:
     """Return whether a call asks for compiled rounds, by the options of transformers; on CUDA it need not ask.
 
-    But for hybrid targets, whose compiled layers were not tried there.
-
-    On a CPU they are faster too, but compiling takes longer than most calls do; see `ROUNDS_BEFORE_COMPILING`.
+    It does for a hybrid target, whose compiled layers were not tried there. On a CPU compiled rounds are
+    faster too, but compiling takes longer than most calls do; see `ROUNDS_BEFORE_COMPILING`.
     """
     is_asked = config.cache_implementation == "static" or config.compile_config is not None
     need_not_ask = target.device.type == "cuda" and not is_hybrid(target.config)
