@@ -16,12 +16,13 @@ import pytest
 from device import DEVICE, IS_FAKE, torch
 from families import add_head, make_decoder, make_draft, make_model, make_prompts, make_self_draft
 from torch._dynamo.utils import counters
+from torch.overrides import TorchFunctionMode
 from transformers import CompileConfig, LlamaModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from pard_hf import AssistantMemory, with_pard
-from pard_hf.generation.capture import CAPTURE
+from pard_hf.generation.capture import CAPTURE, Repeated
 from pard_hf.generation.compilation import CompiledSteps, compile_cache_of, default_config
 from pard_hf.generation.schedule import Choice, Schedule
 from pard_hf.generation.sources import Sources, Tables, encode_references
@@ -100,6 +101,32 @@ def test_captured_is_eager(family, batch_size, tree_size, looks_up, do_sample):
     assert kept.failure is None
     assert all(step.replay is not None for key, step in kept.steps.items() if dict(key[1])["target cache"] == 256)
     assert graphs() == 0
+
+
+class WithoutUploads(TorchFunctionMode):
+    """What makes a tensor of values of the host, which a device that captures refuses."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.tensor, torch.as_tensor), "values of the host are copied to the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"assistant_tree_size": 9}, {"prompt_lookup_num_tokens": 6}], ids=str)
+def test_captured_steps_upload_nothing(arguments, monkeypatch):
+    replay = Repeated.__call__
+
+    def without_uploads(repeated):
+        with WithoutUploads():
+            return replay(repeated)
+
+    monkeypatch.setattr(Repeated, "__call__", without_uploads)
+    target = make_model("llama")
+    draft = make_draft(make_model("llama", seed=5))
+    config = CompileConfig(backend=CAPTURE)
+
+    got = pard(target, draft, make_prompts(1), max_new_tokens=24, compile_config=config, **arguments)
+
+    assert got.stats.num_compiled > 1
 
 
 def test_step_that_cannot_be_captured_runs_eagerly(monkeypatch, caplog):

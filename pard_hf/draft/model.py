@@ -399,7 +399,9 @@ class PardDraftModel(PreTrainedModel):
 
         Vocabularies of one tokenizer differ by padding rows, which are cut or filled with -inf.
         """
-        logits = logits.index_fill(-1, torch.tensor(self.mask_token_id, device=logits.device), -torch.inf)
+        # Filled on the device: a value of the host would be copied there in every round, and no capture allows that.
+        masked = torch.full((), self.mask_token_id, device=logits.device)
+        logits = logits.index_fill(-1, masked, -torch.inf)
         width = logits.shape[-1]
         if vocab_size in (None, width):
             return logits

@@ -358,8 +358,9 @@ class Mixture:
         assert self.draft is not None
         last = self.draft.num_depths - 1
         ids, probs = self.draft(min(depth, last) if isinstance(depth, int) else depth.clamp(max=last), previous)
-        is_beyond = torch.as_tensor(depth > last, device=ids.device)
-        return ids.masked_fill(is_beyond, -1), probs
+        if isinstance(depth, int):  # No tensor of it: a value of the host would be copied to the device.
+            return ids if depth <= last else torch.full_like(ids, -1), probs
+        return ids.masked_fill(depth > last, -1), probs
 
     def merged(self, tokens: torch.Tensor, probs: torch.Tensor, contexts: torch.Tensor) -> Candidates:
         """Merge what the components give, `[B, F, C]`; a token that several give is one candidate, the first."""
