@@ -18,7 +18,7 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
-from ..host import PLAIN_LAYERS, cache_layers, input_device, uses_attention_interface
+from ..host import EMPTY_LAYERS, PLAIN_LAYERS, cache_layers, input_device, uses_attention_interface
 
 
 def attention_windows(config: PreTrainedConfig) -> list[int | None]:
@@ -135,6 +135,12 @@ class SlotLayer(CacheLayerMixin):
             rows = other.by_row(source)[:, :length].index_select(0, theirs.to(self.device))
             self.by_row(mine)[:, :length].index_copy_(0, ours.to(self.device), rows)
 
+    def clear(self) -> None:
+        """Zero every entry, in place."""
+        if self.is_initialized:
+            self.keys.zero_()
+            self.values.zero_()
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.slots.num_slots if self.slots.num_visible is None else self.slots.num_visible, 0
 
@@ -178,9 +184,8 @@ class SlotCache(Cache):
     def clear(self) -> None:
         """Zero every entry, in place."""
         for layer in self.layers:
-            if layer.is_initialized:
-                layer.keys.zero_()
-                layer.values.zero_()
+            if not isinstance(layer, EMPTY_LAYERS):
+                layer.clear()
 
     def prepare(
         self, positions: torch.Tensor, num_visible: int | None, on_path: torch.Tensor | None = None

@@ -169,8 +169,7 @@ class StateLayer(LinearAttentionCacheLayerMixin):
         arguments = turned_off(kernel, arguments, is_text)
         if num_sure:
             sure_tokens = sliced(kernel, arguments, 0, num_sure)
-            output, advance = computed(kernel, function, sure_tokens, self.recurrent)
-            self.recurrent = advance(torch.ones_like(is_text[:, :num_sure]))
+            output, self.recurrent = computed_whole(kernel, function, sure_tokens, self.recurrent)
             outputs.append(output)
         output, self.advance = computed(kernel, function, sliced(kernel, arguments, num_sure, None), self.recurrent)
         return torch.cat([*outputs, output], dim=1), self.recurrent
@@ -185,7 +184,7 @@ class StateLayer(LinearAttentionCacheLayerMixin):
             self.recurrent = self.advance(enters)
         self.window = self.advance = None
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Begin anew, without a state."""
         self.conv = self.recurrent = self.window = self.advance = self.block = None
 
@@ -228,6 +227,10 @@ class StateAndSlotLayer(StateLayer, SlotLayer):
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         SlotLayer.lazy_initialization(self, *args, **kwargs)
 
+    def clear(self) -> None:
+        StateLayer.clear(self)
+        SlotLayer.clear(self)
+
     def copy_rows(self, other: Any, ours: torch.Tensor, theirs: torch.Tensor) -> None:
         StateLayer.copy_states(self, other, ours, theirs)
         SlotLayer.copy_rows(self, other, ours, theirs)
@@ -266,12 +269,7 @@ class HybridCache(SlotCache):
 
     def clear(self) -> None:
         """Zero every entry, in place, and forget every state."""
-        for layer in self.layers:
-            if isinstance(layer, SlotLayer) and layer.is_initialized:
-                layer.keys.zero_()
-                layer.values.zero_()
-        for layer in self.state_layers:
-            layer.forget()
+        super().clear()
         self.reads_prompt, self.is_taken_over = True, False
 
     def begin(self, positions: torch.Tensor, num_open: int) -> None:
@@ -358,16 +356,37 @@ def computed(
     kernel: Kernel, function: Callable[..., Any], arguments: dict[str, Any], initial: torch.Tensor | None
 ) -> tuple[torch.Tensor, Advance]:
     """Compute a recurrence: outputs of its tokens, and the state after any first ones; of many by the family's own."""
-    if arguments[kernel.inputs[0]].shape[1] <= FEW_TOKENS:
+    if is_few(kernel, arguments):
         return kernel.over_few(arguments, initial)
-    asked = {kernel.initial_state: initial, kernel.asks_for_state: True}
-    output, final = function(**arguments, **asked)
+    output, _ = by_family(kernel, function, arguments, initial)
 
     def advance(enters: torch.Tensor) -> torch.Tensor:
-        entered = turned_off(kernel, arguments, enters.to(final.device))
-        return final if enters.all() else function(**entered, **asked)[1]
+        entered = turned_off(kernel, arguments, enters.to(output.device))
+        return by_family(kernel, function, entered, initial)[1]
 
     return output, advance
+
+
+def computed_whole(
+    kernel: Kernel, function: Callable[..., Any], arguments: dict[str, Any], initial: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute a recurrence: outputs of its tokens, and the state after all of them."""
+    if not is_few(kernel, arguments):
+        return by_family(kernel, function, arguments, initial)
+    output, advance = kernel.over_few(arguments, initial)
+    return output, advance(torch.ones(output.shape[:2], dtype=torch.bool, device=output.device))
+
+
+def is_few(kernel: Kernel, arguments: dict[str, Any]) -> bool:
+    return arguments[kernel.inputs[0]].shape[1] <= FEW_TOKENS
+
+
+def by_family(
+    kernel: Kernel, function: Callable[..., Any], arguments: dict[str, Any], initial: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Call a family's own function: outputs, and the state after the last token."""
+    output, final = function(**arguments, **{kernel.initial_state: initial, kernel.asks_for_state: True})
+    return output, final
 
 
 def recording_version(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -106,9 +106,9 @@ def stored_gold_logprobs(top: TopLogprobs, ids: torch.Tensor) -> torch.Tensor:
     Ids of `top` are negative where a token has no teacher.
     """
     is_gold = top.ids == ids.unsqueeze(-1)
-    found = (with_rest(top.logprobs)[..., :-1] * is_gold).sum(dim=-1)
-    others = torch.where(is_gold.any(dim=-1), found, with_rest(top.logprobs)[..., -1])
-    return torch.where(top.ids[..., 0] < 0, 0.0, others)
+    stored = (top.logprobs * is_gold).sum(dim=-1)
+    found = torch.where(is_gold.any(dim=-1), stored, with_rest(top.logprobs)[..., -1])
+    return torch.where(top.ids[..., 0] < 0, 0.0, found)
 
 
 # What each objective with a teacher adds to the cross-entropy.

@@ -18,8 +18,8 @@ POSITIVE = ("depth_decay", "max_minutes")
 # Settings that are at least 1 where they are given.
 COUNTS = (
     "num_draft_tokens", "max_anchors", "correction_head_rank", "max_length", "eval_steps", "eval_limit",
-    "eval_batch_size",
-    "eval_max_new_tokens", "num_assistant_tokens", "batch_size", "gradient_accumulation_steps", "save_steps",
+    "eval_batch_size", "eval_max_new_tokens", "num_assistant_tokens", "batch_size", "gradient_accumulation_steps",
+    "save_steps",
 )  # fmt: skip
 
 
