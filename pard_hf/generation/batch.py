@@ -60,7 +60,8 @@ class CachedModel:
     def __init__(self, model: PreTrainedModel, cache: SlotCache, num_unread: int = 0):
         self.model, self.cache, self.num_unread = model, cache, num_unread
         self.cut: CutModel | None = None  # See [`cut_of`].
-        # Whether the layers are the model's own, and whether a forward tells the states of these what it reads.
+        # False where stand-ins take the place of the layers (`CutModel.around`), and where a forward goes on behind
+        # the layers: their states must not be prepared a second time.
         self.has_layers = self.begins = True
         self.is_streamed = can_stream(model)
         self.device, self.cache_name = input_device(model), cache_argument(model)

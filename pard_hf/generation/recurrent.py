@@ -355,7 +355,10 @@ def turned_off(kernel: Kernel, arguments: dict[str, Any], enters: torch.Tensor) 
 def computed(
     kernel: Kernel, function: Callable[..., Any], arguments: dict[str, Any], initial: torch.Tensor | None
 ) -> tuple[torch.Tensor, Advance]:
-    """Compute a recurrence: outputs of its tokens, and the state after any first ones; of many by the family's own."""
+    """Compute a recurrence: outputs of its tokens, and the state after any first ones.
+
+    More than `FEW_TOKENS` go through the family's own function, which runs again for a state in between.
+    """
     if is_few(kernel, arguments):
         return kernel.over_few(arguments, initial)
     output, _ = by_family(kernel, function, arguments, initial)

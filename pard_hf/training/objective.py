@@ -98,8 +98,8 @@ class Objective:
     `"ce"` is cross-entropy (PARD), `"kd"` adds the divergence from the target's distribution, and `"cat"` weights both
     in each row by the probability that a block gets that far (PARD-2, target-independent). `"tv"` and `"lk"` add the
     total variation (DSpark) or -log of the acceptance instead. `depth_decay` weighs rows at depth d by e^(-d/γ), as
-    DFlash does. The target, with the draft's tokenizer, is never trained; with `is_stored` batches hold what it said,
-    and none runs. The default weights are those of `objective_weights`.
+    DFlash does. The target, with the draft's tokenizer, is never trained; with `is_stored` batches hold its top
+    logits, and none runs. The default weights are those of `objective_weights`.
     """
 
     name: str = "ce"
@@ -165,7 +165,7 @@ class Objective:
 
     @torch.no_grad()
     def stored(self, batch: dict[str, Any], is_label: torch.Tensor) -> dict[str, Any]:
-        """Return what `teacher` does, by what a batch stores of one; nothing if it does not."""
+        """Return what `teacher` does, by the top logits in a batch; nothing where none are stored."""
         if not self.is_stored:
             return {}
         ids, logprobs = batch["top_ids"].long(), batch["top_logprobs"].float()

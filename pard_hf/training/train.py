@@ -265,7 +265,7 @@ def check_template(tokenizer: Any) -> None:
 
 
 def check_teacher(settings: TrainingSettings) -> bool:
-    """Return whether the rows hold what a teacher said; raise a `ValueError` where the objective would have none."""
+    """Return whether the rows store a teacher's top logits; a `ValueError` if the objective has no teacher at all."""
     first: dict[str, Any] = next((row for path in settings.data for row in read_rows(path, True)), {})
     has_stored = "top_logits" in first and settings.objective != "ce"
     if settings.objective != "ce" and settings.target is None and not has_stored:
@@ -274,7 +274,7 @@ def check_teacher(settings: TrainingSettings) -> bool:
             "on answers that `pard data --top-logits` wrote."
         )
     if has_stored:
-        logger.warning("The teacher is what the rows hold of it: no target runs in the steps.")
+        logger.warning("The rows store their teacher's top logits: no target runs in the steps.")
     return has_stored
 
 

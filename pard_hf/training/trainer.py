@@ -200,12 +200,12 @@ class PardTrainer(Trainer):
         if self.lr_scheduler is None:
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 optimizer or self.optimizer,
-                lambda step: self.warmth(step) * (1 + math.cos(math.pi * self.clock.share)) / 2,
+                lambda step: self.warmup_share(step) * (1 + math.cos(math.pi * self.clock.share)) / 2,
             )
         return self.lr_scheduler
 
-    def warmth(self, step: int) -> float:
-        """Return how far the warm-up of a run that is limited in time has come, up to 1."""
+    def warmup_share(self, step: int) -> float:
+        """Return the share of the warm-up that is over, up to 1, in a run that is limited in time."""
         warmup = self.args.warmup_steps
         return min(self.clock.share / warmup if 0 < warmup < 1 else (step + 1) / max(warmup, 1), 1.0)
 
