@@ -6,7 +6,6 @@ conversations and memories live in the session's own state, running jobs under t
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable
@@ -30,6 +29,7 @@ from .race import Lane, Race
 from .sentences import in_words
 from .settings import BOTH, LARGEST_TREE, MIN_TREE_SIZE, MOST_DRAFT_TOKENS, MOST_NEW_TOKENS, PROPOSERS, Settings, whole
 from .visitor import Visitor
+from .web import address_of
 
 # Prompts for the bundled pair, which completes code, and for chat models.
 EXAMPLES = {
@@ -70,11 +70,8 @@ FREE: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progr
 
 
 def ticket_of(request: gr.Request) -> Ticket:
-    """The session and address of a request; on a Space all come from its proxy, which names the address."""
-    address = str(getattr(request.client, "host", ""))
-    if "SPACE_HOST" in os.environ:
-        address = request.headers.get("x-forwarded-for", "").split(",")[0].strip()
-    return Ticket(str(request.session_hash), address)
+    """The session and address of a request."""
+    return Ticket(str(request.session_hash), address_of(request))
 
 
 def spoken(handler: Callable[..., AsyncIterator[dict[Any, Any]]]) -> Callable[..., AsyncIterator[dict[Any, Any]]]:

@@ -1,10 +1,13 @@
-"""Which Host names are answered, and on whose pages the demo may stand."""
+"""Which Host names are answered, on whose pages the demo may stand, and who asks."""
 
 from __future__ import annotations
 
 import os
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
+from ipaddress import ip_address
+from typing import Any
 
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
@@ -43,6 +46,20 @@ def own_names(host: str) -> list[str]:
     except OSError:
         addresses = set()
     return [name, *map(bracketed, sorted(addresses))]
+
+
+def address_of(request: Any) -> str:
+    """The address a request comes from, for limits on what one may ask for.
+
+    On a Space it comes from a proxy. Proxies append to `X-Forwarded-For`, and what stands before, anybody can send:
+    the last public address counts, behind which are the proxies' own.
+    """
+    forwarded = request.headers.get("x-forwarded-for", "") if "SPACE_HOST" in os.environ else ""
+    for address in reversed(forwarded.split(",")):
+        with suppress(ValueError):
+            if ip_address(address.strip()).is_global:
+                return address.strip()
+    return str(getattr(request.client, "host", ""))
 
 
 def bracketed(host: str) -> str:

@@ -12,7 +12,9 @@ from safetensors.torch import save_file
 
 pytest.importorskip("gradio")
 
+import gradio as gr
 from gradio.routes import App
+from starlette.requests import Request
 from starlette.testclient import TestClient
 
 import app as web_app
@@ -20,6 +22,7 @@ from demo import pairs, web
 from demo.bench import BenchJob
 from demo.chat import Chat, ChatTurn
 from demo.job import DEVICE, MOST_OF_A_VISITOR, MOST_OF_AN_ADDRESS, MOST_WAITING, Job, Queue, Stopped, Ticket
+from demo.page import ticket_of
 from demo.pairs import FOLDER, PairName, PairShelf
 from demo.race import Race
 from demo.room import check_disk, limited, needed_memory
@@ -101,6 +104,7 @@ BOMBS = {
 LOADING = """
 import sys
 from pathlib import Path
+from demo.page import ticket_of
 from demo.pairs import FOLDER, PairName, PairShelf
 
 try:
@@ -198,6 +202,26 @@ def test_nobody_fills_the_queue_for_all():
         queue.join(Ticket(f"{number}", f"{number}"))
     with pytest.raises(ValueError, match=f"Expected at most {MOST_WAITING} requests in the queue"):
         queue.join(Ticket("late", "late"))
+
+
+@pytest.mark.parametrize(
+    ("space", "forwarded", "address"),
+    [
+        ("x.hf.space", "8.8.8.8", "8.8.8.8"),
+        ("x.hf.space", "1.1.1.1, 8.8.8.8", "8.8.8.8"),  # Proxies append: what comes first anybody can send.
+        ("x.hf.space", "1.1.1.1, 8.8.8.8, 10.0.3.4", "8.8.8.8"),
+        ("x.hf.space", "anything, 2a00:1450::1", "2a00:1450::1"),
+        ("x.hf.space", "anything", "10.0.9.9"),
+        ("x.hf.space", "", "10.0.9.9"),
+        (None, "8.8.8.8", "10.0.9.9"),
+    ],
+)
+def test_nobody_chooses_an_address(monkeypatch, space, forwarded, address):
+    monkeypatch.setenv("SPACE_HOST", space) if space else monkeypatch.delenv("SPACE_HOST", raising=False)
+    headers = [(b"x-forwarded-for", forwarded.encode())]
+    asked = Request({"type": "http", "headers": headers, "client": ("10.0.9.9", 1)})
+
+    assert ticket_of(gr.Request(request=asked, session_hash="me")).address == address
 
 
 class Ordered(Job):
