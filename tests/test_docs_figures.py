@@ -256,7 +256,7 @@ def rows_of_engines():
             counts = (found["num_prompts"], found["vllm"]["num_rounds"], found["ours"]["num_rounds"])
             number, theirs, own = (str(count) for count in counts)
             percent = (f"{100 * share:.0f}%" for share in shares)
-            yield row(file.stem.removeprefix("engines_"), f"`{name}`", number, *percent, theirs, own)
+            yield row(file.stem.split("_")[1], f"`{name}`", number, *percent, theirs, own)
 
 
 def rows_of_training_rows():

@@ -176,12 +176,13 @@ def load_result(path: Path) -> dict[str, Any]:
 def is_about(result: dict[str, Any], name: str) -> bool:
     """Return whether a result is about a checkpoint: by its `draft`, else by its file name.
 
-    `bundled_pair.json` is about the bundled pair, `draft_smollm2.json` and `engines_smollm2.json` about the draft of
-    SmolLM2; results with random layers added (`scale`) are about neither.
+    `bundled_pair.json` is about the bundled pair, `draft_smollm2.json` and `engines_smollm2_gsm8k.json` about the
+    draft of SmolLM2; results with random layers added (`scale`) are about neither.
     """
     is_measurement = not result.get("scale") and ("cells" in result or "sets" in result)
-    named = result.get("draft", result["file"].split("_")[0])
-    return is_measurement and (named == name or result["file"] in (f"draft_{name}.json", f"engines_{name}.json"))
+    kind, _, rest = result["file"].removesuffix(".json").partition("_")
+    about = rest.partition("_")[0] if kind in ("draft", "engines") else None
+    return is_measurement and name in (result.get("draft", kind), about)
 
 
 def hub_id(name: Any) -> str | None:
