@@ -104,7 +104,6 @@ BOMBS = {
 LOADING = """
 import sys
 from pathlib import Path
-from demo.page import ticket_of
 from demo.pairs import FOLDER, PairName, PairShelf
 
 try:
